@@ -1,0 +1,77 @@
+"""The networks of the examples and the plain LightningModule that trains them; neither knows about transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+TEACHER_WIDTHS = (16, 32, 64)
+STUDENT_WIDTHS = (8, 16, 32)
+
+
+class ConvNet(nn.Module):
+    """Convolution blocks that halve the map each, a global average and a linear head.
+
+    Args:
+        widths: Number of channels of each block.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, widths: Sequence[int] = TEACHER_WIDTHS, num_classes: int = 10) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+                )
+                for before, width in zip((1, *widths), widths, strict=False)
+            )
+        )
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(images).mean(dim=(2, 3)))
+
+
+class Classifier(L.LightningModule):
+    """Trains a network by cross-entropy with AdamW and a one-cycle learning rate.
+
+    Args:
+        net: The network.
+        num_classes: Number of classes.
+        lr: Highest learning rate.
+        weight_decay: Weight decay.
+    """
+
+    def __init__(self, net: nn.Module, num_classes: int, *, lr: float = 1e-2, weight_decay: float = 1e-2) -> None:
+        super().__init__()
+        self.net = net
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("test/accuracy", self.accuracy, on_step=False, on_epoch=True)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,306 @@
+"""Ground costs between neurons, and the value and gradient of their transport with the plan held fixed.
+
+Student neurons are the rows ``y`` ``(..., N, n)``, teacher neurons ``x`` ``(..., M, n)``; leading dimensions are a batch of
+pairs. Everything here runs without autograd and returns gradients in closed form (the envelope theorem: the plan is a
+constant), so that no graph over a cost matrix is ever kept.
+
+What a cost needs of a mini-batch are sums over observations. They add over views, over steps (the running cost) and over
+processes (the global batch). A value is a generator: it *yields* the sums of this process and is *sent* those of all
+processes, once a round; its ``return`` is the pair (value, gradient for the student neurons of this process).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CallableCost",
+    "CorrelationCost",
+    "Cost",
+    "EuclideanCost",
+    "Plan",
+    "Rounds",
+    "SquaredEuclideanCost",
+    "Sums",
+    "ValueAndGradient",
+    "get_cost",
+]
+
+#: A neuron whose centred norm is below this share of its layer's mean norm carries no correlation: it is *dead*.
+DEAD_SHARE = 1e-3
+#: Share of the mean cost below which the gradient of a distance, 1/M, is no longer followed.
+DISTANCE_FLOOR = 1e-2
+#: Above so many observations a float32 sum loses digits that a correlation needs.
+FLOAT64_OBSERVATIONS = 100_000
+
+Sums = list[Tensor]
+ValueAndGradient = tuple[Tensor, Tensor]
+Rounds = Generator[Sums, Sums, ValueAndGradient]
+
+
+class Plan(NamedTuple):
+    """A transport plan with its own masses, which differ from 1/N and 1/M where the solver has not converged.
+
+    Attributes:
+        matrix: ``(..., N, M)``.
+        student_mass: Row sums a, ``(..., N)``.
+        teacher_mass: Column sums b, ``(..., M)``.
+    """
+
+    matrix: Tensor
+    student_mass: Tensor
+    teacher_mass: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Plan:
+        """The plan with the masses that its matrix has."""
+        return cls(matrix, matrix.sum(-1), matrix.sum(-2))
+
+
+class Cost(ABC):
+    """A ground cost M between student and teacher neurons."""
+
+    #: Whether the mean square of the teacher scales the cost (see :meth:`energy`).
+    scaled: bool = False
+    #: Fewest observations from which the cost can be formed.
+    min_observations: int = 1
+
+    @abstractmethod
+    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Sums over the observations of ``y`` and ``x`` from which :meth:`matrix` follows.
+
+        Args:
+            y: Student neurons ``(..., N, n)``.
+            x: Teacher neurons ``(..., M, n)``.
+            reference: Points ``(..., N, 1)`` and ``(..., M, 1)`` near the neurons' means. Sums that are added to others
+                must share it; None takes the means of this batch.
+        """
+
+    @abstractmethod
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """The cost matrix ``(..., N, M)`` of the observations behind ``sums``."""
+
+    @abstractmethod
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """⟨P, M⟩ on these observations and its gradient for ``y``, the plan held fixed; see the module."""
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Sum of squares and count of the raw teacher, ``(..., 2)``: additive, their ratio is the scale s²."""
+        total = torch.linalg.vecdot(x.flatten(-2), x.flatten(-2))
+        return torch.stack((total, torch.full_like(total, x.shape[-1] * x.shape[-2])), -1)
+
+
+class CorrelationCost(Cost):
+    """1 - r, with r the correlation of two neurons over the observations of the batch.
+
+    Each neuron is centred by its own mean and by nothing else. A dead neuron costs 0 with a dead one and 1 with a live
+    one, and has no gradient.
+    """
+
+    min_observations = 3
+
+    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Count, first and second moments around ``reference``."""
+        if y.shape[-1] > FLOAT64_OBSERVATIONS:
+            y, x = y.double(), x.double()
+        y0, x0 = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
+        y, x = y - y0, x - x0
+        count = y.new_full(y.shape[:-2], y.shape[-1])
+        return [count, y.sum(-1), x.sum(-1), torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x), y @ x.mT]
+
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """1 - r from the moments."""
+        count, y, x, yy, xx, yx = sums
+        count = count[..., None]
+        inverse_y, dead_y = _inverse_norm((yy - y * y / count).clamp_min(0).sqrt())
+        inverse_x, dead_x = _inverse_norm((xx - x * x / count).clamp_min(0).sqrt())
+        covariance = torch.addcmul(yx, (y / count)[..., None], x[..., None, :], value=-1)
+        matrix = covariance.mul_(inverse_y[..., None]).mul_(inverse_x[..., None, :]).neg_().add_(1)
+        return matrix.addcmul_(dead_y[..., None], dead_x[..., None, :], value=-1).clamp_min_(0)
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """Σ P - Σ_i ŷ_i·z_i - Σ_(dead, dead) P with z = P x̂; gradient -(z_i - (ŷ_i·z_i) ŷ_i) / ‖y_i - ȳ_i‖."""
+        mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        y, x = y - mean_y, x - mean_x
+        squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
+        # Moments are sent, not norms around the means of one process: in float64, where their cancellation is harmless.
+        count = y.shape[-1]
+        local = [_moments(count, mean_y, squares_y), _moments(count, mean_x, squares_x)]
+        total = yield local
+        if total is not local:
+            shift_y, squares_y = _recentre(total[0], mean_y)
+            shift_x, squares_x = _recentre(total[1], mean_x)
+            y, x = y + shift_y, x + shift_x
+        inverse_y, dead_y = _inverse_norm(squares_y.sqrt())
+        inverse_x, dead_x = _inverse_norm(squares_x.sqrt())
+        z = plan.matrix @ x.mul_(inverse_x[..., None])
+        y = y.mul_(inverse_y[..., None])
+        [products] = yield [torch.linalg.vecdot(y, z)]
+        dead = torch.linalg.vecdot((plan.matrix @ dead_x[..., None]).squeeze(-1), dead_y)
+        value = plan.student_mass.sum(-1) - products.sum(-1) - dead
+        return value, z.addcmul_(y, products[..., None], value=-1).mul_(-inverse_y[..., None])
+
+
+class SquaredEuclideanCost(Cost):
+    """‖y - x‖² / (n s²), with s² the mean square of the raw teacher."""
+
+    scaled = True
+
+    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Count and squared distances."""
+        if y.shape[-1] > FLOAT64_OBSERVATIONS:
+            y, x = y.double(), x.double()
+        return [y.new_full(y.shape[:-2], y.shape[-1]), _squared_distances(*_centre(y, x))]
+
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """Mean squared distances over s²."""
+        count, squared = sums
+        return squared / (count * _scale(energy))[..., None, None]
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
+        count = _count(y)
+        y, x = _centre(y, x)
+        z = plan.matrix @ x
+        pull = torch.addcmul(-z, plan.student_mass[..., None], y)
+        total = torch.linalg.vecdot(y.flatten(-2), (pull - z).flatten(-2))
+        total = total + torch.linalg.vecdot(plan.teacher_mass, torch.linalg.vecdot(x, x))
+        total, count, energy = yield [total, count, energy]
+        scale = count * _scale(energy)
+        return total / scale, pull.mul_((2 / scale)[..., None, None])
+
+
+class EuclideanCost(SquaredEuclideanCost):
+    """‖y - x‖ / (√n s), with s² the mean square of the raw teacher: the cost of the paper.
+
+    The gradient of a distance is a unit vector, whatever the distance; below 1e-2 of the mean cost it is shrunk to zero,
+    so that matched neurons come to rest. The value is not changed.
+    """
+
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """Root of the mean squared distances over s."""
+        return super().matrix(sums, energy).sqrt_()
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
+        count = _count(y)
+        y, x = _centre(y, x)
+        squared, count, energy = yield [_squared_distances(y, x), count, energy]
+        scale = (count * _scale(energy))[..., None, None]
+        matrix = squared.div_(scale).sqrt_()
+        value = torch.linalg.vecdot(plan.matrix.flatten(-2), matrix.flatten(-2))
+        floor = DISTANCE_FLOOR * matrix.mean((-2, -1), keepdim=True)
+        # Where all distances are zero so is the floor, and the gradient is zero times anything finite.
+        floor = floor.clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)
+        weights = torch.div(plan.matrix, torch.maximum(matrix, floor, out=matrix), out=matrix)
+        gradient = torch.addcmul(-(weights @ x), weights.sum(-1, keepdim=True), y)
+        return value, gradient.div_(scale)
+
+
+class CallableCost(Cost):
+    """A user's cost: a function of raw neurons ``(N, n)`` and ``(M, n)`` that gives a differentiable ``(N, M)``.
+
+    It need not be a sum over observations, so running costs average its matrices, and it has no global batch.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+
+    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Count and the matrix times the count."""
+        return [y.new_full(y.shape[:-2], y.shape[-1]), self._matrix(y, x) * y.shape[-1]]
+
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """The average of the matrices, weighted by their observations."""
+        return sums[1] / sums[0][..., None, None]
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """⟨P, M⟩ and its gradient by autograd through the user's function."""
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            value = (plan.matrix * self._matrix(y, x)).sum((-2, -1))
+            if not value.requires_grad:
+                raise ValueError(
+                    f"The cost {self.function!r} does not depend on the student neurons in a differentiable way, so it "
+                    "has no gradient. Compute it with torch operations on its first argument."
+                )
+            (gradient,) = torch.autograd.grad(value.sum(), y)
+        return value.detach(), gradient
+        yield  # a generator without rounds
+
+    def _matrix(self, y: Tensor, x: Tensor) -> Tensor:
+        if y.dim() > 2:
+            return torch.stack([self._matrix(*pair) for pair in zip(y, x, strict=True)])
+        matrix = self.function(y, x)
+        expected = (y.shape[-2], x.shape[-2])
+        if not isinstance(matrix, Tensor) or tuple(matrix.shape) != expected:
+            got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise ValueError(f"Expected the cost {self.function!r} to give a tensor of shape {expected}, but got {got}.")
+        return matrix
+
+
+def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
+    """The cost of that name.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If it is neither a name nor callable.
+    """
+    named = {"correlation": CorrelationCost, "euclidean": EuclideanCost, "sqeuclidean": SquaredEuclideanCost}
+    if isinstance(cost, Cost):
+        return cost
+    if isinstance(cost, str):
+        if cost not in named:
+            raise ValueError(f"Expected argument `cost` to be one of {list(named)} or a callable, but got {cost!r}.")
+        return named[cost]()
+    if callable(cost):
+        return CallableCost(cost)
+    raise TypeError(f"Expected argument `cost` to be a name or a callable, but got {type(cost).__name__}.")
+
+
+def _inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / norm where a neuron is live and 0 where it is dead, and 1 where it is dead."""
+    dead = norm <= DEAD_SHARE * norm.mean(-1, keepdim=True)
+    return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
+
+
+def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
+    """Count, sum and sum of squares ``(..., N, 3)`` in float64, from a mean and centred squares."""
+    mean = mean.squeeze(-1).double()
+    return torch.stack((torch.full_like(mean, count), count * mean, count * mean**2 + squares), -1)
+
+
+def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """What to add to neurons centred by ``mean`` to centre them by the mean of all, and their centred squares."""
+    count, sums, squares = total.unbind(-1)
+    overall = sums / count
+    centred = (squares - count * overall**2).clamp_min(0)
+    return (mean.double() - overall[..., None]).to(mean.dtype), centred.to(mean.dtype)
+
+
+def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the teacher's mean over neurons from both: distances stay, cancellation shrinks."""
+    centre = x.mean(-2, keepdim=True)
+    return y - centre, x - centre
+
+
+def _squared_distances(y: Tensor, x: Tensor) -> Tensor:
+    distances = torch.linalg.vecdot(y, y)[..., None] + torch.linalg.vecdot(x, x)[..., None, :]
+    return torch.baddbmm(distances, y, x.mT, alpha=-2).clamp_min_(0) if y.dim() == 3 else (
+        torch.addmm(distances, y, x.mT, alpha=-2).clamp_min_(0)
+    )
+
+
+def _count(y: Tensor) -> Tensor:
+    return y.new_full(y.shape[:-2], y.shape[-1])
+
+
+def _scale(energy: Tensor) -> Tensor:
+    """s²; a teacher that is zero throughout has no scale of its own."""
+    scale = energy[..., 0] / energy[..., 1]
+    return torch.where(scale > 0, scale, 1.0)

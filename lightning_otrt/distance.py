@@ -1,0 +1,254 @@
+"""The transport distance between two sets of neurons: cost, plan, value and gradient put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_otrt.costs import Cost, Plan, Rounds, Sums, ValueAndGradient, get_cost
+from lightning_otrt.plans import (
+    diagnose,
+    exact_plan,
+    identity_plan,
+    random_plan,
+    sinkhorn_plan,
+    uniform_plan,
+)
+
+__all__ = ["PLANS", "TransportResult", "check_epsilon", "check_plan", "fixed_plan", "transport_distance"]
+
+#: The kinds of plan; "static" is only known to a training run, where it is a Sinkhorn plan that is kept.
+PLANS = ("sinkhorn", "exact", "identity", "uniform", "random", "static")
+
+
+@dataclass(frozen=True, eq=False)
+class TransportResult:
+    """A transport distance with the plan behind it.
+
+    Attributes:
+        value: ⟨P, M⟩, a scalar or ``(B,)``; differentiable with respect to the student neurons.
+        plan: P, ``(N, M)`` or ``(B, N, M)``; a constant.
+        cost: M, of the same shape; a constant.
+        marginal_error: L1 distance of the teacher's masses to 1/M, of a total mass of 1. The student's are exact up to
+            rounding for the plans solved here.
+        student_marginal_error: The same on the student's side.
+        entropy: Entropy of the plan over that of the uniform plan: 1 matches nothing.
+        off_identity: Share of the mass off the diagonal for equal widths, else NaN.
+    """
+
+    value: Tensor
+    plan: Tensor
+    cost: Tensor
+    marginal_error: Tensor
+    student_marginal_error: Tensor
+    entropy: Tensor
+    off_identity: Tensor
+
+
+def transport_distance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    cost: str | Callable[[Tensor, Tensor], Tensor] = "correlation",
+    plan: str = "sinkhorn",
+    epsilon: float = 0.01,
+    seed: int = 0,
+) -> TransportResult:
+    r"""Optimal transport distance between the neurons of a student and those of a teacher.
+
+    .. math:: \Omega(T, S) = \langle P^*, M\rangle = \min_{P \in \Pi(a, b)} \sum_{ij} P_{ij} M_{ij}
+
+    with uniform masses (arXiv 2007.06737, equation 2). The plan is a constant of the backward pass (envelope theorem);
+    the gradient flows to ``student`` alone, and is that of ⟨P, M⟩ with P held fixed.
+
+    Args:
+        student: Student neurons, ``(N, n)`` or ``(B, N, n)``: rows are neurons, columns observations.
+        teacher: Teacher neurons, ``(M, n)`` or ``(B, M, n)``, over the same observations. A constant.
+        cost: ``"correlation"`` (1 - r), ``"euclidean"``, ``"sqeuclidean"`` (both in units of the teacher's root mean
+            square activation and per observation) or a function of the raw neurons, in float32 or wider, that gives the
+            ``(N, M)`` costs.
+        plan: ``"sinkhorn"`` (entropic), ``"exact"``, or a control: ``"identity"``, ``"uniform"``, ``"random"``.
+        epsilon: Entropic regularisation, relative to the mean cost.
+        seed: Seed of ``plan="random"``.
+
+    Returns:
+        The value with its plan, cost and diagnostics.
+
+    Raises:
+        TypeError: If the neurons are not floating-point tensors.
+        ValueError: If shapes do not fit, values are not finite, or an argument is out of range.
+        RuntimeError: If the entropic plan does not converge.
+
+    Example:
+        >>> import torch
+        >>> from lightning_otrt import transport_distance
+        >>> teacher = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+        >>> student = teacher[torch.arange(31, -1, -1)].requires_grad_()  # the same neurons in another order
+        >>> result = transport_distance(student, teacher)
+        >>> bool(result.value.abs() < 1e-3)
+        True
+        >>> result.plan.shape
+        torch.Size([32, 32])
+        >>> result.value.backward()
+    """
+    rule = get_cost(cost)
+    check_plan(plan, allowed=PLANS[:-1])
+    check_epsilon(epsilon)
+    _check_neurons(student, teacher, rule)
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        batched = student.dim() == 3
+        y, x = _wide(student.detach(), teacher.detach())
+        y, x = (y, x) if batched else (y[None], x[None])
+        energy = rule.energy(x)
+        matrix = rule.matrix(rule.sums(y, x), energy).to(y.dtype)
+        _check_cost(matrix, cost)
+        coupling = fixed_plan(plan, y.shape[-2], x.shape[-2], seed=seed)
+        if coupling is not None:
+            coupling = coupling.to(matrix).expand_as(matrix)
+        elif plan == "exact":
+            coupling = exact_plan(matrix)
+        else:
+            coupling = sinkhorn_plan(matrix, epsilon).matrix
+        [(value, gradient)] = run_rounds([rule.value(y, x, Plan.of(coupling), energy)])
+        numbers = diagnose(coupling)
+        if not batched:
+            value, gradient, coupling, matrix = value[0], gradient[0], coupling[0], matrix[0]
+            numbers = type(numbers)(*(number[0] for number in numbers))
+    return TransportResult(
+        value=attach_gradients(value, [student], [gradient]),
+        plan=coupling,
+        cost=matrix,
+        marginal_error=numbers.teacher_error,
+        student_marginal_error=numbers.student_error,
+        entropy=numbers.entropy,
+        off_identity=numbers.off_identity,
+    )
+
+
+def fixed_plan(plan: str, rows: int, columns: int, *, seed: int, where: str = "the pair") -> Tensor | None:
+    """The plan of a control that does not look at the cost, ``(N, M)``, or None for a plan that must be solved."""
+    if plan == "identity":
+        return identity_plan(rows, columns, where)
+    if plan == "uniform":
+        return uniform_plan(rows, columns)
+    if plan == "random":
+        return random_plan(rows, columns, seed)
+    return None
+
+
+def run_rounds(rounds: Sequence[Rounds], reduce: Callable[[Sums], Sums] | None = None) -> list[ValueAndGradient]:
+    """Run generators of :meth:`Cost.value` side by side, so that each of their rounds is one reduction for all.
+
+    Args:
+        rounds: One generator a pair.
+        reduce: Sums a list of tensors over all processes; None for a single process, which is sent its own sums back.
+    """
+    results: list[ValueAndGradient | None] = [None] * len(rounds)
+    replies: dict[int, Sums | None] = {index: None for index in range(len(rounds))}
+    while replies:
+        asked: dict[int, Sums] = {}
+        for index, reply in replies.items():
+            try:
+                asked[index] = next(rounds[index]) if reply is None else rounds[index].send(reply)
+            except StopIteration as stop:
+                results[index] = stop.value
+        if reduce is not None and asked:
+            flat = iter(reduce([tensor for sums in asked.values() for tensor in sums]))
+            asked = {index: [next(flat) for _ in sums] for index, sums in asked.items()}
+        replies = dict(asked)
+    return [result for result in results if result is not None]
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value computed beforehand together with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        ctx.inputs = [(tensor.shape, tensor.dtype) for tensor in tensors[:count]]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        grads = []
+        for gradient, (shape, dtype) in zip(ctx.saved_tensors, ctx.inputs, strict=True):
+            factor = grad_value.reshape(grad_value.shape + (1,) * (gradient.dim() - grad_value.dim()))
+            grads.append((gradient * factor).reshape(shape).to(dtype))
+        return (None, None, *grads, *[None] * len(grads))
+
+
+def attach_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """``value``, with ``gradients`` as its derivatives with respect to ``inputs``; differentiable once."""
+    return _WithGradients.apply(value, len(inputs), *inputs, *gradients)
+
+
+def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
+    """Raise a ValueError unless ``plan`` is one of ``allowed``."""
+    if plan not in allowed:
+        raise ValueError(f"Expected argument `plan` to be one of {list(allowed)}, but got {plan!r}.")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise a ValueError unless ``epsilon`` can match anything."""
+    if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and 0 < epsilon < 1):
+        raise ValueError(
+            f"Expected argument `epsilon` to lie between 0 and 1, but got {epsilon!r}. It is relative to the mean cost: "
+            "0.01 is close to an exact plan, from 0.2 on nothing is matched, at 1 the plan is uniform."
+        )
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise a ValueError that names ``where`` if a value is NaN or infinite. Waits for the device."""
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{where} has {bad} NaN or infinite values of {tensor.numel()} (shape {tuple(tensor.shape)}), so no "
+            "transport cost can be formed. Check its inputs and its weights."
+        )
+
+
+def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"Expected argument `{name}` to be a floating-point tensor, but got {got}.")
+        if tensor.dim() not in (2, 3) or 0 in tensor.shape:
+            raise ValueError(
+                f"Expected argument `{name}` to have the non-empty shape (neurons, observations) or "
+                f"(batch, neurons, observations), but got {tuple(tensor.shape)}."
+            )
+    if student.shape[:-2] != teacher.shape[:-2] or student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"Expected `student` {tuple(student.shape)} and `teacher` {tuple(teacher.shape)} to agree in all but the "
+            "number of neurons (the second axis from the end): their observations are paired one to one."
+        )
+    if student.shape[-1] < rule.min_observations:
+        raise ValueError(
+            f"{student.shape[-1]} observations carry no correlation; at least {rule.min_observations} are needed."
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"`student` is on {student.device} but `teacher` on {teacher.device}; move one of them.")
+    check_finite(student.detach(), "`student`")
+    check_finite(teacher.detach(), "`teacher`")
+
+
+def _check_cost(matrix: Tensor, cost: object) -> None:
+    check_finite(matrix, f"The cost {cost!r}")
+    if bool((matrix < 0).any()):
+        raise ValueError(
+            f"Expected the cost {cost!r} not to be negative, but its least value is {matrix.min():.3g}. Epsilon is "
+            "relative to the mean cost; add a constant."
+        )
+
+
+def _wide(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32, or in float64 if either is."""
+    dtype = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
+    return y.to(dtype), x.to(dtype)
