@@ -27,8 +27,8 @@ SCRIPTS = {
 SPLITS = ("train", "validation", "test")
 IMAGES_PER_CLASS = {"train": 200, "validation": 50, "test": 50}
 
-# These map symbols to the code points of letters, so that a charmap cannot tell them from text fonts.
-_SYMBOL_FONTS = ("LastResort", "cmex", "cmsy", "STIXNonUni", "STIXSiz")
+# Symbols; some map them to the code points of letters, so that the charmap cannot tell them from text fonts.
+_SYMBOL_FONTS = ("LastResort", "cmex", "cmsy", "STIXNonUni", "STIXSiz", "DejaVuSansDisplay", "DejaVuSerifDisplay")
 
 
 def glyphs(script: str, split: str, *, per_class: int | None = None, seed: int = 0) -> TensorDataset:
@@ -76,7 +76,7 @@ def _rendered(script: str, split: str) -> list[Tensor]:
 
 def _render(face: FT2Font, character: str) -> Tensor:
     """One glyph centred on its canvas, at a size that lets the largest letters keep a margin."""
-    face.set_size(CANVAS * FS, 72)
+    face.set_size(CANVAS * 0.9, 72)
     face.set_text(character)
     face.draw_glyphs_to_bitmap(antialiased=True)
     bitmap = torch.from_numpy(face.get_image().copy()).float() / 255
@@ -99,7 +99,6 @@ def _distort(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = torch.stack([cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y], dim=1)
     grid = F.affine_grid(rows.view(count, 2, 3), [count, 1, SIZE, SIZE], align_corners=False)
     ink = F.grid_sample(images, grid, align_corners=False) * uniform(*INK).view(-1, 1, 1, 1)
-    noise = torch.randn(ink.shape, generator=generator)
-    blots = F.interpolate(torch.randn(count, 1, BL, BL, generator=generator), size=SIZE, mode="bilinear")
-    return ink + NOISE * noise + BLOTS * blots
-ROT, SCALE, SHEAR, SHIFT, INK, NOISE, BLOTS, BL, FS = 25, (0.7, 1.2), 0.3, 0.2, (0.5, 1.0), 0.1, 0.1, 8, 0.9
+    blots = F.interpolate(torch.randn(count, 1, 8, 8, generator=generator), size=SIZE, mode="bilinear")
+    return ink + BLOTS * blots + NOISE * torch.randn(ink.shape, generator=generator)
+ROT, SCALE, SHEAR, SHIFT, INK, NOISE, BLOTS = 15, (0.8, 1.2), 0.2, 0.1, (0.5, 1.0), 0.2, 0.2

@@ -24,18 +24,20 @@ class ConvNet(nn.Module):
 
     def __init__(self, widths: Sequence[int] = TEACHER_WIDTHS, num_classes: int = 10) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-                )
-                for before, width in zip((1, *widths), widths, strict=False)
-            )
-        )
+        self.blocks = nn.Sequential(*(_block(*ends) for ends in zip((1, *widths), widths, strict=False)))
         self.head = nn.Linear(widths[-1], num_classes)
+        # Twice as fast on a CPU, where pooling and few channels dominate.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(images).mean(dim=(2, 3)))
+
+
+def _block(channels: int, width: int) -> nn.Sequential:
+    # Pooling first leaves normalisation and ReLU a quarter of the map.
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()
+    )
 
 
 class Classifier(L.LightningModule):

@@ -1,3 +1,25 @@
+"""Representation transfer by optimal transport (arXiv 2007.06737) for PyTorch Lightning."""
+
+from lightning_otrt.callback import OTRTCallback
 from lightning_otrt.distance import TransportResult, transport_distance
+from lightning_otrt.layers import LayerPair
+from lightning_otrt.module import OTRTModule
 from lightning_otrt.neurons import neurons
 from lightning_otrt.schedules import CosineDecay, LinearWarmup
+from lightning_otrt.teachers import load_teacher
+from lightning_otrt.transfer import RepresentationTransfer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CosineDecay",
+    "LayerPair",
+    "LinearWarmup",
+    "OTRTCallback",
+    "OTRTModule",
+    "RepresentationTransfer",
+    "TransportResult",
+    "load_teacher",
+    "neurons",
+    "transport_distance",
+]

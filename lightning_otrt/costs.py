@@ -109,9 +109,8 @@ class CorrelationCost(Cost):
         if y.shape[-1] > FLOAT64_OBSERVATIONS:
             y, x = y.double(), x.double()
         y0, x0 = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
-        y, x = y - y0, x - x0
-        count = y.new_full(y.shape[:-2], y.shape[-1])
-        return [count, y.sum(-1), x.sum(-1), torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x), y @ x.mT]
+        (y, yy), (x, xx) = _deviations(y, y0), _deviations(x, x0)
+        return [_count(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
 
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
         """1 - r from the moments."""
@@ -132,7 +131,10 @@ class CorrelationCost(Cost):
         count = y.shape[-1]
         local = [_moments(count, mean_y, squares_y), _moments(count, mean_x, squares_x)]
         total = yield local
-        if total is not local:
+        if total is local:
+            squares_y = _without_rounding(squares_y, count, mean_y.squeeze(-1))
+            squares_x = _without_rounding(squares_x, count, mean_x.squeeze(-1))
+        else:
             shift_y, squares_y = _recentre(total[0], mean_y)
             shift_x, squares_x = _recentre(total[1], mean_x)
             y, x = y + shift_y, x + shift_x
@@ -221,9 +223,11 @@ class CallableCost(Cost):
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
         """⟨P, M⟩ and its gradient by autograd through the user's function."""
-        with torch.enable_grad():
+        # Inference mode, in which Lightning validates, records no gradient, and none can be had of tensors born in it.
+        with torch.inference_mode(False), torch.enable_grad():
+            y, x, matrix = (t.clone() if t.is_inference() else t for t in (y, x, plan.matrix))
             y = y.detach().requires_grad_()
-            value = (plan.matrix * self._matrix(y, x)).sum((-2, -1))
+            value = (matrix * self._matrix(y, x)).sum((-2, -1))
             if not value.requires_grad:
                 raise ValueError(
                     f"The cost {self.function!r} does not depend on the student neurons in a differentiable way, so it "
@@ -279,8 +283,24 @@ def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """What to add to neurons centred by ``mean`` to centre them by the mean of all, and their centred squares."""
     count, sums, squares = total.unbind(-1)
     overall = sums / count
-    centred = (squares - count * overall**2).clamp_min(0)
-    return (mean.double() - overall[..., None]).to(mean.dtype), centred.to(mean.dtype)
+    centred = (squares - count * overall**2).clamp_min(0).to(mean.dtype)
+    shift = (mean.double() - overall[..., None]).to(mean.dtype)
+    return shift, _without_rounding(centred, count.to(mean.dtype), overall.to(mean.dtype))
+
+
+def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviations from ``reference`` and their sums of squares, both 0 where they are rounding."""
+    y = y - reference
+    squares = _without_rounding(torch.linalg.vecdot(y, y), y.shape[-1], reference.squeeze(-1))
+    return y.masked_fill_((squares == 0)[..., None], 0.0), squares
+
+
+def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
+    """Centred squares, but 0 where they are the rounding of a constant: at unit norm that has huge gradients."""
+    eps = torch.finfo(squares.dtype).eps
+    # The second bound is that of moments that are added up in float64.
+    share = max((4 * eps) ** 2, 8 * torch.finfo(torch.float64).eps)
+    return torch.where(squares <= share * count * mean**2, 0.0, squares)
 
 
 def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def transport_distance(
     _check_neurons(student, teacher, rule)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         batched = student.dim() == 3
-        y, x = _wide(student.detach(), teacher.detach())
+        y, x = common_dtype(student.detach(), teacher.detach())
         y, x = (y, x) if batched else (y[None], x[None])
         energy = rule.energy(x)
         matrix = rule.matrix(rule.sums(y, x), energy).to(y.dtype)
@@ -248,7 +248,7 @@ def _check_cost(matrix: Tensor, cost: object) -> None:
         )
 
 
-def _wide(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def common_dtype(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32, or in float64 if either is."""
     dtype = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
     return y.to(dtype), x.to(dtype)

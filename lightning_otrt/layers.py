@@ -61,7 +61,7 @@ class LayerPair:
 
 
 #: What ``layers=`` accepts; a list may mix all of its forms.
-LayerSpec: TypeAlias = "str | int | LayerPair | Mapping[Any, Any] | Sequence[Any]"
+LayerSpec: TypeAlias = int | str | LayerPair | Mapping[Any, Any] | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -368,14 +368,13 @@ class LayerNames:
             message += (
                 f" This name exists in the {other.side}: pairs are student -> teacher, the two sides may be swapped."
             )
-        parent = (prefix if prefix and name not in self.names and name.split(".")[0] in relative else "") + name
-        while parent and parent.rpartition(".")[0] not in self.names:
-            parent = parent.rpartition(".")[0]
-        parent = parent.rpartition(".")[0]
-        return ValueError(f"{message} Available at this depth: {_listed(self._children(parent))}.")
+        parent = max(self._existing_parent(name), self._existing_parent(prefix + name), key=len)
+        siblings = [known for known in self.names if known and known.rpartition(".")[0] == parent]
+        return ValueError(f"{message} Available at this depth: {_listed(siblings)}.")
 
-    def _children(self, parent: str) -> list[str]:
-        return [name for name in self.names if name and name.rpartition(".")[0] == parent]
+    def _existing_parent(self, name: str) -> str:
+        parent = name.rpartition(".")[0]
+        return parent if not parent or parent in self.names else self._existing_parent(parent)
 
     def _whole(self) -> str:
         return f"{self.side} ({self.kind})" if self.kind else self.side
@@ -472,10 +471,10 @@ def check_names(
 
     Example:
         >>> check_names({"net.fc": "fc"}, ["", "net", "net.fc"], ["", "fc"])
-        >>> check_names("fd", ["", "fc"], ["", "fc"])
+        >>> check_names("fc2", ["", "fc1"], ["", "fc1"])
         Traceback (most recent call last):
         ...
-        ValueError: No layer 'fd' in the student. Did you mean 'fc'? Available at this depth: 'fc'.
+        ValueError: No layer 'fc2' in the student. Did you mean 'fc1'? Available at this depth: 'fc1'.
     """
     student = LayerNames("student", tuple(student_names), student_root, tensors=student_tensors or {})
     teacher = LayerNames("teacher", tuple(teacher_names), teacher_root, tensors=teacher_tensors or {})

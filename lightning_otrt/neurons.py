@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +61,9 @@ def neurons(
     """
     tensor = select_tensor(output, select, where="output")
     if token_grid is None and tensor.dim() == 3 and neuron_axis in (2, -1) and mask is None:
-        side = round((tensor.shape[1 - batch_axis] - prefix_tokens) ** 0.5)
-        if side * side == tensor.shape[1 - batch_axis] - prefix_tokens:
+        tokens = max(tensor.shape[1 - batch_axis] - prefix_tokens, 0)
+        side = math.isqrt(tokens)
+        if side * side == tokens:
             token_grid = (side, side)
     reader = NeuronReader(
         layer="output",
@@ -148,13 +150,13 @@ class NeuronReader:
 
     def _pool_tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Drop the prefix of ``(B, C, T)`` and pool what is left as a map or as a sequence."""
-        x = x[..., self.prefix_tokens :]
-        tokens = x.shape[-1]
-        if tokens == 0:
+        tokens = x.shape[-1] - self.prefix_tokens
+        if tokens <= 0:
             raise ValueError(
-                f"No token is left in {self.layer}: it has {self.prefix_tokens} tokens and `prefix_tokens` is "
+                f"No token is left in {self.layer}: it has {x.shape[-1]} tokens and `prefix_tokens` is "
                 f"{self.prefix_tokens}."
             )
+        x = x[..., self.prefix_tokens :]
         if self.token_grid is not None:
             if self.token_grid[0] * self.token_grid[1] != tokens:
                 raise ValueError(

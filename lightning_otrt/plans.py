@@ -224,7 +224,12 @@ def exact_plan(cost: Tensor) -> Tensor:
             f'plan="exact" between {rows} student and {columns} teacher neurons needs POT, because the widths differ: '
             "pip install lightning_otrt[exact]."
         ) from error
-    plans = [torch.from_numpy(emd([], [], problem, numItermax=1_000_000)) for problem in costs]
+    # POT compares reduced costs with an absolute tolerance: in units of its own mean no cost is too small for it.
+    scales = [problem.mean() or 1.0 for problem in costs]
+    plans = [
+        torch.from_numpy(emd([], [], problem / scale, numItermax=1_000_000))
+        for problem, scale in zip(costs, scales, strict=True)
+    ]
     return torch.stack(plans).to(cost.device, cost.dtype)
 
 

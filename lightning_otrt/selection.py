@@ -1,4 +1,4 @@
-"""From a specification of layers and two traces to pairs: the automatic choices, and what a recordable layer must be."""
+"""From a specification of layers and two traces to pairs: the automatic choices, and what can be recorded."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ _BLOCKS = 4
 def resolve_layers(spec: LayerSpec, student: Trace, teacher: Trace) -> tuple[LayerPair, ...]:
     """The pairs of layers that a specification stands for in two traced models.
 
-    ``spec`` is a mapping ``{student name: teacher name}``, a list of pairs, a list of names that both models have, or one
-    name. A name may be a glob (``"layer?"``, level by level), a regex (``"re:layer[34]"``), an index among the recordable
-    layers (-1 completes last), ``"name:input"`` for what enters a layer, or a word: ``"penultimate"`` is what enters the
-    classification head, ``"blocks"`` the last module at each spatial resolution or four evenly spaced transformer
-    blocks, ``"auto"`` blocks where both models have them and penultimate otherwise. A list mixes all of these. A student
-    layer may be matched to two teacher layers.
+    ``spec`` is a mapping ``{student name: teacher name}``, a list of pairs, a list of names that both models have, or
+    one name. A name may be a glob (``"layer?"``, level by level), a regex (``"re:layer[34]"``, which matches the whole
+    name), an index among the recordable layers (-1 completes last), ``"name:input"`` for what enters a layer, or a
+    word: ``"penultimate"`` is what enters the classification head, ``"blocks"`` the last module at each spatial
+    resolution or four evenly spaced transformer blocks, ``"auto"`` blocks where both models have them and penultimate
+    otherwise. A list mixes all of these. A student layer may be matched to two teacher layers. A module that is itself
+    called ``blocks`` is reached as ``"re:blocks"``.
 
     Args:
         spec: What the user gave as ``layers``. In a list, a list or tuple of two is a pair; a mapping with the keys
@@ -48,8 +49,8 @@ def resolve_layers(spec: LayerSpec, student: Trace, teacher: Trace) -> tuple[Lay
 
     Raises:
         TypeError: If an element of ``spec`` is none of the accepted forms.
-        ValueError: If a name is unknown, a layer gives no representation, two patterns find different numbers of layers,
-            or a pair is named twice.
+        ValueError: If a name is unknown, a layer gives no representation, two patterns find different numbers of
+            layers, or a pair is named twice.
 
     Example:
         >>> import torch
@@ -100,8 +101,8 @@ def _choose(name: str | int, trace: Trace, names: LayerNames, other: LayerNames)
 
 
 _NOTHING_FOUND = {
-    "blocks": "No layer of the {side} ({kind}) has positions or tokens with a known neuron axis, so there are no blocks "
-    'to match. Use "penultimate", or name the layers and their `neuron_axis`.',
+    "blocks": "No layer of the {side} ({kind}) has positions or tokens with a known neuron axis, so there are no "
+    'blocks to match. Use "penultimate", or name the layers and their `neuron_axis`.',
     "penultimate": "No classification head was found in the {side} ({kind}): its forward does not end with a Linear or "
     "1x1 convolution that gives a 2-D output. Name the layer, such as 'fc:input' or 'backbone'.",
 }
@@ -247,11 +248,12 @@ def _token_blocks(layers: list[TracedLayer]) -> list[TracedLayer]:
         if layer.is_container and _is_tokens(layer):
             groups.setdefault((re.sub(r"\d+", "#", layer.name), layer.kind), []).append(layer)
     repeated = [group for group in groups.values() if len(group) > 1]
-    return min(repeated, key=lambda group: (group[0].name.count("."), -len(group)), default=[])
+    holders = tuple(f"{layer.name}." for group in repeated for layer in group)
+    return max((group for group in repeated if not group[0].name.startswith(holders)), key=len, default=[])
 
 
 def _completed(pair: LayerPair, student: Trace, teacher: Trace, total: float) -> LayerPair:
-    """The pair with its share of the weight and both neuron axes, once both of its layers are known to be recordable."""
+    """The pair with its share of the weight and both neuron axes, once both of its layers can be recorded."""
     given = pair.neuron_axis if isinstance(pair.neuron_axis, tuple) else (pair.neuron_axis, pair.neuron_axis)
     sides = (("student", student, pair.student, given[0]), ("teacher", teacher, pair.teacher, given[1]))
     tensors = [_recordable(side, trace, name, pair.select) for side, trace, name, _ in sides]
@@ -308,7 +310,8 @@ def _recordable(side: str, trace: Trace, name: str, select: str | int | None) ->
         )
     if len(tensor.shape) < 2:
         raise ValueError(
-            f"{where} {what} of shape {tensor.shape}; a representation needs (batch, neurons, ...). Hook an earlier layer."
+            f"{where} {what} of shape {tensor.shape}; a representation needs (batch, neurons, ...). "
+            "Hook an earlier layer."
         )
     return tensor
 

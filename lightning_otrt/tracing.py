@@ -1,6 +1,6 @@
-"""One forward of a model, watched: which modules ran, in what order, what they gave and along which axis their neurons lie.
+"""One forward of a model, watched: which modules ran, in what order, and along which axis their neurons lie.
 
-The model is the same before and after: no gradient, no random number used up, no statistic or flag changed, no hook left.
+The model is the same before and after: no random number used up, no statistic or flag changed, no hook left.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ def named_tensors(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, module in named_layers(model).items():
-        for key, value in module.named_parameters(recurse=False):
-            found[_join(name, key)] = f"Parameter of shape {tuple(value.shape)}"
-        for key, value in module.named_buffers(recurse=False):
-            found[_join(name, key)] = f"buffer of shape {tuple(value.shape)}"
+        for key, parameter in module.named_parameters(recurse=False):
+            found[_join(name, key)] = f"Parameter of shape {tuple(parameter.shape)}"
+        for key, buffer in module.named_buffers(recurse=False):
+            found[_join(name, key)] = f"buffer of shape {tuple(buffer.shape)}"
     return found
 
 
@@ -143,18 +143,18 @@ def format_pairs(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> 
         >>> from torch import nn
         >>> seen = trace(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), (torch.randn(4, 6),))
         >>> print(format_pairs([LayerPair("0", "0", neuron_axis=(1, 1))], seen, seen))
-        student      shape   axis  teacher      shape   axis  weight
-        0 (Linear)  (4, 5)      1  0 (Linear)  (4, 5)      1       1
+        student      shape  axis  teacher      shape  axis  weight
+        0 (Linear)  (4, 5)     1  0 (Linear)  (4, 5)     1       1
     """
-    rows = [("student", "shape", "axis", "teacher", "shape", "axis", "weight")]
+    rows = [["student", "shape", "axis", "teacher", "shape", "axis", "weight"]]
     for pair in pairs:
         axes = pair.neuron_axis if isinstance(pair.neuron_axis, tuple) else (pair.neuron_axis,) * 2
-        cells = []
+        cells: list[str] = []
         for name, seen, axis in ((pair.student, student, axes[0]), (pair.teacher, teacher, axes[1])):
             tensor = seen.tensor(name, pair.select)
             shown = tensor.neuron_axis if axis is None and tensor else axis
             cells += [f"{name} ({seen.layer(name).kind})", str(tensor.shape if tensor else "?"), str(shown)]
-        rows.append((*cells, f"{pair.weight:.3g}"))  # type: ignore[arg-type]
+        rows.append([*cells, f"{pair.weight:.3g}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

@@ -1,0 +1,245 @@
+"""Representation transfer as a callback of the Lightning Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_otrt.layers import LayerPair
+from lightning_otrt.patching import add_term, remove_term
+from lightning_otrt.schedules import Schedule
+from lightning_otrt.transfer import RepresentationTransfer
+
+__all__ = ["OTRTCallback"]
+
+
+class TransferCallback(pl.Callback):
+    """What :class:`OTRTCallback` and the callback inside :func:`OTRTModule` share: an engine for the time of one fit."""
+
+    def __init__(self, transfer: RepresentationTransfer) -> None:
+        super().__init__()
+        #: The engine, with the resolved pairs, plans and distances.
+        self.transfer = transfer
+        transfer.report = rank_zero_info
+        self._module: pl.LightningModule | None = None
+        self._trainer: pl.Trainer | None = None
+        self._resumed = False
+        self._batch: tuple[int, int] | None = None
+        self._again = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Distinguishes several callbacks; it follows neither the weight nor other settings that a resume may change."""
+        transfer = self.transfer
+        return self._generate_state_key(teacher=type(transfer.teacher.module).__name__, layers=repr(transfer.layers))
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Replace the training step. Not later: finders of learning rate and batch size train before the fit starts."""
+        if stage != "fit":
+            return
+        self._trainer, self._module = trainer, pl_module
+        self._batch = None
+        if not is_overridden("configure_model", pl_module):
+            self.transfer.attach(pl_module)
+        add_term(pl_module, self)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to layers that exist only after ``configure_model``."""
+        if not self.transfer.is_attached:
+            self.transfer.attach(pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what trial steps of finders left, unless a checkpoint was loaded."""
+        if not self._resumed:
+            self.transfer.reset()
+        self.transfer.check_every = max(1, trainer.log_every_n_steps)
+        self._batch = None
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report values that were not finite since the last look."""
+        self.transfer.check_finite()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave module and teacher as they were found."""
+        if stage == "fit":
+            self._release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same: Lightning does not call ``teardown`` after an exception."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._module is not None:
+            remove_term(self._module, self)
+        self.transfer.detach()
+        self._module = self._trainer = None
+        self._resumed = False
+
+    @contextmanager
+    def training_step(self) -> Iterator[None]:
+        """Record while the user's training step runs."""
+        assert self._trainer is not None
+        trainer = self._trainer
+        self.transfer.step = trainer.global_step
+        batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+        self._again, self._batch = batch == self._batch, batch
+        with self.transfer.recording():
+            yield
+
+    def has_term(self) -> bool:
+        """Whether a forward was recorded whose term is not in a loss yet."""
+        return self.transfer.has_views
+
+    def discard(self) -> None:
+        """Forget the forwards of a step that the user skips."""
+        self.transfer.discard()
+
+    def term(self, position: int) -> Tensor | None:
+        """The weighted term of the forwards since the last call, logged; None where the weight is 0."""
+        transfer = self.transfer
+        weight = transfer.current_weight
+        if weight == 0:
+            self._log(position, {"otrt/weight": 0.0}, samples=1)
+            return None
+        samples = transfer.recorded_samples
+        loss = transfer.loss(reevaluation=self._again)
+        layers = {f"otrt/{distance.name}": distance.value for distance in transfer.distances if distance.plan is not None}
+        self._log(position, {"otrt/weight": weight, **layers}, samples)
+        self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
+        return loss
+
+    def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
+        assert self._module is not None
+        # A second callback on the same module gets names of its own.
+        suffix = f"/{position + 1}" if position else ""
+        for name, value in values.items():
+            self._module.log(f"{name}{suffix}", value, prog_bar=prog_bar, batch_size=max(samples, 1))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Plans, statistics and counters; not the teacher."""
+        return self.transfer.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        self.transfer.load_state_dict(state_dict)
+        self._resumed = True
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint of this callback with other layers or another teacher: its plans would be lost silently."""
+        saved = checkpoint.get("callbacks", {})
+        mine = {callback.state_key for callback in trainer.callbacks if isinstance(callback, TransferCallback)}
+        others = [key for key in saved if key.startswith(f"{type(self).__qualname__}{{") and key not in mine]
+        if self.state_key in saved:
+            return
+        if others:
+            raise MisconfigurationException(
+                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or the teacher "
+                "changed, so that plans and statistics cannot go on. Resume with the same ones, or load the weights "
+                "alone and start a new fit."
+            )
+        rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
+
+
+class OTRTCallback(TransferCallback):
+    r"""Adds the transport between teacher and student representations to the loss of a LightningModule.
+
+    The module is not changed: its ``training_step`` is wrapped for the time of ``fit``, and after it, whether it ended,
+    failed or was interrupted, no hook is left. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
+    ``otrt/<student layer>``.
+
+    With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the loss
+    of the first ``manual_backward`` after a forward.
+
+    Args:
+        teacher: See :class:`RepresentationTransfer`, as for all arguments.
+        layers: Which student layers are matched to which teacher layers; names are relative to the LightningModule, or
+            to ``student_root``.
+        weight: Weight α of the term.
+        student_root: Submodule whose inputs the teacher gets too; None: the outermost that holds the layers.
+        cost: Ground cost between neurons.
+        plan: Kind of transport plan.
+        epsilon: Entropic regularisation, relative to the mean cost.
+        memory: Decay of the running cost behind the plan.
+        solve_every: Training batches between two solves of the plan.
+        grid: Positions kept along each axis of a feature map.
+        schedule: Factor on the weight as a function of ``trainer.global_step``.
+        teacher_inputs: From the inputs of the student's root to those of the teacher.
+        teacher_dtype: Run a copy of the teacher in this dtype.
+        global_batch: Whether the term is that of the batch over all processes.
+        strict: Raise where a term cannot be formed; else warn once and leave it out.
+        seed: Seed of ``plan="random"``.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from torch import nn
+        >>> from lightning_otrt import OTRTCallback
+        >>> teacher = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> callback = OTRTCallback(teacher, layers={"layer": "2"}, weight=0.5)
+        >>> trainer = L.Trainer(
+        ...     callbacks=[callback], max_steps=1, logger=False, barebones=True, accelerator="cpu"
+        ... )  # doctest: +SKIP
+        >>> trainer.fit(BoringModel())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | str | tuple[str, Any],
+        layers: str | int | list[Any] | dict[str, str] | list[LayerPair] = "auto",
+        *,
+        weight: float = 8.0,
+        student_root: str | None = None,
+        cost: str | Callable[[Tensor, Tensor], Tensor] = "correlation",
+        plan: str = "sinkhorn",
+        epsilon: float = 0.01,
+        memory: float | str = "auto",
+        solve_every: int = 10,
+        grid: int | None = 4,
+        schedule: Schedule | None = None,
+        teacher_inputs: Callable[..., Any] | None = None,
+        teacher_dtype: torch.dtype | str | None = None,
+        global_batch: bool | None = None,
+        strict: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            RepresentationTransfer(
+                teacher,
+                layers,
+                weight=weight,
+                student_root=student_root,
+                cost=cost,
+                plan=plan,
+                epsilon=epsilon,
+                memory=memory,
+                solve_every=solve_every,
+                grid=grid,
+                schedule=schedule,
+                teacher_inputs=teacher_inputs,
+                teacher_dtype=teacher_dtype,
+                global_batch=global_batch,
+                strict=strict,
+                seed=seed,
+            )
+        )

@@ -1,0 +1,343 @@
+"""Transport over the steps of a training run: when to solve, from which statistics, and what a step costs between solves."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.costs import Cost, Plan, Sums
+from lightning_otrt.distance import attach_gradients, check_finite, common_dtype, fixed_plan, run_rounds
+from lightning_otrt.plans import TRAINING_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
+
+__all__ = ["PairDistance", "TransportEngine"]
+
+log = logging.getLogger(__name__)
+
+#: Calls that solve whatever ``solve_every`` is: a student from scratch changes fastest at the start.
+EARLY_SOLVES = (0, 1, 2, 4, 8)
+#: Decay of the running cost that ``memory="auto"`` chooses, and of the running scale s² of the teacher.
+MEMORY = 0.98
+#: Samples behind a static plan.
+STATIC_SAMPLES = 256
+#: Up to so many entries a cost matrix is solved together with others of its shape on a CPU; on CUDA any is.
+BATCHED_ENTRIES = 128 * 128
+
+
+@dataclass
+class PairState:
+    """What one pair of layers keeps between calls. All tensors are on the student's device and carry no graph.
+
+    Attributes:
+        plan: The plan in use.
+        potential: Where the next Sinkhorn solve starts from.
+        sums: Decayed sums of the running cost.
+        reference: Points near the neurons' means around which the sums are taken.
+        energy: Decayed sum of squares and count of the teacher.
+        memory: Decay of the running cost, once chosen.
+        samples: Samples seen by the sums.
+    """
+
+    plan: Plan | None = None
+    potential: Tensor | None = None
+    sums: Sums | None = None
+    reference: tuple[Tensor, Tensor] | None = None
+    energy: Tensor | None = None
+    memory: float | None = None
+    samples: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PairDistance:
+    """The distance of one pair of layers in one call.
+
+    Attributes:
+        name: Name of the student layer.
+        value: ⟨P, M⟩, the mean over views, detached; NaN where the pair was skipped.
+        plan: The plan behind it, ``(N, M)``, or None where the pair was skipped.
+    """
+
+    name: str
+    value: Tensor
+    plan: Tensor | None
+
+
+@dataclass
+class TransportEngine:
+    """Turns the neurons of all pairs of a call into one differentiable term.
+
+    Args:
+        names: ``(student layer, teacher layer)`` of each pair.
+        weights: Weight of each pair, summing to 1.
+        cost: The ground cost.
+        plan: Kind of plan; see :data:`lightning_otrt.distance.PLANS`.
+        epsilon: Entropic regularisation relative to the mean cost.
+        memory: Decay of the running cost, or ``"auto"``.
+        solve_every: Calls between two solves.
+        seed: Seed of random plans.
+        reduce: Sums a list of tensors over the processes of the global batch; None for a single process.
+        processes: Number of those processes.
+    """
+
+    names: Sequence[tuple[str, str]]
+    weights: Sequence[float]
+    cost: Cost
+    plan: str
+    epsilon: float
+    memory: float | str
+    solve_every: int
+    seed: int
+    reduce: Callable[[Sums], Sums] | None = None
+    processes: int = 1
+    calls: int = 0
+    pairs: list[PairState] = field(default_factory=list)
+    bad_calls: Tensor | None = None
+    _warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """One state for each pair."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget plans, statistics and counters."""
+        self.calls = 0
+        self.pairs = [PairState() for _ in self.names]
+        self.bad_calls = None
+
+    def __call__(
+        self, views: Sequence[Sequence[tuple[Tensor, Tensor]]], samples: int, *, reevaluation: bool = False
+    ) -> tuple[Tensor, list[PairDistance]]:
+        """The term of one call.
+
+        Args:
+            views: For each view, the neurons ``(N, n)`` and ``(M, n)`` of each pair.
+            samples: Number of samples in all views.
+            reevaluation: Whether this is the same batch again (LBFGS): plans and statistics then stay.
+
+        Returns:
+            Σ_pairs w_pair · mean over views of ⟨P, M⟩, differentiable once, and the distance of each pair.
+        """
+        with torch.no_grad(), torch.autocast(views[0][0][0].device.type, enabled=False):
+            batches = [
+                [common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)
+            ]
+            active = [index for index, batch in enumerate(batches) if self._has_enough(index, batch)]
+            if self.calls == 0:
+                self._check_first(batches)
+            if not reevaluation or self.calls == 0:
+                self._observe({index: batches[index] for index in active}, samples)
+                self.calls += 1
+            return self._evaluate(views, batches, active)
+
+    def _evaluate(
+        self,
+        views: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        batches: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        active: Sequence[int],
+    ) -> tuple[Tensor, list[PairDistance]]:
+        ready = [index for index in active if self.pairs[index].plan is not None]
+        keys = [(index, view) for index in ready for view in range(len(views))]
+        rounds = [
+            self.cost.value(*batches[index][view], self.pairs[index].plan, self._energy(index)) for index, view in keys
+        ]
+        results = dict(zip(keys, run_rounds(rounds, self.reduce), strict=True))
+        share = {index: self.weights[index] / len(views) for index in ready}
+        first = views[0][0][0]
+        total = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
+        distances = []
+        for index, (student, _) in enumerate(self.names):
+            if index not in share:
+                distances.append(PairDistance(student, total.new_full((), float("nan")), None))
+                continue
+            value = torch.stack([results[index, view][0] for view in range(len(views))]).mean()
+            total = total + self.weights[index] * value
+            distances.append(PairDistance(student, value, self.pairs[index].plan.matrix))
+        bad = (~torch.isfinite(total)).long()
+        self.bad_calls = bad if self.bad_calls is None else self.bad_calls + bad
+        gradients = [
+            results[index, view][1].mul_(share[index] * self.processes).to(views[view][index][0].dtype)
+            for index, view in keys
+        ]
+        inputs = [views[view][index][0] for index, view in keys]
+        with torch.enable_grad():
+            return attach_gradients(total, inputs, gradients), distances
+
+    def _observe(self, batches: dict[int, list[tuple[Tensor, Tensor]]], samples: int) -> None:
+        """Feed the statistics, and solve the plans that are due."""
+        matrices = {}
+        for index, batch in batches.items():
+            y, x = batch[0] if len(batch) == 1 else (torch.cat(side, -1) for side in zip(*batch, strict=True))
+            state = self.pairs[index]
+            if self.cost.scaled:
+                energy = self.cost.energy(x)
+                if state.energy is not None:
+                    # Not `lerp`: the sums also add over processes.
+                    energy = torch.where(torch.isfinite(energy[0]), MEMORY * state.energy + energy, state.energy)
+                state.energy = energy
+            if state.plan is None:
+                fixed = fixed_plan(
+                    self.plan, y.shape[0], x.shape[0], seed=self.seed + index, where="{!r} -> {!r}".format(*self.names[index])
+                )
+                state.plan = None if fixed is None else Plan.of(fixed.to(y))
+            if self.plan in ("identity", "uniform", "random"):
+                continue
+            due = self._is_due(state)
+            if state.memory is None:
+                state.memory = self._memory(y, x)
+            if due or state.memory:
+                matrix = self._accumulate(state, y, x, samples)
+                if due:
+                    matrices[index] = matrix()
+        self._solve(matrices)
+
+    def _is_due(self, state: PairState) -> bool:
+        if state.plan is None:
+            return True
+        if self.plan == "static":
+            return state.samples < STATIC_SAMPLES
+        return self.calls in EARLY_SOLVES or self.calls % self.solve_every == 0
+
+    def _memory(self, y: Tensor, x: Tensor) -> float:
+        if self.plan == "static":
+            return 1.0
+        if self.memory == "auto":
+            return MEMORY if y.shape[-1] < max(y.shape[0], x.shape[0]) else 0.0
+        return float(self.memory)
+
+    def _accumulate(self, state: PairState, y: Tensor, x: Tensor, samples: int) -> Callable[[], Tensor]:
+        """Add a batch to the running sums; returns the function that makes their cost matrix."""
+        if state.memory and state.reference is None:
+            state.reference = (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
+        sums = self.cost.sums(y, x, state.reference if state.memory else None)
+        if state.memory:
+            if state.sums is not None:
+                # A batch that is not finite is left out, without asking the device whether it is.
+                fits = torch.isfinite(sums[-1].sum())
+                sums = [
+                    torch.where(fits, state.memory * old + new, old)
+                    for old, new in zip(state.sums, sums, strict=True)
+                ]
+            state.sums = sums
+            state.samples += samples
+        return lambda: self.cost.matrix(sums, self._scale_of(state, x)).to(y.dtype)
+
+    def _scale_of(self, state: PairState, x: Tensor) -> Tensor:
+        return x.new_ones(2) if state.energy is None else state.energy
+
+    def _energy(self, index: int) -> Tensor:
+        energy = self.pairs[index].energy
+        return torch.empty(0) if energy is None else energy
+
+    def _solve(self, matrices: dict[int, Tensor]) -> None:
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, matrix in matrices.items():
+            pays = matrix.is_cuda or matrix.numel() <= BATCHED_ENTRIES
+            warm = self.pairs[index].potential is not None
+            groups.setdefault((matrix.shape, matrix.dtype, warm, None if pays else index), []).append(index)
+        for indices in groups.values():
+            cost = torch.stack([matrices[index] for index in indices])
+            fits = torch.isfinite(cost.sum((1, 2)))
+            cost = torch.where(fits[:, None, None], cost, 1.0)
+            if self.plan == "exact":
+                solved, potentials = exact_plan(cost), [None] * len(indices)
+            else:
+                states = [self.pairs[index].potential for index in indices]
+                start = None if states[0] is None else torch.stack([state for state in states if state is not None])
+                entropic = sinkhorn_plan(cost, self.epsilon, potential=start, iterations=TRAINING_ITERATIONS)
+                solved, potentials = entropic.matrix, list(entropic.potential)
+            for row, index in enumerate(indices):
+                self._keep(self.pairs[index], solved[row], potentials[row], fits[row])
+
+    def _keep(self, state: PairState, matrix: Tensor, potential: Tensor | None, fits: Tensor) -> None:
+        """Replace a plan, unless its cost was not finite and there is an older one."""
+        if state.plan is not None:
+            matrix = torch.where(fits, matrix, state.plan.matrix)
+        if potential is not None and state.potential is not None:
+            potential = torch.where(fits, potential, state.potential)
+        state.plan, state.potential = Plan.of(matrix), potential
+
+    def _has_enough(self, index: int, batch: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        count = min(y.shape[-1] for y, _ in batch)
+        if count >= self.cost.min_observations:
+            return True
+        student, teacher = self.names[index]
+        message = (
+            f"{student!r} -> {teacher!r} has {count} observations, and fewer than {self.cost.min_observations} carry no "
+            "correlation"
+        )
+        if self.calls == 0:
+            raise ValueError(
+                f"{message}. Use a larger batch, layers with positions or tokens, or cost='euclidean'."
+            )
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{message}: the pair is skipped for such batches. Use drop_last=True.", stacklevel=2)
+        return False
+
+    def _check_first(self, batches: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
+        for (student, teacher), batch in zip(self.names, batches, strict=True):
+            for y, x in batch:
+                check_finite(x, f"Teacher layer {teacher!r}")
+                check_finite(y, f"Student layer {student!r}")
+
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """Diagnostics of the current plan of each pair, by student layer."""
+        found = {}
+        for (student, _), state in zip(self.names, self.pairs, strict=True):
+            if state.plan is not None:
+                found[student] = diagnose(state.plan.matrix)._asdict()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, plans, potentials and statistics: what a resumed run needs to go on as if it had not stopped."""
+        return {
+            "names": [list(name) for name in self.names],
+            "calls": self.calls,
+            "pairs": [
+                {
+                    "plan": None if state.plan is None else state.plan.matrix,
+                    "potential": state.potential,
+                    "sums": state.sums,
+                    "reference": None if state.reference is None else list(state.reference),
+                    "energy": state.energy,
+                    "memory": state.memory,
+                    "samples": state.samples,
+                }
+                for state in self.pairs
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it was saved with other layers.
+        """
+        saved = [tuple(name) for name in state["names"]]
+        if saved != [tuple(name) for name in self.names]:
+            raise ValueError(
+                f"The checkpoint was saved with the layer pairs {saved}, but this run has {list(self.names)}. "
+                "Resume with the same `layers`, or load the weights alone."
+            )
+
+        def here(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        self.calls = state["calls"]
+        self.pairs = [
+            PairState(
+                plan=None if pair["plan"] is None else Plan.of(pair["plan"].to(device)),
+                potential=here(pair["potential"]),
+                sums=None if pair["sums"] is None else [value.to(device) for value in pair["sums"]],
+                reference=None if pair["reference"] is None else tuple(value.to(device) for value in pair["reference"]),
+                energy=here(pair["energy"]),
+                memory=pair["memory"],
+                samples=pair["samples"],
+            )
+            for pair in state["pairs"]
+        ]

@@ -1,0 +1,149 @@
+"""Adding a term to the loss of a LightningModule, by replacing its ``training_step`` on the instance for one fit."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+__all__ = ["ExtraTerm", "add_term", "remove_term"]
+
+_PATCHED = ("training_step", "manual_backward")
+
+
+class ExtraTerm(Protocol):
+    """What is added to the loss."""
+
+    def training_step(self) -> AbstractContextManager[None]:
+        """Entered around the user's ``training_step``."""
+
+    def term(self, position: int) -> Tensor | None:
+        """The term of what happened since the last call, None for none; ``position`` counts the terms of a module."""
+
+    def discard(self) -> None:
+        """Forget what happened: the user skips this step."""
+
+    def has_term(self) -> bool:
+        """Whether something happened that no call of :meth:`term` has taken."""
+
+
+def add_term(module: pl.LightningModule, term: ExtraTerm) -> None:
+    """Add ``term`` to the loss of every training step of ``module`` until :func:`remove_term`."""
+    step = module.__dict__.get("training_step")
+    if not isinstance(step, _Step):
+        step = _Step(module)
+        # Instance attributes: the class, and other instances of it, are not touched.
+        module.__dict__["training_step"] = step
+        module.__dict__["manual_backward"] = _ManualBackward(module, step)
+    step.terms.append(term)
+
+
+def remove_term(module: pl.LightningModule, term: ExtraTerm) -> None:
+    """Undo :func:`add_term`; does nothing where it was not called."""
+    step = module.__dict__.get("training_step")
+    if isinstance(step, _Step) and term in step.terms:
+        step.terms.remove(term)
+        if not step.terms:
+            for name in _PATCHED:
+                module.__dict__[name].restore()
+
+
+class _Patch:
+    """A method replaced on one instance.
+
+    Copies and pickles of the module (weight averaging, ``torch.save`` during a fit) get the plain method back.
+    """
+
+    name: str
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.shadowed = module.__dict__.get(self.name)
+        self.inner: Callable[..., Any] = getattr(module, self.name)
+        # Lightning unwraps one level to read the signature and to ask whether the method is overridden.
+        self.__wrapped__ = getattr(self.inner, "__wrapped__", self.inner)
+
+    def restore(self) -> None:
+        """Put back what the instance had."""
+        if self.shadowed is None:
+            del self.module.__dict__[self.name]
+        else:
+            self.module.__dict__[self.name] = self.shadowed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self.module), self.module)
+        return types.MethodType(getattr(type(self.module), self.name), owner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.MethodType, (getattr(type(self.module), self.name), self.module)
+
+
+class _Step(_Patch):
+    name = "training_step"
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__(module)
+        self.terms: list[ExtraTerm] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for term in self.terms:
+                stack.enter_context(term.training_step())
+            output = self.inner(*args, **kwargs)
+        if not self.module.automatic_optimization:
+            self._check_manual()
+            return output
+        if output is None:
+            for term in self.terms:
+                term.discard()
+            return None
+        return self._add(output)
+
+    def total(self) -> Tensor | None:
+        """The sum of all terms."""
+        found = [term.term(position) for position, term in enumerate(self.terms)]
+        present = [value for value in found if value is not None]
+        return sum(present[1:], present[0]) if present else None
+
+    def _add(self, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            total = self.total()
+            return output if total is None else output + total.to(output.device)
+        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+            total = self.total()
+            return output if total is None else {**output, "loss": output["loss"] + total.to(output["loss"].device)}
+        # Lightning's own message tells what a step may return.
+        return output
+
+    def _check_manual(self) -> None:
+        left = [term for term in self.terms if term.has_term()]
+        if not left:
+            return
+        for term in left:
+            term.discard()
+        raise MisconfigurationException(
+            f"{type(self.module).__name__} uses manual optimization, but its training_step ended without "
+            "`self.manual_backward(loss)` after the student ran, so the transfer term was never added. Call "
+            "`self.manual_backward(loss)` instead of `loss.backward()`; run forwards that are not trained on inside "
+            "`torch.no_grad()` or `transfer.paused()`."
+        )
+
+
+class _ManualBackward(_Patch):
+    name = "manual_backward"
+
+    def __init__(self, module: pl.LightningModule, step: _Step) -> None:
+        super().__init__(module)
+        self.step = step
+
+    def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # The first backward after a forward carries the term, so that two losses on one forward count it once.
+        if any(term.has_term() for term in self.step.terms):
+            total = self.step.total()
+            loss = loss if total is None else loss + total.to(loss.device)
+        self.inner(loss, *args, **kwargs)

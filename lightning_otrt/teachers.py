@@ -1,0 +1,442 @@
+"""Anything a user has as a teacher -> a network that runs frozen, in evaluation mode, outside the student's state."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Teacher", "TeacherSource", "load_teacher"]
+
+#: What :func:`load_teacher` accepts; a list is a tuple written in YAML.
+TeacherSource: TypeAlias = "nn.Module | str | os.PathLike[str] | tuple[Any, Any] | list[Any]"
+
+_FORMS = (
+    "an nn.Module (a LightningModule is one), the name of a torchvision model ('resnet50', 'resnet50:IMAGENET1K_V2' or "
+    "('resnet50', 'IMAGENET1K_V2')), or a checkpoint with its class (('teacher.ckpt', MyModule))"
+)
+_DTYPES = {
+    **dict.fromkeys(("float16", "fp16", "half", "16", "16-true"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16", "bf16-true"), torch.bfloat16),
+    **dict.fromkeys(("float32", "fp32", "float", "32", "32-true"), torch.float32),
+    **dict.fromkeys(("float64", "fp64", "double", "64", "64-true"), torch.float64),
+}
+#: Where the `forward` that only raises is defined.
+_NO_FORWARD = ("torch.nn.modules.module", "lightning.pytorch.core.module", "pytorch_lightning.core.module")
+
+
+def load_teacher(
+    source: TeacherSource,
+    *,
+    weights: Any = "DEFAULT",
+    model_class: Callable[..., nn.Module] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Make a teacher of a module, the name of a torchvision model or a checkpoint.
+
+    Args:
+        source: An ``nn.Module``, returned as it is; a torchvision model, ``"name"`` or ``"name:WEIGHTS"``; the path of
+            a checkpoint (a file, or a name in ``.ckpt``, ``.pt``, ``.pth``); ``(name, weights)`` or ``(path, class)``.
+        weights: Weights of the torchvision model: their name, a member of its enum, or None for an untrained network.
+        model_class: Class of the network in the checkpoint, or a function that builds it. A LightningModule reads the
+            checkpoint itself; any other gets the state dict in the file, which may lie under ``"state_dict"``.
+        **kwargs: Arguments of the torchvision model, of ``load_from_checkpoint`` or of ``model_class``.
+
+    Returns:
+        The teacher; one that is loaded is on the CPU.
+
+    Raises:
+        TypeError: If ``source`` is none of these, or comes with an argument that has no meaning for it.
+        ValueError: If a model or its weights are unknown, or the weights in a file do not fit the class.
+        FileNotFoundError: If there is no such checkpoint.
+        RuntimeError: If a file cannot be read as tensors (``weights_only=True``).
+
+    Example:
+        >>> from torch import nn
+        >>> load_teacher(nn.Linear(4, 2))
+        Linear(in_features=4, out_features=2, bias=True)
+        >>> load_teacher("resnet18", weights=None, num_classes=10).fc.out_features
+        10
+    """
+    if isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[0], (str, os.PathLike)):
+        source, second = source
+        if _is_checkpoint(source):
+            return load_teacher(source, weights=weights, model_class=second, **kwargs)
+        return load_teacher(source, weights=second, model_class=model_class, **kwargs)
+    if isinstance(source, str) and not _is_checkpoint(source):
+        _reject(source, model_class=model_class)
+        return _from_torchvision(source, weights, kwargs)
+    _reject(source, weights=None if weights == "DEFAULT" else weights)
+    if isinstance(source, (str, os.PathLike)):
+        return _from_checkpoint(os.fspath(source), model_class, kwargs)
+    if not isinstance(source, nn.Module):
+        raise _wrong_form(source)
+    _reject(source, model_class=model_class, **kwargs)
+    return source
+
+
+def _is_checkpoint(source: Any) -> bool:
+    if not isinstance(source, str):
+        return isinstance(source, os.PathLike)
+    return source.endswith((".ckpt", ".pt", ".pth")) or os.path.isfile(source)
+
+
+def _reject(source: Any, **arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        what = repr(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+        raise TypeError(f"{given} would have no effect on the teacher {what}; leave them out. A teacher is {_FORMS}.")
+
+
+def _wrong_form(source: Any) -> TypeError:
+    # The home of a type tells objects of `lightning` and of `pytorch_lightning` apart.
+    got = f"{source!r} of type {type(source).__module__}.{type(source).__qualname__}"
+    if isinstance(source, type):
+        got = f"the class {source.__name__} (pass an instance)"
+    return TypeError(f"Expected `teacher` to be {_FORMS}, but got {got}.")
+
+
+def _from_torchvision(source: str, weights: Any, kwargs: Mapping[str, Any]) -> nn.Module:
+    name, colon, suffix = source.partition(":")
+    if colon:
+        _reject(source, weights=None if weights == "DEFAULT" else weights)
+        weights = None if suffix == "None" else suffix
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError(f"The teacher {source!r} needs torchvision: `pip install torchvision`.") from error
+    known = models.list_models()
+    if name.lower() not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(f"No torchvision model and no file is called {name!r}.{hint} A teacher is {_FORMS}.")
+    choices = list(models.get_model_weights(name).__members__)
+    if isinstance(weights, str) and weights.rpartition(".")[2] not in choices:
+        raise ValueError(
+            f"{name!r} has no weights {weights!r}. Choose from {choices}, or None for an untrained network."
+        )
+    model: nn.Module = models.get_model(name, weights=weights, **kwargs)
+    return model
+
+
+def _from_checkpoint(path: str, model_class: Any, kwargs: Mapping[str, Any]) -> nn.Module:
+    if not callable(model_class) or isinstance(model_class, nn.Module):
+        got = type(model_class).__name__ if isinstance(model_class, nn.Module) else repr(model_class)
+        raise TypeError(
+            f"The checkpoint {path!r} holds weights, not the network: expected its class as `model_class`, but got "
+            f"{got}. Pass load_teacher({path!r}, model_class=MyModule), or ({path!r}, MyModule) as the teacher."
+        )
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no checkpoint file {os.path.abspath(path)!r} to load the teacher from.")
+    try:
+        if hasattr(model_class, "load_from_checkpoint"):
+            module: nn.Module = model_class.load_from_checkpoint(path, **{"map_location": "cpu", **kwargs})
+            return module
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+        reason = str(error).partition("WeightsUnpickler error: ")[2].partition(". ")[0] or repr(error)
+        raise RuntimeError(
+            f"The checkpoint {path!r} could not be read ({reason}). Either it is damaged or of another kind, or it "
+            "holds more than tensors and plain values, and loading those can run any code. If you trust the file, load "
+            "the teacher with `weights_only=False` (torch.load or load_from_checkpoint) and pass the module."
+        ) from error
+    module = model_class(**kwargs)
+    _load_state(module, state, f"The weights in {path!r} do not fit {type(module).__name__}")
+    return module
+
+
+def _load_state(module: nn.Module, state: Any, complaint: str) -> None:
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"{complaint}: expected a state dict, alone or as 'state_dict', but got {type(state).__name__}."
+        )
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes differ
+        raise ValueError(f"{complaint}: {error}") from error
+    if missing or unexpected:
+        prefix = next((key.removesuffix(missing[0]) for key in unexpected if missing and key.endswith(missing[0])), "")
+        hint = (
+            f" The names in the file begin with {prefix!r}: pass the class that holds this network, such as the "
+            "LightningModule that was saved, or take the prefix off."
+        )
+        raise ValueError(
+            f"{complaint}. Missing: {_first(missing)}. Unexpected: {_first(unexpected)}.{hint if prefix else ''}"
+        )
+
+
+def _first(keys: list[str]) -> str:
+    shown = ", ".join(map(repr, keys[:5])) or "none"
+    return f"{shown} and {len(keys) - 5} more" if len(keys) > 5 else shown
+
+
+@dataclass
+class _Loan:
+    """The module that runs, and how the user's was before."""
+
+    module: nn.Module
+    flags: list[tuple[nn.Module, bool]] = field(default_factory=list)
+    switched: bool = False
+    device: torch.device | None = None
+    homes: list[tuple[nn.Module, str, torch.device]] = field(default_factory=list)
+
+
+class Teacher:
+    """A network that runs on the student's inputs, without gradient and in evaluation mode, on loan from the user.
+
+    It is no ``nn.Module``, so that nothing which holds it takes the teacher into its state dict, optimizer or mode. Its
+    parameters and buffers keep their values and ``requires_grad``; :meth:`release` gives back devices and modes. A deep
+    copy is the teacher itself.
+
+    Args:
+        module: The network, with a ``forward``.
+        inputs: Adapter (``teacher_inputs``): called with the inputs of the student's root, it returns those of the
+            teacher: a tensor, a tuple of positional arguments or a dict of keywords. None passes them on.
+        dtype: Type to run in (``teacher_dtype``), such as ``torch.bfloat16`` or ``"bf16-true"``. A module of another
+            type runs as a deep copy. None keeps the module's own, or follows :meth:`prepare`.
+
+    Raises:
+        TypeError: If ``module`` is no module or has no ``forward``, or ``inputs`` cannot be called.
+        ValueError: If ``dtype`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        >>> teacher = Teacher(net)
+        >>> teacher.prepare("cpu")
+        >>> teacher(torch.ones(3, 4)).requires_grad, net.training
+        (False, False)
+        >>> teacher.release()
+        >>> net.training
+        True
+    """
+
+    def __init__(
+        self, module: nn.Module, *, inputs: Callable[..., Any] | None = None, dtype: torch.dtype | str | None = None
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise _wrong_form(module)
+        if getattr(module.forward, "__module__", "") in _NO_FORWARD:
+            raise TypeError(
+                f"The teacher {type(module).__name__} has no `forward` and cannot run. Define one, or pass the network "
+                "inside it."
+            )
+        if inputs is not None and not callable(inputs):
+            raise TypeError(f"Expected `teacher_inputs` to be a function of the student's inputs, but got {inputs!r}.")
+        self._own = module
+        self._inputs = inputs
+        self._given = None if dtype is None else _parse_dtype(dtype)
+        self._dtype = self._given
+        self._loan: _Loan | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that runs: the user's own, or a deep copy where the type asked for differs from its own."""
+        return self._borrow().module
+
+    def prepare(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Bring the module to a device and into evaluation mode; cheap where it is.
+
+        Belongs before every forward of the student, outside of what is compiled: it does nothing while
+        ``torch.compile`` traces.
+
+        Args:
+            device: Device of the student.
+            dtype: Type of the student's parameters, where a precision plugin changed it; ``dtype`` of the constructor
+                goes first. It may replace :attr:`module`, so hooks belong after.
+        """
+        if torch.compiler.is_compiling():
+            return
+        wanted = self._given or dtype
+        if wanted != self._dtype:
+            self.release()
+            self._dtype = wanted
+        loan = self._borrow()
+        _switch_to_evaluation(loan)
+        device = torch.device(device)
+        # The first tensor tells of a user who moved the module since, without a walk over all of them.
+        first = next(chain(loan.module.parameters(), loan.module.buffers()), None)
+        if loan.device != device or (first is not None and not _is_on(first, device)):
+            _move(loan, device)
+
+    def inputs_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The teacher's inputs for those of the student's root: through the adapter, in the teacher's type.
+
+        Raises:
+            TypeError: If the adapter returns anything but a tensor, a tuple or a dict.
+        """
+        kwargs = dict(kwargs)
+        with torch.no_grad():
+            if self._inputs is not None:
+                args, kwargs = _as_arguments(self._inputs(*args, **kwargs))
+            if self._dtype is not None:
+                args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
+        return args, kwargs
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run on inputs that :meth:`inputs_for` gave, under the autocast that is active."""
+        loan = self._borrow()
+        if not torch.compiler.is_compiling():
+            _switch_to_evaluation(loan)
+        # Not inference mode: its activations cannot be saved for the backward of the transfer term.
+        with torch.no_grad():
+            return loan.module(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the inputs of the student's root.
+
+        Raises:
+            TypeError: If the adapter returns anything but a tensor, a tuple or a dict.
+        """
+        return self.run(*self.inputs_for(args, kwargs))
+
+    def release(self) -> None:
+        """Give the user's module back on the devices and in the modes it came with; drop a copy."""
+        loan, self._loan, self._dtype = self._loan, None, self._given
+        if loan is None or loan.module is not self._own:
+            return
+        # What this teacher did not change is not its to give back: another one may run the same module.
+        if loan.switched:
+            for module, flag in loan.flags:
+                if getattr(module, "training", flag) != flag:
+                    module.training = flag
+        if loan.homes:
+            # Through `to`, which also tells a LightningModule its device; the rest is for homes on several devices.
+            loan.module.to(loan.homes[0][2])
+            for owner, name, home in loan.homes:
+                tensor = owner._parameters.get(name, owner._buffers.get(name))
+                if tensor is not None and tensor.device != home:
+                    tensor.data = tensor.data.to(home)
+
+    def check_against(self, student: nn.Module) -> None:
+        """Check that nothing of the teacher is the student's.
+
+        Raises:
+            ValueError: If one is or holds the other, they share a parameter or buffer, or the teacher has no values.
+        """
+        teacher = self._own
+        if teacher is student:
+            raise ValueError(
+                "The teacher is the student itself: it would change with it, and the term would stay 0. For a student "
+                "that starts as its teacher use copy.deepcopy(student) as the teacher."
+            )
+        for a, inner, b, outer in (("teacher", teacher, "student", student), ("student", student, "teacher", teacher)):
+            name = next((name for name, module in outer.named_modules() if module is inner), None)
+            if name is not None:
+                raise ValueError(
+                    f"The {a} is the submodule {name!r} of the {b}, so that they share weights and mode. Keep the two "
+                    "apart, or use copy.deepcopy(teacher) as the teacher."
+                )
+        taken = {
+            key: name
+            for name, tensor in chain(student.named_parameters(), student.named_buffers())
+            for key in _identities(tensor)
+        }
+        for name, tensor in chain(teacher.named_parameters(), teacher.named_buffers()):
+            if tensor.is_meta or nn.parameter.is_lazy(tensor):
+                what = "on the meta device" if tensor.is_meta else "not initialised"
+                raise ValueError(f"{name!r} of the teacher is {what}: materialise the teacher first, with its weights.")
+            shared = next((taken[key] for key in _identities(tensor) if key in taken), None)
+            if shared is not None:
+                raise ValueError(
+                    f"The teacher shares {name!r} with the student, where it is {shared!r}: training would change "
+                    "both. Use copy.deepcopy(teacher) as the teacher."
+                )
+
+    def _borrow(self) -> _Loan:
+        if self._loan is None:
+            self._loan = _Loan(self._own if self._dtype is None else _in_dtype(self._own, self._dtype))
+        return self._loan
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """The teacher itself, so that a copy of a task, such as a moving average, does not copy the network."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but a copy in another type, which is made anew."""
+        own = self._loan is not None and self._loan.module is self._own
+        return {**self.__dict__, "_loan": self._loan if own else None}
+
+
+def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(
+            f"Expected `teacher_dtype` to be one of {list(_DTYPES)}, or that type of torch, but got {dtype!r}. For "
+            "mixed precision leave it out: the teacher runs under the student's autocast."
+        )
+    return found
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    tensors = chain(module.parameters(), module.buffers())
+    if all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point()):
+        return module
+    # The user's own is never cast: from bfloat16 there is no way back.
+    return copy.deepcopy(module).to(dtype)
+
+
+def _switch_to_evaluation(loan: _Loan) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if not loan.flags:
+        loan.flags = [(module, getattr(module, "training", False)) for module in loan.module.modules()]
+    # A frozen script has no flag. Flags are set one by one: `eval` may be overridden, to merge weights for example.
+    training = [module for module, _ in loan.flags if getattr(module, "training", False)]
+    for module in training:
+        module.training = False
+    loan.switched = loan.switched or bool(training)
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index or 0)
+
+
+def _move(loan: _Loan, device: torch.device) -> None:
+    tensors = [
+        (module, name, tensor)
+        for module in loan.module.modules()
+        for name, tensor in chain(module._parameters.items(), module._buffers.items())
+        if tensor is not None
+    ]
+    if not all(_is_on(tensor, device) for _, _, tensor in tensors):
+        loan.homes = loan.homes or [(module, name, tensor.device) for module, name, tensor in tensors]
+        loan.module.to(device)
+    loan.device = device
+
+
+def _as_arguments(adapted: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(adapted, Tensor):
+        return (adapted,), {}
+    if isinstance(adapted, tuple):
+        return adapted, {}
+    if isinstance(adapted, Mapping):
+        return (), dict(adapted)
+    raise TypeError(
+        "Expected `teacher_inputs` to return a tensor, a tuple of positional arguments or a dict of keywords, but got "
+        f"{type(adapted).__name__}. A list is one argument of the teacher: return it in a tuple, `(images,)`."
+    )
+
+
+def _identities(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors have in common if they are one object or lie in one piece of memory."""
+    try:
+        memory = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, ValueError):  # sparse, lazy or sharded tensors have none to compare
+        memory = 0
+    return (("object", id(tensor)), ("memory", memory)) if memory else (("object", id(tensor)),)

@@ -1,0 +1,563 @@
+"""Representation transfer for any PyTorch module: teacher, layers, recording and transport put together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.costs import get_cost
+from lightning_otrt.distance import check_epsilon, check_plan
+from lightning_otrt.engine import PairDistance, TransportEngine
+from lightning_otrt.layers import INPUT, LayerPair, LayerSpec, Trace, check_names
+from lightning_otrt.neurons import NeuronReader, match_positions
+from lightning_otrt.recording import Recorder, View, padding_mask
+from lightning_otrt.schedules import Schedule, weight_at
+from lightning_otrt.selection import resolve_layers
+from lightning_otrt.teachers import Teacher, load_teacher
+from lightning_otrt.tracing import format_pairs, named_layers, named_tensors, trace
+
+__all__ = ["RepresentationTransfer"]
+
+log = logging.getLogger(__name__)
+
+
+class RepresentationTransfer:
+    r"""Optimal transport between the neurons of a frozen teacher and those of a student, as a term of the loss.
+
+    While it is attached, each forward of the student in training records the neurons of the chosen layers, and runs the
+    teacher on the same inputs. :meth:`loss` turns what was recorded since the last call into
+
+    .. math:: \alpha \sum_{pairs} w_{pair} \langle P^*, M \rangle
+
+    (arXiv 2007.06737, equation 3, summed over layers). The student is not changed, and needs no projection layers: the
+    widths of student and teacher may differ.
+
+    Args:
+        teacher: A module, a LightningModule, the name of a torchvision model (its default weights), ``(name, weights)``
+            or ``(checkpoint path, class)``; see :func:`load_teacher`. It is run in evaluation mode without gradient, and
+            never changed.
+        layers: Which student layers are matched to which teacher layers: a mapping ``{student: teacher}``, a list of
+            pairs or of names that both have, globs, ``"re:..."``, negative indices, ``"name:input"``,
+            ``"penultimate"``, ``"blocks"``, ``"auto"`` (blocks where there are positions or tokens, else penultimate),
+            :class:`LayerPair` objects, or a list of these.
+        weight: α. About 8 suits the correlation cost; see the README for others.
+        student_root: Name of the student's submodule whose inputs the teacher gets too; None: the outermost one that
+            holds the layers and is called.
+        cost: ``"correlation"``, ``"euclidean"``, ``"sqeuclidean"`` or a function of raw neurons ``(N, n)``, ``(M, n)``
+            that gives ``(N, M)``.
+        plan: ``"sinkhorn"``, ``"exact"``, ``"static"`` (solved once 256 samples were seen), or a control:
+            ``"identity"``, ``"uniform"``, ``"random"``.
+        epsilon: Entropic regularisation, relative to the mean cost.
+        memory: Decay of a running cost behind the plan: 0 sees the current batch alone; ``"auto"`` is 0.98 for layers
+            with fewer observations than neurons, else 0.
+        solve_every: Calls between two solves of the plan; the first come after 0, 1, 2, 4 and 8 calls.
+        grid: Positions kept along each axis of a feature map; see :func:`neurons`.
+        schedule: From the step to a factor on the weight, such as :class:`LinearWarmup`.
+        teacher_inputs: From the inputs of the student's root to those of the teacher: a function that returns a tensor,
+            a tuple of positional or a dictionary of keyword arguments.
+        teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``.
+        global_batch: Whether the term is that of the batch over all processes.
+        strict: Raise where a term cannot be formed; else warn once and leave it out.
+        seed: Seed of ``plan="random"``.
+        process_group: The processes of the global batch; None: the default group, where one is initialised.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_otrt import RepresentationTransfer
+        >>> teacher = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> student = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))
+        >>> transfer = RepresentationTransfer(teacher, layers="penultimate", weight=0.5)
+        >>> x, y = torch.randn(64, 8), torch.randint(10, (64,))
+        >>> with transfer.attached(student):
+        ...     loss = nn.functional.cross_entropy(student(x), y) + transfer.loss()
+        >>> loss.backward()
+        >>> transfer.pairs
+        (LayerPair(student='2:input', teacher='2:input', weight=1.0, neuron_axis=(1, 1), select=None),)
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        layers: LayerSpec = "auto",
+        *,
+        weight: float = 8.0,
+        student_root: str | None = None,
+        cost: str | Callable[[Tensor, Tensor], Tensor] = "correlation",
+        plan: str = "sinkhorn",
+        epsilon: float = 0.01,
+        memory: float | str = "auto",
+        solve_every: int = 10,
+        grid: int | None = 4,
+        schedule: Schedule | None = None,
+        teacher_inputs: Callable[..., Any] | None = None,
+        teacher_dtype: torch.dtype | str | None = None,
+        global_batch: bool | None = None,
+        strict: bool = True,
+        seed: int = 0,
+        process_group: Any | None = None,
+    ) -> None:
+        check_plan(plan)
+        check_epsilon(epsilon)
+        _check_number("weight", weight)
+        _check_memory(memory)
+        _check_count("solve_every", solve_every)
+        if grid is not None:
+            _check_count("grid", grid)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"Expected argument `schedule` to be callable, but got {type(schedule).__name__}.")
+        if teacher_inputs is not None and not callable(teacher_inputs):
+            raise TypeError(f"Expected argument `teacher_inputs` to be callable, but got {type(teacher_inputs).__name__}.")
+        self.layers, self.weight, self.student_root = layers, weight, student_root
+        self.cost, self.plan, self.epsilon = get_cost(cost), plan, epsilon
+        self.memory, self.solve_every, self.grid = memory, solve_every, grid
+        self.schedule, self.strict, self.seed = schedule, strict, seed
+        self.global_batch, self.process_group = global_batch, process_group
+        self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
+        #: The resolved pairs, empty before the first forward.
+        self.pairs: tuple[LayerPair, ...] = ()
+        #: Step that the schedule sees; :meth:`loss` advances it unless it is given one.
+        self.step = 0
+        #: Calls between two reads of the flags for values that are not finite.
+        self.check_every = 50
+        #: Told once, as a table, which layers were chosen.
+        self.report: Callable[[str], None] = log.info
+        #: The distances of the last call of :meth:`loss`.
+        self.distances: list[PairDistance] = []
+        self.engine: TransportEngine | None = None
+        self._student: nn.Module | None = None
+        self._recorder = Recorder(self._on_forward)
+        self._traces: tuple[Trace, Trace] | None = None
+        self._stance = ExitStack()
+        self._saved: dict[str, Any] | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def current_weight(self) -> float:
+        """The weight at the current step.
+
+        Raises:
+            ValueError: If the schedule gives anything but a finite number that is not negative.
+        """
+        return weight_at(self.step, self.weight, self.schedule)
+
+    @contextmanager
+    def attached(self, student: nn.Module) -> Iterator[RepresentationTransfer]:
+        """Record every training forward of ``student`` inside the ``with`` block; no hook is left after it.
+
+        Args:
+            student: The module that is trained.
+
+        Raises:
+            ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
+        """
+        self.attach(student)
+        try:
+            with self.recording():
+                yield self
+        finally:
+            self.detach()
+
+    def attach(self, student: nn.Module) -> None:
+        """Put hooks on ``student`` and prepare the teacher; :meth:`recording` switches them on.
+
+        Raises:
+            RuntimeError: If it is attached already.
+            ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
+        """
+        if self._student is not None:
+            raise RuntimeError("This RepresentationTransfer is attached already. Detach it first, or use another one.")
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
+        self.teacher.check_against(student)
+        modules = named_layers(student)
+        if self.student_root is not None and self.student_root not in modules:
+            raise ValueError(
+                f"Expected `student_root` to name a module of the student ({type(student).__name__}), but got "
+                f"{self.student_root!r}. Its children: {[name for name in modules if name and '.' not in name]}."
+            )
+        check_names(
+            self.layers,
+            list(modules),
+            list(named_layers(self.teacher.module)),
+            self.student_root,
+            student_tensors=named_tensors(student),
+            teacher_tensors=named_tensors(self.teacher.module),
+        )
+        if "torch._dynamo" in sys.modules:
+            # Code compiled before has no hooks in it and would never call ours.
+            torch.compiler.reset()
+        self._student = student
+        if self._traces is None:
+            names = modules if self.student_root is None else {self.student_root: modules[self.student_root]}
+            self._recorder.watch_roots(list(names.items()))
+        else:
+            self._watch()
+
+    def detach(self) -> None:
+        """Take all hooks off and give the teacher back as it came. Plans and statistics are kept."""
+        self._stance.close()
+        self._recorder.remove()
+        self.teacher.release()
+        self._student = None
+        self._traces = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record forwards inside the block; outside, hooks do nothing."""
+        before = self._recorder.enabled
+        if self._traces is None and self.current_weight > 0:
+            # The first forward resolves the layers, in plain Python; hooks added there are in what is compiled later.
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._recorder.enabled = True
+        try:
+            yield
+        finally:
+            self._recorder.enabled = before
+            self._stance.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave forwards inside the block out of the term, such as the inner steps of an attack."""
+        before, self._recorder.enabled = self._recorder.enabled, False
+        try:
+            yield
+        finally:
+            self._recorder.enabled = before
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a student is attached."""
+        return self._student is not None
+
+    @property
+    def recorded_samples(self) -> int:
+        """Number of samples in the forwards that :meth:`loss` has not taken yet."""
+        return sum(_samples(view) for view in self._recorder.views)
+
+    @property
+    def has_views(self) -> bool:
+        """Whether a forward was recorded that :meth:`loss` has not taken yet."""
+        return bool(self._recorder.views)
+
+    def discard(self) -> None:
+        """Forget what was recorded since the last call of :meth:`loss`."""
+        self._recorder.take()
+
+    def loss(self, *, reevaluation: bool = False) -> Tensor:
+        """The weighted term of all forwards since the last call, and one step on.
+
+        Args:
+            reevaluation: Whether the batch is that of the last call again, as in the closures of LBFGS: plans,
+                statistics and the step then stay.
+
+        Returns:
+            A scalar in float32 or wider; zero without graph where the weight is 0.
+
+        Raises:
+            RuntimeError: If it is not attached, the student was not called, a layer did not run or ran twice, or the
+                term does not depend on the student's parameters.
+            ValueError: On the first call, if a value is not finite or there are too few observations.
+        """
+        if self._student is None:
+            raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
+        weight = self.current_weight
+        views = self._recorder.take()
+        if not reevaluation:
+            self.step += 1
+        if weight == 0:
+            return self._zero()
+        try:
+            term, self.distances = self._term(views, reevaluation)
+        except _NoTermError as error:
+            reason = str(error)
+        else:
+            reason = ""
+        if reason:
+            return self._give_up(reason)
+        if self.engine is not None and self.engine.calls % self.check_every == 0:
+            self.check_finite()
+        self._stance.close()
+        return weight * term
+
+    def check_finite(self) -> int:
+        """Read the flags that calls left on the device, which waits for it.
+
+        Returns:
+            How many calls since the last read gave a value that is not finite. A warning is given once.
+        """
+        if self.engine is None or self.engine.bad_calls is None:
+            return 0
+        bad = int(self.engine.bad_calls)
+        self.engine.bad_calls.zero_()
+        if bad:
+            layers = [
+                distance.name for distance in self.distances if distance.plan is not None and not distance.value.isfinite()
+            ]
+            self._warn(
+                f"{bad} recent values of the transfer term up to step {self.step} were NaN or infinite"
+                f"{f' (last in the layers {layers})' if layers else ''}. They are left in the loss, so that a gradient "
+                "scaler skips the step and anomaly detection sees them; plans and statistics do not learn from them.",
+                key="not finite",
+            )
+        return bad
+
+    def _zero(self) -> Tensor:
+        parameter = next(iter(self._student.parameters()), None) if self._student is not None else None
+        return torch.zeros((), device=None if parameter is None else parameter.device)
+
+    def _give_up(self, message: str) -> Tensor:
+        if self.strict:
+            raise RuntimeError(message)
+        self._warn(f"{message} (strict=False: the term is left out.)", key=message)
+        return self._zero()
+
+    def _warn(self, message: str, key: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=3)
+
+    def _term(self, views: list[View], reevaluation: bool) -> tuple[Tensor, list[PairDistance]]:
+        if not views:
+            raise _NoTermError(self._why_no_view())
+        assert self.engine is not None  # views exist only once layers are resolved
+        matched = [[self._match(index, view) for index in range(len(self.pairs))] for view in views]
+        constant = [
+            pair.student
+            for index, pair in enumerate(self.pairs)
+            if not any(view[index][0].requires_grad for view in matched)
+        ]
+        if len(constant) == len(self.pairs):
+            raise _NoTermError(
+                f"The transfer term is constant: the outputs of the student layers {constant} do not depend on any "
+                "parameter that requires a gradient. Unfreeze the layers, choose others, or check for `no_grad`, "
+                "`detach` and reentrant activation checkpointing (use_reentrant=False is supported)."
+            )
+        if constant:
+            self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
+        samples = sum(_samples(view) for view in views)
+        return self.engine(matched, samples, reevaluation=reevaluation)
+
+    def _why_no_view(self) -> str:
+        if self._traces is not None:
+            root = self._traces[0].root or "itself"
+            return (
+                f"The student ({type(self._student).__name__}) was not called with gradient since the last call, so "
+                f"there is no transfer term: no forward of its root {root!r} was recorded. Call the module itself (not "
+                "`.forward`), once per loss, outside `no_grad`; or pass the name of what is called as `student_root`."
+            )
+        where = f"the root {self.student_root!r}" if self.student_root else "a module that holds the layers"
+        return (
+            f"No forward of {where} of the student ({type(self._student).__name__}) was recorded, so there is no "
+            f"transfer term for layers={self.layers!r}. It has to be called as a module (not `.forward`), with gradient; "
+            "`student_root` names the submodule whose inputs the teacher gets."
+        )
+
+    def _match(self, index: int, view: View) -> tuple[Tensor, Tensor]:
+        pair = self.pairs[index]
+        found = []
+        for side, name, readings in (
+            ("student", pair.student, view.student),
+            ("teacher", pair.teacher, view.teacher),
+        ):
+            calls = readings.get(f"{index}", [])
+            if len(calls) != 1:
+                how = "did not run" if not calls else f"ran {len(calls)} times"
+                raise _NoTermError(
+                    f"The {side} layer {name!r} {how} in this forward, but a representation is one call. A branch that "
+                    "is skipped in training, a shared module, or code compiled before the layer was hooked are likely "
+                    "causes; choose a layer that runs once, such as its parent."
+                )
+            found.append(calls[0])
+        return match_positions(found[0], found[1], f"{pair.student!r} -> {pair.teacher!r}")
+
+    def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A candidate for the root starts a forward: resolve the layers if need be, and run the teacher."""
+        if self.current_weight == 0 or self._student is None:
+            return False
+        if self._traces is None:
+            if self.student_root is None and not self._can_be_root(name):
+                return False
+            self._resolve(name, args, kwargs)
+        view = self._recorder.current
+        parameter = next((p for p in self._student.parameters() if p.is_floating_point()), None)
+        if parameter is not None:
+            hooked = self.teacher.module
+            self.teacher.prepare(parameter.device, parameter.dtype)
+            if self.teacher.module is not hooked:
+                self._watch_teacher()
+        teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
+        if view is not None:
+            view.teacher_mask = padding_mask(teacher_args, teacher_kwargs)
+        self.teacher.run(teacher_args, teacher_kwargs)
+        return True
+
+    def _can_be_root(self, name: str) -> bool:
+        """Whether a module is one whose inputs the teacher could get: trained, and holding all named layers."""
+        assert self._student is not None
+        modules = named_layers(self._student)
+        module = modules[name]
+        if not any(parameter.requires_grad for parameter in module.parameters()) or not any(module.children()):
+            return False
+        inside = [known for known in modules if not name or known == name or known.startswith(f"{name}.")]
+        try:
+            check_names(self.layers, inside, list(named_layers(self.teacher.module)), name)
+        except ValueError:
+            return False
+        return True
+
+    def _resolve(self, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Trace student and teacher once, choose the pairs and install the hooks on their layers."""
+        assert self._student is not None
+        with self.paused():
+            parameter = next((p for p in self._student.parameters() if p.is_floating_point()), None)
+            if parameter is not None:
+                self.teacher.prepare(parameter.device, parameter.dtype)
+            student = trace(self._student, args, kwargs, root=root)
+            teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
+            teacher = trace(self.teacher.module, teacher_args, teacher_kwargs)
+        self.pairs = resolve_layers(self.layers, student, teacher)
+        self._traces = (student, teacher)
+        names = [(pair.student, pair.teacher) for pair in self.pairs]
+        if self.engine is None or list(self.engine.names) != names:
+            self.engine = TransportEngine(
+                names,
+                [pair.weight for pair in self.pairs],
+                self.cost,
+                self.plan,
+                self.epsilon,
+                self.memory,
+                self.solve_every,
+                self.seed,
+            )
+        if self._saved is not None:
+            self.engine.load_state_dict(self._saved, self._zero().device)
+            self._saved = None
+        self.report(
+            f"Representation transfer from {type(self.teacher.module).__name__} to {type(self._student).__name__}:\n"
+            f"{format_pairs(self.pairs, student, teacher)}"
+        )
+        self._watch()
+
+    def _watch(self) -> None:
+        assert self._student is not None and self._traces is not None
+        modules = named_layers(self._student)
+        seen = self._traces[0]
+        self._recorder.watch_roots([(seen.root, modules[seen.root])])
+        self._recorder.watch_student(
+            {
+                f"{index}": (pair.student, modules[pair.student.removesuffix(INPUT)], self._reader(0, pair))
+                for index, pair in enumerate(self.pairs)
+            }
+        )
+        self._watch_teacher()
+
+    def _watch_teacher(self) -> None:
+        modules = named_layers(self.teacher.module)
+        self._recorder.watch_teacher(
+            {
+                f"{index}": (pair.teacher, modules[pair.teacher.removesuffix(INPUT)], self._reader(1, pair))
+                for index, pair in enumerate(self.pairs)
+            }
+        )
+
+    def _reader(self, side: int, pair: LayerPair) -> NeuronReader:
+        assert self._traces is not None
+        seen = self._traces[side]
+        name = (pair.student, pair.teacher)[side]
+        tensor = seen.tensor(name, pair.select)
+        axis = pair.neuron_axis[side] if isinstance(pair.neuron_axis, tuple) else pair.neuron_axis
+        prefix, token_grid = 0, None
+        if tensor is not None and len(tensor.shape) == 3 and axis in (2, -1) and seen.image_size is not None:
+            prefix, token_grid = _token_grid(tensor.shape[1 - tensor.batch_axis], seen.prefix_tokens, seen.image_size)
+        return NeuronReader(
+            layer=f"{('student', 'teacher')[side]} layer {name!r}",
+            neuron_axis=axis,
+            batch_axis=0 if tensor is None else tensor.batch_axis,
+            grid=self.grid,
+            prefix_tokens=prefix,
+            token_grid=token_grid,
+            select=None if name.endswith(INPUT) else pair.select,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, resolved pairs, plans and statistics; without the teacher. Loads with ``weights_only=True``."""
+        return {"step": self.step, "engine": self._saved if self.engine is None else self.engine.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; plans are placed on the student's device when the layers are resolved.
+
+        Raises:
+            ValueError: If it was saved with other layers.
+        """
+        self.step = state["step"]
+        if self.engine is None:
+            self._saved = state["engine"]
+        elif state["engine"] is None:
+            self.engine.reset()
+        else:
+            self.engine.load_state_dict(state["engine"], self._zero().device)
+
+    def reset(self) -> None:
+        """Forget plans, statistics and counters, as at the start of a training run."""
+        self.step = 0
+        self._saved = None
+        if self.engine is not None:
+            self.engine.reset()
+
+
+def _samples(view: View) -> int:
+    return next((readings[0].shape[0] for readings in view.student.values()), 0)
+
+
+class _NoTermError(Exception):
+    """Why no term could be formed in this call."""
+
+
+def _token_grid(tokens: int, declared: int, image: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+    """How many tokens of an image are a prefix, and the rows and columns of the others.
+
+    The declared prefix is tried first; some models add it only later, so that none is the second guess.
+    """
+    for prefix in dict.fromkeys((declared, 0)):
+        left = tokens - prefix
+        if left < 1:
+            continue
+        rows = round(math.sqrt(left * image[0] / image[1]))
+        if rows and left % rows == 0 and math.isclose(rows * image[1], left // rows * image[0], rel_tol=0.1):
+            return prefix, (rows, left // rows)
+    return declared if tokens > declared else 0, None
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Expected argument `{name}` to be a number, but got {type(value).__name__}.")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"Expected argument `{name}` to be finite and not negative, but got {value}.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
+
+
+def _check_memory(memory: float | str) -> None:
+    if memory == "auto":
+        return
+    if isinstance(memory, (bool, str)) or not isinstance(memory, (int, float)) or not 0 <= memory < 1:
+        raise ValueError(
+            f'Expected argument `memory` to be "auto" or a decay in [0, 1), such as 0.98, but got {memory!r}. '
+            '`plan="static"` keeps one plan from everything seen.'
+        )
