@@ -101,4 +101,6 @@ def _distort(images: Tensor, generator: torch.Generator) -> Tensor:
     ink = F.grid_sample(images, grid, align_corners=False) * uniform(*INK).view(-1, 1, 1, 1)
     blots = F.interpolate(torch.randn(count, 1, 8, 8, generator=generator), size=SIZE, mode="bilinear")
     return ink + BLOTS * blots + NOISE * torch.randn(ink.shape, generator=generator)
+
+
 ROT, SCALE, SHEAR, SHIFT, INK, NOISE, BLOTS = 15, (0.8, 1.2), 0.2, 0.1, (0.5, 1.0), 0.2, 0.2

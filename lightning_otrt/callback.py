@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,7 +23,7 @@ __all__ = ["OTRTCallback"]
 
 
 class TransferCallback(pl.Callback):
-    """What :class:`OTRTCallback` and the callback inside :func:`OTRTModule` share: an engine for the time of one fit."""
+    """What :class:`OTRTCallback` and the callback inside :func:`OTRTModule` share: an engine for one fit."""
 
     def __init__(self, transfer: RepresentationTransfer) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class TransferCallback(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        """Distinguishes several callbacks; it follows neither the weight nor other settings that a resume may change."""
+        """Distinguishes several callbacks; the weight and other settings may change in a resume."""
         transfer = self.transfer
         return self._generate_state_key(teacher=type(transfer.teacher.module).__name__, layers=repr(transfer.layers))
 
@@ -65,7 +65,7 @@ class TransferCallback(pl.Callback):
         """Forget what trial steps of finders left, unless a checkpoint was loaded."""
         if not self._resumed:
             self.transfer.reset()
-        self.transfer.check_every = max(1, trainer.log_every_n_steps)
+        self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._batch = None
 
     @override
@@ -119,7 +119,9 @@ class TransferCallback(pl.Callback):
             return None
         samples = transfer.recorded_samples
         loss = transfer.loss(reevaluation=self._again)
-        layers = {f"otrt/{distance.name}": distance.value for distance in transfer.distances if distance.plan is not None}
+        layers = {
+            f"otrt/{distance.name}": distance.value for distance in transfer.distances if distance.plan is not None
+        }
         self._log(position, {"otrt/weight": weight, **layers}, samples)
         self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
         return loss
@@ -146,16 +148,16 @@ class TransferCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a checkpoint of this callback with other layers or another teacher: its plans would be lost silently."""
+        """Refuse a checkpoint of this callback with other layers or another teacher, which would lose its plans."""
         saved = checkpoint.get("callbacks", {})
-        mine = {callback.state_key for callback in trainer.callbacks if isinstance(callback, TransferCallback)}
+        mine = {callback.state_key for callback in trainer.callbacks if isinstance(callback, TransferCallback)}  # type: ignore[attr-defined]
         others = [key for key in saved if key.startswith(f"{type(self).__qualname__}{{") and key not in mine]
         if self.state_key in saved:
             return
         if others:
             raise MisconfigurationException(
-                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or the teacher "
-                "changed, so that plans and statistics cannot go on. Resume with the same ones, or load the weights "
+                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or "
+                "the teacher changed, so that plans and statistics cannot go on. Resume with the same ones, or load the weights "
                 "alone and start a new fit."
             )
         rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
@@ -168,8 +170,8 @@ class OTRTCallback(TransferCallback):
     failed or was interrupted, no hook is left. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
     ``otrt/<student layer>``.
 
-    With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the loss
-    of the first ``manual_backward`` after a forward.
+    With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the
+    loss of the first ``manual_backward`` after a forward.
 
     Args:
         teacher: See :class:`RepresentationTransfer`, as for all arguments.

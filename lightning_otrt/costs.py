@@ -1,11 +1,11 @@
 """Ground costs between neurons, and the value and gradient of their transport with the plan held fixed.
 
-Student neurons are the rows ``y`` ``(..., N, n)``, teacher neurons ``x`` ``(..., M, n)``; leading dimensions are a batch of
-pairs. Everything here runs without autograd and returns gradients in closed form (the envelope theorem: the plan is a
-constant), so that no graph over a cost matrix is ever kept.
+Student neurons are the rows of ``y`` ``(..., N, n)``, teacher neurons those of ``x`` ``(..., M, n)``; leading
+dimensions are a batch of pairs. Everything here runs without autograd and returns gradients in closed form (the envelope
+theorem: the plan is a constant), so that no graph over a cost matrix is ever kept.
 
-What a cost needs of a mini-batch are sums over observations. They add over views, over steps (the running cost) and over
-processes (the global batch). A value is a generator: it *yields* the sums of this process and is *sent* those of all
+What a cost needs of a mini-batch are sums over observations. They add over views, over steps (the running cost) and
+over processes (the global batch). A value is a generator: it *yields* the sums of this process and is *sent* those of all
 processes, once a round; its ``return`` is the pair (value, gradient for the student neurons of this process).
 """
 
@@ -180,8 +180,8 @@ class SquaredEuclideanCost(Cost):
 class EuclideanCost(SquaredEuclideanCost):
     """‖y - x‖ / (√n s), with s² the mean square of the raw teacher: the cost of the paper.
 
-    The gradient of a distance is a unit vector, whatever the distance; below 1e-2 of the mean cost it is shrunk to zero,
-    so that matched neurons come to rest. The value is not changed.
+    The gradient of a distance is a unit vector, whatever the distance; below 1e-2 of the mean cost it is shrunk to
+    zero, so that matched neurons come to rest. The value is not changed.
     """
 
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
@@ -244,7 +244,9 @@ class CallableCost(Cost):
         expected = (y.shape[-2], x.shape[-2])
         if not isinstance(matrix, Tensor) or tuple(matrix.shape) != expected:
             got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise ValueError(f"Expected the cost {self.function!r} to give a tensor of shape {expected}, but got {got}.")
+            raise ValueError(
+                f"Expected the cost {self.function!r} to give a tensor of shape {expected}, but got {got}."
+            )
         return matrix
 
 
@@ -311,8 +313,10 @@ def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squared_distances(y: Tensor, x: Tensor) -> Tensor:
     distances = torch.linalg.vecdot(y, y)[..., None] + torch.linalg.vecdot(x, x)[..., None, :]
-    return torch.baddbmm(distances, y, x.mT, alpha=-2).clamp_min_(0) if y.dim() == 3 else (
-        torch.addmm(distances, y, x.mT, alpha=-2).clamp_min_(0)
+    return (
+        torch.baddbmm(distances, y, x.mT, alpha=-2).clamp_min_(0)
+        if y.dim() == 3
+        else (torch.addmm(distances, y, x.mT, alpha=-2).clamp_min_(0))
     )
 
 

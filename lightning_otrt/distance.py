@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_otrt.costs import Cost, Plan, Rounds, Sums, ValueAndGradient, get_cost
 from lightning_otrt.plans import (
@@ -165,6 +164,21 @@ def run_rounds(rounds: Sequence[Rounds], reduce: Callable[[Sums], Sums] | None =
     return [result for result in results if result is not None]
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError(
+            "The transport distance can be differentiated only once: its plan is held fixed, so a second derivative "
+            "would be wrong. Leave it out of what is differentiated twice, such as a gradient penalty."
+        )
+
+
 class _WithGradients(torch.autograd.Function):
     """A value computed beforehand together with its gradients."""
 
@@ -175,18 +189,23 @@ class _WithGradients(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         grads = []
-        for gradient, (shape, dtype) in zip(ctx.saved_tensors, ctx.inputs, strict=True):
-            factor = grad_value.reshape(grad_value.shape + (1,) * (gradient.dim() - grad_value.dim()))
-            grads.append((gradient * factor).reshape(shape).to(dtype))
-        return (None, None, *grads, *[None] * len(grads))
+        count = len(ctx.inputs)
+        anchors, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        for anchor, gradient, (shape, dtype) in zip(anchors, gradients, ctx.inputs, strict=True):
+            factor = grad_value.detach().reshape(grad_value.shape + (1,) * (gradient.dim() - grad_value.dim()))
+            grad = (gradient * factor).reshape(shape).to(dtype)
+            # Under `create_graph=True`. `once_differentiable` is silent where the incoming gradient is a constant.
+            grads.append(_Once.apply(grad, anchor) if torch.is_grad_enabled() else grad)
+        return (None, None, *grads, *[None] * (2 * count))
 
 
 def attach_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """``value``, with ``gradients`` as its derivatives with respect to ``inputs``; differentiable once."""
-    return _WithGradients.apply(value, len(inputs), *inputs, *gradients)
+    # Empty tensors tie the gradients to the inputs, where a second derivative must raise, and keep no input alive.
+    anchors = [tensor[..., :0].clone() for tensor in inputs]
+    return _WithGradients.apply(value, len(inputs), *inputs, *anchors, *gradients)
 
 
 def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
@@ -199,8 +218,8 @@ def check_epsilon(epsilon: float) -> None:
     """Raise a ValueError unless ``epsilon`` can match anything."""
     if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and 0 < epsilon < 1):
         raise ValueError(
-            f"Expected argument `epsilon` to lie between 0 and 1, but got {epsilon!r}. It is relative to the mean cost: "
-            "0.01 is close to an exact plan, from 0.2 on nothing is matched, at 1 the plan is uniform."
+            f"Expected argument `epsilon` to lie between 0 and 1, but got {epsilon!r}. It is relative to the mean "
+            "cost: 0.01 is close to an exact plan, from 0.2 on nothing is matched, at 1 the plan is uniform."
         )
 
 

@@ -1,4 +1,4 @@
-"""Transport over the steps of a training run: when to solve, from which statistics, and what a step costs between solves."""
+"""Transport over the steps of a training run: when to solve a plan, and from which statistics."""
 
 from __future__ import annotations
 
@@ -123,9 +123,7 @@ class TransportEngine:
             Σ_pairs w_pair · mean over views of ⟨P, M⟩, differentiable once, and the distance of each pair.
         """
         with torch.no_grad(), torch.autocast(views[0][0][0].device.type, enabled=False):
-            batches = [
-                [common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)
-            ]
+            batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
             active = [index for index, batch in enumerate(batches) if self._has_enough(index, batch)]
             if self.calls == 0:
                 self._check_first(batches)
@@ -140,13 +138,11 @@ class TransportEngine:
         batches: Sequence[Sequence[tuple[Tensor, Tensor]]],
         active: Sequence[int],
     ) -> tuple[Tensor, list[PairDistance]]:
-        ready = [index for index in active if self.pairs[index].plan is not None]
-        keys = [(index, view) for index in ready for view in range(len(views))]
-        rounds = [
-            self.cost.value(*batches[index][view], self.pairs[index].plan, self._energy(index)) for index, view in keys
-        ]
+        plans = {index: plan for index in active if (plan := self.pairs[index].plan) is not None}
+        keys = [(index, view) for index in plans for view in range(len(views))]
+        rounds = [self.cost.value(*batches[index][view], plans[index], self._energy(index)) for index, view in keys]
         results = dict(zip(keys, run_rounds(rounds, self.reduce), strict=True))
-        share = {index: self.weights[index] / len(views) for index in ready}
+        share = {index: self.weights[index] / len(views) for index in plans}
         first = views[0][0][0]
         total = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
         distances = []
@@ -156,7 +152,7 @@ class TransportEngine:
                 continue
             value = torch.stack([results[index, view][0] for view in range(len(views))]).mean()
             total = total + self.weights[index] * value
-            distances.append(PairDistance(student, value, self.pairs[index].plan.matrix))
+            distances.append(PairDistance(student, value, plans[index].matrix))
         bad = (~torch.isfinite(total)).long()
         self.bad_calls = bad if self.bad_calls is None else self.bad_calls + bad
         gradients = [
@@ -181,7 +177,11 @@ class TransportEngine:
                 state.energy = energy
             if state.plan is None:
                 fixed = fixed_plan(
-                    self.plan, y.shape[0], x.shape[0], seed=self.seed + index, where="{!r} -> {!r}".format(*self.names[index])
+                    self.plan,
+                    y.shape[0],
+                    x.shape[0],
+                    seed=self.seed + index,
+                    where="{!r} -> {!r}".format(*self.names[index]),
                 )
                 state.plan = None if fixed is None else Plan.of(fixed.to(y))
             if self.plan in ("identity", "uniform", "random"):
@@ -219,8 +219,7 @@ class TransportEngine:
                 # A batch that is not finite is left out, without asking the device whether it is.
                 fits = torch.isfinite(sums[-1].sum())
                 sums = [
-                    torch.where(fits, state.memory * old + new, old)
-                    for old, new in zip(state.sums, sums, strict=True)
+                    torch.where(fits, state.memory * old + new, old) for old, new in zip(state.sums, sums, strict=True)
                 ]
             state.sums = sums
             state.samples += samples
@@ -267,13 +266,11 @@ class TransportEngine:
             return True
         student, teacher = self.names[index]
         message = (
-            f"{student!r} -> {teacher!r} has {count} observations, and fewer than {self.cost.min_observations} carry no "
-            "correlation"
+            f"{student!r} -> {teacher!r} has {count} observations, and fewer than {self.cost.min_observations} carry "
+            "no correlation"
         )
         if self.calls == 0:
-            raise ValueError(
-                f"{message}. Use a larger batch, layers with positions or tokens, or cost='euclidean'."
-            )
+            raise ValueError(f"{message}. Use a larger batch, layers with positions or tokens, or cost='euclidean'.")
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"{message}: the pair is skipped for such batches. Use drop_last=True.", stacklevel=2)

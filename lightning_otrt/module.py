@@ -7,7 +7,7 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_otrt.callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
@@ -26,9 +26,10 @@ class ModuleCallback(TransferCallback):
 class OTRTModule:
     """Wraps a LightningModule so that it trains with representation transfer wherever it is trained.
 
-    The result *is* a module of the task's own class, with the task's own parameters, hyperparameters, metrics, hooks and
-    checkpoint keys: nothing is nested. It contributes a callback through ``configure_callbacks``. After training, ``task``
-    is the trained, plain module. Deep copies and saved pickles are plain modules of the task's class, without the teacher.
+    The result *is* a module of the task's own class, with the task's own parameters, hyperparameters, metrics, hooks
+    and checkpoint keys: nothing is nested. It contributes a callback through ``configure_callbacks``. After training,
+    ``task`` is the trained, plain module. Deep copies and saved pickles are plain modules of the task's class, without
+    the teacher.
 
     Args:
         task: The LightningModule to train.

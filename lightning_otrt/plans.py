@@ -1,8 +1,8 @@
 r"""From a cost matrix to a transport plan between uniform masses.
 
 Entropic plans minimise ⟨P, M⟩ + ε KL(P, a bᵀ). GeomLoss' symmetric loop anneals ε from a large value, then alternating
-updates at the last ε finish: they converge about twice as fast as the symmetric ones, and end on the student's side, whose
-masses are exact. Both use the scaling form on a kernel with absorbed potentials, so that an iteration is two
+updates at the last ε finish: they converge about twice as fast as the symmetric ones, and end on the student's side,
+whose masses are exact. Both use the scaling form on a kernel with absorbed potentials, so that an iteration is two
 matrix-vector products instead of two passes of exponentials over the cost matrix.
 
 Nothing here is differentiable: a plan is a constant of the backward pass.
@@ -105,8 +105,8 @@ def sinkhorn_plan(
         if not error <= FAILURE:
             raise RuntimeError(
                 f"The transport plan for a cost of shape {tuple(cost.shape[1:])} did not converge: after {spent} "
-                f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at epsilon={epsilon:g} "
-                f"of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
+                f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at epsilon="
+                f"{epsilon:g} of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
                 'Use a larger `epsilon` or `plan="exact"`.'
             )
         return result
@@ -255,8 +255,8 @@ def uniform_plan(rows: int, columns: int) -> Tensor:
 def random_plan(rows: int, columns: int, seed: int) -> Tensor:
     """A balanced assignment drawn once, ``(N, M)``: the control that tells whether the matching matters.
 
-    Neurons of both sides are put in random order and filled up to their masses one after the other (the north-west corner
-    rule), so that the masses are exact and as few neurons as possible are split.
+    Neurons of both sides are put in random order and filled up to their masses one after the other (the north-west
+    corner rule), so that the masses are exact and as few neurons as possible are split.
     """
     generator = torch.Generator().manual_seed(seed)
     edges = [torch.arange(size + 1, dtype=torch.float64) / size for size in (rows, columns)]

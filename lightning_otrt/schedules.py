@@ -32,6 +32,7 @@ class LinearWarmup:
             raise ValueError(f"Expected argument `steps` to be at least 1, but got {self.steps}.")
 
     def __call__(self, step: int) -> float:
+        """The factor at a step."""
         return min(1.0, (step + 1) / self.steps)
 
 
@@ -59,6 +60,7 @@ class CosineDecay:
             raise ValueError(f"Expected argument `final` to be finite and not negative, but got {self.final}.")
 
     def __call__(self, step: int) -> float:
+        """The factor at a step."""
         progress = min(step, self.steps) / self.steps
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 

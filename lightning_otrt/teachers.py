@@ -277,13 +277,13 @@ class Teacher:
         Raises:
             TypeError: If the adapter returns anything but a tensor, a tuple or a dict.
         """
-        kwargs = dict(kwargs)
+        inputs = args, dict(kwargs)
         with torch.no_grad():
             if self._inputs is not None:
-                args, kwargs = _as_arguments(self._inputs(*args, **kwargs))
+                inputs = _as_arguments(self._inputs(*args, **kwargs))
             if self._dtype is not None:
-                args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
-        return args, kwargs
+                inputs = tree_map_only(Tensor, self._cast, inputs)
+        return inputs
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run on inputs that :meth:`inputs_for` gave, under the autocast that is active."""
@@ -392,8 +392,6 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _switch_to_evaluation(loan: _Loan) -> None:
-    if torch.compiler.is_compiling():
-        return
     if not loan.flags:
         loan.flags = [(module, getattr(module, "training", False)) for module in loan.module.modules()]
     # A frozen script has no flag. Flags are set one by one: `eval` may be overridden, to merge weights for example.

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import check_epsilon, check_plan
 from lightning_otrt.engine import PairDistance, TransportEngine
-from lightning_otrt.layers import INPUT, LayerPair, LayerSpec, Trace, check_names
-from lightning_otrt.neurons import NeuronReader, match_positions
+from lightning_otrt.layers import LayerPair, LayerSpec
+from lightning_otrt.neurons import match_positions
+from lightning_otrt.pairing import Pairing, can_be_root, check_layers, pair_layers
 from lightning_otrt.recording import Recorder, View, padding_mask
 from lightning_otrt.schedules import Schedule, weight_at
-from lightning_otrt.selection import resolve_layers
 from lightning_otrt.teachers import Teacher, load_teacher
-from lightning_otrt.tracing import format_pairs, named_layers, named_tensors, trace
+from lightning_otrt.tracing import named_layers
 
 __all__ = ["RepresentationTransfer"]
 
@@ -42,8 +42,8 @@ class RepresentationTransfer:
 
     Args:
         teacher: A module, a LightningModule, the name of a torchvision model (its default weights), ``(name, weights)``
-            or ``(checkpoint path, class)``; see :func:`load_teacher`. It is run in evaluation mode without gradient, and
-            never changed.
+            or ``(checkpoint path, class)``; see :func:`load_teacher`. It is run in evaluation mode without gradient,
+            and never changed.
         layers: Which student layers are matched to which teacher layers: a mapping ``{student: teacher}``, a list of
             pairs or of names that both have, globs, ``"re:..."``, negative indices, ``"name:input"``,
             ``"penultimate"``, ``"blocks"``, ``"auto"`` (blocks where there are positions or tokens, else penultimate),
@@ -119,15 +119,15 @@ class RepresentationTransfer:
         if schedule is not None and not callable(schedule):
             raise TypeError(f"Expected argument `schedule` to be callable, but got {type(schedule).__name__}.")
         if teacher_inputs is not None and not callable(teacher_inputs):
-            raise TypeError(f"Expected argument `teacher_inputs` to be callable, but got {type(teacher_inputs).__name__}.")
+            raise TypeError(
+                f"Expected argument `teacher_inputs` to be callable, but got {type(teacher_inputs).__name__}."
+            )
         self.layers, self.weight, self.student_root = layers, weight, student_root
         self.cost, self.plan, self.epsilon = get_cost(cost), plan, epsilon
         self.memory, self.solve_every, self.grid = memory, solve_every, grid
         self.schedule, self.strict, self.seed = schedule, strict, seed
         self.global_batch, self.process_group = global_batch, process_group
         self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
-        #: The resolved pairs, empty before the first forward.
-        self.pairs: tuple[LayerPair, ...] = ()
         #: Step that the schedule sees; :meth:`loss` advances it unless it is given one.
         self.step = 0
         #: Calls between two reads of the flags for values that are not finite.
@@ -138,11 +138,17 @@ class RepresentationTransfer:
         self.distances: list[PairDistance] = []
         self.engine: TransportEngine | None = None
         self._student: nn.Module | None = None
+        self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
-        self._traces: tuple[Trace, Trace] | None = None
+        self._pairing: Pairing | None = None
         self._stance = ExitStack()
         self._saved: dict[str, Any] | None = None
         self._warned: set[str] = set()
+
+    @property
+    def pairs(self) -> tuple[LayerPair, ...]:
+        """The resolved pairs, empty before the first forward."""
+        return () if self._pairing is None else self._pairing.pairs
 
     @property
     def current_weight(self) -> float:
@@ -182,29 +188,14 @@ class RepresentationTransfer:
         if not isinstance(student, nn.Module):
             raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
         self.teacher.check_against(student)
-        modules = named_layers(student)
-        if self.student_root is not None and self.student_root not in modules:
-            raise ValueError(
-                f"Expected `student_root` to name a module of the student ({type(student).__name__}), but got "
-                f"{self.student_root!r}. Its children: {[name for name in modules if name and '.' not in name]}."
-            )
-        check_names(
-            self.layers,
-            list(modules),
-            list(named_layers(self.teacher.module)),
-            self.student_root,
-            student_tensors=named_tensors(student),
-            teacher_tensors=named_tensors(self.teacher.module),
-        )
+        check_layers(self.layers, student, self.teacher.module, self.student_root)
         if "torch._dynamo" in sys.modules:
             # Code compiled before has no hooks in it and would never call ours.
             torch.compiler.reset()
         self._student = student
-        if self._traces is None:
-            names = modules if self.student_root is None else {self.student_root: modules[self.student_root]}
-            self._recorder.watch_roots(list(names.items()))
-        else:
-            self._watch()
+        modules = named_layers(student)
+        names = modules if self.student_root is None else {self.student_root: modules[self.student_root]}
+        self._recorder.watch_roots(list(names.items()))
 
     def detach(self) -> None:
         """Take all hooks off and give the teacher back as it came. Plans and statistics are kept."""
@@ -212,13 +203,13 @@ class RepresentationTransfer:
         self._recorder.remove()
         self.teacher.release()
         self._student = None
-        self._traces = None
+        self._root = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record forwards inside the block; outside, hooks do nothing."""
         before = self._recorder.enabled
-        if self._traces is None and self.current_weight > 0:
+        if self._root is None and self.current_weight > 0:
             # The first forward resolves the layers, in plain Python; hooks added there are in what is compiled later.
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self._recorder.enabled = True
@@ -304,7 +295,9 @@ class RepresentationTransfer:
         self.engine.bad_calls.zero_()
         if bad:
             layers = [
-                distance.name for distance in self.distances if distance.plan is not None and not distance.value.isfinite()
+                distance.name
+                for distance in self.distances
+                if distance.plan is not None and not distance.value.isfinite()
             ]
             self._warn(
                 f"{bad} recent values of the transfer term up to step {self.step} were NaN or infinite"
@@ -351,8 +344,8 @@ class RepresentationTransfer:
         return self.engine(matched, samples, reevaluation=reevaluation)
 
     def _why_no_view(self) -> str:
-        if self._traces is not None:
-            root = self._traces[0].root or "itself"
+        if self._root is not None:
+            root = self._root or "itself"
             return (
                 f"The student ({type(self._student).__name__}) was not called with gradient since the last call, so "
                 f"there is no transfer term: no forward of its root {root!r} was recorded. Call the module itself (not "
@@ -361,8 +354,8 @@ class RepresentationTransfer:
         where = f"the root {self.student_root!r}" if self.student_root else "a module that holds the layers"
         return (
             f"No forward of {where} of the student ({type(self._student).__name__}) was recorded, so there is no "
-            f"transfer term for layers={self.layers!r}. It has to be called as a module (not `.forward`), with gradient; "
-            "`student_root` names the submodule whose inputs the teacher gets."
+            f"transfer term for layers={self.layers!r}. It has to be called as a module (not `.forward`), with "
+            "gradient; `student_root` names the submodule whose inputs the teacher gets."
         )
 
     def _match(self, index: int, view: View) -> tuple[Tensor, Tensor]:
@@ -387,49 +380,37 @@ class RepresentationTransfer:
         """A candidate for the root starts a forward: resolve the layers if need be, and run the teacher."""
         if self.current_weight == 0 or self._student is None:
             return False
-        if self._traces is None:
-            if self.student_root is None and not self._can_be_root(name):
+        if self._root is None:
+            if self.student_root is None and not can_be_root(name, self.layers, self._student, self.teacher.module):
                 return False
             self._resolve(name, args, kwargs)
         view = self._recorder.current
-        parameter = next((p for p in self._student.parameters() if p.is_floating_point()), None)
-        if parameter is not None:
-            hooked = self.teacher.module
-            self.teacher.prepare(parameter.device, parameter.dtype)
-            if self.teacher.module is not hooked:
-                self._watch_teacher()
+        hooked = self.teacher.module
+        self._prepare_teacher()
+        if self.teacher.module is not hooked:
+            self._watch_teacher()
         teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
         if view is not None:
             view.teacher_mask = padding_mask(teacher_args, teacher_kwargs)
         self.teacher.run(teacher_args, teacher_kwargs)
         return True
 
-    def _can_be_root(self, name: str) -> bool:
-        """Whether a module is one whose inputs the teacher could get: trained, and holding all named layers."""
+    def _prepare_teacher(self) -> None:
+        """The teacher follows the student's device, and its type where a precision plugin changed that."""
         assert self._student is not None
-        modules = named_layers(self._student)
-        module = modules[name]
-        if not any(parameter.requires_grad for parameter in module.parameters()) or not any(module.children()):
-            return False
-        inside = [known for known in modules if not name or known == name or known.startswith(f"{name}.")]
-        try:
-            check_names(self.layers, inside, list(named_layers(self.teacher.module)), name)
-        except ValueError:
-            return False
-        return True
+        parameter = next((p for p in self._student.parameters() if p.is_floating_point()), None)
+        if parameter is not None:
+            self.teacher.prepare(parameter.device, parameter.dtype)
 
     def _resolve(self, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Trace student and teacher once, choose the pairs and install the hooks on their layers."""
+        """Choose the pairs from one traced forward of each network, and install the hooks on their layers."""
         assert self._student is not None
         with self.paused():
-            parameter = next((p for p in self._student.parameters() if p.is_floating_point()), None)
-            if parameter is not None:
-                self.teacher.prepare(parameter.device, parameter.dtype)
-            student = trace(self._student, args, kwargs, root=root)
-            teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
-            teacher = trace(self.teacher.module, teacher_args, teacher_kwargs)
-        self.pairs = resolve_layers(self.layers, student, teacher)
-        self._traces = (student, teacher)
+            self._prepare_teacher()
+            teacher_inputs = self.teacher.inputs_for(args, kwargs)
+            self._pairing = pair_layers(
+                self.layers, self._student, root, (args, kwargs), self.teacher.module, teacher_inputs
+            )
         names = [(pair.student, pair.teacher) for pair in self.pairs]
         if self.engine is None or list(self.engine.names) != names:
             self.engine = TransportEngine(
@@ -447,50 +428,16 @@ class RepresentationTransfer:
             self._saved = None
         self.report(
             f"Representation transfer from {type(self.teacher.module).__name__} to {type(self._student).__name__}:\n"
-            f"{format_pairs(self.pairs, student, teacher)}"
+            f"{self._pairing.table()}"
         )
-        self._watch()
-
-    def _watch(self) -> None:
-        assert self._student is not None and self._traces is not None
-        modules = named_layers(self._student)
-        seen = self._traces[0]
-        self._recorder.watch_roots([(seen.root, modules[seen.root])])
-        self._recorder.watch_student(
-            {
-                f"{index}": (pair.student, modules[pair.student.removesuffix(INPUT)], self._reader(0, pair))
-                for index, pair in enumerate(self.pairs)
-            }
-        )
+        self._root = self._pairing.student.root
+        self._recorder.watch_roots([(self._root, named_layers(self._student)[self._root])])
+        self._recorder.watch_student(self._pairing.readers("student", self._student, self.grid))
         self._watch_teacher()
 
     def _watch_teacher(self) -> None:
-        modules = named_layers(self.teacher.module)
-        self._recorder.watch_teacher(
-            {
-                f"{index}": (pair.teacher, modules[pair.teacher.removesuffix(INPUT)], self._reader(1, pair))
-                for index, pair in enumerate(self.pairs)
-            }
-        )
-
-    def _reader(self, side: int, pair: LayerPair) -> NeuronReader:
-        assert self._traces is not None
-        seen = self._traces[side]
-        name = (pair.student, pair.teacher)[side]
-        tensor = seen.tensor(name, pair.select)
-        axis = pair.neuron_axis[side] if isinstance(pair.neuron_axis, tuple) else pair.neuron_axis
-        prefix, token_grid = 0, None
-        if tensor is not None and len(tensor.shape) == 3 and axis in (2, -1) and seen.image_size is not None:
-            prefix, token_grid = _token_grid(tensor.shape[1 - tensor.batch_axis], seen.prefix_tokens, seen.image_size)
-        return NeuronReader(
-            layer=f"{('student', 'teacher')[side]} layer {name!r}",
-            neuron_axis=axis,
-            batch_axis=0 if tensor is None else tensor.batch_axis,
-            grid=self.grid,
-            prefix_tokens=prefix,
-            token_grid=token_grid,
-            select=None if name.endswith(INPUT) else pair.select,
-        )
+        assert self._pairing is not None
+        self._recorder.watch_teacher(self._pairing.readers("teacher", self.teacher.module, self.grid))
 
     def state_dict(self) -> dict[str, Any]:
         """Step, resolved pairs, plans and statistics; without the teacher. Loads with ``weights_only=True``."""
@@ -524,21 +471,6 @@ def _samples(view: View) -> int:
 
 class _NoTermError(Exception):
     """Why no term could be formed in this call."""
-
-
-def _token_grid(tokens: int, declared: int, image: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    """How many tokens of an image are a prefix, and the rows and columns of the others.
-
-    The declared prefix is tried first; some models add it only later, so that none is the second guess.
-    """
-    for prefix in dict.fromkeys((declared, 0)):
-        left = tokens - prefix
-        if left < 1:
-            continue
-        rows = round(math.sqrt(left * image[0] / image[1]))
-        if rows and left % rows == 0 and math.isclose(rows * image[1], left // rows * image[0], rel_tol=0.1):
-            return prefix, (rows, left // rows)
-    return declared if tokens > declared else 0, None
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -273,6 +273,7 @@ class TestConstructor:
         ):
             Teacher(make())
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
     def test_scripts_and_compiled_modules_have_one(self) -> None:
         for module in (torch.jit.script(nn.Linear(4, 2)), torch.jit.freeze(torch.jit.script(nn.Linear(4, 2)).eval())):
             teacher = Teacher(module)
@@ -359,7 +360,6 @@ class TestRunning:
         net.train()
         teacher.release()
         assert all(flags(net).values())
-        net.load_state_dict(net.state_dict())
         for name, flag in before.items():
             net.get_submodule(name).training = flag
         teacher.prepare("cpu")
@@ -401,10 +401,15 @@ class TestRunning:
         teacher.check_against(nn.Flatten())
 
     def test_compiled_student(self, net: Net) -> None:
-        student = Net()
-        teacher = Teacher(net, inputs=lambda x: 2 * x)
-        kept = []
-        student.register_forward_pre_hook(lambda _, args: kept.append((teacher.prepare("cpu"), teacher(*args))[1]))
+        student = copy.deepcopy(net.body)
+        teacher = Teacher(net.body, inputs=lambda x: 2 * x)
+        kept: list[Tensor] = []
+
+        def run_teacher(_: nn.Module, args: tuple[Any, ...]) -> None:
+            teacher.prepare("cpu")
+            kept.append(teacher(*args))
+
+        student.register_forward_pre_hook(run_teacher)
         teacher.prepare("cpu")
         compiled = torch.compile(student, backend="eager", fullgraph=True)
         x = torch.randn(5, 4)

@@ -1,0 +1,1 @@
+"""Benchmarks: what the package costs (``speed``, ``gpu``) and what it brings."""

@@ -1,0 +1,196 @@
+"""Forward and backward of one transport distance by this package and by others, each tuned to the same accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ot
+import torch
+from geomloss import SamplesLoss
+from geomloss.ot import solve_batch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from benchmarks.problems import EPSILON, Problem
+from lightning_otrt import transport_distance
+from lightning_otrt.engine import TransportEngine
+
+#: What a method returns: its value and the gradient for the student neurons.
+Solve = Callable[[], tuple[Tensor, Tensor]]
+#: Relative error of the value that every method is tuned to.
+ACCURACY = 0.01
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A method at its fastest setting that is accurate enough.
+
+    Attributes:
+        name: The method.
+        solve: Forward and backward.
+        setting: What was chosen.
+        error: Relative error of its value.
+        accurate: Whether that is within 1 %.
+    """
+
+    name: str
+    solve: Solve
+    setting: str
+    error: float
+    accurate: bool
+
+
+def ours(problem: Problem) -> Solve:
+    """A cold solve in a training step: no plan, no potentials, no statistics."""
+    engine = TransportEngine(
+        [("student", "teacher")], [1.0], problem.rule, "sinkhorn", EPSILON, memory=0.0, solve_every=10, seed=0
+    )
+
+    def solve() -> tuple[Tensor, Tensor]:
+        engine.reset()
+        return _with_backward(problem, lambda y: engine([[(y, problem.x)]], problem.shape[2])[0])
+
+    return solve
+
+
+def ours_public(problem: Problem) -> Solve:
+    """``transport_distance``, which iterates until it has converged and checks its arguments."""
+    return lambda: _with_backward(problem, lambda y: transport_distance(y, problem.x, cost=problem.cost).value)
+
+
+def samples_loss(problem: Problem, debias: bool) -> Iterator[tuple[str, Solve]]:
+    """``geomloss.SamplesLoss``, from few iterations to many."""
+    power = 1 if problem.cost == "euclidean" else 2
+    scale = _points(problem, problem.y, problem.x)
+    mean = torch.cdist(*scale).pow(power).mean().item()
+    spread = torch.cat(scale)
+    diameter = (spread.amax(0) - spread.amin(0)).norm().item()
+    settings = []
+    for blur in (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005):
+        for scaling in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            width = (blur * mean) ** (1 / power)
+            settings.append((math.log(diameter / width) / -math.log(scaling), blur, scaling, width))
+    for _, blur, scaling, width in sorted(settings):
+        loss = SamplesLoss("sinkhorn", p=power, blur=width, scaling=scaling, debias=debias, backend="tensorized")
+
+        def solve(loss: Any = loss) -> tuple[Tensor, Tensor]:
+            return _with_backward(problem, lambda y: _unit(problem) * loss(*_points(problem, y, problem.x)))
+
+        yield f"blur^p = {blur} mean, scaling = {scaling}", solve
+
+
+def geomloss_batch(problem: Problem, iterations: int, epsilon: float = EPSILON) -> Solve:
+    """``geomloss.ot.solve_batch`` on a cost by autograd, its plan detached."""
+
+    def value(y: Tensor) -> Tensor:
+        cost = _cost(problem, y)
+        fixed = cost.detach()
+        plan = solve_batch((fixed / fixed.mean())[None], reg=epsilon, max_iter=iterations).plan[0]
+        return (plan.detach() * cost).sum()
+
+    return lambda: _with_backward(problem, value)
+
+
+def pot(problem: Problem, solver: Callable[[Tensor], Tensor]) -> Solve:
+    """A plan by POT or scipy on a cost by autograd; ``solver`` gets costs with a mean of 1."""
+
+    def value(y: Tensor) -> Tensor:
+        cost = _cost(problem, y)
+        fixed = cost.detach()
+        return (solver(fixed / fixed.mean()) * cost).sum()
+
+    return lambda: _with_backward(problem, value)
+
+
+def _pot_sinkhorn(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
+    a, b = (cost.new_full((size,), 1 / size) for size in cost.shape)
+    return ot.sinkhorn(a, b, cost, epsilon, numItermax=iterations, stopThr=0.0, warn=False, check_marginals=False)
+
+
+def _pot_batch(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
+    solved = ot.batch.solve_batch(
+        cost[None], epsilon, max_iter=iterations, tol=0.0, method="log_sinkhorn", grad="detach"
+    )
+    return solved.plan[0]
+
+
+def _pot_emd(cost: Tensor) -> Tensor:
+    a, b = (cost.new_full((size,), 1 / size) for size in cost.shape)
+    return ot.emd(a, b, cost, numItermax=10_000_000)
+
+
+def _assignment(cost: Tensor) -> Tensor:
+    plan = torch.zeros_like(cost)
+    plan[linear_sum_assignment(cost.numpy())] = 1 / cost.shape[0]
+    return plan
+
+
+def candidates(problem: Problem) -> Iterator[tuple[str, Iterator[tuple[str, Solve]]]]:
+    """Every rival with its settings, fastest first."""
+    grid = [(epsilon, iterations) for iterations in (5, 10, 20, 40, 80, 160, 320) for epsilon in (0.02, 0.01, 0.005)]
+    yield "SamplesLoss(debias=False)", samples_loss(problem, debias=False)
+    yield "SamplesLoss(debias=True)", samples_loss(problem, debias=True)
+    yield "solve_batch, 20 iterations", iter([("reg = 0.01 mean", geomloss_batch(problem, 20))])
+    yield (
+        "solve_batch, tuned",
+        ((f"reg = {e} mean, {i} iterations", geomloss_batch(problem, i, e)) for e, i in grid),
+    )
+    for name, solver in (("POT sinkhorn", _pot_sinkhorn), ("POT ot.batch", _pot_batch)):
+        yield (
+            name,
+            (
+                (f"reg = {e} mean, {i} iterations", pot(problem, lambda cost, s=solver, e=e, i=i: s(cost, e, i)))
+                for e, i in grid
+            ),
+        )
+    yield "POT emd", iter([("exact", pot(problem, _pot_emd))])
+    if problem.shape[0] == problem.shape[1]:
+        yield "scipy assignment", iter([("exact", pot(problem, _assignment))])
+
+
+def tune(problem: Problem, name: str, settings: Iterator[tuple[str, Solve]]) -> Tuned:
+    """The first setting within 1 % of the exact value, or else the most accurate one."""
+    best: Tuned | None = None
+    for setting, solve in settings:
+        value, _ = solve()
+        error = problem.error(value)
+        found = Tuned(name, solve, setting, error, error <= ACCURACY)
+        if found.accurate:
+            return found
+        if best is None or not best.error <= error:
+            best = found
+    assert best is not None
+    return best
+
+
+def _with_backward(problem: Problem, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    y = problem.y.detach().requires_grad_()
+    result = value(y)
+    result.sum().backward()
+    assert y.grad is not None
+    return result.detach(), y.grad
+
+
+def _cost(problem: Problem, y: Tensor) -> Tensor:
+    points, others = _points(problem, y, problem.x)
+    if problem.cost == "correlation":
+        return 1 - points @ others.mT
+    distance = torch.cdist(points, others)
+    return distance * _unit(problem) if problem.cost == "euclidean" else distance.square() * (_unit(problem) / 2)
+
+
+def _points(problem: Problem, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Points whose distances, or half squared distances, are the cost up to :func:`_unit`."""
+    if problem.cost != "correlation":
+        return y, x
+    y, x = y - y.mean(-1, keepdim=True), x - x.mean(-1, keepdim=True)
+    return y / y.norm(dim=-1, keepdim=True), x / x.norm(dim=-1, keepdim=True)
+
+
+def _unit(problem: Problem) -> float:
+    """From (half squared) distances of points to the cost, in units of the teacher's root mean square."""
+    square = problem.x.square().mean().item() * problem.shape[2]
+    return {"correlation": 1.0, "euclidean": square**-0.5, "sqeuclidean": 2 / square}[problem.cost]

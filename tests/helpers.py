@@ -1,0 +1,166 @@
+"""Tiny networks, data and trainers that the tests of the three ways in share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, TensorDataset
+
+CLASSES = 3
+#: Pairs of the shared networks; weights of a half are exact in binary, so that sums do not depend on how they are formed.
+LAYERS = {"net.block1": "block1", "net.block2": "block2"}
+
+
+class Net(nn.Module):
+    """Two convolutional blocks and a head on 8x8 images."""
+
+    def __init__(self, width: int = 4, *, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.block1 = self._block(1, width, norm)
+        self.block2 = self._block(width, 2 * width, norm)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(2 * width, CLASSES)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
+        layers = [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs) if norm else nn.Identity()]
+        return nn.Sequential(*layers, nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.block1(x), 2)
+        return self.head(self.dropout(self.block2(x).mean((2, 3))))
+
+
+class Task(pl.LightningModule):
+    """Classification with the shared network; subclasses change one thing."""
+
+    def __init__(self, width: int = 4, lr: float = 0.1, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = Net(width, dropout=dropout, norm=norm)
+        self.lr = lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self.net(x), y))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def seeded(seed: int, build: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build something from random numbers of its own, and leave the global ones alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(*args, **kwargs)
+
+
+def make_teacher(width: int = 6) -> Net:
+    """A teacher in the mode in which users have it after loading: train mode, statistics of its own."""
+    teacher = seeded(1, Net, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for buffer in teacher.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 1.5)
+    return teacher
+
+
+def make_task(kind: type[Task] = Task, **options: Any) -> Task:
+    return seeded(0, kind, **options)
+
+
+def make_data(samples: int = 64, dtype: torch.dtype = torch.float32) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(samples, 1, 8, 8, generator=generator).to(dtype)
+    return TensorDataset(x, torch.randint(0, CLASSES, (samples,), generator=generator))
+
+
+def loader(samples: int = 64, batch_size: int = 8, *, shuffle: bool = False) -> DataLoader[Any]:
+    return DataLoader(make_data(samples), batch_size=batch_size, shuffle=shuffle)
+
+
+def make_trainer(**options: Any) -> pl.Trainer:
+    """A silent trainer on the CPU; four steps unless told otherwise."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    if "max_steps" not in options and "max_epochs" not in options:
+        defaults["max_steps"] = 4
+    return pl.Trainer(**{**defaults, **options})
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, copied."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal to the last bit."""
+    assert list(found) == list(expected)
+    different = {
+        name: float((found[name].double() - value.double()).abs().max())
+        for name, value in expected.items()
+        if found[name].dtype != value.dtype or not torch.equal(found[name], value)
+    }
+    assert not different
+
+
+def differ(found: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(found[name], other[name]) for name in other)
+
+
+def hooks(*modules: nn.Module) -> list[str]:
+    """Where there are hooks."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        f"{name}.{kind}"
+        for module in modules
+        for name, part in module.named_modules()
+        for kind in kinds
+        if getattr(part, kind)
+    ]
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module)
+
+
+@contextmanager
+def forwards(module: nn.Module) -> Iterator[list[int]]:
+    """Counts the forwards of a module, without a hook, which a deep copy would carry along."""
+    count: list[int] = []
+    forward = module.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count.append(1)
+        return forward(*args, **kwargs)
+
+    module.forward = counted  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        del module.forward
