@@ -93,14 +93,11 @@ def _distort(images: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(count).uniform_(low, high, generator=generator)
 
-    angle, scale, shear = uniform(-ROT, ROT) * math.pi / 180, uniform(*SCALE), uniform(-SHEAR, SHEAR)
+    angle, scale, shear = uniform(-20, 20) * math.pi / 180, uniform(0.75, 1.2), uniform(-0.2, 0.2)
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    shift_x, shift_y = uniform(-SHIFT, SHIFT), uniform(-SHIFT, SHIFT)
+    shift_x, shift_y = uniform(-0.12, 0.12), uniform(-0.12, 0.12)
     rows = torch.stack([cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y], dim=1)
     grid = F.affine_grid(rows.view(count, 2, 3), [count, 1, SIZE, SIZE], align_corners=False)
-    ink = F.grid_sample(images, grid, align_corners=False) * uniform(*INK).view(-1, 1, 1, 1)
+    ink = F.grid_sample(images, grid, align_corners=False) * uniform(0.5, 1.0).view(-1, 1, 1, 1)
     blots = F.interpolate(torch.randn(count, 1, 8, 8, generator=generator), size=SIZE, mode="bilinear")
-    return ink + BLOTS * blots + NOISE * torch.randn(ink.shape, generator=generator)
-
-
-ROT, SCALE, SHEAR, SHIFT, INK, NOISE, BLOTS = 15, (0.8, 1.2), 0.2, 0.1, (0.5, 1.0), 0.2, 0.2
+    return ink + 0.14 * blots + 0.14 * torch.randn(ink.shape, generator=generator)

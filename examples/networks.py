@@ -50,7 +50,7 @@ class Classifier(L.LightningModule):
         weight_decay: Weight decay.
     """
 
-    def __init__(self, net: nn.Module, num_classes: int, *, lr: float = 1e-2, weight_decay: float = 1e-2) -> None:
+    def __init__(self, net: nn.Module, num_classes: int, *, lr: float = 3e-2, weight_decay: float = 1.0) -> None:
         super().__init__()
         self.net = net
         self.lr = lr

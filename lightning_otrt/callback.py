@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_otrt.layers import LayerPair
 from lightning_otrt.patching import add_term, remove_term
 from lightning_otrt.schedules import Schedule
+from lightning_otrt.strategies import shared_batch
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["OTRTCallback"]
@@ -35,6 +36,7 @@ class TransferCallback(pl.Callback):
         self._resumed = False
         self._batch: tuple[int, int] | None = None
         self._again = False
+        self._steps = self._terms = 0
 
     @property
     @override
@@ -48,6 +50,8 @@ class TransferCallback(pl.Callback):
         """Replace the training step. Not later: finders of learning rate and batch size train before the fit starts."""
         if stage != "fit":
             return
+        transfer = self.transfer
+        transfer.shares_batch, transfer.process_group = shared_batch(trainer, strict=transfer.strict)
         self._trainer, self._module = trainer, pl_module
         self._batch = None
         if not is_overridden("configure_model", pl_module):
@@ -67,11 +71,24 @@ class TransferCallback(pl.Callback):
             self.transfer.reset()
         self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._batch = None
+        self._steps = self._terms = 0
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a manual loop without a single term: a step without one may be that of another player."""
+        if self._steps and not self._terms and self.transfer.strict:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} uses manual optimization, and in {self._steps} training steps no "
+                "`self.manual_backward(loss)` came after a forward of the student with gradient, so the transfer term was "
+                "never added. Call the student as a module (not `.forward`), with its parameters unfrozen, before "
+                "`self.manual_backward(loss)`; or pass the name of what is called as `student_root`."
+            )
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report values that were not finite since the last look."""
+        """Report values that were not finite since the last look, and bring statistics together while all are here."""
         self.transfer.check_finite()
+        self.transfer.synchronize()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -99,6 +116,7 @@ class TransferCallback(pl.Callback):
         self.transfer.step = trainer.global_step
         batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
         self._again, self._batch = batch == self._batch, batch
+        self._steps += self.transfer.current_weight > 0
         with self.transfer.recording():
             yield
 
@@ -122,6 +140,7 @@ class TransferCallback(pl.Callback):
         layers = {
             f"otrt/{distance.name}": distance.value for distance in transfer.distances if distance.plan is not None
         }
+        self._terms += bool(layers)
         self._log(position, {"otrt/weight": weight, **layers}, samples)
         self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
         return loss
@@ -136,6 +155,9 @@ class TransferCallback(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Plans, statistics and counters; not the teacher."""
+        # All processes save together, but for the checkpoint of one that failed: the others might not answer.
+        if self._trainer is not None and not self._trainer.interrupted:
+            self.transfer.synchronize()
         return self.transfer.state_dict()
 
     @override

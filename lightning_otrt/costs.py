@@ -89,6 +89,25 @@ class Cost(ABC):
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
         """⟨P, M⟩ on these observations and its gradient for ``y``, the plan held fixed; see the module."""
 
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """What :meth:`value` returns, without a round, where the sums of all processes are known.
+
+        Args:
+            y: Student neurons ``(N, n)`` of this process.
+            x: Teacher neurons ``(M, n)`` of this process.
+            plan: The plan.
+            sums: :meth:`sums` of this batch around ``reference``, of all processes.
+            energy: The scale of the teacher, of all processes.
+            reference: The points of :meth:`sums`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no sum over observations, so it has no global batch.")
+
+    def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The means of the neurons, the best ``reference`` of the next sums, where ``sums`` know them."""
+        return reference
+
     def energy(self, x: Tensor) -> Tensor:
         """Sum of squares and count of the raw teacher, ``(..., 2)``: additive, their ratio is the scale s²."""
         total = torch.linalg.vecdot(x.flatten(-2), x.flatten(-2))
@@ -147,6 +166,30 @@ class CorrelationCost(Cost):
         value = plan.student_mass.sum(-1) - products.sum(-1) - dead
         return value, z.addcmul_(y, products[..., None], value=-1).mul_(-inverse_y[..., None])
 
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """The rows ŷ_i·z_i from the moments; the gradient as in :meth:`value`."""
+        dtype = y.dtype
+        count, sum_y, sum_x, yy, xx, yx = sums
+        mean_y, mean_x = sum_y / count, sum_x / count
+        inverse_y, dead_y = _inverse_norm((yy - sum_y * mean_y).clamp_min(0).sqrt())
+        inverse_x, dead_x = _inverse_norm((xx - sum_x * mean_x).clamp_min(0).sqrt())
+        weights = plan.matrix.to(yx.dtype) * inverse_x
+        # Row products with the covariance times the count, whose mean part has rank one.
+        products = (torch.linalg.vecdot(weights, yx) - sum_y * (weights @ mean_x)) * inverse_y
+        dead = torch.linalg.vecdot(plan.matrix @ dead_x.to(dtype), dead_y.to(dtype))
+        value = plan.student_mass.sum() - products.sum() - dead
+        y = (y - reference[0] - mean_y[:, None].to(dtype)).mul_(inverse_y[:, None].to(dtype))
+        z = weights.to(dtype) @ (x - reference[1] - mean_x[:, None].to(dtype))
+        gradient = z.addcmul_(y, products[:, None].to(dtype), value=-1).mul_(-inverse_y[:, None].to(dtype))
+        return value.to(dtype), gradient
+
+    def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The reference plus the mean deviation from it."""
+        y, x = ((part / sums[0])[..., None].to(reference[0].dtype) for part in sums[1:3])
+        return reference[0] + y, reference[1] + x
+
 
 class SquaredEuclideanCost(Cost):
     """‖y - x‖² / (n s²), with s² the mean square of the raw teacher."""
@@ -176,6 +219,15 @@ class SquaredEuclideanCost(Cost):
         scale = count * _scale(energy)
         return total / scale, pull.mul_((2 / scale)[..., None, None])
 
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """Σ P_ij M_ij; the gradient as in :meth:`value`."""
+        value = (plan.matrix * self.matrix(sums, energy)).sum().to(y.dtype)
+        y, x = _centre(y, x)
+        pull = torch.addcmul(-(plan.matrix @ x), plan.student_mass[:, None], y)
+        return value, pull.mul_((2 / (sums[0] * _scale(energy))).to(y.dtype))
+
 
 class EuclideanCost(SquaredEuclideanCost):
     """‖y - x‖ / (√n s), with s² the mean square of the raw teacher: the cost of the paper.
@@ -193,7 +245,16 @@ class EuclideanCost(SquaredEuclideanCost):
         count = _count(y)
         y, x = _centre(y, x)
         squared, count, energy = yield [_squared_distances(y, x), count, energy]
-        scale = (count * _scale(energy))[..., None, None]
+        return self._follow(y, x, plan, squared, (count * _scale(energy))[..., None, None])
+
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """The same from the squared distances of all."""
+        scale = (sums[0] * _scale(energy))[..., None, None]
+        return self._follow(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True), scale.to(y.dtype))
+
+    def _follow(self, y: Tensor, x: Tensor, plan: Plan, squared: Tensor, scale: Tensor) -> ValueAndGradient:
         matrix = squared.div_(scale).sqrt_()
         value = torch.linalg.vecdot(plan.matrix.flatten(-2), matrix.flatten(-2))
         floor = DISTANCE_FLOOR * matrix.mean((-2, -1), keepdim=True)

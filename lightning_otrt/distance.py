@@ -141,18 +141,23 @@ def fixed_plan(plan: str, rows: int, columns: int, *, seed: int, where: str = "t
     return None
 
 
-def run_rounds(rounds: Sequence[Rounds], reduce: Callable[[Sums], Sums] | None = None) -> list[ValueAndGradient]:
+def run_rounds(
+    rounds: Sequence[Rounds],
+    reduce: Callable[[Sums], Sums] | None = None,
+    replies: Sequence[Sums | None] | None = None,
+) -> list[ValueAndGradient]:
     """Run generators of :meth:`Cost.value` side by side, so that each of their rounds is one reduction for all.
 
     Args:
         rounds: One generator a pair.
         reduce: Sums a list of tensors over all processes; None for a single process, which is sent its own sums back.
+        replies: What to send to generators whose first round is done; None for one that has not begun.
     """
     results: list[ValueAndGradient | None] = [None] * len(rounds)
-    replies: dict[int, Sums | None] = {index: None for index in range(len(rounds))}
-    while replies:
+    pending: dict[int, Sums | None] = dict(enumerate(replies or [None] * len(rounds)))
+    while pending:
         asked: dict[int, Sums] = {}
-        for index, reply in replies.items():
+        for index, reply in pending.items():
             try:
                 asked[index] = next(rounds[index]) if reply is None else rounds[index].send(reply)
             except StopIteration as stop:
@@ -160,7 +165,7 @@ def run_rounds(rounds: Sequence[Rounds], reduce: Callable[[Sums], Sums] | None =
         if reduce is not None and asked:
             flat = iter(reduce([tensor for sums in asked.values() for tensor in sums]))
             asked = {index: [next(flat) for _ in sums] for index, sums in asked.items()}
-        replies = dict(asked)
+        pending = dict(asked)
     return [result for result in results if result is not None]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_otrt.costs import Cost, Plan, Sums
+from lightning_otrt.costs import Cost, Plan, Sums, ValueAndGradient
 from lightning_otrt.distance import attach_gradients, check_finite, common_dtype, fixed_plan, run_rounds
 from lightning_otrt.plans import TRAINING_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
 
@@ -80,8 +80,7 @@ class TransportEngine:
         memory: Decay of the running cost, or ``"auto"``.
         solve_every: Calls between two solves.
         seed: Seed of random plans.
-        reduce: Sums a list of tensors over the processes of the global batch; None for a single process.
-        processes: Number of those processes.
+        processes: Number of processes that average their gradients of the same term.
     """
 
     names: Sequence[tuple[str, str]]
@@ -92,7 +91,6 @@ class TransportEngine:
     memory: float | str
     solve_every: int
     seed: int
-    reduce: Callable[[Sums], Sums] | None = None
     processes: int = 1
     calls: int = 0
     pairs: list[PairState] = field(default_factory=list)
@@ -124,7 +122,11 @@ class TransportEngine:
         """
         with torch.no_grad(), torch.autocast(views[0][0][0].device.type, enabled=False):
             batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
-            active = [index for index, batch in enumerate(batches) if self._has_enough(index, batch)]
+            active = [
+                index
+                for index, batch in enumerate(batches)
+                if self._has_enough(index, min(y.shape[-1] for y, _ in batch))
+            ]
             if self.calls == 0:
                 self._check_first(batches)
             if not reevaluation or self.calls == 0:
@@ -140,8 +142,7 @@ class TransportEngine:
     ) -> tuple[Tensor, list[PairDistance]]:
         plans = {index: plan for index in active if (plan := self.pairs[index].plan) is not None}
         keys = [(index, view) for index in plans for view in range(len(views))]
-        rounds = [self.cost.value(*batches[index][view], plans[index], self._energy(index)) for index, view in keys]
-        results = dict(zip(keys, run_rounds(rounds, self.reduce), strict=True))
+        results = dict(zip(keys, self._values(keys, batches, plans), strict=True))
         share = {index: self.weights[index] / len(views) for index in plans}
         first = views[0][0][0]
         total = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
@@ -163,6 +164,17 @@ class TransportEngine:
         with torch.enable_grad():
             return attach_gradients(total, inputs, gradients), distances
 
+    def _values(
+        self,
+        keys: Sequence[tuple[int, int]],
+        batches: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        plans: dict[int, Plan],
+    ) -> list[ValueAndGradient]:
+        """Value and gradient of each pair and view."""
+        return run_rounds(
+            [self.cost.value(*batches[index][view], plans[index], self._energy(index)) for index, view in keys]
+        )
+
     def _observe(self, batches: dict[int, list[tuple[Tensor, Tensor]]], samples: int) -> None:
         """Feed the statistics, and solve the plans that are due."""
         matrices = {}
@@ -175,20 +187,12 @@ class TransportEngine:
                     # Not `lerp`: the sums also add over processes.
                     energy = torch.where(torch.isfinite(energy[0]), MEMORY * state.energy + energy, state.energy)
                 state.energy = energy
-            if state.plan is None:
-                fixed = fixed_plan(
-                    self.plan,
-                    y.shape[0],
-                    x.shape[0],
-                    seed=self.seed + index,
-                    where="{!r} -> {!r}".format(*self.names[index]),
-                )
-                state.plan = None if fixed is None else Plan.of(fixed.to(y))
+            self._fix(index, y, x)
             if self.plan in ("identity", "uniform", "random"):
                 continue
             due = self._is_due(state)
             if state.memory is None:
-                state.memory = self._memory(y, x)
+                state.memory = self._memory(y.shape[-1], max(y.shape[0], x.shape[0]))
             if due or state.memory:
                 matrix = self._accumulate(state, y, x, samples)
                 if due:
@@ -202,11 +206,19 @@ class TransportEngine:
             return state.samples < STATIC_SAMPLES
         return self.calls in EARLY_SOLVES or self.calls % self.solve_every == 0
 
-    def _memory(self, y: Tensor, x: Tensor) -> float:
+    def _fix(self, index: int, y: Tensor, x: Tensor) -> None:
+        """Set the plan of a control once, from the widths alone."""
+        if self.pairs[index].plan is not None:
+            return
+        where = "{!r} -> {!r}".format(*self.names[index])
+        fixed = fixed_plan(self.plan, y.shape[0], x.shape[0], seed=self.seed + index, where=where)
+        self.pairs[index].plan = None if fixed is None else Plan.of(fixed.to(y))
+
+    def _memory(self, observations: int, neurons: int) -> float:
         if self.plan == "static":
             return 1.0
         if self.memory == "auto":
-            return MEMORY if y.shape[-1] < max(y.shape[0], x.shape[0]) else 0.0
+            return MEMORY if observations < neurons else 0.0
         return float(self.memory)
 
     def _accumulate(self, state: PairState, y: Tensor, x: Tensor, samples: int) -> Callable[[], Tensor]:
@@ -260,8 +272,7 @@ class TransportEngine:
             potential = torch.where(fits, potential, state.potential)
         state.plan, state.potential = Plan.of(matrix), potential
 
-    def _has_enough(self, index: int, batch: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        count = min(y.shape[-1] for y, _ in batch)
+    def _has_enough(self, index: int, count: int) -> bool:
         if count >= self.cost.min_observations:
             return True
         student, teacher = self.names[index]

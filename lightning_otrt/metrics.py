@@ -75,8 +75,8 @@ class NeuronTransportDistance(Metric):
         >>> for _ in range(4):
         ...     teacher = torch.randn(32, 100, generator=generator)
         ...     metric.update(teacher[::2], teacher)  # a student that has every second neuron of its teacher
-        >>> metric.compute()
-        tensor(0.4619)
+        >>> round(metric.compute().item(), 2)
+        0.46
         >>> metric.transport().plan.shape
         torch.Size([16, 32])
     """

@@ -101,6 +101,12 @@ class NeuronReader:
     def __call__(self, output: Any, mask: Tensor | None = None) -> Tensor:
         """Read one output; ``mask`` is ``(B, T)`` and only used for a sequence of tokens."""
         x = select_tensor(output, self.select, where=self.layer)
+        if hasattr(x, "device_mesh"):
+            raise TypeError(
+                f"{self.layer} gives a DTensor, whose neurons are spread over processes (tensor parallel), and a term of "
+                "a part of them would be wrong. Choose a layer whose output is a plain tensor, such as one with "
+                "`output_layouts=Replicate()` and `use_local_output=True`."
+            )
         axis = self._axis(x)
         if self.batch_axis:
             x = x.transpose(0, self.batch_axis)
@@ -182,7 +188,6 @@ def pool(x: Tensor, sizes: Sequence[int]) -> Tensor:
     The windows are those of adaptive average pooling. Reshapes and matrix products take its place, because its backward
     is not deterministic on CUDA.
     """
-    fixed = x
     if any(size % target for size, target in zip(x.shape[2:], sizes, strict=True)):
         x = _wide(x)
         for axis, target in enumerate(sizes, start=2):
@@ -196,9 +201,8 @@ def pool(x: Tensor, sizes: Sequence[int]) -> Tensor:
         split += [target, size // target]
         means.append(len(split) - 1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = x.reshape(split).mean(dim=means, dtype=wide) if means else _wide(x)
-    # With nothing to average the result may alias the layer's output, which an in-place operation may overwrite later.
-    return x.clone() if x.data_ptr() == fixed.data_ptr() else x
+    # Also where windows hold one position each: the layer's output may be overwritten in place later.
+    return x.reshape(split).mean(dim=means, dtype=wide)
 
 
 def _windows(size: int, target: int, like: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def can_be_root(name: str, layers: LayerSpec, student: nn.Module, teacher: nn.Mo
     """Whether a module is one whose inputs the teacher could get: trained, and holding all layers that are named."""
     modules = named_layers(student)
     module = modules[name]
-    if not any(parameter.requires_grad for parameter in module.parameters()) or not any(module.children()):
+    if not any(parameter.requires_grad for parameter in module.parameters()) or next(module.children(), None) is None:
         return False
     inside = [known for known in modules if not name or known == name or known.startswith(f"{name}.")]
     try:

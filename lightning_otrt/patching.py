@@ -122,10 +122,11 @@ class _Step(_Patch):
 
     def _check_manual(self) -> None:
         left = [term for term in self.terms if term.has_term()]
+        # Also forwards without gradient, which no backward takes.
+        for term in self.terms:
+            term.discard()
         if not left:
             return
-        for term in left:
-            term.discard()
         raise MisconfigurationException(
             f"{type(self.module).__name__} uses manual optimization, but its training_step ended without "
             "`self.manual_backward(loss)` after the student ran, so the transfer term was never added. Call "

@@ -1,9 +1,10 @@
 r"""From a cost matrix to a transport plan between uniform masses.
 
-Entropic plans minimise ⟨P, M⟩ + ε KL(P, a bᵀ). GeomLoss' symmetric loop anneals ε from a large value, then alternating
-updates at the last ε finish: they converge about twice as fast as the symmetric ones, and end on the student's side,
-whose masses are exact. Both use the scaling form on a kernel with absorbed potentials, so that an iteration is two
-matrix-vector products instead of two passes of exponentials over the cost matrix.
+Entropic plans minimise ⟨P, M⟩ + ε KL(P, a bᵀ). Everything iterates on a kernel with absorbed potentials, the scaling form:
+an iteration is two matrix-vector products instead of two passes of exponentials over the cost matrix. Alternating updates
+at the last ε converge about twice as fast as symmetric ones, and end on the student's side, whose masses are exact. What
+comes before them: GeomLoss' symmetric loop, which anneals ε from a large value, for plans that have to converge; a short
+staircase of alternating updates, at a third of the price, for the few iterations of a training step.
 
 Nothing here is differentiable: a plan is a constant of the backward pass.
 """
@@ -37,12 +38,14 @@ __all__ = [
     "uniform_plan",
 ]
 
-#: ε of the annealing iterations in units of the mean cost: a staircase, since each new ε costs a pass of exponentials.
+#: ε of GeomLoss' annealing iterations in units of the mean cost, since each new ε costs a pass of exponentials.
 ANNEALING: tuple[float, ...] = (0.3, 0.3, 0.06, 0.06, 0.06, 0.06)
+#: The staircase of a training step, as (multiple of the last ε, updates), and its updates at the last ε, where nothing may
+#: wait for the device to report the error.
+STAIRCASE: tuple[tuple[int, int], ...] = ((20, 2), (5, 3))
+TRAINING_ITERATIONS = 8
 #: Iterations between two absorptions of the potentials; float32 scalings overflow after many more.
 BLOCK = 10
-#: Updates that a plan gets in a training step, where nothing may wait for the device to report its error.
-TRAINING_ITERATIONS = 14
 #: Marginal error (L1, of a total mass of 1) at which the iterations stop, and the one above which they have failed.
 TOLERANCE = 1e-3
 FAILURE = 1e-2
@@ -58,11 +61,13 @@ class EntropicPlan(NamedTuple):
     Attributes:
         matrix: ``(B, N, M)``; rows sum to 1/N exactly.
         potential: Potential g on the teacher's side ``(B, M)``, in units of the mean cost.
+        teacher_mass: Column sums ``(B, M)``.
         marginal_error: L1 distance of the column sums to 1/M, ``(B,)``.
     """
 
     matrix: Tensor
     potential: Tensor
+    teacher_mass: Tensor
     marginal_error: Tensor
 
 
@@ -72,31 +77,36 @@ def sinkhorn_plan(
     *,
     potential: Tensor | None = None,
     iterations: int | None = None,
+    mean: Tensor | None = None,
 ) -> EntropicPlan:
     """Entropic plans of a batch of costs.
 
     Args:
         cost: ``(B, N, M)``, finite, non-negative, float32 or float64.
         epsilon: Regularisation relative to the mean of each cost matrix.
-        potential: Potential of an earlier solve ``(B, M)`` to start from instead of annealing.
+        potential: Potential of an earlier solve ``(B, M)`` to start from. It is better than any larger ε before: those
+            undo what it knows.
         iterations: Alternating updates at the last ε, without any wait for the device. None iterates until the marginal
             error is below 1e-3.
+        mean: Mean of each cost ``(B,)``, where it is known.
 
     Raises:
         RuntimeError: With ``iterations=None``, if the marginal error stays above 1e-2.
     """
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        mean = cost.mean((1, 2), keepdim=True)
-        scaled = cost / torch.where(mean > 0, mean, 1.0)
-        if potential is None:
-            potential = _anneal(scaled, [max(step, epsilon) for step in ANNEALING])
-        elif 4 * epsilon < ANNEALING[0]:
-            potential = _alternate(scaled, potential, 4 * epsilon, 4).potential
+        mean = (cost.mean((1, 2)) if mean is None else mean)[:, None, None]
+        inverse = 1 / torch.where(mean > 0, mean, 1.0)
         if iterations is not None:
-            return _alternate(scaled, potential, epsilon, iterations)
+            if potential is None:
+                potential = cost.new_zeros(cost.shape[0], cost.shape[2])
+                for multiple, count in STAIRCASE:
+                    potential = _potential(cost, potential, multiple * epsilon, count, inverse)
+            return _alternate(cost, potential, epsilon, iterations, inverse)
+        if potential is None:
+            potential = _anneal(cost * inverse, [max(step, epsilon) for step in ANNEALING])
         spent = 0
         while True:
-            result = _alternate(scaled, potential, epsilon, BLOCK)
+            result = _alternate(cost, potential, epsilon, BLOCK, inverse)
             spent += BLOCK
             error = result.marginal_error.max().item()
             if error <= TOLERANCE or not spent < MAX_ITERATIONS:
@@ -105,42 +115,55 @@ def sinkhorn_plan(
         if not error <= FAILURE:
             raise RuntimeError(
                 f"The transport plan for a cost of shape {tuple(cost.shape[1:])} did not converge: after {spent} "
-                f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at epsilon="
-                f"{epsilon:g} of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
+                f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at epsilon={epsilon:g} "
+                f"of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
                 'Use a larger `epsilon` or `plan="exact"`.'
             )
         return result
 
 
-def _alternate(cost: Tensor, potential: Tensor, epsilon: float, iterations: int) -> EntropicPlan:
-    """Alternating updates of the two potentials; ``cost`` has a mean of 1."""
-    columns = cost.shape[2]
-    left = iterations
-    while True:
-        kernel = _kernel(cost, potential, epsilon)
-        transposed = kernel.mT
-        v = potential.new_ones(*potential.shape, 1)
-        for _ in range(min(left, BLOCK)):
-            u = (kernel @ v).reciprocal_()
-            v = (transposed @ u).clamp_min_(_TINY).reciprocal_()
-        left -= BLOCK
-        # The potentials are known up to a constant, which the row update absorbs; centred they stay of order one.
-        log_v = v.squeeze(-1).log()
-        step = log_v - log_v.mean(-1, keepdim=True)
-        potential = potential + epsilon * step
-        if left <= 0:
-            break
-    u = (kernel @ v).reciprocal_().div_(cost.shape[1])
+def _alternate(
+    cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor | None = None
+) -> EntropicPlan:
+    """Alternating updates of the two potentials; ``inverse`` ``(B, 1, 1)`` is 1 / mean of the costs, None is 1."""
+    rows, columns = cost.shape[1:]
+    for start in range(0, iterations, BLOCK):
+        kernel, v = _updates(cost, potential, epsilon, min(iterations - start, BLOCK), inverse)
+        potential = _absorb(potential, v, epsilon)
+    u = torch.bmm(kernel, v).reciprocal_().div_(rows)
+    teacher_mass = torch.bmm(kernel.mT, u).mul_(v).squeeze(2)
     matrix = kernel.mul_(u).mul_(v.mT)
-    return EntropicPlan(matrix, potential, (matrix.sum(1) - 1 / columns).abs().sum(1))
+    return EntropicPlan(matrix, potential, teacher_mass, (teacher_mass - 1 / columns).abs_().sum(1))
 
 
-def _kernel(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
-    """exp((f_i + g_j - C_ij) / ε) with f such that the largest entry of each row is 1: no row can underflow."""
-    return _kernel_and_top(cost, potential, epsilon)[0]
+def _potential(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor | None) -> Tensor:
+    """The potential after alternating updates, without its plan."""
+    return _absorb(potential, _updates(cost, potential, epsilon, iterations, inverse)[1], epsilon)
+
+
+def _updates(
+    cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A kernel around ``potential`` and the scaling v of its columns ``(B, M, 1)`` after some updates of both sides."""
+    rate = (cost.new_ones(1, 1, 1) if inverse is None else inverse) / -epsilon
+    kernel = torch.softmax(torch.addcmul((potential / epsilon)[:, None], cost, rate), 2)
+    # The floor keeps every column within reach, and products off denormal numbers, which are slow on a CPU.
+    kernel = kernel.clamp_min_(math.exp(-_RANGE))
+    # The softmax is the first update of the rows; constant factors of u and v cancel.
+    v = kernel.sum(1).reciprocal_()[..., None]
+    for _ in range(iterations - 1):
+        v = torch.bmm(kernel.mT, torch.bmm(kernel, v).reciprocal_()).clamp_min_(_TINY).reciprocal_()
+    return kernel, v
+
+
+def _absorb(potential: Tensor, v: Tensor, epsilon: float) -> Tensor:
+    step = v.squeeze(2).log()
+    # The potentials are known up to a constant, which the row update absorbs; centred they stay of order one.
+    return torch.add(potential, step - step.mean(1, keepdim=True), alpha=epsilon)
 
 
 def _kernel_and_top(cost: Tensor, potential: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """exp((f_i + g_j - C_ij) / ε) with f such that the largest entry of each row is 1: no row can underflow."""
     exponent = torch.sub(potential[:, None, :], cost).div_(epsilon)
     top = exponent.amax(2, keepdim=True)
     # Without the clamp the products are denormal numbers, which cost a CPU ten times the time of others.

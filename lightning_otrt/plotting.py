@@ -1,11 +1,12 @@
 """Figures: transport plans and costs, distances between layers, training curves. Needs matplotlib.
 
-Each function returns the figure and its axes, as torchmetrics does, and leaves showing, saving and closing to the caller.
-Fonts and sizes that are not set here are the user's own; nothing global is changed.
+Each function returns the figure and its axes, as torchmetrics does, and leaves showing, saving and closing to the
+caller. Fonts and sizes that are not set here are the user's own; nothing global is changed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from types import ModuleType
@@ -16,6 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = ["plot_cost", "plot_distances", "plot_history", "plot_plan"]
@@ -24,7 +26,7 @@ __all__ = ["plot_cost", "plot_distances", "plot_history", "plot_plan"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 #: As many line styles as make each of 28 curves different in print without colours, since 4 and 7 share no factor.
 _LINES = ("-", "--", "-.", ":")
-#: Perceptually uniform maps: plans are mostly empty, which is best left white on paper.
+#: Perceptually uniform maps; plans are mostly empty, which is best left light on paper.
 _PLAN_COLOURS, _COST_COLOURS = "magma_r", "viridis"
 _DPI = 200
 #: Cells along one side above which a figure has fewer dots than the matrix has entries.
@@ -32,6 +34,8 @@ _CELLS = 512
 #: Layers along one side above which numbers no longer fit into the cells.
 _NUMBERED = 16
 _NAME_LENGTH = 36
+#: Side of an axes in inches: enough for the label of a colour bar, little enough for a page.
+_SHORT, _LONG = 3.0, 4.2
 
 
 def plot_plan(
@@ -75,12 +79,11 @@ def plot_plan(
     if order:
         row_order, column_order = _matched_order(matrix)
         matrix = matrix[row_order][:, column_order]
-        student_label, teacher_label = _ordered_labels(student_label, teacher_label, matrix)
     return _heat_map(
         matrix * max(rows, columns),
         ax=ax,
         colours=_PLAN_COLOURS,
-        labels=(student_label, teacher_label),
+        labels=_neuron_labels(student_label, teacher_label, matrix, ordered=order),
         bar=f"share of the {side} neuron's mass",
         lowest=0.0,
     )
@@ -126,8 +129,8 @@ def plot_cost(
             )
         row_order, column_order = _matched_order(coupling)
         matrix = matrix[row_order][:, column_order]
-        student_label, teacher_label = _ordered_labels(student_label, teacher_label, matrix)
-    return _heat_map(matrix, ax=ax, colours=_COST_COLOURS, labels=(student_label, teacher_label), bar="cost")
+    labels = _neuron_labels(student_label, teacher_label, matrix, ordered=plan is not None)
+    return _heat_map(matrix, ax=ax, colours=_COST_COLOURS, labels=labels, bar="cost")
 
 
 def plot_distances(
@@ -169,11 +172,11 @@ def plot_distances(
             f"student's and the teacher's layers, but got {(rows, columns)}."
         )
     pairs = _pair_indices(pairing, student_layers, teacher_layers)
-    names = [[_shorten(name) for name in layers] for layers in (student_layers, teacher_layers)]
+    names = [_shorten(student_layers), _shorten(teacher_layers)]
     if ax is None:
-        cell = 0.5 if max(rows, columns) <= _NUMBERED else 0.25
+        cell = 0.25 if max(rows, columns) > _NUMBERED else min(max(_SHORT / min(rows, columns), 0.5), 0.8)
         margins = [0.08 * max(map(len, side)) for side in names]
-        size = (max(cell * columns, 2.0) + margins[0] + 1.6, max(cell * rows, 2.0) + margins[1] + 0.8)
+        size = (1.08 * cell * columns + margins[0] + 1.6, max(cell * rows, _SHORT / 2) + margins[1] + 0.8)
         _, ax = pyplot.subplots(figsize=size, dpi=_DPI, layout="constrained")
     image = ax.imshow(matrix.numpy(), cmap=_COST_COLOURS, interpolation="nearest")
     # A distance that does not exist must not look like a small one.
@@ -185,20 +188,8 @@ def plot_distances(
     ax.set_ylabel("student layer")
     if max(rows, columns) <= _NUMBERED:
         _write_numbers(ax, image, matrix)
-    for row, column in pairs:
-        for colour, width in (("white", 3.5), ("black", 1.5)):
-            frame = pyplot.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width)
-            ax.add_patch(frame).set_clip_on(False)
     if pairs:
-        handle = pyplot.Rectangle((0, 0), 1, 1, fill=False, edgecolor="black", linewidth=1.5, label="paired")
-        ax.legend(
-            handles=[handle],
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            frameon=False,
-            fontsize="small",
-            borderaxespad=0.2,
-        )
+        _frame(ax, pairs)
     return _with_bar(ax, image, "transport distance")
 
 
@@ -235,8 +226,8 @@ def plot_history(
     for name, values in history.items():
         if steps is not None and len(values) != len(steps):
             raise ValueError(
-                f"Expected curve {name!r} of argument `history` to have {len(steps)} values, one for each of `steps`, but "
-                f"got {len(values)}."
+                f"Expected curve {name!r} of argument `history` to have {len(steps)} values, one for each of `steps`, "
+                f"but got {len(values)}."
             )
     if ax is None:
         _, ax = pyplot.subplots(figsize=(6.0, 3.6), dpi=_DPI, layout="constrained")
@@ -244,6 +235,7 @@ def plot_history(
         marker = "o" if len(values) == 1 else None
         ax.plot(range(len(values)) if steps is None else steps, values, line, color=colour, marker=marker, label=name)
     ax.set_xlabel("step")
+    _tick_integers(ax.xaxis)
     ax.grid(visible=True, color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
@@ -256,7 +248,7 @@ def plot_history(
 
 def _pyplot() -> ModuleType:
     try:
-        import matplotlib.pyplot as pyplot
+        from matplotlib import pyplot
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Figures need matplotlib: pip install lightning_otrt[plot].") from error
     return pyplot
@@ -289,9 +281,13 @@ def _by_partner(shares: Tensor) -> Tensor:
     return order[partner[order].argsort(stable=True)]
 
 
-def _ordered_labels(student: str, teacher: str, matrix: Tensor) -> tuple[str, str]:
-    note = " (ordered by match)"
-    return (student, teacher + note) if matrix.shape[1] >= matrix.shape[0] else (student + note, teacher)
+def _neuron_labels(student: str, teacher: str, matrix: Tensor, *, ordered: bool) -> tuple[str, str]:
+    student, teacher = (_shorten([label])[0] for label in (student, teacher))
+    if ordered and matrix.shape[1] >= matrix.shape[0]:
+        teacher += "\n(ordered by match)"
+    elif ordered:
+        student += "\n(ordered by match)"
+    return student, teacher
 
 
 def _heat_map(
@@ -306,8 +302,8 @@ def _heat_map(
     rows, columns = matrix.shape
     pyplot = _pyplot()
     if ax is None:
-        scale = 4.2 / max(rows, columns)
-        size = (max(scale * columns, 1.4) + 1.6, max(scale * rows, 1.4) + 0.8)
+        scale = _LONG / max(rows, columns)
+        size = (max(scale * columns, _SHORT) + 1.9, max(scale * rows, _SHORT) + 0.7)
         _, ax = pyplot.subplots(figsize=size, dpi=_DPI, layout="constrained")
     stride = -(-max(rows, columns) // _CELLS)
     if stride > 1:
@@ -320,35 +316,49 @@ def _heat_map(
         vmin=lowest,
         interpolation="nearest",
         extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+        # Square cells would leave a thin strip of a layer and one many times as wide.
+        aspect="equal" if max(rows, columns) * _SHORT <= min(rows, columns) * _LONG else "auto",
     )
-    ax.set_ylabel(_shorten(labels[0]))
-    ax.set_xlabel(_shorten(labels[1]))
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    ax.set_ylabel(labels[0])
+    ax.set_xlabel(labels[1])
+    _tick_integers(ax.xaxis, ax.yaxis)
     return _with_bar(ax, image, bar)
+
+
+def _tick_integers(*axes: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def _with_bar(ax: Axes, image: Any, label: str) -> tuple[Figure, Axes]:
     figure = cast("Figure", ax.figure)
-    figure.colorbar(image, ax=ax, label=label, shrink=0.9)
+    # Within the axes' own coordinates the bar is as high as the map, which a bar beside axes of fixed aspect is not.
+    figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.05, 1)), label=label)
     return figure, ax
 
 
 def _write_numbers(ax: Axes, image: Any, matrix: Tensor) -> None:
     for row, values in enumerate(matrix.tolist()):
         for column, value in enumerate(values):
-            if value == value:
+            if math.isfinite(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
-                dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
-                ax.text(
-                    column,
-                    row,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else "black",
-                )
+                light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
+                colour = "black" if light else "white"
+                ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _frame(ax: Axes, pairs: Iterable[tuple[int, int]]) -> None:
+    """Frame cells, dark on light so that the frame is seen on every colour."""
+    from matplotlib.patches import Rectangle
+
+    shape: dict[str, Any] = {"width": 0.88, "height": 0.88, "fill": False}
+    for row, column in pairs:
+        for colour, width in (("white", 3.5), ("black", 1.5)):
+            ax.add_patch(Rectangle((column - 0.44, row - 0.44), edgecolor=colour, linewidth=width, **shape))
+    frame = Rectangle((0, 0), edgecolor="black", linewidth=1.5, label="paired", **shape)
+    ax.legend(handles=[frame], loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small")
 
 
 def _pair_indices(
@@ -366,8 +376,10 @@ def _pair_indices(
     return indices
 
 
-def _shorten(name: str) -> str:
-    """A name with its middle left out where it is long: layers differ at the end and networks at the start."""
-    if len(name) <= _NAME_LENGTH:
-        return name
-    return f"{name[: _NAME_LENGTH // 3]}…{name[-(_NAME_LENGTH - _NAME_LENGTH // 3 - 1) :]}"
+def _shorten(names: Sequence[str]) -> list[str]:
+    """Names with their middle left out where they are long, unless they could no longer be told apart."""
+    head = _NAME_LENGTH // 3
+    short = [
+        name if len(name) <= _NAME_LENGTH else f"{name[:head]}…{name[head + 1 - _NAME_LENGTH :]}" for name in names
+    ]
+    return short if len(set(short)) == len(set(names)) else list(names)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,11 @@ class View:
     student_mask: Tensor | None = None
     teacher_mask: Tensor | None = None
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the student is trained by it; not so where its parameters are frozen for the moment, as in GANs."""
+        return any(reading.requires_grad for readings in self.student.values() for reading in readings)
+
 
 class Recorder:
     """Records views while it is :attr:`enabled`; holds every hook that the package puts on a user's modules.
@@ -74,6 +79,15 @@ class Recorder:
     def watch_teacher(self, readers: Readers) -> None:
         """Record these layers of the teacher."""
         self._teacher_handles = self._install(self._teacher_handles, "teacher", readers)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Let hooks do nothing inside the block."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def take(self) -> list[View]:
         """The views recorded since the last call; they are forgotten here."""

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.collectives import Ranks
 from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import check_epsilon, check_plan
 from lightning_otrt.engine import PairDistance, TransportEngine
+from lightning_otrt.global_batch import GlobalTransportEngine
 from lightning_otrt.layers import LayerPair, LayerSpec
 from lightning_otrt.neurons import match_positions
 from lightning_otrt.pairing import Pairing, can_be_root, check_layers, pair_layers
@@ -64,7 +66,9 @@ class RepresentationTransfer:
         teacher_inputs: From the inputs of the student's root to those of the teacher: a function that returns a tensor,
             a tuple of positional or a dictionary of keyword arguments.
         teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``.
-        global_batch: Whether the term is that of the batch over all processes.
+        global_batch: Whether the term is that of the batch over all processes: the same numbers as one process with all
+            samples, where gradients are averaged, as DDP and FSDP do. None: where torch.distributed runs several
+            processes. False is another objective: each process has plans and a term of its own samples.
         strict: Raise where a term cannot be formed; else warn once and leave it out.
         seed: Seed of ``plan="random"``.
         process_group: The processes of the global batch; None: the default group, where one is initialised.
@@ -137,10 +141,13 @@ class RepresentationTransfer:
         #: The distances of the last call of :meth:`loss`.
         self.distances: list[PairDistance] = []
         self.engine: TransportEngine | None = None
+        #: Whether the processes of torch.distributed, where there are any, each see a part of the batch.
+        self.shares_batch = True
         self._student: nn.Module | None = None
         self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
         self._pairing: Pairing | None = None
+        self._is_recording = False
         self._stance = ExitStack()
         self._saved: dict[str, Any] | None = None
         self._warned: set[str] = set()
@@ -208,25 +215,33 @@ class RepresentationTransfer:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record forwards inside the block; outside, hooks do nothing."""
-        before = self._recorder.enabled
-        if self._root is None and self.current_weight > 0:
-            # The first forward resolves the layers, in plain Python; hooks added there are in what is compiled later.
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-        self._recorder.enabled = True
+        before, self._is_recording = self._is_recording, True
+        self._open_or_close()
         try:
             yield
         finally:
-            self._recorder.enabled = before
-            self._stance.close()
+            self._is_recording = before
+            self._open_or_close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave forwards inside the block out of the term, such as the inner steps of an attack."""
-        before, self._recorder.enabled = self._recorder.enabled, False
+        before, self._is_recording = self._is_recording, False
+        self._open_or_close()
         try:
             yield
         finally:
-            self._recorder.enabled = before
+            self._is_recording = before
+            self._open_or_close()
+
+    def _open_or_close(self) -> None:
+        """Let hooks record or not. A flag that seldom changes: compiled code would be compiled anew for each step."""
+        self._recorder.enabled = self._is_recording and self.current_weight > 0
+        if self._recorder.enabled and self._root is None and "torch._dynamo" in sys.modules:
+            # The first forward resolves the layers, in plain Python; hooks added there are in what is compiled later.
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        else:
+            self._stance.close()
 
     @property
     def is_attached(self) -> bool:
@@ -235,13 +250,13 @@ class RepresentationTransfer:
 
     @property
     def recorded_samples(self) -> int:
-        """Number of samples in the forwards that :meth:`loss` has not taken yet."""
-        return sum(_samples(view) for view in self._recorder.views)
+        """Number of samples in the forwards that :meth:`loss` would take."""
+        return sum(_samples(view) for view in _trained(self._recorder.views))
 
     @property
     def has_views(self) -> bool:
-        """Whether a forward was recorded that :meth:`loss` has not taken yet."""
-        return bool(self._recorder.views)
+        """Whether a forward with gradient was recorded that :meth:`loss` has not taken yet."""
+        return any(view.has_gradient for view in self._recorder.views)
 
     def discard(self) -> None:
         """Forget what was recorded since the last call of :meth:`loss`."""
@@ -265,22 +280,26 @@ class RepresentationTransfer:
         if self._student is None:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         weight = self.current_weight
-        views = self._recorder.take()
+        views = _trained(self._recorder.take())
         if not reevaluation:
             self.step += 1
+        self._open_or_close()
         if weight == 0:
             return self._zero()
         try:
-            term, self.distances = self._term(views, reevaluation)
+            matched, reason = self._matched(views), ""
         except _NoTermError as error:
-            reason = str(error)
-        else:
-            reason = ""
+            matched, reason = [], str(error)
+        if not self.strict and (ranks := self._ranks()) is not None and ranks.any(bool(reason), self._zero().device):
+            # The others would wait for this process in the exchange of a term.
+            reason = reason or "Another process of the global batch could form no transfer term."
         if reason:
+            self.distances = []
             return self._give_up(reason)
+        assert self.engine is not None  # views exist only once layers are resolved
+        term, self.distances = self.engine(matched, sum(map(_samples, views)), reevaluation=reevaluation)
         if self.engine is not None and self.engine.calls % self.check_every == 0:
             self.check_finite()
-        self._stance.close()
         return weight * term
 
     def check_finite(self) -> int:
@@ -322,10 +341,10 @@ class RepresentationTransfer:
             self._warned.add(key)
             warnings.warn(message, stacklevel=3)
 
-    def _term(self, views: list[View], reevaluation: bool) -> tuple[Tensor, list[PairDistance]]:
+    def _matched(self, views: list[View]) -> list[list[tuple[Tensor, Tensor]]]:
+        """The neurons of each view and pair."""
         if not views:
             raise _NoTermError(self._why_no_view())
-        assert self.engine is not None  # views exist only once layers are resolved
         matched = [[self._match(index, view) for index in range(len(self.pairs))] for view in views]
         constant = [
             pair.student
@@ -340,8 +359,7 @@ class RepresentationTransfer:
             )
         if constant:
             self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
-        samples = sum(_samples(view) for view in views)
-        return self.engine(matched, samples, reevaluation=reevaluation)
+        return matched
 
     def _why_no_view(self) -> str:
         if self._root is not None:
@@ -378,8 +396,7 @@ class RepresentationTransfer:
 
     def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A candidate for the root starts a forward: resolve the layers if need be, and run the teacher."""
-        if self.current_weight == 0 or self._student is None:
-            return False
+        assert self._student is not None
         if self._root is None:
             if self.student_root is None and not can_be_root(name, self.layers, self._student, self.teacher.module):
                 return False
@@ -405,24 +422,13 @@ class RepresentationTransfer:
     def _resolve(self, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and install the hooks on their layers."""
         assert self._student is not None
-        with self.paused():
+        with self._recorder.switched_off():
             self._prepare_teacher()
             teacher_inputs = self.teacher.inputs_for(args, kwargs)
             self._pairing = pair_layers(
                 self.layers, self._student, root, (args, kwargs), self.teacher.module, teacher_inputs
             )
-        names = [(pair.student, pair.teacher) for pair in self.pairs]
-        if self.engine is None or list(self.engine.names) != names:
-            self.engine = TransportEngine(
-                names,
-                [pair.weight for pair in self.pairs],
-                self.cost,
-                self.plan,
-                self.epsilon,
-                self.memory,
-                self.solve_every,
-                self.seed,
-            )
+        self.engine = self._make_engine()
         if self._saved is not None:
             self.engine.load_state_dict(self._saved, self._zero().device)
             self._saved = None
@@ -434,6 +440,42 @@ class RepresentationTransfer:
         self._recorder.watch_roots([(self._root, named_layers(self._student)[self._root])])
         self._recorder.watch_student(self._pairing.readers("student", self._student, self.grid))
         self._watch_teacher()
+
+    def _make_engine(self) -> TransportEngine:
+        """The engine of this attachment, with the plans and statistics of an earlier one for the same pairs."""
+        names = [(pair.student, pair.teacher) for pair in self.pairs]
+        weights = [pair.weight for pair in self.pairs]
+        settings = (self.cost, self.plan, self.epsilon, self.memory, self.solve_every, self.seed)
+        ranks = self._ranks()
+        before = self.engine if self.engine is not None and list(self.engine.names) == names else None
+        if ranks is None:
+            if before is not None and not isinstance(before, GlobalTransportEngine):
+                return before
+            engine = TransportEngine(names, weights, *settings)
+        else:
+            engine = GlobalTransportEngine(names, weights, *settings, ranks=ranks)
+            if ranks.rank == 0 and self._student is not None and _mixes_samples(self._student):
+                self.report(
+                    "The student has BatchNorm layers, which see the samples of one process alone: under a global "
+                    "batch the term is not that of a single process with all samples. `sync_batchnorm=True` makes it so."
+                )
+        if before is not None:
+            engine.load_state_dict(before.state_dict(), self._zero().device)
+        return engine
+
+    def _ranks(self) -> Ranks | None:
+        """The processes of the global batch, None for this one alone."""
+        if self.global_batch is False or not self.shares_batch:
+            return None
+        return Ranks.world(self.process_group)
+
+    def synchronize(self) -> None:
+        """Bring the running cost of a global batch together, so that one process can save the state of all.
+
+        A collective: call it on all processes before :meth:`state_dict`. The callbacks do.
+        """
+        if isinstance(self.engine, GlobalTransportEngine):
+            self.engine.synchronize()
 
     def _watch_teacher(self) -> None:
         assert self._pairing is not None
@@ -465,8 +507,22 @@ class RepresentationTransfer:
             self.engine.reset()
 
 
+def _trained(views: list[View]) -> list[View]:
+    """The views with gradient; all of them where none has one, so that the reason can be told."""
+    return [view for view in views if view.has_gradient] or views
+
+
 def _samples(view: View) -> int:
     return next((readings[0].shape[0] for readings in view.student.values()), 0)
+
+
+def _mixes_samples(student: nn.Module) -> bool:
+    """Whether statistics over the samples of one process change what it computes."""
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return any(
+        isinstance(module, batch_norm) and not isinstance(module, nn.SyncBatchNorm) and module.training
+        for module in student.modules()
+    )
 
 
 class _NoTermError(Exception):

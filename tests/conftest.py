@@ -10,7 +10,12 @@ import pytest
 import torch
 
 #: Warnings of other packages that no change of ours can avoid: a filter and the reason. Anything else fails its test.
-EXPECTED_WARNINGS: list[tuple[str, str]] = []
+EXPECTED_WARNINGS: list[tuple[str, str]] = [
+    ("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated", "lightning 2.6.6 asks so; torch 2.15 renamed it"),
+    ("ignore:The '(train|val|test)_dataloader' does not have many workers", "no worker process pays for tiny data"),
+    ("ignore:The .grad attribute of a Tensor that is not a leaf", "Dynamo hides it, unless warnings are errors"),
+    ("ignore:`training_step` returned `None`", "Lightning tells users of such steps, which are tested on purpose"),
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -295,6 +294,14 @@ def test_training_solve_is_accurate_enough() -> None:
         assert result.marginal_error.item() <= 3e-2
 
 
+def test_kernel_holds_no_denormal_number() -> None:
+    """They cost a CPU ten times the time of others, and hard costs are full of them."""
+    cost = 100 * torch.rand(2, 32, 24)
+    kernel = plans._kernel(cost, torch.zeros(2, 24), 0.005)
+    assert (kernel.amax(2) == 1).all()
+    assert kernel.min() >= math.exp(-41)
+
+
 # --- GeomLoss' private loop ----------------------------------------------------------------------------------------
 
 
@@ -410,10 +417,14 @@ def test_random_plan_is_a_balanced_assignment(rows: int, columns: int) -> None:
         assert not torch.equal(random_plan(rows, columns, seed=4), plan)
 
 
-def test_random_plan_permutes_both_sides() -> None:
-    plans_ = [random_plan(4, 8, seed) for seed in range(200)]
-    # Over many seeds every pair is as likely as any other: a side left in order would give a staircase.
-    torch.testing.assert_close(torch.stack(plans_).mean(0), uniform_plan(4, 8), rtol=0.6, atol=0)
+@pytest.mark.parametrize(("rows", "columns"), [(4, 8), (8, 4)])
+def test_random_plan_permutes_both_sides(rows: int, columns: int) -> None:
+    drawn = torch.stack([random_plan(rows, columns, seed) for seed in range(200)])
+    torch.testing.assert_close(drawn.mean(0), uniform_plan(rows, columns), rtol=0.6, atol=0)
+    # The two that share a partner are neighbours in a side left in order; of 7 others each is as likely.
+    wide = drawn if columns == 8 else drawn.mT
+    shared = (wide[:, :, 0] * wide[:, :, 1]).sum(1) > 0
+    assert 0.05 < shared.float().mean() < 0.25
 
 
 def test_identity_and_uniform_plan() -> None:
@@ -440,12 +451,3 @@ def test_diagnose(batch: tuple[int, ...]) -> None:
     assert numbers.off_identity.isnan().all()
     assert numbers.off_identity.shape == batch
     assert (diagnose(torch.ones(*batch, 1, 1)).entropy == 0).all()
-
-
-def test_default_solve_is_quick() -> None:
-    """Coarse on purpose: it catches denormal arithmetic, which is ten times slower, not a busy machine."""
-    cost = cost_between(cloud(256, 64, seed=3), cloud(256, 64, seed=4))[None]
-    sinkhorn_plan(cost, 0.005)
-    start = time.process_time()
-    sinkhorn_plan(cost, 0.005)
-    assert time.process_time() - start < 0.5

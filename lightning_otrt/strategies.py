@@ -1,0 +1,43 @@
+"""Which processes share a batch under a strategy of Lightning, and which strategies are known to work."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+__all__ = ["SharedBatch", "shared_batch"]
+
+#: Whether processes share a batch, and their process group, None for all of torch.distributed.
+SharedBatch = tuple[bool, Any]
+
+
+def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:
+    """The processes over which a batch is spread.
+
+    Args:
+        trainer: The Trainer, with its processes started.
+        strict: Whether an untested strategy is refused; else there is a warning.
+
+    Raises:
+        MisconfigurationException: If the strategy is one with which this package was never run.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy):
+        return False, None
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh["data_parallel"]
+        return mesh.size() > 1, mesh.get_group()
+    if not isinstance(strategy, DDPStrategy):
+        message = (
+            f"{type(strategy).__name__} was never run with representation transfer: it may change what a layer gives or "
+            "how gradients are averaged over processes, and the term with them. Tested are one device, "
+            'strategy="ddp" (also "ddp_spawn" and "ddp_notebook") and ModelParallelStrategy (FSDP2)'
+        )
+        if strict:
+            raise MisconfigurationException(f"{message}. Use one of these, or strict=False to try.")
+        warnings.warn(f"{message}. It is tried because of strict=False.", stacklevel=3)
+    return trainer.world_size > 1, None

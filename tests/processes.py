@@ -1,0 +1,114 @@
+"""Runs a function on several processes that talk to each other through gloo, with a deadline."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: Forked from a server that has imported what takes long, and that no test has touched.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_otrt"])
+
+
+def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 60, **options: Any) -> list[Any]:
+    """What ``function(*args)`` returns on each of ``count`` processes, by rank.
+
+    A process that is killed returns None.
+
+    Args:
+        count: Number of processes.
+        function: Function of a module; what it returns is saved by torch.
+        args: Its arguments.
+        timeout: Seconds until all are killed and the test fails.
+        options: ``init=False`` leaves torch.distributed to the function, with the environment of torchrun set;
+            ``nodes``: over how many machines the processes are said to be spread; ``dies``: whether processes may be
+            killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        workers = [
+            CONTEXT.Process(
+                target=_work,
+                args=(rank, count, options.get("nodes", 1), options.get("init", True), port, folder, function, args),
+            )
+            for rank in range(count)
+        ]
+        for worker in workers:
+            worker.start()
+        deadline = time.monotonic() + timeout
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        hanging = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
+        for rank in hanging:
+            workers[rank].kill()
+            workers[rank].join()
+        results: list[Any] = []
+        errors = {}
+        for rank in range(count):
+            path = Path(folder, f"{rank}.pt")
+            found = torch.load(path, weights_only=False) if path.exists() else (None, None)
+            results.append(found[0])
+            errors[rank] = found[1]
+        told = "\n".join(f"process {rank}: {error}" for rank, error in errors.items() if error)
+        assert not hanging, f"processes {hanging} hang after {timeout} s\n{told}"
+        assert not told, told
+        codes = [worker.exitcode for worker in workers]
+        assert options.get("dies") or not any(codes), f"exit codes {codes}"
+        return results
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _work(
+    rank: int,
+    count: int,
+    nodes: int,
+    init: bool,
+    port: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    local = count // nodes
+    os.environ.update(
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_RANK": str(rank % local),
+            "LOCAL_WORLD_SIZE": str(local),
+            "GROUP_RANK": str(rank // local),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test",
+        }
+    )
+    result = error = None
+    try:
+        if init:
+            store = f"file://{folder}/store"
+            dist.init_process_group("gloo", store, rank=rank, world_size=count, timeout=timedelta(seconds=40))
+        torch.manual_seed(0)
+        result = function(*args)
+    except BaseException:
+        error = traceback.format_exc()
+    torch.save((result, error), Path(folder, f"{rank}.pt"))
+    if dist.is_initialized():
+        if error is None:
+            dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,581 @@
+"""The three ways in and two hand-written losses give the same weights, to the last bit, in every context of a fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    LAYERS,
+    Net,
+    Task,
+    assert_same,
+    differ,
+    hooks,
+    loader,
+    make_task,
+    make_teacher,
+    make_trainer,
+    weights,
+)
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_otrt import OTRTCallback, OTRTModule, RepresentationTransfer, neurons, transport_distance
+
+#: With these a plan is that of the batch alone, as `transport_distance` finds it.
+EXACT: dict[str, Any] = {"layers": LAYERS, "weight": 2.0, "plan": "exact", "memory": 0, "solve_every": 1}
+
+
+class HandMade:
+    """The term as a user would write it with hooks of their own and the public function."""
+
+    def __init__(self, task: Task, teacher: nn.Module) -> None:
+        self.task, self.teacher = task, teacher.eval()
+        self.seen: dict[tuple[str, str], Tensor] = {}
+        self.x: Tensor | None = None
+        self.names = {"student": list(LAYERS), "teacher": list(LAYERS.values())}
+        if hasattr(task, "net"):
+            self.hook()
+
+    def hook(self) -> None:
+        self.task.net.register_forward_pre_hook(lambda _, args: setattr(self, "x", args[0]))
+        for side, model in (("student", self.task), ("teacher", self.teacher)):
+            for name in self.names[side]:
+                model.get_submodule(name).register_forward_hook(self.keep(side, name))
+
+    def keep(self, side: str, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if (side == "teacher" or torch.is_grad_enabled()) and torch._C._current_graph_task_id() == -1:
+                self.seen[side, name] = neurons(output, neuron_axis=1)
+
+        return hook
+
+    def __call__(self) -> Tensor:
+        self.teacher = self.teacher.to(next(self.task.parameters()).dtype)
+        with torch.no_grad():
+            self.teacher(self.x)
+        seen, self.seen = self.seen, {}
+        pairs = [(seen["student", s], seen["teacher", t]) for s, t in LAYERS.items()]
+        return 2.0 * (sum(transport_distance(*pair, plan="exact").value for pair in pairs) / 2)
+
+    def discard(self) -> None:
+        self.seen = {}
+
+
+class Manual(Task):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.add(self.loss(batch)))
+        optimizer.step()
+
+
+class Dictionary(Task):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Any]:
+        loss = self.add(self.loss(batch))
+        return {"loss": loss, "other": loss.detach()}
+
+
+class Skipping(Task):
+    """Every second step returns None after the student ran."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        loss = self.add(self.loss(batch)) if batch_idx % 2 == 0 else self.loss(batch)
+        if batch_idx % 2 == 0:
+            return loss
+        if self.term is not None:
+            getattr(self.term, "__self__", self.term).discard()
+        return None
+
+
+class LookingAhead(Task):
+    """A forward without gradient before the one that is trained on."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self.net(batch[0] + 1)
+        return self.add(self.loss(batch))
+
+
+class CheckpointedNet(Net):
+    """Recorded layers are recomputed in the backward pass: the first itself, the second from inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(checkpoint(self.block1, x, use_reentrant=False), 2)
+        return self.head(self.block2(x).mean((2, 3)))
+
+
+class Inside(nn.Module):
+    def __init__(self, inner: nn.Sequential) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+class Checkpointed(Task):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = CheckpointedNet(norm=False)
+        self.net.block2 = Inside(self.net.block2)
+
+
+class CheckpointedWhole(Task):
+    """The checkpointed function holds the recorded layers."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(norm=False, **options)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(checkpoint(self.net, batch[0], use_reentrant=False), batch[1])
+
+
+class Late(Task):
+    """The layers exist only after `configure_model`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            torch.manual_seed(5)
+            self.net = Net(4)
+            if isinstance(self.term, HandMade):
+                self.term.hook()
+
+
+@dataclass(frozen=True)
+class Context:
+    """A setting of a fit: the task and its options, and what makes the options of the trainer.
+
+    With ``late`` the layers exist only during the fit, so that a hand-written loop cannot attach before it.
+    """
+
+    task: type[Task] = Task
+    trainer: Callable[[], dict[str, Any]] = dict
+    options: dict[str, Any] = field(default_factory=dict)
+    late: bool = False
+
+    def make(self) -> Task:
+        return make_task(self.task, **self.options)
+
+    def fit(self, model: Any, **extra: Any) -> None:
+        torch.manual_seed(7)
+        make_trainer(**self.trainer(), **extra).fit(model, loader())
+
+
+def scaled_mixed_precision() -> dict[str, Any]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)], "max_steps": 8}
+
+
+CONTEXTS = {
+    "plain": Context(),
+    "accumulation": Context(trainer=lambda: {"accumulate_grad_batches": 4, "max_epochs": 2}),
+    "clipping by norm": Context(trainer=lambda: {"gradient_clip_val": 0.1}),
+    "clipping by value": Context(trainer=lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "bf16-mixed": Context(trainer=lambda: {"precision": "bf16-mixed"}),
+    "bf16-true": Context(trainer=lambda: {"precision": "bf16-true"}),
+    "64-true": Context(trainer=lambda: {"precision": "64-true"}),
+    "16-mixed with a scaler that skips": Context(trainer=scaled_mixed_precision),
+    "manual": Context(Manual),
+    "manual in bf16-mixed": Context(Manual, trainer=lambda: {"precision": "bf16-mixed"}),
+    "dictionary": Context(Dictionary),
+    "dictionary with accumulation": Context(Dictionary, trainer=lambda: {"accumulate_grad_batches": 4, "max_epochs": 2}),
+    "None": Context(Skipping, trainer=lambda: {"max_epochs": 2}),
+    "a forward without gradient": Context(LookingAhead),
+    "dropout": Context(options={"dropout": 0.5}),
+    "activation checkpointing": Context(Checkpointed),
+    "activation checkpointing of the root": Context(CheckpointedWhole),
+    "deterministic": Context(trainer=lambda: {"deterministic": True}),
+    "detecting anomalies": Context(trainer=lambda: {"detect_anomaly": True}),
+    "without inference mode": Context(trainer=lambda: {"inference_mode": False}),
+    "configure_model": Context(Late, late=True),
+}
+
+
+def by_callback(context: Context) -> dict[str, Tensor]:
+    task, teacher = context.make(), make_teacher()
+    context.fit(task, callbacks=[OTRTCallback(teacher, **EXACT)])
+    assert not hooks(task, teacher)
+    return weights(task)
+
+
+def by_wrapper(context: Context) -> dict[str, Tensor]:
+    task, teacher = context.make(), make_teacher()
+    context.fit(OTRTModule(task, teacher, **EXACT))
+    assert not hooks(task, teacher)
+    return weights(task)
+
+
+def by_transfer(context: Context) -> dict[str, Tensor]:
+    task, transfer = context.make(), RepresentationTransfer(make_teacher(), **EXACT)
+    task.term = transfer.loss
+    with transfer.attached(task):
+        context.fit(task)
+    return weights(task)
+
+
+def by_hand(context: Context) -> dict[str, Tensor]:
+    task = context.make()
+    task.term = HandMade(task, make_teacher())
+    context.fit(task)
+    return weights(task)
+
+
+def without(context: Context) -> dict[str, Tensor]:
+    task = context.make()
+    context.fit(task)
+    return weights(task)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_every_way_in_gives_the_same_weights(name):
+    context = CONTEXTS[name]
+    expected = by_hand(context)
+    assert differ(expected, without(context)), "the term has no effect here, so that nothing is tested"
+    assert_same(by_callback(context), expected)
+    assert_same(by_wrapper(context), expected)
+    if not context.late:
+        assert_same(by_transfer(context), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate", "clip", "autocast", "dtype"),
+    [
+        ("plain", 1, None, False, torch.float32),
+        ("accumulation", 4, None, False, torch.float32),
+        ("clipping by norm", 1, 0.1, False, torch.float32),
+        ("bf16-mixed", 1, None, True, torch.float32),
+        ("64-true", 1, None, False, torch.float64),
+    ],
+)
+def test_a_loop_without_lightning_gives_the_same_weights(name, accumulate, clip, autocast, dtype):
+    context = CONTEXTS[name]
+    task, transfer = make_task().to(dtype), RepresentationTransfer(make_teacher(), **EXACT)
+    optimizer = task.configure_optimizers()
+    batches = list(loader()) * 2 if accumulate > 1 else list(loader())[:4]
+    with transfer.attached(task):
+        for index, (x, y) in enumerate(batches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(task(x.to(dtype)), y) + transfer.loss()
+            (loss / accumulate).backward()
+            if (index + 1) % accumulate == 0:
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(task.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_same(by_callback(context), weights(task))
+
+
+def reference(plan: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """⟨P, 1 - r⟩ by autograd, with P held."""
+    y, x = (z - z.mean(1, keepdim=True) for z in (y, x))
+    y, x = (z / z.norm(dim=1, keepdim=True) for z in (y, x))
+    return (plan * (1 - y @ x.T)).sum()
+
+
+class Views(Task):
+    """Two views of each batch."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.add(self.loss([x, y]) + self.loss([x.flip(3), y]))
+
+
+class LBFGS(Task):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters(), lr=0.05, max_iter=3)
+
+
+class HandMadeViews(HandMade):
+    """One plan for both views, from their pooled observations, and kept over the closures of a batch."""
+
+    def __init__(self, task: Task, teacher: nn.Module) -> None:
+        super().__init__(task, teacher)
+        self.views: list[tuple[Tensor, Tensor]] = []
+        self.plan: Tensor | None = None
+        self.batch: int | None = None
+
+    def keep(self, side: str, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if side == "student" and torch.is_grad_enabled() and name == "net.block1":
+                with torch.no_grad():
+                    self.teacher(self.x)
+                self.views.append((neurons(output, neuron_axis=1), self.seen.pop("teacher")))
+            elif side == "teacher":
+                self.seen["teacher"] = neurons(output, neuron_axis=1)
+
+        return hook
+
+    def hook(self) -> None:
+        self.names = {"student": ["net.block1"], "teacher": ["block1"]}
+        super().hook()
+
+    def __call__(self) -> Tensor:
+        views, self.views = self.views, []
+        batch = self.task.trainer.fit_loop.batch_idx
+        if batch != self.batch:
+            pooled = [torch.cat([view[side].detach() for view in views], 1) for side in (0, 1)]
+            self.plan, self.batch = transport_distance(*pooled, plan="exact").plan, batch
+        return 2.0 * sum(reference(self.plan, *view) for view in views) / len(views)
+
+
+@pytest.mark.parametrize("kind", [Views, LBFGS])
+def test_one_plan_for_all_forwards_of_a_batch(kind):
+    """Against autograd in float64: two views are averaged, and closures of LBFGS keep the plan."""
+
+    def fit(hand: bool) -> tuple[dict[str, Tensor], Any]:
+        task, teacher = make_task(kind).double(), make_teacher().double()
+        options = {**EXACT, "layers": {"net.block1": "block1"}}
+        callback = OTRTCallback(teacher, **options)
+        if hand:
+            task.term = HandMadeViews(task, teacher)
+        make_trainer(precision="64-true", callbacks=[] if hand else [callback]).fit(task, loader())
+        return weights(task), callback.transfer
+
+    expected, _ = fit(hand=True)
+    found, transfer = fit(hand=False)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+    # Two views of a step, and the closures of an LBFGS step, are one call.
+    assert transfer.engine.calls == 4
+
+
+def test_lbfgs_keeps_the_statistics_of_a_batch():
+    """A running cost sees each batch once, however often LBFGS evaluates it."""
+    seen = {}
+    for kind in (LBFGS, Task):
+        callback = OTRTCallback(make_teacher(), layers=LAYERS, memory=0.9)
+        task = make_task(kind, lr=0.0)
+        if kind is LBFGS:
+            task.configure_optimizers = lambda task=task: torch.optim.LBFGS(task.parameters(), lr=0.0, max_iter=5)
+        make_trainer(callbacks=[callback]).fit(task, loader())
+        seen[kind] = callback.transfer.engine
+    assert seen[LBFGS].calls == seen[Task].calls == 4
+    assert [pair.samples for pair in seen[LBFGS].pairs] == [pair.samples for pair in seen[Task].pairs] == [32, 32]
+
+
+class Adversarial(Task):
+    """Inner steps of an attack with gradient, left out of the term."""
+
+    transfer: list[RepresentationTransfer] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        attacked = x.clone().requires_grad_()
+        with self.transfer[0].paused():
+            (gradient,) = torch.autograd.grad(F.cross_entropy(self.net(attacked), y), attacked)
+        return self.add(self.loss([x + 0.1 * gradient.sign(), y]))
+
+
+def test_paused_forwards_are_left_out(monkeypatch):
+    context = Context(Adversarial, options={"norm": False})
+    results = []
+    for way in ("callback", "wrapper", "transfer"):
+        task, teacher = context.make(), make_teacher()
+        callback = OTRTCallback(teacher, **EXACT)
+        transfer = callback.transfer
+        if way == "callback":
+            monkeypatch.setattr(Adversarial, "transfer", [transfer])
+            context.fit(task, callbacks=[callback])
+        elif way == "wrapper":
+            wrapped = OTRTModule(task, teacher, **EXACT)
+            monkeypatch.setattr(Adversarial, "transfer", [wrapped.otrt])
+            context.fit(wrapped)
+        else:
+            monkeypatch.setattr(Adversarial, "transfer", [transfer])
+            task.term = transfer.loss
+            with transfer.attached(task):
+                context.fit(task)
+        results.append(weights(task))
+        monkeypatch.setattr(Adversarial, "transfer", [RepresentationTransfer(teacher)])
+    plain = without(context)
+    hand = context.make()
+    hand.term = HandMade(hand, make_teacher())
+    context.fit(hand)
+    assert differ(weights(hand), plain)
+    for found in results:
+        assert_same(found, weights(hand))
+
+
+class TwoPlayers(Task):
+    """As in adversarial training: both players are updated in turn, by the example of Lightning."""
+
+    def __init__(self, toggle: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.critic = nn.Linear(3, 1)
+        self.automatic_optimization = False
+        self.toggle = toggle
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.play(first, lambda: self.add(-self.critic(self.net(batch[0])).mean()))
+        self.play(second, lambda: self.critic(self.generate(batch[0])).mean())
+
+    def generate(self, x: Tensor) -> Tensor:
+        if self.toggle:
+            return self.net(x).detach()
+        with torch.no_grad():
+            return self.net(x)
+
+    def play(self, optimizer: Any, loss: Callable[[], Tensor]) -> None:
+        if self.toggle:
+            self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        self.manual_backward(loss())
+        optimizer.step()
+        if self.toggle:
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.critic)]
+
+
+class CriticFirst(TwoPlayers):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.play(second, lambda: self.critic(self.generate(batch[0])).mean())
+        if isinstance(self.term, HandMade):
+            self.term.discard()
+        self.play(first, lambda: self.add(-self.critic(self.net(batch[0])).mean()))
+
+
+@pytest.mark.parametrize("kind", [TwoPlayers, CriticFirst])
+@pytest.mark.parametrize("toggle", [True, False])
+def test_a_manual_step_of_two_players(kind, toggle):
+    """A forward of the student that is not trained on, its parameters frozen or without gradient, has no term."""
+    context = Context(kind, trainer=lambda: {"max_epochs": 1}, options={"toggle": toggle})
+    expected = by_hand(context)
+    assert differ(expected, without(context))
+    assert_same(by_callback(context), expected)
+    assert_same(by_wrapper(context), expected)
+
+
+@pytest.mark.parametrize("from_inside", [False, True])
+def test_reentrant_checkpointing_of_recorded_layers_is_an_error(from_inside):
+    """The forward runs without gradient there, so that a term would be constant."""
+    task = make_task(norm=False)
+    block = task.net.block1
+    if from_inside:
+        task.net.block1 = Reentrant(block)
+    else:
+        task.net.forward = lambda x: task.net.head(checkpoint(block, x, use_reentrant=True).mean((2, 3)).repeat(1, 2))
+    x, y = next(iter(loader()))
+    transfer = RepresentationTransfer(make_teacher(), layers={"net.block1.inner" if from_inside else "net.block1": "block1"})
+    with transfer.attached(task):
+        task(x.requires_grad_())
+        with pytest.raises(RuntimeError, match=r"net\.block1.*use_reentrant=False"):
+            transfer.loss()
+
+
+class Reentrant(nn.Module):
+    def __init__(self, inner: nn.Sequential) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=True)
+
+
+def whole(task: Any, **how: Any) -> Any:
+    return torch.compile(task, **how)
+
+
+def submodule(task: Any, **how: Any) -> Any:
+    task.net = torch.compile(task.net, **how)
+    return task
+
+
+def submodule_in_place(task: Any, **how: Any) -> Any:
+    task.net.compile(**how)
+    return task
+
+
+def layer(task: Any, **how: Any) -> Any:
+    task.net.block1 = torch.compile(task.net.block1, **how)
+    return task
+
+
+def layer_in_place(task: Any, **how: Any) -> Any:
+    task.net.block1.compile(**how)
+    return task
+
+
+def task_in_place(task: Any, **how: Any) -> Any:
+    task.compile(**how)
+    return task
+
+
+def step_alone(task: Any, **how: Any) -> Any:
+    task.training_step = torch.compile(task.training_step, **how)
+    return task
+
+
+COMPILED = [whole, submodule, submodule_in_place, layer, layer_in_place, task_in_place, step_alone]
+
+
+class Called(Task):
+    """Calls itself, as LightningModules with a forward do."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def by_name(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that `torch.compile` puts into names."""
+    return {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_compiled(compiled, ran_before):
+    """Hooks put on code that ran compiled before would never fire, silently."""
+    context = Context(Called)
+    expected = by_hand(context)
+    for way in ("callback", "wrapper"):
+        torch.compiler.reset()
+        task = context.make()
+        fitted = task if way == "callback" else OTRTModule(task, make_teacher(), **EXACT)
+        fitted = compiled(fitted, backend="eager")
+        if ran_before:
+            before = weights(task)
+            x, y = next(iter(loader()))
+            task.net(x).sum().backward()
+            with torch.no_grad():
+                task(x)
+            task.zero_grad()
+            task.load_state_dict(before)
+        context.fit(fitted, callbacks=[OTRTCallback(make_teacher(), **EXACT)] if way == "callback" else [])
+        assert_same(by_name(weights(task)), expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiled", [submodule, submodule_in_place, layer, layer_in_place])
+def test_compiled_as_one_graph(compiled):
+    context = Context()
+    expected = by_hand(context)
+    task = compiled(context.make(), backend="eager", fullgraph=True)
+    context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
+    assert_same(by_name(weights(task)), expected)
