@@ -1,37 +1,61 @@
-"""Model compression: a student with half the channels learns the teacher's task from ten labelled images per class."""
+"""Model compression: a student with half the channels learns the teacher's task from few labelled images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
+from torch.utils.data import TensorDataset
+
 from examples import report
 from examples.digits import digits
 from examples.glyphs import glyphs
-from examples.networks import STUDENT_WIDTHS, ConvNet
+from examples.networks import STUDENT_WIDTHS, TEACHER_WIDTHS, ConvNet
 from lightning_otrt import OTRTCallback
-from torch import nn
-from torch.utils.data import TensorDataset
 
 LAYERS = {f"net.blocks.{block}": f"blocks.{block}" for block in range(3)}
 
 
-def compare(
-    teacher: Callable[[int], nn.Module],
-    few: Callable[[int], TensorDataset],
-    test: Callable[[int], TensorDataset],
-    *,
-    steps: int,
-    seeds: int,
-) -> report.Accuracies:
-    """Trains students with and without transport on the same images, from the same initial weights."""
-    accuracies: report.Accuracies = {"plain": [], "OT": []}
-    for seed in range(seeds):
-        data, source = few(seed), teacher(seed)
-        for method, values in accuracies.items():
-            callbacks = [OTRTCallback(source, LAYERS, student_root="net")] if method == "OT" else []
-            build = partial(ConvNet, STUDENT_WIDTHS, report.num_classes(data))
-            label = f"student {seed}, {method}"
-            student = report.train(build, data, steps=steps, seed=seed, label=label, callbacks=callbacks)
-            values.append(report.accuracy(student, test(seed)))
-    return accuracies
+def compress(
+    draw: Callable[..., TensorDataset], options: report.Options, *, per_class: int, teacher_steps: int, steps: int
+) -> tuple[float, report.Accuracies]:
+    """Trains a teacher on all images, then students on few; returns the teacher's accuracy and the students'."""
+    test, classes = draw("test"), report.num_classes(draw("test"))
+    teacher = report.train(
+        partial(ConvNet, TEACHER_WIDTHS, classes),
+        draw("train"),
+        steps=options.steps(teacher_steps),
+        seed=0,
+        label="teacher",
+    )
+    students = report.compare(
+        partial(ConvNet, STUDENT_WIDTHS, classes),
+        lambda seed: draw("train", per_class=per_class, seed=seed + 1),
+        test,
+        lambda: OTRTCallback(teacher.net, LAYERS, student_root="net"),
+        steps=options.steps(steps),
+        seeds=options.seeds,
+    )
+    return report.accuracy(teacher, test), students
+
+
+def main() -> None:
+    """Compresses a classifier of printed characters and one of handwritten digits."""
+    options = report.options(__doc__, "compression.png")
+    results = {
+        "Printed A–Z and 0–9, 10 labels per class": compress(
+            partial(glyphs, "source"), options, per_class=10, teacher_steps=800, steps=400
+        ),
+        "Handwritten digits, 5 labels per class": compress(digits, options, per_class=5, teacher_steps=300, steps=300),
+    }
+    for title, (_, students) in results.items():
+        report.print_table(title, students)
+    report.save_figure(
+        options.figure,
+        {title: students for title, (_, students) in results.items()},
+        {title: teacher for title, (teacher, _) in results.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ import matplotlib
 import torch
 from matplotlib.ft2font import FT2Font
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 SIZE = 32
@@ -64,7 +64,7 @@ def fonts(split: str) -> list[Path]:
 @functools.cache
 def _rendered(script: str, split: str) -> list[Tensor]:
     """One tensor (fonts, 1, CANVAS, CANVAS) per character, without distortion."""
-    faces = [FT2Font(str(path), hinting_factor=1) for path in fonts(split)]
+    faces = [FT2Font(str(path)) for path in fonts(split)]
     rendered = []
     for character in SCRIPTS[script]:
         covering = [face for face in faces if ord(character) in face.get_charmap()]
@@ -83,7 +83,7 @@ def _render(face: FT2Font, character: str) -> Tensor:
     bitmap = bitmap[:, bitmap.any(0)][bitmap.any(1)][:CANVAS, :CANVAS]
     height, width = bitmap.shape
     top, left = (CANVAS - height) // 2, (CANVAS - width) // 2
-    return F.pad(bitmap, (left, CANVAS - width - left, top, CANVAS - height - top))
+    return functional.pad(bitmap, (left, CANVAS - width - left, top, CANVAS - height - top))
 
 
 def _distort(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,7 +97,7 @@ def _distort(images: Tensor, generator: torch.Generator) -> Tensor:
     cos, sin = angle.cos() / scale, angle.sin() / scale
     shift_x, shift_y = uniform(-0.12, 0.12), uniform(-0.12, 0.12)
     rows = torch.stack([cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y], dim=1)
-    grid = F.affine_grid(rows.view(count, 2, 3), [count, 1, SIZE, SIZE], align_corners=False)
-    ink = F.grid_sample(images, grid, align_corners=False) * uniform(0.5, 1.0).view(-1, 1, 1, 1)
-    blots = F.interpolate(torch.randn(count, 1, 8, 8, generator=generator), size=SIZE, mode="bilinear")
+    grid = functional.affine_grid(rows.view(count, 2, 3), [count, 1, SIZE, SIZE], align_corners=False)
+    ink = functional.grid_sample(images, grid, align_corners=False) * uniform(0.5, 1.0).view(-1, 1, 1, 1)
+    blots = functional.interpolate(torch.randn(count, 1, 8, 8, generator=generator), size=SIZE, mode="bilinear")
     return ink + 0.14 * blots + 0.14 * torch.randn(ink.shape, generator=generator)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning as L
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
 TEACHER_WIDTHS = (16, 32, 64)
@@ -30,7 +31,9 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.blocks(images).mean(dim=(2, 3)))
+        """From images (B, 1, H, W) to logits (B, num_classes)."""
+        logits: Tensor = self.head(self.blocks(images).mean(dim=(2, 3)))
+        return logits
 
 
 def _block(channels: int, width: int) -> nn.Sequential:
@@ -40,7 +43,7 @@ def _block(channels: int, width: int) -> nn.Sequential:
     )
 
 
-class Classifier(L.LightningModule):
+class Classifier(pl.LightningModule):
     """Trains a network by cross-entropy with AdamW and a one-cycle learning rate.
 
     Args:
@@ -58,20 +61,25 @@ class Classifier(L.LightningModule):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        """From images to logits."""
+        logits: Tensor = self.net(images)
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The cross-entropy of the batch."""
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss = functional.cross_entropy(self(images), labels)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Counts what is classified right."""
         images, labels = batch
         self.accuracy(self(images), labels)
         self.log("test/accuracy", self.accuracy, on_step=False, on_epoch=True)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW whose learning rate rises, then falls, over the whole run."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches)

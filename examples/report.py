@@ -8,11 +8,12 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import lightning as L
+import lightning.pytorch as pl
 import matplotlib
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from scipy import stats
 from torch import nn
@@ -37,21 +38,40 @@ class LabelledProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=10, leave=True)
         self.label = label
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: object) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: object) -> None:
         """Names the run where Lightning names the epoch: a run is one epoch here."""
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description(self.label)
 
 
-def options(description: str, figure: str) -> argparse.Namespace:
-    """Reads the command line that all examples share, and silences what would disturb the progress bars."""
+@dataclass(frozen=True)
+class Options:
+    """The command line that all examples share.
+
+    Attributes:
+        seeds: Number of paired runs.
+        quick: Whether to take a few steps only.
+        figure: Where to save the figure.
+    """
+
+    seeds: int
+    quick: bool
+    figure: Path
+
+    def steps(self, full: int) -> int:
+        """The number of steps in place of `full`."""
+        return full // 20 if self.quick else full
+
+
+def options(description: str | None, figure: str) -> Options:
+    """Reads the command line, and silences what would disturb the progress bars."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=4, help="number of paired runs")
     parser.add_argument("--quick", action="store_true", help="a few steps only, to see that everything runs")
     parser.add_argument("--figure", type=Path, default=Path(figure), help="where to save the figure")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    return parser.parse_args()
+    return Options(**vars(parser.parse_args()))
 
 
 def train(
@@ -61,12 +81,12 @@ def train(
     steps: int,
     seed: int,
     label: str,
-    callbacks: list[L.Callback] | None = None,
+    callbacks: list[pl.Callback] | None = None,
     lr: float = 3e-2,
     weight_decay: float = 1.0,
 ) -> Classifier:
     """Builds a network and trains it for a number of steps; equal seeds give equal initial weights and batches."""
-    L.seed_everything(seed, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     classifier = Classifier(build(), num_classes(data), lr=lr, weight_decay=weight_decay)
     batch_size = min(BATCH_SIZE, len(data))
     # One long epoch, in which each image is seen equally often.
@@ -75,6 +95,46 @@ def train(
         classifier, DataLoader(data, batch_size, sampler=sampler)
     )
     return classifier
+
+
+def compare(
+    build: Callable[[], nn.Module],
+    few: Callable[[int], TensorDataset],
+    test: TensorDataset,
+    transfer: Callable[[], pl.Callback],
+    *,
+    steps: int,
+    seeds: int,
+    **optimizer: float,
+) -> Accuracies:
+    """Trains students without and with transport, on the same images and from the same initial weights.
+
+    Args:
+        build: Makes a student.
+        few: Makes the labelled images of a seed.
+        test: Images for the test accuracy.
+        transfer: Makes the callback of a run.
+        steps: Number of steps.
+        seeds: Number of paired runs.
+        **optimizer: `lr` and `weight_decay` of both.
+
+    Returns:
+        Test accuracies of the seeds, in percent.
+    """
+    accuracies: Accuracies = {"plain": [], "OT": []}
+    for seed in range(seeds):
+        for method, values in accuracies.items():
+            student = train(
+                build,
+                few(seed),
+                steps=steps,
+                seed=seed,
+                label=f"student {seed + 1}/{seeds}, {method:5}",
+                callbacks=[transfer()] if method == "OT" else [],
+                **optimizer,
+            )
+            values.append(accuracy(student, test))
+    return accuracies
 
 
 def accuracy(classifier: Classifier, data: TensorDataset) -> float:
@@ -122,8 +182,8 @@ def save_figure(path: Path, panels: dict[str, Accuracies], teachers: dict[str, f
     print(f"\nFigure: {path.resolve()}")
 
 
-def _trainer(**settings: object) -> L.Trainer:
-    return L.Trainer(
+def _trainer(**settings: Any) -> pl.Trainer:
+    return pl.Trainer(
         accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False, **settings
     )
 

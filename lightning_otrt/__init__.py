@@ -3,6 +3,7 @@
 from lightning_otrt.callback import OTRTCallback
 from lightning_otrt.distance import TransportResult, transport_distance
 from lightning_otrt.layers import LayerPair
+from lightning_otrt.metrics import NeuronTransportDistance
 from lightning_otrt.module import OTRTModule
 from lightning_otrt.neurons import neurons
 from lightning_otrt.schedules import CosineDecay, LinearWarmup
@@ -15,6 +16,7 @@ __all__ = [
     "CosineDecay",
     "LayerPair",
     "LinearWarmup",
+    "NeuronTransportDistance",
     "OTRTCallback",
     "OTRTModule",
     "RepresentationTransfer",

@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_otrt.global_batch import GlobalTransportEngine
 from lightning_otrt.layers import LayerPair
 from lightning_otrt.patching import add_term, remove_term
 from lightning_otrt.schedules import Schedule
@@ -105,6 +106,10 @@ class TransferCallback(pl.Callback):
         if self._module is not None:
             remove_term(self._module, self)
         self.transfer.detach()
+        # Process groups end with the strategy, and would keep the callback from being pickled.
+        self.transfer.process_group = None
+        if isinstance(self.transfer.engine, GlobalTransportEngine):
+            self.transfer.engine.ranks = None
         self._module = self._trainer = None
         self._resumed = False
 

@@ -135,8 +135,8 @@ class CorrelationCost(Cost):
         """1 - r from the moments."""
         count, y, x, yy, xx, yx = sums
         count = count[..., None]
-        inverse_y, dead_y = _inverse_norm((yy - y * y / count).clamp_min(0).sqrt())
-        inverse_x, dead_x = _inverse_norm((xx - x * x / count).clamp_min(0).sqrt())
+        inverse_y, dead_y = _inverse_norm(_without_rounding(yy - y * y / count, count, y / count).clamp_min(0).sqrt())
+        inverse_x, dead_x = _inverse_norm(_without_rounding(xx - x * x / count, count, x / count).clamp_min(0).sqrt())
         covariance = torch.addcmul(yx, (y / count)[..., None], x[..., None, :], value=-1)
         matrix = covariance.mul_(inverse_y[..., None]).mul_(inverse_x[..., None, :]).neg_().add_(1)
         return matrix.addcmul_(dead_y[..., None], dead_x[..., None, :], value=-1).clamp_min_(0)
@@ -361,8 +361,8 @@ def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
     """Centred squares, but 0 where they are the rounding of a constant: at unit norm that has huge gradients."""
     eps = torch.finfo(squares.dtype).eps
-    # The second bound is that of moments that are added up in float64.
-    share = max((4 * eps) ** 2, 8 * torch.finfo(torch.float64).eps)
+    # The second bound is that of raw moments that are added up in float64 over thousands of batches.
+    share = max((4 * eps) ** 2, 1e-12)
     return torch.where(squares <= share * count * mean**2, 0.0, squares)
 
 

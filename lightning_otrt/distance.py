@@ -20,7 +20,7 @@ from lightning_otrt.plans import (
     uniform_plan,
 )
 
-__all__ = ["PLANS", "TransportResult", "check_epsilon", "check_plan", "fixed_plan", "transport_distance"]
+__all__ = ["PLANS", "TransportResult", "check_epsilon", "check_plan", "fixed_plan", "solve_plan", "transport_distance"]
 
 #: The kinds of plan; "static" is only known to a training run, where it is a Sinkhorn plan that is kept.
 PLANS = ("sinkhorn", "exact", "identity", "uniform", "random", "static")
@@ -48,6 +48,20 @@ class TransportResult:
     student_marginal_error: Tensor
     entropy: Tensor
     off_identity: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor, plan: Tensor, cost: Tensor) -> TransportResult:
+        """A value with its plan, its cost and the diagnostics that follow from them."""
+        numbers = diagnose(plan)
+        return cls(
+            value=value,
+            plan=plan,
+            cost=cost,
+            marginal_error=numbers.teacher_error,
+            student_marginal_error=numbers.student_error,
+            entropy=numbers.entropy,
+            off_identity=numbers.off_identity,
+        )
 
 
 def transport_distance(
@@ -107,27 +121,23 @@ def transport_distance(
         energy = rule.energy(x)
         matrix = rule.matrix(rule.sums(y, x), energy).to(y.dtype)
         _check_cost(matrix, cost)
-        coupling = fixed_plan(plan, y.shape[-2], x.shape[-2], seed=seed)
-        if coupling is not None:
-            coupling = coupling.to(matrix).expand_as(matrix)
-        elif plan == "exact":
-            coupling = exact_plan(matrix)
-        else:
-            coupling = sinkhorn_plan(matrix, epsilon).matrix
+        coupling = solve_plan(matrix, plan, epsilon, seed)
         [(value, gradient)] = run_rounds([rule.value(y, x, Plan.of(coupling), energy)])
-        numbers = diagnose(coupling)
         if not batched:
             value, gradient, coupling, matrix = value[0], gradient[0], coupling[0], matrix[0]
-            numbers = type(numbers)(*(number[0] for number in numbers))
-    return TransportResult(
-        value=attach_gradients(value, [student], [gradient]),
-        plan=coupling,
-        cost=matrix,
-        marginal_error=numbers.teacher_error,
-        student_marginal_error=numbers.student_error,
-        entropy=numbers.entropy,
-        off_identity=numbers.off_identity,
-    )
+        return TransportResult.of(attach_gradients(value, [student], [gradient]), coupling, matrix)
+
+
+def solve_plan(matrix: Tensor, plan: str, epsilon: float, seed: int) -> Tensor:
+    """Plans of a kind for costs ``(B, N, M)``, converged.
+
+    Raises:
+        RuntimeError: If an entropic plan does not converge.
+    """
+    coupling = fixed_plan(plan, *matrix.shape[1:], seed=seed)
+    if coupling is not None:
+        return coupling.to(matrix).expand_as(matrix)
+    return exact_plan(matrix) if plan == "exact" else sinkhorn_plan(matrix, epsilon).matrix
 
 
 def fixed_plan(plan: str, rows: int, columns: int, *, seed: int, where: str = "the pair") -> Tensor | None:

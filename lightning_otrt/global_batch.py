@@ -64,8 +64,8 @@ class GlobalTransportEngine(TransportEngine):
         if isinstance(self.cost, CallableCost):
             raise ValueError(
                 f"The cost {self.cost.function!r} is a function of raw neurons, which need not be a sum over samples, "
-                "so it has no global batch over processes. Pass global_batch=False for one term per process, or use one "
-                "of the named costs."
+                "so it has no global batch over processes. Pass global_batch=False for one term per process, or use "
+                "one of the named costs."
             )
         super().__post_init__()
         self.processes = self._others.size
@@ -313,11 +313,11 @@ class GlobalTransportEngine(TransportEngine):
                 "Call `synchronize()` on all processes first; Lightning's checkpoints do.",
                 stacklevel=3,
             )
-        return _scaled(super().state_dict(), self._others.size)
+        return _scaled(super().state_dict(), self.processes)
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore :meth:`state_dict`, or that of a single process."""
-        super().load_state_dict(_scaled(state, 1 / self._others.size), device)
+        super().load_state_dict(_scaled(state, 1 / self.processes), device)
         self._is_pending = self._is_agreed = self._is_compared = False
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 __all__ = ["LayerPair", "LayerSpec", "Trace", "TracedLayer", "TracedTensor", "check_names"]
 
 INPUT = ":input"
-WORDS = ("auto", "blocks", "penultimate")
+WORDS = ("auto", "blocks", "matched", "penultimate")
 #: Names that wrappers (DDP, torch.compile, FSDP, activation checkpointing) put into the names of what they wrap.
 WRAPPER_NAMES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _SHOWN = 20
@@ -105,6 +105,7 @@ class TracedLayer:
         output_kind: What came out, such as ``"Tensor"`` or ``"tuple(Tensor, None)"``; ``""`` if it did not run.
         parts: ``(key or index, tensor)`` where the output is a mapping or tuple: what ``select`` can choose.
         producer: Name of the layer whose output tensor is the input of this one.
+        maker: Name of the layer that made the output: another one where a container hands on what a child made.
         gives_model_output: Whether its output tensor is (one of) the tensors that the whole model returns.
     """
 
@@ -119,6 +120,7 @@ class TracedLayer:
     output_kind: str = ""
     parts: tuple[tuple[str | int, TracedTensor], ...] = ()
     producer: str | None = None
+    maker: str | None = None
     gives_model_output: bool = False
 
     @property
@@ -229,7 +231,7 @@ def parse_layers(spec: LayerSpec) -> tuple[LayerEntry, ...]:
 
     Raises:
         TypeError: If an element is none of the accepted forms.
-        ValueError: If there is no element, or ``"auto"`` stands on one side only.
+        ValueError: If there is no element, or ``"auto"`` or ``"matched"`` stands on one side only.
     """
     entries = tuple(_parse(spec))
     if not entries:
@@ -238,8 +240,11 @@ def parse_layers(spec: LayerSpec) -> tuple[LayerEntry, ...]:
             'pass {"student layer": "teacher layer"}, or "auto".'
         )
     for entry in entries:
-        if "auto" in (entry.student, entry.teacher) and entry.student != entry.teacher:
-            raise ValueError(f'"auto" chooses the layers of both sides at once, but got {entry}. Use "auto" by itself.')
+        for word in ("auto", "matched"):
+            if word in (entry.student, entry.teacher) and entry.student != entry.teacher:
+                raise ValueError(
+                    f'"{word}" chooses the layers of both sides at once, but got {entry}. Use "{word}" by itself.'
+                )
     return entries
 
 

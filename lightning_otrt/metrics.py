@@ -13,8 +13,15 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_otrt.costs import Sums, get_cost
-from lightning_otrt.distance import PLANS, TransportResult, check_epsilon, check_finite, check_plan, fixed_plan
-from lightning_otrt.plans import diagnose, exact_plan, sinkhorn_plan
+from lightning_otrt.distance import (
+    PLANS,
+    TransportResult,
+    check_epsilon,
+    check_finite,
+    check_plan,
+    fixed_plan,
+    solve_plan,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -266,23 +273,8 @@ class NeuronTransportDistance(Metric):
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _solve(self, matrix: Tensor) -> TransportResult:
-        coupling = fixed_plan(self.plan, *matrix.shape, seed=self.seed)
-        if coupling is not None:
-            coupling = coupling.to(matrix)
-        elif self.plan == "exact":
-            coupling = exact_plan(matrix[None])[0]
-        else:
-            coupling = sinkhorn_plan(matrix[None], self.epsilon).matrix[0]
-        numbers = diagnose(coupling)
-        return TransportResult(
-            value=(coupling * matrix).sum(),
-            plan=coupling,
-            cost=matrix,
-            marginal_error=numbers.teacher_error,
-            student_marginal_error=numbers.student_error,
-            entropy=numbers.entropy,
-            off_identity=numbers.off_identity,
-        )
+        coupling = solve_plan(matrix[None], self.plan, self.epsilon, self.seed)[0]
+        return TransportResult.of((coupling * matrix).sum(), coupling, matrix)
 
 
 def _flatten(sums: Sums) -> Tensor:

@@ -103,8 +103,8 @@ class NeuronReader:
         x = select_tensor(output, self.select, where=self.layer)
         if hasattr(x, "device_mesh"):
             raise TypeError(
-                f"{self.layer} gives a DTensor, whose neurons are spread over processes (tensor parallel), and a term of "
-                "a part of them would be wrong. Choose a layer whose output is a plain tensor, such as one with "
+                f"{self.layer} gives a DTensor, whose neurons are spread over processes (tensor parallel), and a term "
+                "of a part of them would be wrong. Choose a layer whose output is a plain tensor, such as one with "
                 "`output_layouts=Replicate()` and `use_local_output=True`."
             )
         axis = self._axis(x)

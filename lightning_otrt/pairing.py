@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lightning_otrt.distance import transport_distance
 from lightning_otrt.layers import INPUT, LayerPair, LayerSpec, Trace, check_names
-from lightning_otrt.neurons import NeuronReader
-from lightning_otrt.selection import resolve_layers
-from lightning_otrt.tracing import format_pairs, named_layers, named_tensors, trace
+from lightning_otrt.matching import comparable_layers, match_in_order
+from lightning_otrt.neurons import NeuronReader, match_positions
+from lightning_otrt.recording import Recorder, View, padding_mask
+from lightning_otrt.selection import resolve_layers, select_layers
+from lightning_otrt.tracing import format_pairs, in_evaluation, named_layers, named_tensors, trace
 
-__all__ = ["Pairing", "can_be_root", "check_layers", "pair_layers"]
+__all__ = ["Observer", "Pairing", "can_be_compared", "can_be_root", "check_layers", "match_layers", "pair_layers"]
+
+SIDES = ("student", "teacher")
+#: Positions by which layers are compared for "matched".
+MATCHING_GRID = 4
 
 
 @dataclass(frozen=True)
@@ -45,23 +53,84 @@ class Pairing:
         return format_pairs(self.pairs, self.student, self.teacher)
 
     def _reader(self, side: str, pair: LayerPair, grid: int | None) -> NeuronReader:
-        seen: Trace = getattr(self, side)
-        name: str = getattr(pair, side)
-        tensor = seen.tensor(name, pair.select)
         axes = pair.neuron_axis
         axis = axes[0 if side == "student" else 1] if isinstance(axes, tuple) else axes
-        prefix, token_grid = 0, None
-        if tensor is not None and len(tensor.shape) == 3 and axis in (2, -1) and seen.image_size is not None:
-            prefix, token_grid = _token_grid(tensor.shape[1 - tensor.batch_axis], seen.prefix_tokens, seen.image_size)
-        return NeuronReader(
-            layer=f"{side} layer {name!r}",
-            neuron_axis=axis,
-            batch_axis=0 if tensor is None else tensor.batch_axis,
-            grid=grid,
-            prefix_tokens=prefix,
-            token_grid=token_grid,
-            select=None if name.endswith(INPUT) else pair.select,
+        return layer_reader(side, getattr(self, side), getattr(pair, side), axis, grid, pair.select)
+
+
+def layer_reader(
+    side: str, seen: Trace, name: str, axis: int | None, grid: int | None, select: str | int | None = None
+) -> NeuronReader:
+    """How a layer is read, from what a traced forward showed of it.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        seen: Trace of its network.
+        name: ``"name"`` or ``"name:input"``.
+        axis: Axis of the neurons.
+        grid: See :func:`lightning_otrt.neurons`.
+        select: Key or index of the tensor, where the layer gives several.
+    """
+    tensor = seen.tensor(name, select)
+    prefix, token_grid = 0, None
+    if tensor is not None and len(tensor.shape) == 3 and axis in (2, -1) and seen.image_size is not None:
+        prefix, token_grid = _token_grid(tensor.shape[1 - tensor.batch_axis], seen.prefix_tokens, seen.image_size)
+    return NeuronReader(
+        layer=f"{side} layer {name!r}",
+        neuron_axis=axis,
+        batch_axis=0 if tensor is None else tensor.batch_axis,
+        grid=grid,
+        prefix_tokens=prefix,
+        token_grid=token_grid,
+        select=None if name.endswith(INPUT) else select,
+    )
+
+
+class Observer:
+    """Reads layers of one network in forwards that are run for it; :meth:`remove` takes its hooks off.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        model: The network.
+        seen: Trace of the network.
+        layers: Names with their neuron axes.
+        grid: See :func:`lightning_otrt.neurons`.
+    """
+
+    def __init__(self, side: str, model: nn.Module, seen: Trace, layers: Mapping[str, int], grid: int | None) -> None:
+        modules = named_layers(model)
+        self.side, self.names = side, tuple(layers)
+        self._recorder = Recorder(lambda *_: False)
+        self._recorder.watch_student(
+            {
+                name: (name, modules[name.removesuffix(INPUT)], layer_reader(side, seen, name, axis, grid))
+                for name, axis in layers.items()
+            }
         )
+
+    def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Readings ``(B, C, *positions)`` by name of the forward ``run(*args, **kwargs)``.
+
+        Raises:
+            ValueError: If a layer did not run once.
+        """
+        self._recorder.current = view = View("", student_mask=padding_mask(args, kwargs))
+        try:
+            run(*args, **kwargs)
+        finally:
+            self._recorder.current = None
+        for name in self.names:
+            calls = len(view.student.get(name, ()))
+            if calls != 1:
+                raise ValueError(
+                    f"The {self.side} layer {name!r} ran {calls} times in this forward, but once in the first one. A "
+                    "representation is one call; leave the layer out, or name its parent."
+                )
+        return {name: calls[0] for name, calls in view.student.items()}
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self._recorder.remove()
 
 
 def pair_layers(
@@ -87,7 +156,61 @@ def pair_layers(
     """
     seen = trace(student, *inputs, root=root)
     taught = trace(teacher, *teacher_inputs)
-    return Pairing(resolve_layers(layers, seen, taught), seen, taught)
+
+    def matched() -> list[tuple[str, str]]:
+        networks = (named_layers(student)[root], *inputs), (teacher, *teacher_inputs)
+        return match_layers((seen, taught), (student, teacher), networks)
+
+    return Pairing(resolve_layers(layers, seen, taught, matched), seen, taught)
+
+
+def match_layers(
+    traces: tuple[Trace, Trace],
+    models: tuple[nn.Module, nn.Module],
+    runs: tuple[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]], ...],
+) -> list[tuple[str, str]]:
+    """The blocks of the student with those layers of the teacher that are closest to them on one batch, in order.
+
+    Distances are those of the correlation cost, in evaluation mode; the pairing is that of :func:`match_in_order`.
+
+    Args:
+        traces: Traces of student and teacher.
+        models: The two networks.
+        runs: For each, the module to run with its positional and keyword arguments.
+
+    Raises:
+        ValueError: If no student layer can be compared with a teacher layer.
+    """
+    student, teacher = traces
+    chosen = (
+        select_layers(["blocks"], student, "student"),
+        select_layers(comparable_layers(teacher), teacher, "teacher"),
+    )
+    readings = []
+    for side, model, seen, layers, (module, args, kwargs) in zip(SIDES, models, traces, chosen, runs, strict=True):
+        observer = Observer(side, model, seen, layers, MATCHING_GRID)
+        try:
+            with in_evaluation(module):
+                readings.append(observer(module, args, kwargs))
+        finally:
+            observer.remove()
+    distances = torch.full((len(chosen[0]), len(chosen[1])), math.nan)
+    for row, y in enumerate(readings[0].values()):
+        for column, x in enumerate(readings[1].values()):
+            if can_be_compared(y, x):
+                distances[row, column] = transport_distance(*match_positions(y, x, "matched")).value
+    pairs = match_in_order(distances)
+    if not pairs:
+        raise ValueError(
+            f'"matched" found no pair: none of the student layers {list(chosen[0])} can be compared with one of the '
+            f"teacher layers {list(chosen[1])}. Name the pairs."
+        )
+    return [(list(chosen[0])[row], list(chosen[1])[column]) for row, column in pairs]
+
+
+def can_be_compared(student: Tensor, teacher: Tensor) -> bool:
+    """Whether two readings ``(B, C, *positions)`` have positions that can be paired: not a map with a sequence."""
+    return student.dim() == teacher.dim() or 2 in (student.dim(), teacher.dim())
 
 
 def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root: str | None) -> None:

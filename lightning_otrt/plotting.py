@@ -175,8 +175,8 @@ def plot_distances(
     names = [_shorten(student_layers), _shorten(teacher_layers)]
     if ax is None:
         cell = 0.25 if max(rows, columns) > _NUMBERED else min(max(_SHORT / min(rows, columns), 0.5), 0.8)
-        margins = [0.08 * max(map(len, side)) for side in names]
-        size = (1.08 * cell * columns + margins[0] + 1.6, max(cell * rows, _SHORT / 2) + margins[1] + 0.8)
+        margins = [0.07 * max(map(len, side)) for side in names]
+        size = (1.08 * cell * columns + margins[0] + 1.5, max(cell * rows, _SHORT / 2) + margins[1] + 0.8)
         _, ax = pyplot.subplots(figsize=size, dpi=_DPI, layout="constrained")
     image = ax.imshow(matrix.numpy(), cmap=_COST_COLOURS, interpolation="nearest")
     # A distance that does not exist must not look like a small one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lightning_otrt.layers import (
@@ -22,12 +22,17 @@ from lightning_otrt.layers import (
     reject_duplicates,
 )
 
-__all__ = ["resolve_layers"]
+__all__ = ["classification_head", "is_idle", "resolve_layers", "select_layers"]
 
 _BLOCKS = 4
 
+#: Pairs (student layer, teacher layer) that only activations can tell.
+Matched = Callable[[], Sequence[tuple[str, str]]]
 
-def resolve_layers(spec: LayerSpec, student: Trace, teacher: Trace) -> tuple[LayerPair, ...]:
+
+def resolve_layers(
+    spec: LayerSpec, student: Trace, teacher: Trace, matched: Matched | None = None
+) -> tuple[LayerPair, ...]:
     """The pairs of layers that a specification stands for in two traced models.
 
     ``spec`` is a mapping ``{student name: teacher name}``, a list of pairs, a list of names that both models have, or
@@ -35,7 +40,8 @@ def resolve_layers(spec: LayerSpec, student: Trace, teacher: Trace) -> tuple[Lay
     name), an index among the recordable layers (-1 completes last), ``"name:input"`` for what enters a layer, or a
     word: ``"penultimate"`` is what enters the classification head, ``"blocks"`` the last module at each spatial
     resolution or four evenly spaced transformer blocks, ``"auto"`` blocks where both models have them and penultimate
-    otherwise. A list mixes all of these. A student layer may be matched to two teacher layers. A module that is itself
+    otherwise, ``"matched"`` the blocks of the student with the teacher's layers that are closest to them in one batch,
+    in order (see :mod:`lightning_otrt.matching`). A list mixes all of these. A student layer may be matched to two teacher layers. A module that is itself
     called ``blocks`` is reached as ``"re:blocks"``.
 
     Args:
@@ -43,6 +49,7 @@ def resolve_layers(spec: LayerSpec, student: Trace, teacher: Trace) -> tuple[Lay
             ``student`` and ``teacher`` holds the fields of one :class:`LayerPair`.
         student: Trace of the student; names are looked up in the whole model first, then relative to its root.
         teacher: Trace of the teacher; the same.
+        matched: Finds the pairs of ``"matched"``, which a trace does not tell; not called without that word.
 
     Returns:
         Pairs with full names, weights that sum to 1, and the non-negative neuron axes ``(student, teacher)``.
@@ -63,14 +70,37 @@ def resolve_layers(spec: LayerSpec, student: Trace, teacher: Trace) -> tuple[Lay
     """
     pairs = []
     for entry in parse_layers(spec):
-        pairs += _expand(entry, student, teacher)
+        pairs += _expand(entry, student, teacher, matched)
     reject_duplicates(pairs)
     total = math.fsum(pair.weight for pair in pairs)
     return tuple(_completed(pair, student, teacher, total) for pair in pairs)
 
 
-def _expand(entry: LayerEntry, student: Trace, teacher: Trace) -> list[LayerPair]:
-    if entry.student == "auto":
+def select_layers(selectors: Sequence[str | int], trace: Trace, side: str) -> dict[str, int]:
+    """The layers of one model that names, patterns, indices, "blocks" or "penultimate" stand for, with neuron axes.
+
+    Raises:
+        ValueError: If a name is unknown, or a layer gives no representation.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_otrt.tracing import trace
+        >>> seen = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (torch.randn(2, 3, 8, 8),))
+        >>> select_layers([-1, "0"], seen, "student")
+        {'1': 1, '0': 1}
+    """
+    names, nobody = _names(side, trace), LayerNames("", ())
+    found = [name for selector in selectors for name in _choose(selector, trace, names, nobody)]
+    return {name: _axis(side, trace, name, None, _recordable(side, trace, name, None)) for name in found}
+
+
+def _expand(entry: LayerEntry, student: Trace, teacher: Trace, matched: Matched | None) -> list[LayerPair]:
+    if entry.student == "matched" and _blocks(student) and _blocks(teacher):
+        if matched is None:
+            raise ValueError('"matched" pairs layers by their activations, and traces alone have none.')
+        return [entry.pair(*names) for names in matched()]
+    if entry.student in ("auto", "matched"):
         word = "blocks" if _blocks(student) and _blocks(teacher) else "penultimate"
         entry = replace(entry, student=word, teacher=word)
     names = [_names("student", student), _names("teacher", teacher)]
@@ -127,7 +157,7 @@ def _by_depth(wanted: int, names: list[str]) -> list[str]:
     return [names[round(i * (len(names) - 1) / (wanted - 1))] for i in range(wanted)]
 
 
-def _head(trace: Trace) -> TracedLayer | None:
+def classification_head(trace: Trace) -> TracedLayer | None:
     """The last linear map executed, where nothing but pooling or an activation stands between it and a 2-D output."""
     widths = {shape[1] for shape in trace.output_shapes if len(shape) == 2}
     ran = [layer for layer in trace.layers if layer.order is not None and layer.name != trace.root]
@@ -141,7 +171,7 @@ def _head(trace: Trace) -> TracedLayer | None:
 
 
 def _penultimate(trace: Trace) -> list[str]:
-    head = _head(trace)
+    head = classification_head(trace)
     if head is None:
         return []
     before = trace.layer(head.producer) if head.producer is not None else None
@@ -153,7 +183,7 @@ def _penultimate(trace: Trace) -> list[str]:
 
 def _blocks(trace: Trace) -> list[str]:
     layers = _block_candidates(trace)
-    last_maps = _last_at_each_size([layer for layer in layers if not _is_tokens(layer) and not _is_idle(layer)], trace)
+    last_maps = _last_at_each_size([layer for layer in layers if not _is_tokens(layer) and not is_idle(layer)], trace)
     tokens = _token_blocks(layers)
     # Patch embeddings and convolutional stems give maps too, before the tokens; a pyramid ends with a map.
     if not tokens or (last_maps and (last_maps[-1].order or 0) > (tokens[-1].order or 0)):
@@ -202,7 +232,7 @@ def _ancestors(name: str) -> list[str]:
 
 def _block_candidates(trace: Trace) -> list[TracedLayer]:
     """Recordable layers before the head, without the model's own output, in order of completion."""
-    head = _head(trace)
+    head = classification_head(trace)
     leaves = [layer.name for layer in trace.layers if layer.calls and not layer.is_container]
     dense_heads = [
         layer.output_shape
@@ -231,7 +261,7 @@ def _is_tokens(layer: TracedLayer) -> bool:
     return layer.output is not None and len(layer.output.shape) == 3 and layer.neuron_axis == 2
 
 
-def _is_idle(layer: TracedLayer) -> bool:
+def is_idle(layer: TracedLayer) -> bool:
     """Whether a map gains nothing here: noise in training alone, a placeholder, or pooling that does not shrink.
 
     The 7x7 pooling of VGG repeats the positions of small images.

@@ -33,8 +33,8 @@ def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:
         return mesh.size() > 1, mesh.get_group()
     if not isinstance(strategy, DDPStrategy):
         message = (
-            f"{type(strategy).__name__} was never run with representation transfer: it may change what a layer gives or "
-            "how gradients are averaged over processes, and the term with them. Tested are one device, "
+            f"{type(strategy).__name__} was never run with representation transfer: it may change what a layer gives "
+            "or how gradients are averaged over processes, and the term with them. Tested are one device, "
             'strategy="ddp" (also "ddp_spawn" and "ddp_notebook") and ModelParallelStrategy (FSDP2)'
         )
         if strict:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers import WRAPPER_NAMES, LayerPair, Trace, TracedLayer, TracedTensor
 
-__all__ = ["format_pairs", "named_layers", "named_tensors", "trace"]
+__all__ = ["format_pairs", "in_evaluation", "named_layers", "named_tensors", "trace", "unchanged"]
 
 _TRANSPARENT_PARENTS = {"AveragedModel", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 _PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
@@ -70,7 +70,7 @@ def trace(
     target = modules[root]
     inputs = list(_tensors((tuple(args), dict(kwargs or {}))))
     watch = _Watch(batch_size=inputs[0].shape[0] if inputs and inputs[0].dim() else 0)
-    with _unchanged(target, inputs), ExitStack() as hooks:
+    with in_evaluation(target, inputs), ExitStack() as hooks:
         for name, module in modules.items():
             if primary[id(module)] == name and _is_inside(name, root):
                 before = module.register_forward_pre_hook(partial(watch.enter, name))
@@ -213,28 +213,36 @@ def _prefix_tokens(model: nn.Module) -> int:
 
 
 @contextmanager
-def _unchanged(model: nn.Module, inputs: Iterable[Tensor]) -> Iterator[None]:
-    """Evaluation mode without gradient, after which nothing of the model or of the random numbers has changed."""
+def unchanged(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Leave modes, buffers and random number generators as they were, whatever runs inside."""
     modules = list(model.modules())
-    # Flags are set one by one: `train` and `eval` may be overridden, to keep parts frozen or to merge weights.
     flags = [module.training for module in modules]
     buffers = [{name: (b, None if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
     tensors = [*inputs, *model.parameters(), *model.buffers()]
     devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, flag, saved in zip(modules, flags, buffers, strict=True):
+                    module.training = flag
+                    _restore(module, saved)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Evaluation mode without gradient, after which nothing of the model or of the random numbers has changed."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(unchanged(model, inputs))
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:
             # A compiled call made before skips hooks; what was never imported has compiled nothing.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for module in modules:
-                module.training = False
-            yield
-        finally:
-            for module, flag, saved in zip(modules, flags, buffers, strict=True):
-                module.training = flag
-                _restore(module, saved)
+        # Flags are set one by one: `train` and `eval` may be overridden, to keep parts frozen or to merge weights.
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 def _restore(module: nn.Module, saved: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
@@ -302,6 +310,7 @@ class _Watch:
         traced = tuple((key, self._traced(module, frame, value)) for key, value in parts)
         single = traced[0][1] if len(traced) == 1 and not isinstance(output, Mapping) else None
         known = self._seen.get(name)
+        made = self._source(parts[0][1]) if single is not None and next(module.children(), None) is not None else None
         self._seen[name] = TracedLayer(
             name=name,
             kind=type(module).__name__,
@@ -312,6 +321,7 @@ class _Watch:
             output_kind=_describe(output),
             parts=() if isinstance(output, Tensor) else traced,
             producer=frame.source.layer if frame.source else None,
+            maker=made.layer if made is not None else name,
         )
         self._outputs[name] = [weakref.ref(value) for _, value in parts]
         self._completed += 1

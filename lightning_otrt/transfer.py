@@ -457,7 +457,7 @@ class RepresentationTransfer:
             if ranks.rank == 0 and self._student is not None and _mixes_samples(self._student):
                 self.report(
                     "The student has BatchNorm layers, which see the samples of one process alone: under a global "
-                    "batch the term is not that of a single process with all samples. `sync_batchnorm=True` makes it so."
+                    "batch the term is not that of a single process with all samples; with SyncBatchNorm it is."
                 )
         if before is not None:
             engine.load_state_dict(before.state_dict(), self._zero().device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -31,10 +32,11 @@ def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout:
         function: Function of a module; what it returns is saved by torch.
         args: Its arguments.
         timeout: Seconds until all are killed and the test fails.
-        options: ``init=False`` leaves torch.distributed to the function, with the environment of torchrun set;
-            ``nodes``: over how many machines the processes are said to be spread; ``dies``: whether processes may be
+        options: ``init=False`` leaves torch.distributed to the function, with the environment of torchrun set, and
+            ``init=None`` without; ``nodes``: over how many machines the processes are said to be spread; ``dies``: whether processes may be
             killed.
     """
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         workers = [
@@ -68,6 +70,14 @@ def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout:
         return results
 
 
+@functools.cache
+def _start_server() -> None:
+    """Imports take long on a busy machine, and are not part of a deadline."""
+    first = CONTEXT.Process(target=int)
+    first.start()
+    first.join()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -78,7 +88,7 @@ def _work(
     rank: int,
     count: int,
     nodes: int,
-    init: bool,
+    init: bool | None,
     port: int,
     folder: str,
     function: Callable[..., Any],
@@ -86,18 +96,18 @@ def _work(
 ) -> None:
     torch.set_num_threads(1)
     local = count // nodes
-    os.environ.update(
-        {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_RANK": str(rank % local),
-            "LOCAL_WORLD_SIZE": str(local),
-            "GROUP_RANK": str(rank // local),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test",
-        }
-    )
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_RANK": rank % local,
+        "LOCAL_WORLD_SIZE": local,
+        "GROUP_RANK": rank // local,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    if init is not None:
+        os.environ.update({name: str(value) for name, value in place.items()})
     result = error = None
     try:
         if init:

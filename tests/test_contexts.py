@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from helpers import (
     LAYERS,
     Net,
     Task,
+    ValidatedTask,
     assert_same,
     differ,
     hooks,
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_otrt import OTRTCallback, OTRTModule, RepresentationTransfer, neurons, transport_distance
+from lightning_otrt import LinearWarmup, OTRTCallback, OTRTModule, RepresentationTransfer, neurons, transport_distance
 
 #: With these a plan is that of the batch alone, as `transport_distance` finds it.
 EXACT: dict[str, Any] = {"layers": LAYERS, "weight": 2.0, "plan": "exact", "memory": 0, "solve_every": 1}
@@ -525,9 +525,6 @@ def step_alone(task: Any, **how: Any) -> Any:
     return task
 
 
-COMPILED = [whole, submodule, submodule_in_place, layer, layer_in_place, task_in_place, step_alone]
-
-
 class Called(Task):
     """Calls itself, as LightningModules with a forward do."""
 
@@ -547,35 +544,73 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+SOME_COMPILED = [
+    pytest.param(how, marks=[] if how in (whole, submodule, submodule_in_place) else [pytest.mark.slow])
+    for how in (whole, submodule, submodule_in_place, layer, layer_in_place, task_in_place, step_alone)
+]
+
+
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("way", ["callback", pytest.param("wrapper", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ran_before", [False, True])
-@pytest.mark.parametrize("compiled", COMPILED)
-def test_compiled(compiled, ran_before):
+@pytest.mark.parametrize("compiled", SOME_COMPILED)
+def test_compiled(compiled, ran_before, way):
     """Hooks put on code that ran compiled before would never fire, silently."""
     context = Context(Called)
     expected = by_hand(context)
-    for way in ("callback", "wrapper"):
-        torch.compiler.reset()
-        task = context.make()
-        fitted = task if way == "callback" else OTRTModule(task, make_teacher(), **EXACT)
-        fitted = compiled(fitted, backend="eager")
-        if ran_before:
-            before = weights(task)
-            x, y = next(iter(loader()))
-            task.net(x).sum().backward()
-            with torch.no_grad():
-                task(x)
-            task.zero_grad()
-            task.load_state_dict(before)
-        context.fit(fitted, callbacks=[OTRTCallback(make_teacher(), **EXACT)] if way == "callback" else [])
-        assert_same(by_name(weights(task)), expected)
+    task = context.make()
+    fitted = task if way == "callback" else OTRTModule(task, make_teacher(), **EXACT)
+    fitted = compiled(fitted, backend="eager")
+    if ran_before:
+        before = weights(task)
+        task.net(next(iter(loader()))[0]).sum().backward()
+        with torch.no_grad():
+            task(next(iter(loader()))[0])
+        task.zero_grad()
+        task.load_state_dict(before)
+    context.fit(fitted, callbacks=[OTRTCallback(make_teacher(), **EXACT)] if way == "callback" else [])
+    assert_same(by_name(weights(task)), expected)
+    assert not hooks(task)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("compiled", [submodule, submodule_in_place, layer, layer_in_place])
+@pytest.mark.parametrize("compiled", [submodule, pytest.param(layer_in_place, marks=pytest.mark.slow)])
 def test_compiled_as_one_graph(compiled):
     context = Context()
-    expected = by_hand(context)
     task = compiled(context.make(), backend="eager", fullgraph=True)
     context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
-    assert_same(by_name(weights(task)), expected)
+    assert_same(by_name(weights(task)), by_hand(context))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_longer_fits_compile_no_more():
+    """Flags that change from step to step, or between training and validation, would be compiled anew each time."""
+
+    def graphs(steps: int) -> int:
+        torch.compiler.reset()
+        found: list[int] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            found.append(1)
+            return graph.forward
+
+        task = make_task(ValidatedTask)
+        task.net = torch.compile(task.net, backend=backend)
+        callback = OTRTCallback(make_teacher(), **EXACT, schedule=LinearWarmup(100))
+        make_trainer(max_steps=steps, callbacks=[callback], val_check_interval=2, num_sanity_val_steps=1).fit(
+            task, loader(), loader(16)
+        )
+        return len(found)
+
+    assert 0 < graphs(5) == graphs(12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_by_inductor():
+    context = Context()
+    task = submodule(context.make())
+    context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
+    expected = by_hand(context)
+    for name, value in by_name(weights(task)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)

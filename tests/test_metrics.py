@@ -165,7 +165,6 @@ def test_dead_neurons() -> None:
     torch.testing.assert_close(cost, transport_distance(student.double(), teacher.double(), plan="exact").cost)
 
 
-@pytest.mark.xfail(strict=True, reason="CorrelationCost.matrix takes the rounding of raw moments for a deviation")
 def test_constant_layers_are_at_distance_zero() -> None:
     metric = NeuronTransportDistance(N, M)
     student, teacher = (torch.randn(width, 1).expand(width, 7) for width in (N, M))
