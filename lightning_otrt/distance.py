@@ -125,7 +125,7 @@ def transport_distance(
         [(value, gradient)] = run_rounds([rule.value(y, x, Plan.of(coupling), energy)])
         if not batched:
             value, gradient, coupling, matrix = value[0], gradient[0], coupling[0], matrix[0]
-        return TransportResult.of(attach_gradients(value, [student], [gradient]), coupling, matrix)
+    return TransportResult.of(attach_gradients(value, [student], [gradient]), coupling, matrix)
 
 
 def solve_plan(matrix: Tensor, plan: str, epsilon: float, seed: int) -> Tensor:
