@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from examples import report
 from examples.digits import digits
 from examples.glyphs import glyphs
-from examples.networks import STUDENT_WIDTHS, TEACHER_WIDTHS, ConvNet
+from examples.networks import STUDENT_WIDTHS, ConvNet
 from lightning_otrt import OTRTCallback
 
 LAYERS = {f"net.blocks.{block}": f"blocks.{block}" for block in range(3)}
@@ -20,16 +20,10 @@ def compress(
     draw: Callable[..., TensorDataset], options: report.Options, *, per_class: int, teacher_steps: int, steps: int
 ) -> tuple[float, report.Accuracies]:
     """Trains a teacher on all images, then students on few; returns the teacher's accuracy and the students'."""
-    test, classes = draw("test"), report.num_classes(draw("test"))
-    teacher = report.train(
-        partial(ConvNet, TEACHER_WIDTHS, classes),
-        draw("train"),
-        steps=options.steps(teacher_steps),
-        seed=0,
-        label="teacher",
-    )
+    test = draw("test")
+    teacher = report.train_teacher(draw("train"), steps=options.steps(teacher_steps))
     students = report.compare(
-        partial(ConvNet, STUDENT_WIDTHS, classes),
+        partial(ConvNet, STUDENT_WIDTHS, report.num_classes(test)),
         lambda seed: draw("train", per_class=per_class, seed=seed + 1),
         test,
         lambda: OTRTCallback(teacher.net, LAYERS, student_root="net"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 from torch import nn
 
 from examples import report
 from examples.glyphs import glyphs
-from examples.networks import TEACHER_WIDTHS, ConvNet
+from examples.networks import TEACHER_WIDTHS
 from lightning_otrt import OTRTCallback
 
 LAYERS = {f"net.blocks.{block}": f"blocks.{block}" for block in range(3)}
@@ -19,14 +18,7 @@ TITLE = "Fine-tuned from A–Z and 0–9 to a–z, 10 labels per class"
 def main() -> None:
     """Trains a teacher on A-Z and 0-9, then fine-tunes copies of it on a-z without and with transport."""
     options = report.options(__doc__, "inductive_transfer.png")
-    source = glyphs("source", "train")
-    teacher = report.train(
-        partial(ConvNet, TEACHER_WIDTHS, report.num_classes(source)),
-        source,
-        steps=options.steps(800),
-        seed=0,
-        label="teacher",
-    )
+    teacher = report.train_teacher(glyphs("source", "train"), steps=options.steps(800))
     test = glyphs("lowercase", "test")
 
     def copy_with_new_head() -> nn.Module:

@@ -9,17 +9,19 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import matplotlib
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from examples.networks import Classifier
+from examples.networks import TEACHER_WIDTHS, Classifier, ConvNet
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -70,7 +72,10 @@ def options(description: str | None, figure: str) -> Options:
     parser.add_argument("--quick", action="store_true", help="a few steps only, to see that everything runs")
     parser.add_argument("--figure", type=Path, default=Path(figure), help="where to save the figure")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    for message in (".*does not have many workers", ".*LeafSpec.*is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+    # Threads do not pay for networks this small.
+    torch.set_num_threads(1)
     return Options(**vars(parser.parse_args()))
 
 
@@ -95,6 +100,12 @@ def train(
         classifier, DataLoader(data, batch_size, sampler=sampler)
     )
     return classifier
+
+
+def train_teacher(data: TensorDataset, *, steps: int) -> Classifier:
+    """Trains a teacher, whose many images need less weight decay than the few of a student."""
+    build = partial(ConvNet, TEACHER_WIDTHS, num_classes(data))
+    return train(build, data, steps=steps, seed=0, label="teacher", lr=1e-2, weight_decay=1e-2)
 
 
 def compare(

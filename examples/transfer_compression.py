@@ -6,7 +6,7 @@ from functools import partial
 
 from examples import report
 from examples.glyphs import glyphs
-from examples.networks import STUDENT_WIDTHS, TEACHER_WIDTHS, ConvNet
+from examples.networks import STUDENT_WIDTHS, ConvNet
 from lightning_otrt import OTRTCallback
 
 LAYERS = {f"net.blocks.{block}": f"blocks.{block}" for block in range(3)}
@@ -16,14 +16,7 @@ TITLE = "From A–Z and 0–9 to a–z, 10 labels per class"
 def main() -> None:
     """Trains a teacher on A-Z and 0-9, then students on a-z without and with it."""
     options = report.options(__doc__, "transfer_compression.png")
-    source = glyphs("source", "train")
-    teacher = report.train(
-        partial(ConvNet, TEACHER_WIDTHS, report.num_classes(source)),
-        source,
-        steps=options.steps(800),
-        seed=0,
-        label="teacher",
-    )
+    teacher = report.train_teacher(glyphs("source", "train"), steps=options.steps(800))
     test = glyphs("lowercase", "test")
     students = report.compare(
         partial(ConvNet, STUDENT_WIDTHS, report.num_classes(test)),

@@ -32,6 +32,7 @@ class TransferCallback(pl.Callback):
         #: The engine, with the resolved pairs, plans and distances.
         self.transfer = transfer
         transfer.report = rank_zero_info
+        self._fingerprint = transfer.teacher.fingerprint()
         self._module: pl.LightningModule | None = None
         self._trainer: pl.Trainer | None = None
         self._resumed = False
@@ -44,7 +45,12 @@ class TransferCallback(pl.Callback):
     def state_key(self) -> str:
         """Distinguishes several callbacks; the weight and other settings may change in a resume."""
         transfer = self.transfer
-        return self._generate_state_key(teacher=type(transfer.teacher.module).__name__, layers=repr(transfer.layers))
+        return self._generate_state_key(
+            teacher=self._fingerprint,
+            layers=repr(transfer.layers),
+            root=transfer.student_root,
+            cost=type(transfer.cost).__name__,
+        )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -85,9 +85,28 @@ class Cost(ABC):
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
         """The cost matrix ``(..., N, M)`` of the observations behind ``sums``."""
 
+    def accumulate(
+        self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
+    ) -> Sums:
+        """``decay`` times ``running`` plus :meth:`sums`; ``running`` may be overwritten.
+
+        A batch that is not finite adds nothing, without asking the device whether it is.
+        """
+        new = self.sums(y, x, reference)
+        fits = torch.isfinite(new[-1].sum())
+        return [torch.where(fits, decay * old + part, old) for old, part in zip(running, new, strict=True)]
+
     @abstractmethod
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
-        """⟨P, M⟩ on these observations and its gradient for ``y``, the plan held fixed; see the module."""
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+        """⟨P, M⟩ on these observations and its gradient for ``y``, the plan held fixed; see the module.
+
+        Args:
+            y: Student neurons.
+            x: Teacher neurons.
+            plan: The plan.
+            energy: See :meth:`energy`.
+            shared: Whether other processes have observations too. If not, rounds may be left out.
+        """
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
@@ -137,12 +156,32 @@ class CorrelationCost(Cost):
         count = count[..., None]
         inverse_y, dead_y = _inverse_norm(_without_rounding(yy - y * y / count, count, y / count).clamp_min(0).sqrt())
         inverse_x, dead_x = _inverse_norm(_without_rounding(xx - x * x / count, count, x / count).clamp_min(0).sqrt())
-        covariance = torch.addcmul(yx, (y / count)[..., None], x[..., None, :], value=-1)
-        matrix = covariance.mul_(inverse_y[..., None]).mul_(inverse_x[..., None, :]).neg_().add_(1)
-        return matrix.addcmul_(dead_y[..., None], dead_x[..., None, :], value=-1).clamp_min_(0)
+        matrix = (yx * -inverse_y[..., None]).mul_(inverse_x[..., None, :])
+        # What the means take off, the one, and what two dead neurons take off: three terms of rank one in one pass.
+        left = torch.stack((y * inverse_y / count, torch.ones_like(y), -dead_y), -1)
+        right = torch.stack((x * inverse_x, torch.ones_like(x), dead_x), -2)
+        return _add_product(matrix, left, right).clamp_min_(0)
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def accumulate(
+        self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
+    ) -> Sums:
+        """See :meth:`Cost.accumulate`; one matrix product that adds to the running one."""
+        if y.shape[-1] > FLOAT64_OBSERVATIONS or reference is None:
+            return super().accumulate(running, decay, y, x, reference)
+        (y, yy), (x, xx) = _deviations(y, reference[0]), _deviations(x, reference[1])
+        fits = torch.isfinite(yy.sum() + xx.sum())
+        decayed = torch.where(fits, decay, 1.0).to(y.dtype)
+        for old, part in zip(running, [_count(y), y.sum(-1), x.sum(-1), yy, xx, None], strict=True):
+            old.mul_(decayed)
+            if part is not None:
+                old.add_(torch.where(fits, part, 0.0))
+        _add_product(running[-1], torch.where(fits, y, 0.0), torch.where(fits, x, 0.0).mT)
+        return running
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
         """Σ P - Σ_i ŷ_i·z_i - Σ_(dead, dead) P with z = P x̂; gradient -(z_i - (ŷ_i·z_i) ŷ_i) / ‖y_i - ȳ_i‖."""
+        if not shared:
+            return self._value_alone(y, x, plan)
         mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
         y, x = y - mean_y, x - mean_x
         squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
@@ -165,6 +204,18 @@ class CorrelationCost(Cost):
         dead = torch.linalg.vecdot((plan.matrix @ dead_x[..., None]).squeeze(-1), dead_y)
         value = plan.student_mass.sum(-1) - products.sum(-1) - dead
         return value, z.addcmul_(y, products[..., None], value=-1).mul_(-inverse_y[..., None])
+
+    @staticmethod
+    def _value_alone(y: Tensor, x: Tensor, plan: Plan) -> ValueAndGradient:
+        """The same in few passes: neurons are centred, and their norms are factors of rows."""
+        y, inverse_y, dead_y = _centred(y)
+        x, inverse_x, dead_x = _centred(x)
+        z = _product(plan.matrix, x.mul_(inverse_x[..., None]), like=y)
+        products = torch.linalg.vecdot(y, z).mul_(inverse_y)
+        dead = torch.linalg.vecdot(_product(plan.matrix, dead_x[..., None]).squeeze(-1), dead_y)
+        value = plan.student_mass.sum(-1).sub_(products.sum(-1)).sub_(dead)
+        along = products.mul_(inverse_y).mul_(inverse_y)
+        return value, z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
@@ -202,19 +253,35 @@ class SquaredEuclideanCost(Cost):
             y, x = y.double(), x.double()
         return [y.new_full(y.shape[:-2], y.shape[-1]), _squared_distances(*_centre(y, x))]
 
+    def accumulate(
+        self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
+    ) -> Sums:
+        """See :meth:`Cost.accumulate`; one matrix product that adds to the running one."""
+        if y.shape[-1] > FLOAT64_OBSERVATIONS:
+            return super().accumulate(running, decay, y, x, reference)
+        y, x = _centre(y, x)
+        yy, xx = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
+        fits = torch.isfinite(yy.sum() + xx.sum())
+        decayed = torch.where(fits, decay, 1.0).to(y.dtype)
+        y, x, yy, xx, count = (torch.where(fits, part, 0.0) for part in (y, x, yy, xx, _count(y)))
+        running[0].mul_(decayed).add_(count)
+        _add_product(running[1].mul_(decayed), y, x.mT, alpha=-2).add_(yy[..., None]).add_(xx[..., None, :])
+        return running
+
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
         """Mean squared distances over s²."""
         count, squared = sums
-        return squared / (count * _scale(energy))[..., None, None]
+        return (squared / (count * _scale(energy))[..., None, None]).clamp_min_(0)
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
         count = _count(y)
         y, x = _centre(y, x)
-        z = plan.matrix @ x
-        pull = torch.addcmul(-z, plan.student_mass[..., None], y)
-        total = torch.linalg.vecdot(y.flatten(-2), (pull - z).flatten(-2))
-        total = total + torch.linalg.vecdot(plan.teacher_mass, torch.linalg.vecdot(x, x))
+        pull = y * plan.student_mass[..., None]
+        own = _dot(y, pull)
+        pull = _pull(pull, plan.matrix, x)
+        total = (2 * _dot(y, pull)).sub_(own)
+        total = total.add_(torch.linalg.vecdot(plan.teacher_mass, torch.linalg.vecdot(x, x)))
         total, count, energy = yield [total, count, energy]
         scale = count * _scale(energy)
         return total / scale, pull.mul_((2 / scale)[..., None, None])
@@ -240,7 +307,7 @@ class EuclideanCost(SquaredEuclideanCost):
         """Root of the mean squared distances over s."""
         return super().matrix(sums, energy).sqrt_()
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
         """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
         count = _count(y)
         y, x = _centre(y, x)
@@ -255,14 +322,14 @@ class EuclideanCost(SquaredEuclideanCost):
         return self._follow(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True), scale.to(y.dtype))
 
     def _follow(self, y: Tensor, x: Tensor, plan: Plan, squared: Tensor, scale: Tensor) -> ValueAndGradient:
-        matrix = squared.div_(scale).sqrt_()
-        value = torch.linalg.vecdot(plan.matrix.flatten(-2), matrix.flatten(-2))
-        floor = DISTANCE_FLOOR * matrix.mean((-2, -1), keepdim=True)
+        """Value and gradient from the squared distances, which are overwritten; they are distances times √scale."""
+        distances, unit = squared.sqrt_(), scale.rsqrt()
+        value = _dot(plan.matrix, distances) * unit[..., 0, 0]
         # Where all distances are zero so is the floor, and the gradient is zero times anything finite.
-        floor = floor.clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)
-        weights = torch.div(plan.matrix, torch.maximum(matrix, floor, out=matrix), out=matrix)
-        gradient = torch.addcmul(-(weights @ x), weights.sum(-1, keepdim=True), y)
-        return value, gradient.div_(scale)
+        floor = (distances.mean((-2, -1), keepdim=True) * DISTANCE_FLOOR).clamp_min_(torch.finfo(y.dtype).tiny ** 0.5)
+        weights = torch.div(plan.matrix, torch.maximum(distances, floor, out=distances), out=distances)
+        pull = _pull(y * weights.sum(-1, keepdim=True), weights, x)
+        return value, pull.mul_(unit)
 
 
 class CallableCost(Cost):
@@ -282,7 +349,7 @@ class CallableCost(Cost):
         """The average of the matrices, weighted by their observations."""
         return sums[1] / sums[0][..., None, None]
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
         """⟨P, M⟩ and its gradient by autograd through the user's function."""
         # Inference mode, in which Lightning validates, records no gradient, and none can be had of tensors born in it.
         with torch.inference_mode(False), torch.enable_grad():
@@ -336,6 +403,16 @@ def _inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
 
 
+def _centred(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Neurons without their means, and what :func:`_inverse_norm` gives for them, rounding left out."""
+    mean = y.mean(-1, keepdim=True)
+    y = y - mean
+    norm = torch.linalg.vecdot(y, y).sqrt_()
+    rounding = mean.squeeze(-1).abs_().mul_(_rounding_share(y.dtype) ** 0.5 * y.shape[-1] ** 0.5)
+    dead = norm <= torch.maximum(rounding, norm.mean(-1, keepdim=True).mul_(DEAD_SHARE))
+    return y, norm.reciprocal_().masked_fill_(dead, 0.0), dead.to(y.dtype)
+
+
 def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
     """Count, sum and sum of squares ``(..., N, 3)`` in float64, from a mean and centred squares."""
     mean = mean.squeeze(-1).double()
@@ -360,10 +437,12 @@ def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
     """Centred squares, but 0 where they are the rounding of a constant: at unit norm that has huge gradients."""
-    eps = torch.finfo(squares.dtype).eps
+    return torch.where(squares <= _rounding_share(squares.dtype) * count * mean**2, 0.0, squares)
+
+
+def _rounding_share(dtype: torch.dtype) -> float:
     # The second bound is that of raw moments that are added up in float64 over thousands of batches.
-    share = max((4 * eps) ** 2, 1e-12)
-    return torch.where(squares <= share * count * mean**2, 0.0, squares)
+    return max((4 * torch.finfo(dtype).eps) ** 2, 1e-12)
 
 
 def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,11 +453,33 @@ def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squared_distances(y: Tensor, x: Tensor) -> Tensor:
     distances = torch.linalg.vecdot(y, y)[..., None] + torch.linalg.vecdot(x, x)[..., None, :]
-    return (
-        torch.baddbmm(distances, y, x.mT, alpha=-2).clamp_min_(0)
-        if y.dim() == 3
-        else (torch.addmm(distances, y, x.mT, alpha=-2).clamp_min_(0))
-    )
+    return _add_product(distances, y, x.mT, alpha=-2).clamp_min_(0)
+
+
+def _product(matrix: Tensor, x: Tensor, like: Tensor | None = None) -> Tensor:
+    """``matrix @ x`` in the memory layout of ``like``: row operations on two layouts are ten times slower."""
+    if like is not None and like.mT.is_contiguous():
+        return (x.mT @ matrix.mT).mT
+    return matrix @ x
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
+    """``total + alpha * left @ right``, in place."""
+    return total.baddbmm_(left, right, alpha=alpha) if total.dim() == 3 else total.addmm_(left, right, alpha=alpha)
+
+
+def _pull(pull: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+    """``pull - matrix @ x``, in place."""
+    if pull.dim() == 3 and not pull.is_contiguous():
+        return pull.sub_(_product(matrix, x, like=pull))
+    return _add_product(pull, matrix, x, alpha=-1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_ij a_ij b_ij; both in one layout."""
+    if a.mT.is_contiguous():
+        a, b = a.mT, b.mT
+    return torch.linalg.vecdot(a.flatten(-2), b.flatten(-2))
 
 
 def _count(y: Tensor) -> Tensor:
@@ -387,5 +488,6 @@ def _count(y: Tensor) -> Tensor:
 
 def _scale(energy: Tensor) -> Tensor:
     """s²; a teacher that is zero throughout has no scale of its own."""
-    scale = energy[..., 0] / energy[..., 1]
+    squares, count = energy.unbind(-1)
+    scale = squares / count
     return torch.where(scale > 0, scale, 1.0)

@@ -20,7 +20,7 @@ from lightning_otrt.plans import (
     uniform_plan,
 )
 
-__all__ = ["PLANS", "TransportResult", "check_epsilon", "check_plan", "fixed_plan", "solve_plan", "transport_distance"]
+__all__ = ["PLANS", "TransportResult", "check_cost", "check_epsilon", "check_plan", "fixed_plan", "solve_plan", "transport_distance"]
 
 #: The kinds of plan; "static" is only known to a training run, where it is a Sinkhorn plan that is kept.
 PLANS = ("sinkhorn", "exact", "identity", "uniform", "random", "static")
@@ -120,9 +120,9 @@ def transport_distance(
         y, x = (y, x) if batched else (y[None], x[None])
         energy = rule.energy(x)
         matrix = rule.matrix(rule.sums(y, x), energy).to(y.dtype)
-        _check_cost(matrix, cost)
+        check_cost(matrix, cost)
         coupling = solve_plan(matrix, plan, epsilon, seed)
-        [(value, gradient)] = run_rounds([rule.value(y, x, Plan.of(coupling), energy)])
+        [(value, gradient)] = run_rounds([rule.value(y, x, Plan.of(coupling), energy, shared=False)])
         if not batched:
             value, gradient, coupling, matrix = value[0], gradient[0], coupling[0], matrix[0]
     return TransportResult.of(attach_gradients(value, [student], [gradient]), coupling, matrix)
@@ -198,9 +198,10 @@ class _WithGradients(torch.autograd.Function):
     """A value computed beforehand together with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, factors: Sequence[float], *tensors: Tensor) -> Tensor:
+        count = len(factors)
         ctx.save_for_backward(*tensors[count:])
-        ctx.inputs = [(tensor.shape, tensor.dtype) for tensor in tensors[:count]]
+        ctx.factors, ctx.inputs = factors, [(tensor.shape, tensor.dtype) for tensor in tensors[:count]]
         return value.clone()
 
     @staticmethod
@@ -208,19 +209,27 @@ class _WithGradients(torch.autograd.Function):
         grads = []
         count = len(ctx.inputs)
         anchors, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        for anchor, gradient, (shape, dtype) in zip(anchors, gradients, ctx.inputs, strict=True):
-            factor = grad_value.detach().reshape(grad_value.shape + (1,) * (gradient.dim() - grad_value.dim()))
-            grad = (gradient * factor).reshape(shape).to(dtype)
+        grad_value = grad_value.detach()
+        for anchor, gradient, factor, (shape, dtype) in zip(anchors, gradients, ctx.factors, ctx.inputs, strict=True):
+            scale = grad_value if factor == 1 else grad_value * factor
+            if scale.dim():
+                scale = scale.reshape(scale.shape + (1,) * (gradient.dim() - scale.dim()))
+            grad = (gradient * scale).to(dtype)
+            # Not always: a view would be copied where it is accumulated.
+            grad = grad if grad.shape == shape else grad.reshape(shape)
             # Under `create_graph=True`. `once_differentiable` is silent where the incoming gradient is a constant.
             grads.append(_Once.apply(grad, anchor) if torch.is_grad_enabled() else grad)
         return (None, None, *grads, *[None] * (2 * count))
 
 
-def attach_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """``value``, with ``gradients`` as its derivatives with respect to ``inputs``; differentiable once."""
+def attach_gradients(
+    value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence[float] | None = None
+) -> Tensor:
+    """``value``, with ``gradients`` times ``factors`` as its derivatives for ``inputs``; differentiable once."""
     # Empty tensors tie the gradients to the inputs, where a second derivative must raise, and keep no input alive.
     anchors = [tensor[..., :0].clone() for tensor in inputs]
-    return _WithGradients.apply(value, len(inputs), *inputs, *anchors, *gradients)
+    factors = [1.0] * len(inputs) if factors is None else factors
+    return _WithGradients.apply(value, factors, *inputs, *anchors, *gradients)
 
 
 def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
@@ -273,7 +282,8 @@ def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
     check_finite(teacher.detach(), "`teacher`")
 
 
-def _check_cost(matrix: Tensor, cost: object) -> None:
+def check_cost(matrix: Tensor, cost: object) -> None:
+    """Raise a ValueError if a cost is not finite or negative. Waits for the device."""
     check_finite(matrix, f"The cost {cost!r}")
     if bool((matrix < 0).any()):
         raise ValueError(
@@ -284,5 +294,7 @@ def _check_cost(matrix: Tensor, cost: object) -> None:
 
 def common_dtype(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32, or in float64 if either is."""
+    if y.dtype == x.dtype == torch.float32:
+        return y, x
     dtype = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
     return y.to(dtype), x.to(dtype)

@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_otrt.costs import Cost, Plan, Sums, ValueAndGradient
-from lightning_otrt.distance import attach_gradients, check_finite, common_dtype, fixed_plan, run_rounds
+from lightning_otrt.costs import CallableCost, CorrelationCost, Cost, Plan, Sums, ValueAndGradient
+from lightning_otrt.distance import (
+    attach_gradients,
+    check_cost,
+    check_finite,
+    common_dtype,
+    fixed_plan,
+    run_rounds,
+)
 from lightning_otrt.plans import TRAINING_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
 
 __all__ = ["PairDistance", "TransportEngine"]
@@ -27,6 +34,9 @@ MEMORY = 0.98
 STATIC_SAMPLES = 256
 #: Up to so many entries a cost matrix is solved together with others of its shape on a CPU; on CUDA any is.
 BATCHED_ENTRIES = 128 * 128
+#: From this epsilon on a plan may match nothing, which is so where its entropy is this share of the largest.
+BLURRING_EPSILON = 0.05
+UNIFORM_ENTROPY = 0.97
 
 
 @dataclass
@@ -81,6 +91,7 @@ class TransportEngine:
         solve_every: Calls between two solves.
         seed: Seed of random plans.
         processes: Number of processes that average their gradients of the same term.
+        strict: Raise on the first call where there are too few observations; else the pair is skipped.
     """
 
     names: Sequence[tuple[str, str]]
@@ -92,6 +103,7 @@ class TransportEngine:
     solve_every: int
     seed: int
     processes: int = 1
+    strict: bool = True
     calls: int = 0
     pairs: list[PairState] = field(default_factory=list)
     bad_calls: Tensor | None = None
@@ -143,26 +155,29 @@ class TransportEngine:
         plans = {index: plan for index in active if (plan := self.pairs[index].plan) is not None}
         keys = [(index, view) for index in plans for view in range(len(views))]
         results = dict(zip(keys, self._values(keys, batches, plans), strict=True))
-        share = {index: self.weights[index] / len(views) for index in plans}
-        first = views[0][0][0]
-        total = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
+        total: Tensor | None = None
         distances = []
         for index, (student, _) in enumerate(self.names):
-            if index not in share:
-                distances.append(PairDistance(student, total.new_full((), float("nan")), None))
+            if index not in plans:
+                value = batches[index][0][0].new_full((), float("nan"))
+                distances.append(PairDistance(student, value, None))
                 continue
-            value = torch.stack([results[index, view][0] for view in range(len(views))]).mean()
-            total = total + self.weights[index] * value
+            values = [results[index, view][0] for view in range(len(views))]
+            value = values[0] if len(values) == 1 else torch.stack(values).mean()
+            weighted = value * self.weights[index]
+            total = weighted if total is None else total + weighted
             distances.append(PairDistance(student, value, plans[index].matrix))
-        bad = (~torch.isfinite(total)).long()
-        self.bad_calls = bad if self.bad_calls is None else self.bad_calls + bad
-        gradients = [
-            results[index, view][1].mul_(share[index] * self.processes).to(views[view][index][0].dtype)
-            for index, view in keys
-        ]
+        if total is None:
+            total = batches[0][0][0].new_zeros(())
+        if self.bad_calls is None:
+            self.bad_calls = torch.zeros_like(total, dtype=torch.int64)
+        # Of an infinite total, too, it is NaN; `isfinite` would be four operations.
+        self.bad_calls += (total - total) != 0
         inputs = [views[view][index][0] for index, view in keys]
+        gradients = [results[key][1].to(own.dtype) for key, own in zip(keys, inputs, strict=True)]
+        factors = [self.weights[index] / len(views) * self.processes for index, _ in keys]
         with torch.enable_grad():
-            return attach_gradients(total, inputs, gradients), distances
+            return attach_gradients(total, inputs, gradients, factors), distances
 
     def _values(
         self,
@@ -172,7 +187,10 @@ class TransportEngine:
     ) -> list[ValueAndGradient]:
         """Value and gradient of each pair and view."""
         return run_rounds(
-            [self.cost.value(*batches[index][view], plans[index], self._energy(index)) for index, view in keys]
+            [
+                self.cost.value(*batches[index][view], plans[index], self._energy(index), shared=False)
+                for index, view in keys
+            ]
         )
 
     def _observe(self, batches: dict[int, list[tuple[Tensor, Tensor]]], samples: int) -> None:
@@ -185,7 +203,8 @@ class TransportEngine:
                 energy = self.cost.energy(x)
                 if state.energy is not None:
                     # Not `lerp`: the sums also add over processes.
-                    energy = torch.where(torch.isfinite(energy[0]), MEMORY * state.energy + energy, state.energy)
+                    fits = (energy[0] - energy[0]) == 0  # is it finite?
+                    energy = torch.where(fits, torch.add(energy, state.energy, alpha=MEMORY), state.energy)
                 state.energy = energy
             self._fix(index, y, x)
             if self.plan in ("identity", "uniform", "random"):
@@ -208,9 +227,16 @@ class TransportEngine:
 
     def _fix(self, index: int, y: Tensor, x: Tensor) -> None:
         """Set the plan of a control once, from the widths alone."""
-        if self.pairs[index].plan is not None:
-            return
+        plan = self.pairs[index].plan
         where = "{!r} -> {!r}".format(*self.names[index])
+        if plan is not None:
+            if plan.matrix.shape != (y.shape[0], x.shape[0]):
+                raise ValueError(
+                    f"{where} has {y.shape[0]} student and {x.shape[0]} teacher neurons, but its plan, from earlier "
+                    f"calls or from a checkpoint, has the shape {tuple(plan.matrix.shape)}. Go on with the networks of "
+                    "that run, or call `reset()` to begin anew."
+                )
+            return
         fixed = fixed_plan(self.plan, y.shape[0], x.shape[0], seed=self.seed + index, where=where)
         self.pairs[index].plan = None if fixed is None else Plan.of(fixed.to(y))
 
@@ -225,14 +251,11 @@ class TransportEngine:
         """Add a batch to the running sums; returns the function that makes their cost matrix."""
         if state.memory and state.reference is None:
             state.reference = (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
-        sums = self.cost.sums(y, x, state.reference if state.memory else None)
+        if state.memory and state.sums is not None:
+            sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
+        else:
+            sums = self.cost.sums(y, x, state.reference if state.memory else None)
         if state.memory:
-            if state.sums is not None:
-                # A batch that is not finite is left out, without asking the device whether it is.
-                fits = torch.isfinite(sums[-1].sum())
-                sums = [
-                    torch.where(fits, state.memory * old + new, old) for old, new in zip(state.sums, sums, strict=True)
-                ]
             state.sums = sums
             state.samples += samples
         return lambda: self.cost.matrix(sums, self._scale_of(state, x)).to(y.dtype)
@@ -247,30 +270,46 @@ class TransportEngine:
     def _solve(self, matrices: dict[int, Tensor]) -> None:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, matrix in matrices.items():
+            if self.calls == 0 and isinstance(self.cost, CallableCost):
+                check_cost(matrix, self.cost.function)
             pays = matrix.is_cuda or matrix.numel() <= BATCHED_ENTRIES
             warm = self.pairs[index].potential is not None
             groups.setdefault((matrix.shape, matrix.dtype, warm, None if pays else index), []).append(index)
         for indices in groups.values():
-            cost = torch.stack([matrices[index] for index in indices])
-            fits = torch.isfinite(cost.sum((1, 2)))
-            cost = torch.where(fits[:, None, None], cost, 1.0)
+            # Taken out of the mapping, so that a matrix is freed as soon as its plan is known.
+            group = [matrices.pop(index) for index in indices]
+            cost = group.pop()[None] if len(group) == 1 else torch.stack(group)
+            del group
+            mean = cost.mean((1, 2))
+            fits = torch.isfinite(mean)
+            potentials: Sequence[Tensor | None]
             if self.plan == "exact":
-                solved, potentials = exact_plan(cost), [None] * len(indices)
+                matrix = exact_plan(torch.where(fits[:, None, None], cost, 1.0))
+                plans, potentials = Plan.of(matrix), [None] * len(indices)
             else:
-                states = [self.pairs[index].potential for index in indices]
-                start = None if states[0] is None else torch.stack([state for state in states if state is not None])
-                entropic = sinkhorn_plan(cost, self.epsilon, potential=start, iterations=TRAINING_ITERATIONS)
-                solved, potentials = entropic.matrix, list(entropic.potential)
+                states = [state for index in indices if (state := self.pairs[index].potential) is not None]
+                start = torch.stack(states) if states else None
+                entropic = sinkhorn_plan(
+                    cost, self.epsilon, potential=start, iterations=TRAINING_ITERATIONS, mean=mean
+                )
+                # Its last update is that of the rows, which leaves their masses exact.
+                student_mass = cost.new_full(cost.shape[:2], 1 / cost.shape[1])
+                plans = Plan(entropic.matrix, student_mass, entropic.teacher_mass)
+                potentials = list(entropic.potential)
+            del cost
             for row, index in enumerate(indices):
-                self._keep(self.pairs[index], solved[row], potentials[row], fits[row])
+                self._keep(self.pairs[index], Plan(*(part[row] for part in plans)), potentials[row], fits[row])
+                if self.calls == 0:
+                    self._warn_of_uniform(index)
 
-    def _keep(self, state: PairState, matrix: Tensor, potential: Tensor | None, fits: Tensor) -> None:
-        """Replace a plan, unless its cost was not finite and there is an older one."""
-        if state.plan is not None:
-            matrix = torch.where(fits, matrix, state.plan.matrix)
-        if potential is not None and state.potential is not None:
-            potential = torch.where(fits, potential, state.potential)
-        state.plan, state.potential = Plan.of(matrix), potential
+    @staticmethod
+    def _keep(state: PairState, plan: Plan, potential: Tensor | None, fits: Tensor) -> None:
+        """Replace a plan; where its cost was not finite keep the older one, or else match nothing."""
+        rows, columns = plan.matrix.shape
+        older: Sequence[Tensor | float] = state.plan or (1 / (rows * columns), 1 / rows, 1 / columns)
+        state.plan = Plan(*(_where(fits, new, old) for new, old in zip(plan, older, strict=True)))
+        if potential is not None:
+            state.potential = _where(fits, potential, 0.0 if state.potential is None else state.potential)
 
     def _has_enough(self, index: int, count: int) -> bool:
         if count >= self.cost.min_observations:
@@ -280,18 +319,44 @@ class TransportEngine:
             f"{student!r} -> {teacher!r} has {count} observations, and fewer than {self.cost.min_observations} carry "
             "no correlation"
         )
-        if self.calls == 0:
+        if self.calls == 0 and self.strict:
             raise ValueError(f"{message}. Use a larger batch, layers with positions or tokens, or cost='euclidean'.")
+        self._warn(f"{message}: the pair is skipped for such batches. Use drop_last=True.")
+        return False
+
+    def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"{message}: the pair is skipped for such batches. Use drop_last=True.", stacklevel=2)
-        return False
+            warnings.warn(message, stacklevel=3)
 
     def _check_first(self, batches: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
         for (student, teacher), batch in zip(self.names, batches, strict=True):
             for y, x in batch:
                 check_finite(x, f"Teacher layer {teacher!r}")
                 check_finite(y, f"Student layer {student!r}")
+                # A single column is constant without being dead, and has no correlation anyway.
+                if self.cost.min_observations <= y.shape[-1] and isinstance(self.cost, CorrelationCost):
+                    self._warn_of_dead(f"Student layer {student!r}", y, "Check its activations and the learning rate")
+                    self._warn_of_dead(f"Teacher layer {teacher!r}", x, "Check its weights and `teacher_inputs`")
+
+    def _warn_of_dead(self, where: str, neurons: Tensor, advice: str) -> None:
+        if bool((neurons.amax(-1) == neurons.amin(-1)).all()):
+            self._warn(
+                f"{where} is constant over the first batch: all of its {neurons.shape[0]} neurons are dead, and a "
+                f"correlation with dead neurons has no gradient. {advice}, or use cost='euclidean'."
+            )
+
+    def _warn_of_uniform(self, index: int) -> None:
+        plan = self.pairs[index].plan
+        if plan is None or self.plan == "exact" or self.epsilon < BLURRING_EPSILON or 1 in plan.matrix.shape:
+            return
+        entropy = float(diagnose(plan.matrix).entropy)
+        if entropy > UNIFORM_ENTROPY:
+            self._warn(
+                "The transport plan of {!r} -> {!r} is nearly uniform, ".format(*self.names[index])
+                + f"so that it matches almost nothing: its entropy is {entropy:.0%} of the largest at "
+                f"epsilon={self.epsilon:g}. Use a smaller `epsilon`, such as 0.01, or plan='exact'."
+            )
 
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
         """Diagnostics of the current plan of each pair, by student layer."""
@@ -349,3 +414,9 @@ class TransportEngine:
             )
             for pair in state["pairs"]
         ]
+
+
+def _where(fits: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new`` where ``fits``, else ``old``; a matrix is not copied."""
+    old = old if isinstance(old, Tensor) else new.new_full((), old)
+    return torch.where(fits, new, old, out=new)

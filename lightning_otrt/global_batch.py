@@ -118,8 +118,9 @@ class GlobalTransportEngine(TransportEngine):
                 if matrix is not None:
                     matrices[index] = matrix
         if matrices:
+            solved = list(matrices)
             self._solve(matrices)
-            self._compare_plans(list(matrices))
+            self._compare_plans(solved)
         return active
 
     def _local(self, index: int, batch: Batch, samples: int) -> tuple[dict[str, Any], Sums]:
@@ -187,7 +188,7 @@ class GlobalTransportEngine(TransportEngine):
     @staticmethod
     def _remember(state: PairState, running: Sums, new: Sums, fits: Tensor) -> Sums:
         assert state.memory is not None
-        return [torch.where(fits, state.memory * old + part, old) for old, part in zip(running, new, strict=True)]
+        return [state.memory * old + torch.where(fits, part, 0.0) for old, part in zip(running, new, strict=True)]
 
     def _values(
         self, keys: Sequence[tuple[int, int]], batches: Sequence[Batch], plans: dict[int, Plan]

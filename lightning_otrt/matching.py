@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
 from lightning_otrt.layers import Trace, TracedLayer
-from lightning_otrt.selection import classification_head, is_idle
+from lightning_otrt.selection import classification_head, is_idle, select_layers
 
-__all__ = ["comparable_layers", "match_in_order"]
+__all__ = ["LayerChoice", "choose_layers", "comparable_layers", "match_in_order"]
+
+#: A choice of layers of one network; see :func:`choose_layers`.
+LayerChoice: TypeAlias = str | int | Sequence[str | int]
 
 #: More layers than this are the insides of blocks rather than blocks.
 _AT_MOST = 40
@@ -26,11 +30,11 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     """The layers of a network whose comparison with those of another one tells something: blocks, not every operation.
 
     Starting from the whole network, containers are opened level by level: sequences, and modules that hold numbered
-    blocks of one class (each of several linear maps). The levels are taken as long as there are at most ``at_most`` layers. Layers without children
-    stand for themselves together with what follows up to the next linear map or convolution: of convolution,
-    normalisation and activation the activation is taken. Left out are the classification head and what comes after it,
-    layers that run more than once, layers without a known neuron axis, what does nothing in evaluation mode, and
-    children whose output their parent hands on.
+    blocks of one class, each of several linear maps. The levels are taken as long as there are at most ``at_most``
+    layers. Layers without children stand for themselves together with what follows up to the next linear map: of
+    convolution, normalisation and activation the activation is taken. Left out are the classification head and what
+    comes after it, layers that run more than once, layers without a known neuron axis, what does nothing in evaluation
+    mode, and children whose output their parent hands on.
 
     Args:
         trace: One forward of the network.
@@ -44,7 +48,8 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
         >>> from torch import nn
         >>> from lightning_otrt.matching import comparable_layers
         >>> from lightning_otrt.tracing import trace
-        >>> net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> hidden = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh()]
+        >>> net = nn.Sequential(*hidden, nn.Linear(6, 3))
         >>> comparable_layers(trace(net, (torch.randn(4, 6),)))
         ('2', '4')
     """
@@ -65,6 +70,43 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
         found.update(new)
         level = [name for parent in level for name in children[parent] if _is_opened(known[name], usable, known)]
     return tuple(sorted(found, key=lambda name: found[name].order or 0))
+
+
+def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]:
+    """The layers of one network that a choice stands for, with their neuron axes.
+
+    Args:
+        choice: ``"auto"`` (:func:`comparable_layers`), ``"all"`` (all that can be recorded), names, globs,
+            ``"re:..."``, indices, ``"name:input"``, ``"blocks"`` or ``"penultimate"``; one or a list of them.
+        seen: One forward of the network.
+        side: ``"student"`` or ``"teacher"``, for errors.
+
+    Raises:
+        TypeError: If it is neither a name, an index nor a list of them.
+        ValueError: If a name is unknown, or there is no layer.
+    """
+    selectors = [choice] if isinstance(choice, (str, int)) else list(choice)
+    if not all(isinstance(name, (str, int)) and not isinstance(name, bool) for name in selectors):
+        raise TypeError(
+            f"Expected the layers of the {side} to be a name, an index or a list of these, but got {choice!r}. "
+            "`layers` and `teacher_layers` are two lists, not pairs."
+        )
+    names: list[str | int] = []
+    for selector in selectors:
+        if selector == "auto":
+            names += comparable_layers(seen)
+        elif selector == "all":
+            names += [layer.name for layer in seen.recordable() if layer.neuron_axis is not None]
+        elif selector == "matched":
+            raise ValueError('"matched" pairs layers; here they are all compared. Use "auto" or "blocks".')
+        else:
+            names.append(selector)
+    found = select_layers(names, seen, side)
+    if not found:
+        raise ValueError(
+            f"No layer of the {side} can be compared. Name its layers, such as {side}_layers=['fc:input']."
+        )
+    return found
 
 
 def match_in_order(distances: Tensor) -> list[tuple[int, int]]:

@@ -59,6 +59,14 @@ def neurons(
         >>> neurons(torch.randn(8, 197, 48), neuron_axis=-1, prefix_tokens=1).shape
         torch.Size([48, 128])
     """
+    if batch_axis not in (0, 1):
+        raise ValueError(f"Expected argument `batch_axis` to be 0, or 1 for (T, B, C), but got {batch_axis!r}.")
+    if grid is not None and not (isinstance(grid, int) and grid >= 1):
+        raise ValueError(f"Expected argument `grid` to be an integer of at least 1 or None, but got {grid!r}.")
+    if prefix_tokens < 0:
+        raise ValueError(f"Expected argument `prefix_tokens` not to be negative, but got {prefix_tokens}.")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"Expected argument `mask` to be a tensor (B, T), but got {type(mask).__name__}.")
     tensor = select_tensor(output, select, where="output")
     if token_grid is None and tensor.dim() == 3 and neuron_axis in (2, -1) and mask is None:
         tokens = max(tensor.shape[1 - batch_axis] - prefix_tokens, 0)
@@ -108,6 +116,8 @@ class NeuronReader:
                 "`output_layouts=Replicate()` and `use_local_output=True`."
             )
         axis = self._axis(x)
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{self.layer} is empty: its shape is {tuple(x.shape)}. Choose another layer.")
         if self.batch_axis:
             x = x.transpose(0, self.batch_axis)
             axis = self.batch_axis if axis == 0 else axis

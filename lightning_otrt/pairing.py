@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_otrt.distance import transport_distance
 from lightning_otrt.layers import INPUT, LayerPair, LayerSpec, Trace, check_names
 from lightning_otrt.matching import comparable_layers, match_in_order
-from lightning_otrt.neurons import NeuronReader, match_positions
+from lightning_otrt.neurons import NeuronReader, match_positions, pool
 from lightning_otrt.recording import Recorder, View, padding_mask
 from lightning_otrt.selection import resolve_layers, select_layers
 from lightning_otrt.tracing import format_pairs, in_evaluation, named_layers, named_tensors, trace
@@ -182,10 +182,8 @@ def match_layers(
         ValueError: If no student layer can be compared with a teacher layer.
     """
     student, teacher = traces
-    chosen = (
-        select_layers(["blocks"], student, "student"),
-        select_layers(comparable_layers(teacher), teacher, "teacher"),
-    )
+    candidates = [name for name in comparable_layers(teacher) if _positions(teacher, name) > 1]
+    chosen = select_layers(["blocks"], student, "student"), select_layers(candidates, teacher, "teacher")
     readings = []
     for side, model, seen, layers, (module, args, kwargs) in zip(SIDES, models, traces, chosen, runs, strict=True):
         observer = Observer(side, model, seen, layers, MATCHING_GRID)
@@ -194,9 +192,14 @@ def match_layers(
                 readings.append(observer(module, args, kwargs))
         finally:
             observer.remove()
+    # Over fewer observations distances come out smaller, so all layers are read at the same positions.
+    every = [reading for side in readings for reading in side.values()]
+    shapes = {reading.dim(): [r.shape[2:] for r in every if r.dim() == reading.dim()] for reading in every}
+    sizes = {dims: [min(axis) for axis in zip(*found, strict=True)] for dims, found in shapes.items()}
+    alike = [{name: pool(reading, sizes[reading.dim()]) for name, reading in side.items()} for side in readings]
     distances = torch.full((len(chosen[0]), len(chosen[1])), math.nan)
-    for row, y in enumerate(readings[0].values()):
-        for column, x in enumerate(readings[1].values()):
+    for row, y in enumerate(alike[0].values()):
+        for column, x in enumerate(alike[1].values()):
             if can_be_compared(y, x):
                 distances[row, column] = transport_distance(*match_positions(y, x, "matched")).value
     pairs = match_in_order(distances)
@@ -206,6 +209,11 @@ def match_layers(
             f"teacher layers {list(chosen[1])}. Name the pairs."
         )
     return [(list(chosen[0])[row], list(chosen[1])[column]) for row, column in pairs]
+
+
+def _positions(seen: Trace, name: str) -> int:
+    tensor = seen.tensor(name)
+    return math.prod(tensor.positions) if tensor is not None else 0
 
 
 def can_be_compared(student: Tensor, teacher: Tensor) -> bool:

@@ -45,12 +45,17 @@ def add_term(module: pl.LightningModule, term: ExtraTerm) -> None:
 
 def remove_term(module: pl.LightningModule, term: ExtraTerm) -> None:
     """Undo :func:`add_term`; does nothing where it was not called."""
-    step = module.__dict__.get("training_step")
-    if isinstance(step, _Step) and term in step.terms:
+    # By either method: something else may have replaced one of them since.
+    step, backward = (module.__dict__.get(name) for name in _PATCHED)
+    if not isinstance(step, _Step):
+        step = backward.step if isinstance(backward, _ManualBackward) else None
+    if step is not None and term in step.terms:
         step.terms.remove(term)
         if not step.terms:
             for name in _PATCHED:
-                module.__dict__[name].restore()
+                patch = module.__dict__.get(name)
+                if isinstance(patch, _Patch):
+                    patch.restore()
 
 
 class _Patch:
@@ -80,7 +85,8 @@ class _Patch:
         return types.MethodType(getattr(type(self.module), self.name), owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return types.MethodType, (getattr(type(self.module), self.name), self.module)
+        # Not through `types.MethodType`, which pickle does not know by that name.
+        return getattr, (self.module, self.name)
 
 
 class _Step(_Patch):

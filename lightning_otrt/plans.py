@@ -1,10 +1,10 @@
 r"""From a cost matrix to a transport plan between uniform masses.
 
-Entropic plans minimise ⟨P, M⟩ + ε KL(P, a bᵀ). Everything iterates on a kernel with absorbed potentials, the scaling form:
-an iteration is two matrix-vector products instead of two passes of exponentials over the cost matrix. Alternating updates
-at the last ε converge about twice as fast as symmetric ones, and end on the student's side, whose masses are exact. What
-comes before them: GeomLoss' symmetric loop, which anneals ε from a large value, for plans that have to converge; a short
-staircase of alternating updates, at a third of the price, for the few iterations of a training step.
+Entropic plans minimise ⟨P, M⟩ + ε KL(P, a bᵀ). Everything iterates on a kernel with absorbed potentials, the scaling
+form: an iteration is two matrix-vector products instead of two passes of exponentials over the cost matrix. Alternating
+updates at the last ε converge about twice as fast as symmetric ones, and end on the student's side, whose masses are
+exact. What comes before them: GeomLoss' symmetric loop, which anneals ε from a large value, for plans that have to
+converge; a short staircase of alternating updates, at a third of the price, for the few iterations of a training step.
 
 Nothing here is differentiable: a plan is a constant of the backward pass.
 """
@@ -40,8 +40,8 @@ __all__ = [
 
 #: ε of GeomLoss' annealing iterations in units of the mean cost, since each new ε costs a pass of exponentials.
 ANNEALING: tuple[float, ...] = (0.3, 0.3, 0.06, 0.06, 0.06, 0.06)
-#: The staircase of a training step, as (multiple of the last ε, updates), and its updates at the last ε, where nothing may
-#: wait for the device to report the error.
+#: The staircase of a training step, as (multiple of the last ε, updates), and its updates at the last ε, where nothing
+#: may wait for the device to report the error.
 STAIRCASE: tuple[tuple[int, int], ...] = ((20, 2), (5, 3))
 TRAINING_ITERATIONS = 8
 #: Iterations between two absorptions of the potentials; float32 scalings overflow after many more.
@@ -115,8 +115,8 @@ def sinkhorn_plan(
         if not error <= FAILURE:
             raise RuntimeError(
                 f"The transport plan for a cost of shape {tuple(cost.shape[1:])} did not converge: after {spent} "
-                f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at epsilon={epsilon:g} "
-                f"of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
+                f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at "
+                f"epsilon={epsilon:g} of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
                 'Use a larger `epsilon` or `plan="exact"`.'
             )
         return result
@@ -152,7 +152,8 @@ def _updates(
     # The softmax is the first update of the rows; constant factors of u and v cancel.
     v = kernel.sum(1).reciprocal_()[..., None]
     for _ in range(iterations - 1):
-        v = torch.bmm(kernel.mT, torch.bmm(kernel, v).reciprocal_()).clamp_min_(_TINY).reciprocal_()
+        u = torch.bmm(kernel, v).reciprocal_()
+        v = torch.bmm(kernel.mT, u).clamp_min_(_TINY).reciprocal_()
     return kernel, v
 
 

@@ -60,6 +60,10 @@ class Recorder:
         self.enabled = False
         self.views: list[View] = []
         self.current: View | None = None
+        #: Forwards of the root inside the recorded one: another recorder of the same student traces its layers there.
+        self.nested = 0
+        #: Whether this recorder runs the teacher; another one may run the same module.
+        self.runs_teacher = False
         self._root_handles: list[RemovableHandle] = []
         self._student_handles: list[RemovableHandle] = []
         self._teacher_handles: list[RemovableHandle] = []
@@ -89,6 +93,15 @@ class Recorder:
         finally:
             self.enabled = before
 
+    @contextmanager
+    def teacher_running(self) -> Iterator[None]:
+        """Record the teacher inside the block."""
+        self.runs_teacher = True
+        try:
+            yield
+        finally:
+            self.runs_teacher = False
+
     def take(self) -> list[View]:
         """The views recorded since the last call; they are forgotten here."""
         views, self.views = self.views, []
@@ -99,6 +112,7 @@ class Recorder:
         for handles in (self._root_handles, self._student_handles, self._teacher_handles):
             self._remove(handles)
         self.views, self.current, self.enabled = [], None, False
+        self.nested, self.runs_teacher = 0, False
 
     def _install(self, handles: list[RemovableHandle], side: str, readers: Readers) -> list[RemovableHandle]:
         self._remove(handles)
@@ -139,7 +153,10 @@ class _OpenView(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = self.recorder
-        if recorder is None or not recorder.enabled or recorder.current is not None:
+        if recorder is None or not recorder.enabled:
+            return
+        if recorder.current is not None:
+            recorder.nested += recorder.current.root == self.name
             return
         if not torch.is_grad_enabled() or _in_backward():
             return
@@ -161,6 +178,9 @@ class _CloseView(_Hook):
         # Not enabled: a forward inside the recorded one, such as that which traces the layers.
         if recorder is None or not recorder.enabled or recorder.current is None or recorder.current.root != self.name:
             return
+        if recorder.nested:
+            recorder.nested -= 1
+            return
         if output is not None:  # else the forward raised
             recorder.views.append(recorder.current)
         recorder.current = None
@@ -173,7 +193,9 @@ class _Read(_Hook):
     def read(self, value: Any) -> None:
         recorder = self.recorder
         # Recomputation by activation checkpointing runs the hooks again, in the backward pass.
-        if recorder is None or recorder.current is None or _in_backward():
+        if recorder is None or recorder.current is None or recorder.nested or _in_backward():
+            return
+        if self.side == "teacher" and not recorder.runs_teacher:
             return
         view = recorder.current
         readings, mask = (

@@ -40,9 +40,9 @@ def resolve_layers(
     name), an index among the recordable layers (-1 completes last), ``"name:input"`` for what enters a layer, or a
     word: ``"penultimate"`` is what enters the classification head, ``"blocks"`` the last module at each spatial
     resolution or four evenly spaced transformer blocks, ``"auto"`` blocks where both models have them and penultimate
-    otherwise, ``"matched"`` the blocks of the student with the teacher's layers that are closest to them in one batch,
-    in order (see :mod:`lightning_otrt.matching`). A list mixes all of these. A student layer may be matched to two teacher layers. A module that is itself
-    called ``blocks`` is reached as ``"re:blocks"``.
+    otherwise, ``"matched"`` the blocks of the student with those layers of the teacher that are closest to them on one
+    batch, in order. A list mixes all of these. A student layer may be matched to two teacher layers. A module that is
+    itself called ``blocks`` is reached as ``"re:blocks"``.
 
     Args:
         spec: What the user gave as ``layers``. In a list, a list or tuple of two is a pair; a mapping with the keys

@@ -126,6 +126,11 @@ class RepresentationTransfer:
             raise TypeError(
                 f"Expected argument `teacher_inputs` to be callable, but got {type(teacher_inputs).__name__}."
             )
+        if global_batch is not None:
+            _check_flag("global_batch", global_batch)
+        _check_flag("strict", strict)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"Expected argument `seed` to be an integer, but got {seed!r}.")
         self.layers, self.weight, self.student_root = layers, weight, student_root
         self.cost, self.plan, self.epsilon = get_cost(cost), plan, epsilon
         self.memory, self.solve_every, self.grid = memory, solve_every, grid
@@ -148,6 +153,7 @@ class RepresentationTransfer:
         self._recorder = Recorder(self._on_forward)
         self._pairing: Pairing | None = None
         self._is_recording = False
+        self._asked = False
         self._stance = ExitStack()
         self._saved: dict[str, Any] | None = None
         self._warned: set[str] = set()
@@ -180,6 +186,13 @@ class RepresentationTransfer:
         try:
             with self.recording():
                 yield self
+                if self.has_views and not self._asked:
+                    self._warn(
+                        f"{len(self._recorder.views)} forwards of the student were recorded, but `loss` was never called "
+                        "while it was attached, so that no transfer term was trained on. Add `transfer.loss()` to the "
+                        "loss of each step.",
+                        key="loss",
+                    )
         finally:
             self.detach()
 
@@ -199,7 +212,7 @@ class RepresentationTransfer:
         if "torch._dynamo" in sys.modules:
             # Code compiled before has no hooks in it and would never call ours.
             torch.compiler.reset()
-        self._student = student
+        self._student, self._asked = student, False
         modules = named_layers(student)
         names = modules if self.student_root is None else {self.student_root: modules[self.student_root]}
         self._recorder.watch_roots(list(names.items()))
@@ -279,6 +292,7 @@ class RepresentationTransfer:
         """
         if self._student is None:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
+        self._asked = True
         weight = self.current_weight
         views = _trained(self._recorder.take())
         if not reevaluation:
@@ -362,12 +376,18 @@ class RepresentationTransfer:
         return matched
 
     def _why_no_view(self) -> str:
+        assert self._student is not None
         if self._root is not None:
             root = self._root or "itself"
             return (
                 f"The student ({type(self._student).__name__}) was not called with gradient since the last call, so "
                 f"there is no transfer term: no forward of its root {root!r} was recorded. Call the module itself (not "
                 "`.forward`), once per loss, outside `no_grad`; or pass the name of what is called as `student_root`."
+            )
+        if not any(parameter.requires_grad for parameter in self._student.parameters()):
+            return (
+                f"No parameter of the student ({type(self._student).__name__}) requires a gradient, so no transfer term "
+                "can train it. Unfreeze what is to be trained before the fit."
             )
         where = f"the root {self.student_root!r}" if self.student_root else "a module that holds the layers"
         return (
@@ -384,6 +404,8 @@ class RepresentationTransfer:
             ("teacher", pair.teacher, view.teacher),
         ):
             calls = readings.get(f"{index}", [])
+            # Not those without gradient, in which another recorder of this student traces its layers.
+            calls = [reading for reading in calls if reading.requires_grad] or calls
             if len(calls) != 1:
                 how = "did not run" if not calls else f"ran {len(calls)} times"
                 raise _NoTermError(
@@ -409,7 +431,8 @@ class RepresentationTransfer:
         teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
         if view is not None:
             view.teacher_mask = padding_mask(teacher_args, teacher_kwargs)
-        self.teacher.run(teacher_args, teacher_kwargs)
+        with self._recorder.teacher_running():
+            self.teacher.run(teacher_args, teacher_kwargs)
         return True
 
     def _prepare_teacher(self) -> None:
@@ -437,8 +460,9 @@ class RepresentationTransfer:
             f"{self._pairing.table()}"
         )
         self._root = self._pairing.student.root
-        self._recorder.watch_roots([(self._root, named_layers(self._student)[self._root])])
         self._recorder.watch_student(self._pairing.readers("student", self._student, self.grid))
+        # After the readers: where the root itself is recorded, its reading comes before the view is closed.
+        self._recorder.watch_roots([(self._root, named_layers(self._student)[self._root])])
         self._watch_teacher()
 
     def _make_engine(self) -> TransportEngine:
@@ -451,9 +475,9 @@ class RepresentationTransfer:
         if ranks is None:
             if before is not None and not isinstance(before, GlobalTransportEngine):
                 return before
-            engine = TransportEngine(names, weights, *settings)
+            engine = TransportEngine(names, weights, *settings, strict=self.strict)
         else:
-            engine = GlobalTransportEngine(names, weights, *settings, ranks=ranks)
+            engine = GlobalTransportEngine(names, weights, *settings, strict=self.strict, ranks=ranks)
             if ranks.rank == 0 and self._student is not None and _mixes_samples(self._student):
                 self.report(
                     "The student has BatchNorm layers, which see the samples of one process alone: under a global "
@@ -539,6 +563,11 @@ def _check_number(name: str, value: Any) -> None:
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected argument `{name}` to be True or False, but got {value!r}.")
 
 
 def _check_memory(memory: float | str) -> None:

@@ -22,7 +22,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_otrt"])
 
 
-def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 60, **options: Any) -> list[Any]:
+def run_processes(
+    count: int, function: Callable[..., Any], *args: Any, timeout: float = 60, **options: Any
+) -> list[Any]:
     """What ``function(*args)`` returns on each of ``count`` processes, by rank.
 
     A process that is killed returns None.
@@ -42,7 +44,10 @@ def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout:
         workers = [
             CONTEXT.Process(
                 target=_work,
-                args=(rank, count, options.get("nodes", 1), options.get("init", True), port, folder, function, args),
+                args=(
+                    *(rank, count, options.get("nodes", 1), options.get("init", True), options.get("dies", False)),
+                    *(port, folder, function, args),
+                ),
             )
             for rank in range(count)
         ]
@@ -89,6 +94,7 @@ def _work(
     count: int,
     nodes: int,
     init: bool | None,
+    may_die: bool,
     port: int,
     folder: str,
     function: Callable[..., Any],
@@ -119,6 +125,6 @@ def _work(
         error = traceback.format_exc()
     torch.save((result, error), Path(folder, f"{rank}.pt"))
     if dist.is_initialized():
-        if error is None:
+        if error is None and not may_die:
             dist.barrier()
         dist.destroy_process_group()

@@ -33,7 +33,11 @@ def net(width: int, seed: int) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(36 * width, 2 * width), nn.Linear(2 * width, 3)
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(36 * width, 2 * width),
+            nn.Linear(2 * width, 3),
         ).double()
 
 
@@ -85,7 +89,9 @@ def assert_close(found: Any, expected: Any) -> None:
 
 
 def settings(**options: Any) -> list[dict[str, Any]]:
-    return [{"cost": cost, "memory": memory, "solve_every": 3, **options} for cost in COSTS for memory in (0, 0.9, "auto")]
+    return [
+        {"cost": cost, "memory": memory, "solve_every": 3, **options} for cost in COSTS for memory in (0, 0.9, "auto")
+    ]
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -297,9 +297,11 @@ def test_training_solve_is_accurate_enough() -> None:
 def test_kernel_holds_no_denormal_number() -> None:
     """They cost a CPU ten times the time of others, and hard costs are full of them."""
     cost = 100 * torch.rand(2, 32, 24)
-    kernel = plans._kernel(cost, torch.zeros(2, 24), 0.005)
-    assert (kernel.amax(2) == 1).all()
-    assert kernel.min() >= math.exp(-41)
+    loop, _ = plans._kernel_and_top(cost, torch.zeros(2, 24), 0.005)
+    assert (loop.amax(2) == 1).all()
+    updates, _ = plans._updates(cost, torch.zeros(2, 24), 0.005, 5, None)
+    for kernel in (loop, updates):
+        assert kernel.min() >= math.exp(-41)
 
 
 # --- GeomLoss' private loop ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import free_port, run_processes
 from test_distributed import LAYERS, assert_close, batch, net
 from torch import Tensor, nn
@@ -35,12 +35,12 @@ ROOT = Path(__file__).parents[1]
 class Batches(IterableDataset[Any]):
     """The part of each batch that belongs to a process; all of it for a single one."""
 
-    def __init__(self, sizes: Sequence[int], alone: bool = False) -> None:
-        self.sizes, self.alone = list(sizes), alone
+    def __init__(self, sizes: Sequence[int], alone: bool = False, calls: int = STEPS * ACCUMULATE) -> None:
+        self.sizes, self.alone, self.calls = list(sizes), alone, calls
 
     def __iter__(self) -> Iterator[Any]:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        for call in range(STEPS * ACCUMULATE):
+        for call in range(self.calls):
             x, y = batch(call, self.sizes)
             yield (x, y) if self.alone else (x.split(self.sizes)[rank], y.split(self.sizes)[rank])
 
@@ -123,22 +123,181 @@ def strategies() -> dict[str, Any]:
 def fit_under(names: Sequence[str], sizes: Sequence[int], cost: str, nodes: int = 1, **options: Any) -> Any:
     found = {}
     for name in names:
+        # no_sync under static_graph fails in PyTorch itself, with any model.
+        accumulate = {"accumulate_grad_batches": 1} if name == "static" else {}
+        devices = len(sizes) // nodes
         found[name] = fit(
-            sizes, cost, strategy=strategies()[name], devices=len(sizes) // nodes, num_nodes=nodes, **options
+            sizes, cost, strategy=strategies()[name], devices=devices, num_nodes=nodes, **accumulate, **options
         )
     return found
 
 
 def check(found: Sequence[dict[str, Any]], sizes: Sequence[int], cost: str) -> None:
     expected = fit(sizes, cost, alone=True)
-    plain = [p.detach() for p in Task(sizes).parameters()]
-    assert not torch.equal(expected[0], plain[0])
+    static = fit(sizes, cost, alone=True, accumulate_grad_batches=1) if "static" in found[0] else []
+    start = [p.detach() for p in Task(sizes).parameters()]
+    assert not torch.equal(expected[0], start[0])
     for results in found:
-        for weights in results.values():
-            assert_close(weights, expected)
+        for name, weights in results.items():
+            assert_close(weights, static if name == "static" else expected)
 
 
 @pytest.mark.parametrize("cost", ["correlation", "euclidean"])
 def test_strategies(cost: str) -> None:
     sizes = (5, 1)
-    check(run_processes(2, fit_under, ["ddp", "unused", "static", "fsdp2"], sizes, cost, init=False), sizes, cost)
+    names = ["ddp", "unused", "static", "fsdp2"]
+    check(run_processes(2, fit_under, names, sizes, cost, init=False), sizes, cost)
+
+
+def test_wrapped_on_four_processes() -> None:
+    sizes = (1, 2, 1, 8)
+    check(run_processes(4, fit_under_wrapped, sizes, init=False), sizes, "sqeuclidean")
+
+
+def fit_under_wrapped(sizes: Sequence[int]) -> Any:
+    return fit_under(["ddp"], sizes, "sqeuclidean", wrap=True)
+
+
+def test_two_nodes() -> None:
+    """Two groups of processes, each with a node rank of its own."""
+    sizes = (2, 3, 4, 3)
+    check(run_processes(4, fit_under, ["ddp"], sizes, "correlation", 2, init=False, nodes=2), sizes, "correlation")
+
+
+def launch(strategy: str, folder: str) -> None:
+    sizes = (5, 1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    task = PlainTask(sizes)
+    teacher = net(6, seed=2)
+    layers = {f"net.{name}": other for name, other in LAYERS.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(strategy=strategy, devices=2)
+        trainer.fit(OTRTModule(task, teacher, layers, **OPTIONS), DataLoader(Batches(sizes), batch_size=None))
+        assert os.environ.get("LOCAL_RANK", "0") == "0"
+    torch.save([p.detach() for p in task.parameters()], f"{folder}/{strategy}.pt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_processes_started_by_lightning(strategy: str, tmp_path: Path) -> None:
+    run_processes(1, launch, strategy, str(tmp_path), init=None, timeout=150)
+    assert_close(torch.load(tmp_path / f"{strategy}.pt"), fit((5, 1), "correlation", alone=True))
+
+
+def fit_and_die(folder: str, dies_at: int, resume: bool) -> Any:
+    sizes = (5, 1)
+    task = PlainTask(sizes)
+    task.dies_at = dies_at
+    teacher = net(6, seed=2)
+    layers = {f"net.{name}": other for name, other in LAYERS.items()}
+    # A checkpoint between two solves, with a running cost that the processes have not brought together.
+    callback = OTRTCallback(teacher, layers, **{**OPTIONS, "solve_every": 20})
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_epochs=3, save_top_k=-1, save_on_train_epoch_end=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            devices=2,
+            enable_checkpointing=True,
+            callbacks=[callback, saver],
+        )
+        try:
+            # A step is an epoch: Lightning does not resume data in the middle of one.
+            data = DataLoader(Batches(sizes, calls=ACCUMULATE), batch_size=None)
+            trainer.fit(task, data, ckpt_path=f"{folder}/step=3.ckpt" if resume else None)
+        except BaseException as error:
+            if dies_at < 0:
+                raise
+            return str(error)
+    return [p.detach().clone() for p in task.parameters()]
+
+
+def test_a_killed_run_resumes_with_identical_results(tmp_path: Path) -> None:
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    expected, _ = run_processes(2, fit_and_die, whole, -1, False, init=False)
+    said, nothing = run_processes(2, fit_and_die, killed, 4, False, init=False, dies=True)
+    assert isinstance(said, str)
+    assert nothing is None
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["step=3.ckpt"]
+    for weights in run_processes(2, fit_and_die, killed, -1, True, init=False):
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_untested_strategies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    assert shared_batch(trainer, strict=True) == (False, None)
+    # Lightning builds this one on GPUs alone.
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: object.__new__(FSDPStrategy)))
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda _: 2))
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy was never run .* strict=False"):
+        OTRTCallback(net(6, seed=2), LAYERS).setup(trainer, PlainTask((1, 1)), "fit")
+    with pytest.warns(UserWarning, match="FSDPStrategy was never run"):
+        assert shared_batch(trainer, strict=False) == (True, None)
+
+
+def test_tensor_parallel_layers_are_refused() -> None:
+    [said, _] = run_processes(2, sharded_activations)
+    assert "student layer '0' gives a DTensor" in said
+
+
+def sharded_activations() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    student = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
+    plan = {"0": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
+    parallelize_module(student, init_device_mesh("cpu", (2,)), plan)
+    transfer = RepresentationTransfer(nn.Sequential(nn.Linear(5, 6)), {"0": "0"})
+    with transfer.attached(student):
+        try:
+            student(torch.randn(8, 5))
+        except TypeError as error:
+            return str(error)
+    return ""
+
+
+def test_batch_norm_is_told_once() -> None:
+    first, second = run_processes(2, batch_norm)
+    assert sum("BatchNorm layers" in line for line in first) == 1
+    assert not any("BatchNorm layers" in line for line in second)
+
+
+def batch_norm() -> list[str]:
+    lines: list[str] = []
+    student = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    transfer = RepresentationTransfer(nn.Sequential(nn.Linear(5, 6)), {"1": "0"})
+    transfer.report = lines.append
+    with transfer.attached(student):
+        for _ in range(2):
+            student(torch.randn(8, 5))
+            transfer.loss()
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_multi_node_example(launcher: str, tmp_path: Path) -> None:
+    """Two nodes on this machine; both launchers end with the same weights."""
+    port = free_port()
+    workers = []
+    for node in range(2):
+        script = [str(ROOT / "examples/multi_node.py"), "--nodes", "2", "--devices", "1", "--epochs", "1"]
+        if launcher == "torchrun":
+            place = ["--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+            command = [sys.executable, "-m", "torch.distributed.run", *place, f"--master-port={port}", *script]
+            environment = {}
+        else:
+            command = [sys.executable, *script]
+            environment = {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        workers.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        told = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(told)
+    assert "accuracy" in told[0], told[0]
