@@ -101,7 +101,7 @@ class Advice:
                     "few",
                     f"The transport plan of {pair.student!r} -> {pair.teacher!r} is solved from {count} observations "
                     f"of {neurons[0]} and {neurons[1]} neurons and without memory, so that it follows the noise of "
-                    'each batch. Use memory="auto" (a running cost), a larger batch, or layers with positions or tokens.',
+                    'each batch. Use memory="auto" (a running cost), a larger batch, or layers with positions.',
                 )
 
     def _copied_with_batch_norm(self) -> None:

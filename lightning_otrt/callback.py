@@ -10,13 +10,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_otrt.global_batch import GlobalTransportEngine
 from lightning_otrt.layers import LayerPair
-from lightning_otrt.patching import add_term, remove_term
+from lightning_otrt.patching import add_term, leaves_of, remove_term
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.strategies import shared_batch
 from lightning_otrt.transfer import RepresentationTransfer
@@ -38,7 +38,8 @@ class TransferCallback(pl.Callback):
         self._resumed = False
         self._batch: tuple[int, int] | None = None
         self._again = False
-        self._steps = self._terms = 0
+        self._seen = self._steps = self._terms = 0
+        self._entered = self._leaves_checked = False
 
     @property
     @override
@@ -57,6 +58,11 @@ class TransferCallback(pl.Callback):
         """Replace the training step. Not later: finders of learning rate and batch size train before the fit starts."""
         if stage != "fit":
             return
+        if not (isinstance(trainer, pl.Trainer) and isinstance(pl_module, pl.LightningModule)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} is a callback of the `lightning` package, but this Trainer or LightningModule "
+                "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
+            )
         transfer = self.transfer
         transfer.shares_batch, transfer.process_group = shared_batch(trainer, strict=transfer.strict)
         self._trainer, self._module = trainer, pl_module
@@ -78,16 +84,35 @@ class TransferCallback(pl.Callback):
             self.transfer.reset()
         self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._batch = None
-        self._steps = self._terms = 0
+        self._seen = self._steps = self._terms = 0
+        self._leaves_checked = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look whether the training step that was replaced in ``setup`` is still the one that runs."""
+        self._entered = False
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a step around which nothing was recorded."""
+        if not self._entered and self.transfer.strict:
+            raise MisconfigurationException(
+                f"The `training_step` of {type(pl_module).__name__} was replaced after the fit began, so that the "
+                "transfer term is not added any more. Replace it before `trainer.fit`, or call the one that was there."
+            )
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a manual loop without a single term: a step without one may be that of another player."""
-        if self._steps and not self._terms and self.transfer.strict:
+        if self._steps and not self._terms and self.transfer.strict and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} uses manual optimization, and in {self._steps} training steps no "
-                "`self.manual_backward(loss)` came after a forward of the student with gradient, so the transfer term was "
-                "never added. Call the student as a module (not `.forward`), with its parameters unfrozen, before "
+                "`self.manual_backward(loss)` came after a forward of the student with gradient, so the transfer term "
+                "was never added. Call the student as a module (not `.forward`), with its parameters unfrozen, before "
                 "`self.manual_backward(loss)`; or pass the name of what is called as `student_root`."
             )
 
@@ -96,6 +121,13 @@ class TransferCallback(pl.Callback):
         """Report values that were not finite since the last look, and bring statistics together while all are here."""
         self.transfer.check_finite()
         self.transfer.synchronize()
+        never = self._seen > 0 and not self._steps and self.transfer.weight > 0
+        if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"The weight of the transfer term was 0 in all {self._seen} training steps of this fit, because "
+                f"`schedule` ({self.transfer.schedule!r}) gave 0: the teacher had no effect. Check that its steps are those of "
+                "`trainer.global_step`."
+            )
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -127,7 +159,9 @@ class TransferCallback(pl.Callback):
         self.transfer.step = trainer.global_step
         batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
         self._again, self._batch = batch == self._batch, batch
+        self._seen += 1
         self._steps += self.transfer.current_weight > 0
+        self._entered = True
         with self.transfer.recording():
             yield
 
@@ -148,13 +182,44 @@ class TransferCallback(pl.Callback):
             return None
         samples = transfer.recorded_samples
         loss = transfer.loss(reevaluation=self._again)
-        layers = {
-            f"otrt/{distance.name}": distance.value for distance in transfer.distances if distance.plan is not None
-        }
+        layers = self._values()
         self._terms += bool(layers)
         self._log(position, {"otrt/weight": weight, **layers}, samples)
-        self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
+        if layers:
+            self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
+            self._check_leaves(loss)
         return loss
+
+    def _values(self) -> dict[str, Tensor]:
+        """Distances under the names of their student layers, with the teacher's where one has several."""
+        students = [pair.student for pair in self.transfer.pairs]
+        return {
+            f"otrt/{pair.student}" + (f"/{pair.teacher}" if students.count(pair.student) > 1 else ""): distance.value
+            for pair, distance in zip(self.transfer.pairs, self.transfer.distances, strict=False)
+            if distance.plan is not None
+        }
+
+    def _check_leaves(self, loss: Tensor) -> None:
+        """Warn once of a term that reaches only parameters which no optimizer changes."""
+        if self._leaves_checked or self._trainer is None or self._module is None:
+            return
+        self._leaves_checked = True
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        leaves = leaves_of(loss)
+        trained = {
+            parameter
+            for optimizer in self._trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        # FSDP computes with parameters of its own, of which nothing can be told here.
+        if leaves <= names.keys() and not leaves & trained:
+            reached = sorted(names[parameter] for parameter in leaves)
+            rank_zero_warn(
+                f"The transfer term has no effect: it reaches the parameters {reached[:5]} alone, {len(reached)} in "
+                "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or choose "
+                "`layers` that what is trained leads to."
+            )
 
     def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
         assert self._module is not None
@@ -190,8 +255,8 @@ class TransferCallback(pl.Callback):
         if others:
             raise MisconfigurationException(
                 f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or "
-                "the teacher changed, so that plans and statistics cannot go on. Resume with the same ones, or load the weights "
-                "alone and start a new fit."
+                "the teacher changed, so that plans and statistics cannot go on. Resume with the same ones, or load the "
+                "weights alone and start a new fit."
             )
         rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
 

@@ -20,7 +20,16 @@ from lightning_otrt.plans import (
     uniform_plan,
 )
 
-__all__ = ["PLANS", "TransportResult", "check_cost", "check_epsilon", "check_plan", "fixed_plan", "solve_plan", "transport_distance"]
+__all__ = [
+    "PLANS",
+    "TransportResult",
+    "check_cost",
+    "check_epsilon",
+    "check_plan",
+    "fixed_plan",
+    "solve_plan",
+    "transport_distance",
+]
 
 #: The kinds of plan; "static" is only known to a training run, where it is a Sinkhorn plan that is kept.
 PLANS = ("sinkhorn", "exact", "identity", "uniform", "random", "static")

@@ -188,7 +188,7 @@ class GlobalTransportEngine(TransportEngine):
     @staticmethod
     def _remember(state: PairState, running: Sums, new: Sums, fits: Tensor) -> Sums:
         assert state.memory is not None
-        return [state.memory * old + torch.where(fits, part, 0.0) for old, part in zip(running, new, strict=True)]
+        return [torch.where(fits, state.memory * old + part, old) for old, part in zip(running, new, strict=True)]
 
     def _values(
         self, keys: Sequence[tuple[int, int]], batches: Sequence[Batch], plans: dict[int, Plan]

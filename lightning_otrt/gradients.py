@@ -161,7 +161,7 @@ def suggest_weight(
     *,
     task_loss: Callable[[Any], Tensor] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    fraction: float = 0.5,
+    fraction: float = 1.5,
     batches: int = 4,
 ) -> WeightSuggestion:
     r"""The weight at which the gradient of the transfer term is a given fraction of that of the task.
@@ -184,7 +184,8 @@ def suggest_weight(
         task_loss: From a batch, on the student's device, to the loss of the task. It calls the student. None needs
             ``loss_fn`` or a LightningModule whose ``training_step`` runs without a Trainer.
         loss_fn: ``loss_fn(student(x), y)`` for batches ``(x, y)``, in place of ``task_loss``.
-        fraction: Wanted ratio of the norms: 1 for two equal parts.
+        fraction: Wanted ratio of the norms: 1 for two equal parts. For students from scratch on images of characters,
+            with the correlation of all blocks, weights of ratios from 1 to 4 did best, and all alike.
         batches: Number of batches to average over.
 
     Returns:

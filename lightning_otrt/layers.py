@@ -454,6 +454,8 @@ def check_names(
     student_root: str | None = None,
     *,
     teacher_root: str = "",
+    student_kind: str = "",
+    teacher_kind: str = "",
     student_tensors: Mapping[str, str] | None = None,
     teacher_tensors: Mapping[str, str] | None = None,
 ) -> None:
@@ -467,6 +469,8 @@ def check_names(
         teacher_names: Names of the teacher's modules.
         student_root: Module to which names may be relative; None while it is not known, then any child may be it.
         teacher_root: The same for the teacher.
+        student_kind: Type name of the student, for errors.
+        teacher_kind: Type name of the teacher.
         student_tensors: Names of parameters and buffers with what they are, to recognise one given for a module.
         teacher_tensors: The same for the teacher.
 
@@ -481,8 +485,8 @@ def check_names(
         ...
         ValueError: No layer 'fc2' in the student. Did you mean 'fc1'? Available at this depth: 'fc1'.
     """
-    student = LayerNames("student", tuple(student_names), student_root, tensors=student_tensors or {})
-    teacher = LayerNames("teacher", tuple(teacher_names), teacher_root, tensors=teacher_tensors or {})
+    student = LayerNames("student", tuple(student_names), student_root, student_kind, tensors=student_tensors or {})
+    teacher = LayerNames("teacher", tuple(teacher_names), teacher_root, teacher_kind, tensors=teacher_tensors or {})
     pairs = []
     for entry in parse_layers(spec):
         found = [

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from lightning_otrt.layers import Trace, TracedLayer
+from lightning_otrt.layers import INPUT, Trace, TracedLayer
 from lightning_otrt.selection import classification_head, is_idle, select_layers
 
 __all__ = ["LayerChoice", "choose_layers", "comparable_layers", "match_in_order"]
@@ -73,7 +73,7 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
 
 
 def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]:
-    """The layers of one network that a choice stands for, with their neuron axes.
+    """The layers of one network that a choice stands for, with their neuron axes, in the order of the network.
 
     Args:
         choice: ``"auto"`` (:func:`comparable_layers`), ``"all"`` (all that can be recorded), names, globs,
@@ -102,6 +102,8 @@ def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]
         else:
             names.append(selector)
     found = select_layers(names, seen, side)
+    # In the order of the network, on which the pairing relies; what enters a layer is there before what leaves it.
+    found = dict(sorted(found.items(), key=lambda item: (seen.layer(item[0]).order or 0, not item[0].endswith(INPUT))))
     if not found:
         raise ValueError(
             f"No layer of the {side} can be compared. Name its layers, such as {side}_layers=['fc:input']."

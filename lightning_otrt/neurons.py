@@ -116,7 +116,7 @@ class NeuronReader:
                 "`output_layouts=Replicate()` and `use_local_output=True`."
             )
         axis = self._axis(x)
-        if 0 in x.shape[1:]:
+        if any(size == 0 for number, size in enumerate(x.shape) if number != self.batch_axis):
             raise ValueError(f"{self.layer} is empty: its shape is {tuple(x.shape)}. Choose another layer.")
         if self.batch_axis:
             x = x.transpose(0, self.batch_axis)

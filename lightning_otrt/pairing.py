@@ -155,7 +155,7 @@ def pair_layers(
         ValueError: If a layer cannot be recorded, or no pair can be found.
     """
     seen = trace(student, *inputs, root=root)
-    taught = trace(teacher, *teacher_inputs)
+    taught = _trace_teacher(teacher, teacher_inputs, student, root)
 
     def matched() -> list[tuple[str, str]]:
         networks = (named_layers(student)[root], *inputs), (teacher, *teacher_inputs)
@@ -221,6 +221,32 @@ def can_be_compared(student: Tensor, teacher: Tensor) -> bool:
     return student.dim() == teacher.dim() or 2 in (student.dim(), teacher.dim())
 
 
+def _trace_teacher(
+    teacher: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]], student: nn.Module, root: str
+) -> Trace:
+    try:
+        return trace(teacher, *inputs)
+    except Exception as error:
+        args, kwargs = inputs
+        given = [_describe(value) for value in args] + [f"{name}={_describe(value)}" for name, value in kwargs.items()]
+        whose = f"{root!r} of the student" if root else "the student"
+        # One string with the original words: finders of batch sizes look for "out of memory" there.
+        raise RuntimeError(
+            f"The teacher ({type(teacher).__name__}) failed on ({', '.join(given)}), from the inputs of {whose} "
+            f"({type(student).__name__}). {type(error).__name__}: {error}. If it needs other inputs, make them by "
+            "`teacher_inputs`, a function of the student's; if another module of the student gets them, name it as "
+            "`student_root`."
+        ) from error
+
+
+def _describe(value: Any) -> str:
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )
+
+
 def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root: str | None) -> None:
     """Check what can be checked of the user's choice before any forward.
 
@@ -239,6 +265,8 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
         list(modules),
         list(named_layers(teacher)),
         root,
+        student_kind=type(student).__name__,
+        teacher_kind=type(teacher).__name__,
         student_tensors=named_tensors(student),
         teacher_tensors=named_tensors(teacher),
     )

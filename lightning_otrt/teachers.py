@@ -337,7 +337,8 @@ class Teacher:
             ValueError: If one is or holds the other, they share a parameter or buffer, or the teacher has no values.
         """
         teacher = self._own
-        if teacher is student:
+        # A task and its wrapper are two objects with one dictionary.
+        if teacher is student or vars(teacher) is vars(student):
             raise ValueError(
                 "The teacher is the student itself: it would change with it, and the term would stay 0. For a student "
                 "that starts as its teacher use copy.deepcopy(student) as the teacher."

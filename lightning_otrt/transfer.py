@@ -188,8 +188,8 @@ class RepresentationTransfer:
                 yield self
                 if self.has_views and not self._asked:
                     self._warn(
-                        f"{len(self._recorder.views)} forwards of the student were recorded, but `loss` was never called "
-                        "while it was attached, so that no transfer term was trained on. Add `transfer.loss()` to the "
+                        f"{len(self._recorder.views)} forwards of the student were recorded, but `loss` was never "
+                        "called while it was attached, so that no transfer term was trained on. Add `transfer.loss()` to the "
                         "loss of each step.",
                         key="loss",
                     )
@@ -386,8 +386,8 @@ class RepresentationTransfer:
             )
         if not any(parameter.requires_grad for parameter in self._student.parameters()):
             return (
-                f"No parameter of the student ({type(self._student).__name__}) requires a gradient, so no transfer term "
-                "can train it. Unfreeze what is to be trained before the fit."
+                f"No parameter of the student ({type(self._student).__name__}) requires a gradient, so no transfer "
+                "term can train it. Unfreeze what is to be trained before the fit."
             )
         where = f"the root {self.student_root!r}" if self.student_root else "a module that holds the layers"
         return (

@@ -34,9 +34,9 @@ def run_processes(
         function: Function of a module; what it returns is saved by torch.
         args: Its arguments.
         timeout: Seconds until all are killed and the test fails.
-        options: ``init=False`` leaves torch.distributed to the function, with the environment of torchrun set, and
-            ``init=None`` without; ``nodes``: over how many machines the processes are said to be spread; ``dies``: whether processes may be
-            killed.
+        options: ``init=False`` leaves torch.distributed to the function, with the environment of torchrun,
+            ``init=None`` without; ``nodes``: over how many machines the processes are said to be spread; ``dies``:
+            whether processes may be killed.
     """
     _start_server()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,11 @@ pytest.importorskip("jsonargparse")
 NET = {"class_path": "helpers.Net", "init_args": {"width": 6}}
 
 
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train"])
+
+
 class FromYaml(Task):
     """A task that a command line can build, with data of its own."""
 
@@ -144,8 +149,8 @@ def test_arguments_on_the_command_line(tmp_path):
     found = run(
         tmp_path,
         {"teacher": NET, "layers": "penultimate"},
-        "--trainer.callbacks.0.init_args.weight=0.25",
-        "--trainer.callbacks.0.init_args.plan=exact",
+        "--trainer.callbacks.init_args.weight=0.25",
+        "--trainer.callbacks.init_args.plan=exact",
     )
     assert found.trainer.callback_metrics["otrt/weight"] == 0.25
     assert found.trainer.callbacks[0].transfer.plan == "exact"

@@ -294,6 +294,18 @@ def test_training_solve_is_accurate_enough() -> None:
         assert result.marginal_error.item() <= 3e-2
 
 
+def test_first_training_solve_needs_its_staircase() -> None:
+    """From a potential of zero the few updates of a training step leave masses of rectified neurons far off."""
+    scales = [torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows)).exp() for rows in (256, 128)]
+    y, x = (cloud(len(scale), 64, seed=3 + k).relu() * scale for k, scale in enumerate(scales))
+    cost = cost_between(y, x)[None]
+    cold, zero = (
+        sinkhorn_plan(cost, 0.01, potential=start, iterations=plans.TRAINING_ITERATIONS).marginal_error.item()
+        for start in (None, torch.zeros(1, 128))
+    )
+    assert cold < 0.5 * zero
+
+
 def test_kernel_holds_no_denormal_number() -> None:
     """They cost a CPU ten times the time of others, and hard costs are full of them."""
     cost = 100 * torch.rand(2, 32, 24)
@@ -375,6 +387,16 @@ def test_softmin_at_infinity_is_that_of_geomloss() -> None:
         weights = cost.new_full((1, matrix.shape[2]), -math.log(matrix.shape[2]))
         expected = softmin_dense(math.inf, weights, matrix, 0 * weights)
         torch.testing.assert_close(ScalingSoftmin(cost)(math.inf, weights, side, 0 * weights), expected)
+
+
+def test_softmin_of_a_far_potential_stays_finite() -> None:
+    """Its exponential overflows float32; cut, it is taken up when the next ε rebuilds the kernel."""
+    cost = random_cost(6, 9)
+    softmin = ScalingSoftmin(cost)
+    weights = [cost.new_full((1, size), -math.log(size)) for size in (6, 9)]
+    near = softmin(0.01, weights[1], "xy", torch.zeros(1, 9))
+    for distance in (-100.0, 100.0):
+        assert softmin(0.01, weights[0], "yx", near + distance).isfinite().all()
 
 
 @pytest.mark.parametrize("enabled", [True, False])

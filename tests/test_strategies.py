@@ -1,4 +1,4 @@
-"""Representation transfer under Lightning's strategies: the weights that one process with the whole batch would give."""
+"""Representation transfer under Lightning's strategies: the weights that one process with all samples would give."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_untested_strategies_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     # Lightning builds this one on GPUs alone.
     monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: object.__new__(FSDPStrategy)))
     monkeypatch.setattr(pl.Trainer, "world_size", property(lambda _: 2))
-    with pytest.raises(MisconfigurationException, match="FSDPStrategy was never run .* strict=False"):
+    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy was never run .* strict=False"):
         OTRTCallback(net(6, seed=2), LAYERS).setup(trainer, PlainTask((1, 1)), "fit")
     with pytest.warns(UserWarning, match="FSDPStrategy was never run"):
         assert shared_batch(trainer, strict=False) == (True, None)
@@ -282,7 +282,7 @@ def test_multi_node_example(launcher: str, tmp_path: Path) -> None:
     port = free_port()
     workers = []
     for node in range(2):
-        script = [str(ROOT / "examples/multi_node.py"), "--nodes", "2", "--devices", "1", "--epochs", "1"]
+        script = ["-m", "examples.multi_node", "--nodes", "2", "--devices", "1", "--epochs", "1"]
         if launcher == "torchrun":
             place = ["--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
             command = [sys.executable, "-m", "torch.distributed.run", *place, f"--master-port={port}", *script]
