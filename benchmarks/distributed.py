@@ -25,12 +25,13 @@ from lightning_otrt import RepresentationTransfer
 RESULTS = Path(__file__).parent / "results"
 COSTS = ("correlation", "sqeuclidean", "euclidean")
 WIDTHS = (64, 256, 1024)
-#: Observations of one process: 64 samples pooled to one position, to 4 x 4.
+#: Observations of one process for the alternative: 64 samples pooled to one position, to 4 x 4. Buffers know none.
 OBSERVATIONS = (64, 1024)
 PROCESSES = (1, 2, 4)
+WORLDS = (2, 4, 64)
 SOLVE_EVERY = 10
 BATCH = 64  # samples over all processes in the timed runs
-REPEATS = 30
+REPEATS = 20
 
 
 def counted(function: Any, sent: list[int]) -> Any:
@@ -66,16 +67,16 @@ def count_bytes(width: int, observations: int, cost: str) -> dict[str, list[int]
 def time_steps(cost: str, mode: str) -> float:
     """Median seconds of a training step, its ten calls with one solve averaged; modes: none, global, local."""
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in ((3, 64), (64, 64))]
-    student: nn.Module = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    teacher = nn.Sequential(nn.Conv2d(3, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1))
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in ((3, 32), (32, 32))]
+    student: nn.Module = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    teacher = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
     size = dist.get_world_size()
     if size > 1:
         student = nn.parallel.DistributedDataParallel(student)
     transfer = RepresentationTransfer(
         teacher, {"0": "0", "1": "2"}, cost=cost, memory=0, solve_every=SOLVE_EVERY, global_batch=mode == "global"
     )
-    x, y = torch.randn(BATCH // size, 3, 16, 16), torch.randint(10, (BATCH // size,))
+    x, y = torch.randn(BATCH // size, 3, 8, 8), torch.randint(10, (BATCH // size,))
     seconds = []
 
     def step() -> None:
@@ -107,10 +108,10 @@ def work(rank: int, size: int, store: str, out: str) -> None:
     traffic = []
     if size > 1:
         for width in WIDTHS:
-            for observations in OBSERVATIONS:
-                for cost in COSTS:
-                    found = count_bytes(width, observations, cost)
-                    traffic.append({"width": width, "observations": observations, "cost": cost, **found})
+            for cost in COSTS:
+                traffic.append({"width": width, "cost": cost, **count_bytes(width, OBSERVATIONS[0], cost)})
+        for cost in COSTS:
+            assert count_bytes(WIDTHS[0], OBSERVATIONS[1], cost) == count_bytes(WIDTHS[0], OBSERVATIONS[0], cost)
     times = {"none": time_steps(COSTS[0], "none")}
     for cost in COSTS:
         for mode in ("local", "global"):
@@ -143,18 +144,17 @@ def table(results: list[dict[str, Any]]) -> str:
         "Bytes of the buffers that one process gives to all-reduce, for one pair of `N` student and `N` teacher",
         "neurons, float32, counted in the run. Between solves a call of the correlation sends two buffers, the others",
         f"one; a call that solves sends one for all pairs. The step is the mean of {SOLVE_EVERY} calls with one solve.",
-        "*Gather* is the alternative: every process receives the activations of all (`2 N` neurons, observations `n`",
-        "of a process each); it grows with the processes, and so does each one's work on the cost matrix.",
+        "*Gather* is the alternative: every process receives the activations of all (`2 N` neurons, `n` observations",
+        "of a process each); it grows with `n` and the processes `W`, and so does each one's work on the cost matrix.",
         "",
-        "| N | n | cost | solve | between | step | gather, 2 processes | gather, 4 | gather, 64 |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        f"| N | cost | solve | between | step | {' | '.join(_head(n, w) for n in OBSERVATIONS for w in WORLDS)} |",
+        f"|---:|---|---:|---:|---:|{'---:|' * len(OBSERVATIONS) * len(WORLDS)}",
     ]
     for row in results[-1]["traffic"]:
         solve, between = sum(row["solve"]), sum(row["between"])
         step = (solve + (SOLVE_EVERY - 1) * between) / SOLVE_EVERY
-        gather = [8 * row["width"] * row["observations"] * size for size in (2, 4, 64)]
-        sizes = " | ".join(map(_size, (solve, between, step, *gather)))
-        lines.append(f"| {row['width']} | {row['observations']} | {row['cost']} | {sizes} |")
+        gather = [8 * row["width"] * n * size for n in OBSERVATIONS for size in WORLDS]
+        lines.append(f"| {row['width']} | {row['cost']} | {' | '.join(map(_size, (solve, between, step, *gather)))} |")
     same = results[-2]["traffic"] == results[-1]["traffic"]
     lines += [
         "",
@@ -162,7 +162,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "2 (W - 1) / W times the buffer through each process, a gather (W - 1) / W times its total.",
         "",
         f"Milliseconds of a training step (forward, backward, DDP) of {BATCH} samples over all processes, two pairs of",
-        f"64 → 128 neurons with 16 positions; {os.cpu_count()} cores, one thread a process, torch {torch.__version__},",
+        f"32 → 64 neurons with 16 positions; {os.cpu_count()} cores, one thread a process, torch {torch.__version__},",
         "gloo on one machine. *Local* is `global_batch=False`.",
         "",
         f"| processes | no term | {' | '.join(f'{cost}, local | global' for cost in COSTS)} |",
@@ -172,6 +172,10 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [f"{1000 * seconds:.1f}" for seconds in result["seconds"].values()]
         lines.append(f"| {result['processes']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _head(observations: int, size: int) -> str:
+    return f"gather, n = {observations}, W = {size}"
 
 
 def _size(count: float) -> str:
@@ -184,7 +188,10 @@ def _size(count: float) -> str:
 
 def main() -> None:
     """Measure and write both files."""
-    results = [measure(size) for size in PROCESSES]
+    results = []
+    for size in PROCESSES:
+        results.append(measure(size))
+        print(f"{size} processes measured", flush=True)
     RESULTS.mkdir(exist_ok=True)
     about = {"torch": torch.__version__, "machine": platform.platform(), "cores": os.cpu_count(), "results": results}
     (RESULTS / "distributed.json").write_text(json.dumps(about, indent=1) + "\n")

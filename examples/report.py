@@ -184,7 +184,7 @@ def save_figure(path: Path, panels: dict[str, Accuracies], teachers: dict[str, f
         if teachers and title in teachers:
             axis.axhline(teachers[title], color="black", linestyle="--", linewidth=1)
             axis.annotate("teacher", (-0.35, teachers[title]), (0, -4), textcoords="offset points", va="top")
-        axis.set(title=title, ylabel="test accuracy, %", xlim=(-0.4, len(accuracies) - 0.4))
+        axis.set(title=title.replace(", ", "\n"), ylabel="test accuracy, %", xlim=(-0.4, len(accuracies) - 0.4))
         axis.set_xticks(positions, list(accuracies))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_otrt.engine import BLURRING_EPSILON
 from lightning_otrt.recording import View
 from lightning_otrt.tracing import named_layers
 from lightning_otrt.transfer import RepresentationTransfer
@@ -18,6 +19,8 @@ __all__ = ["Advice"]
 
 #: Looks in a row that have to show the same before it counts: the first steps and single batches are no rule.
 PATIENCE = 3
+#: Kinds of plan that follow the cost.
+SOLVED = ("sinkhorn", "exact", "static")
 #: Ratios of the gradient of the term, at its full weight, to that of the task outside of which something is off.
 WEAK, STRONG = 0.01, 10.0
 #: Share of all pairs of neurons over which a plan spreads its mass, at which it hardly matches any more.
@@ -54,7 +57,8 @@ class Advice:
         transfer = self.transfer
         for label, distance in zip(labels, transfer.distances, strict=False):
             entropy = values.get(f"otrt/entropy/{label}", math.nan)
-            if distance.plan is None or transfer.plan in ("uniform", "random", "identity"):
+            # With a large epsilon the engine has said so at its first plan.
+            if distance.plan is None or transfer.plan not in SOLVED or transfer.epsilon >= BLURRING_EPSILON:
                 continue
             rows, columns = distance.plan.shape
             spread = (rows * columns) ** (entropy - 1)
@@ -62,9 +66,9 @@ class Advice:
                 self.warn(
                     "uniform",
                     f"The transport plan of {label!r} is nearly uniform: its mass spreads over {spread:.0%} of all "
-                    f"pairs of {rows} student and {columns} teacher neurons, so that hardly anything is matched. Lower "
-                    f"`epsilon` (now {transfer.epsilon:g}), give the plan more observations (a larger batch, "
-                    "memory=0.98, layers with positions), or choose other layers.",
+                    f"pairs of {rows} student and {columns} teacher neurons, so that hardly anything is matched: the "
+                    "costs hardly differ. Look for dead neurons and constant inputs, choose other layers, or lower "
+                    f"`epsilon` (now {transfer.epsilon:g}).",
                 )
         share = values.get("otrt/gradient_share", math.nan)
         if not 0 < share < 1 or not transfer.current_weight:
@@ -89,7 +93,7 @@ class Advice:
 
     def _few_observations(self, views: Sequence[View]) -> None:
         transfer = self.transfer
-        if transfer.engine is None or transfer.plan not in ("sinkhorn", "exact"):
+        if transfer.engine is None or transfer.plan not in ("sinkhorn", "exact"):  # a static plan has a memory
             return
         for index, (pair, state) in enumerate(zip(transfer.pairs, transfer.engine.pairs, strict=True)):
             if state.plan is None or state.memory != 0:

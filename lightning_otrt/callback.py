@@ -292,15 +292,19 @@ class OTRTCallback(TransferCallback):
 
     Example:
         >>> import lightning as L
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
         >>> from torch import nn
+        >>> from torch.utils.data import DataLoader
         >>> from lightning_otrt import OTRTCallback
         >>> teacher = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
-        >>> callback = OTRTCallback(teacher, layers={"layer": "2"}, weight=0.5)
+        >>> callback = OTRTCallback(teacher, layers={"layer": "1"}, weight=0.5)
         >>> trainer = L.Trainer(
-        ...     callbacks=[callback], max_steps=1, logger=False, barebones=True, accelerator="cpu"
-        ... )  # doctest: +SKIP
-        >>> trainer.fit(BoringModel())  # doctest: +SKIP
+        ...     callbacks=[callback], max_steps=1, limit_val_batches=0, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel(), DataLoader(RandomDataset(32, 64), batch_size=16))
+        >>> sorted(name for name in trainer.callback_metrics if "otrt" in name)
+        ['otrt/layer', 'otrt/weight', 'train/otrt']
     """
 
     def __init__(

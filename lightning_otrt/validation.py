@@ -88,7 +88,8 @@ class ValidationDistances:
                 teacher_args, teacher_kwargs = teacher.inputs_for(args, kwargs)
                 masks = padding_mask(args, kwargs), padding_mask(teacher_args, teacher_kwargs)
                 self._recorder.current = View("", student_mask=masks[0], teacher_mask=masks[1])
-                teacher.run(teacher_args, teacher_kwargs)
+                with self._recorder.teacher_running():
+                    teacher.run(teacher_args, teacher_kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             self._fail(error)
 

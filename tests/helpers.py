@@ -9,11 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 CLASSES = 3
-#: Pairs of the shared networks; weights of a half are exact in binary, so that sums do not depend on how they are formed.
+#: Pairs of the shared networks. There are two: weights of a half are exact in binary, so that sums are too.
 LAYERS = {"net.block1": "block1", "net.block2": "block2"}
 
 
@@ -88,7 +88,9 @@ def make_teacher(width: int = 6) -> Net:
         torch.manual_seed(2)
         for buffer in teacher.buffers():
             if buffer.is_floating_point():
-                buffer.mul_(torch.empty_like(buffer).uniform_(0.1, 0.2)).add_(torch.empty_like(buffer).uniform_(-0.1, 0.1))
+                buffer.mul_(torch.empty_like(buffer).uniform_(0.1, 0.2)).add_(
+                    torch.empty_like(buffer).uniform_(-0.1, 0.1)
+                )
     return teacher
 
 

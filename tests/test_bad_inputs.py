@@ -497,6 +497,8 @@ class OddStrategy(Strategy):
     """One with which the package was never run."""
 
     root_device = torch.device("cpu")
+    global_rank = local_rank = node_rank = 0
+    world_size = 1
     is_global_zero = True
 
     def barrier(self, name: str | None = None) -> None: ...
@@ -1057,16 +1059,18 @@ def twice_differentiated(transfer: RepresentationTransfer, student: nn.Module) -
     sum(gradient.square().sum() for gradient in gradients).backward()
 
 
-def other_widths(transfer: RepresentationTransfer, student: nn.Module) -> None:
-    transfer.detach()
-    transfer.attach(seeded(0, Net, 5))
-    one_step(transfer, transfer._student)
+def two_students() -> None:
+    transfer = plain()
+    for width in (4, 5):
+        student = seeded(0, Net, width)
+        with transfer.attached(student):
+            one_step(transfer, student)
 
 
 def other_state(transfer: RepresentationTransfer, student: nn.Module) -> None:
-    first = plain(layers={"block2": "block2"})
-    with first.attached(seeded(0, Net)) as _, first.recording():
-        one_step(first, first._student)
+    first, same = plain(layers={"block2": "block2"}), seeded(0, Net)
+    with first.attached(same):
+        one_step(first, same)
     transfer.load_state_dict(first.state_dict())
 
 
@@ -1127,7 +1131,7 @@ ORDERS: list[tuple[str, Callable[[], Any], Error, tuple[str, ...]]] = [
     ),
     (
         "another student",
-        lambda: calls(one_step, other_widths),
+        two_students,
         ValueError,
         ("'block1' -> 'block1' has 5 student and 6 teacher neurons", "the shape (4, 6)", "`reset()`"),
     ),
@@ -1184,7 +1188,10 @@ class Log(pl.Callback):
         self.logged: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+        # The Trainer keeps what earlier steps logged.
+        has_term = any(distance.plan is not None for distance in KEPT[0].distances)
+        names = [name for name in trainer.logged_metrics if has_term or name == "otrt/weight"]
+        self.logged.append({name: float(trainer.logged_metrics[name]) for name in names})
 
 
 def dead(net: Net) -> Net:
@@ -1235,9 +1242,15 @@ def compiled_task() -> Task:
     return task
 
 
+def check_terms(seen: Seen) -> None:
+    """Each step has a term."""
+    assert seen.terms
+    assert all(term is not None and 0 < term < 2 for term in seen.terms), seen.terms
+
+
 def check_all(seen: Seen) -> None:
     """Each step has a term, and it has an effect."""
-    assert all(term is not None and 0 < term < 2 for term in seen.terms), seen.terms
+    check_terms(seen)
     assert seen.is_changed
 
 
@@ -1274,6 +1287,18 @@ def check_two_to_one(seen: Seen) -> None:
     assert sum(parts) / 2 == pytest.approx(seen.terms[-1])
 
 
+def check_equal(seen: Seen) -> None:
+    """Nothing to learn at the start, and something to keep later."""
+    assert seen.terms[0] == pytest.approx(0, abs=1e-3)
+    assert seen.terms[1] > 10 * seen.terms[0]
+    assert seen.is_changed
+
+
+def check_no_effect(seen: Seen) -> None:
+    check_terms(seen)
+    assert not seen.is_changed
+
+
 def check_spoilt(seen: Seen) -> None:
     """NaN is left in the loss, and kept out of the plans."""
     assert [term == term for term in seen.terms] == [True, False, False]
@@ -1304,9 +1329,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
     (Fit("smaller last batch", data=lambda: batches(8, 8, 3)), [], check_all),
     (
         Fit("last batches too small", layers="penultimate", data=lambda: batches(8, 1, 8, 1)),
-        [
-            "'net.dropout:input' -> 'dropout:input' has 1 observations, and fewer than 3 carry no correlation: the pair is skipped"
-        ],
+        ["'net.dropout:input' -> 'dropout:input' has 1 observations, and fewer than 3 carry no correlation: the pair"],
         check_steps(True, False, True, False),
     ),
     (
@@ -1316,9 +1339,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
             options={"strict": False},
             data=lambda: batches(1, 1),
         ),
-        [
-            "'net.dropout:input' -> 'dropout:input' has 1 observations, and fewer than 3 carry no correlation: the pair is skipped"
-        ],
+        ["'net.dropout:input' -> 'dropout:input' has 1 observations, and fewer than 3 carry no correlation: the pair"],
         check_none,
     ),
     (
@@ -1347,7 +1368,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
         [],
         check_all,
     ),
-    (Fit("dead student, euclidean", task=dead_task, options={"cost": "euclidean"}), [], check_all),
+    (Fit("dead student, euclidean", task=dead_task, options={"cost": "euclidean"}), [], check_terms),
     (
         Fit("two teacher layers for one", layers=[("net.block1", "block1"), ("net.block1", "block2")]),
         [],
@@ -1402,7 +1423,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
             task=lambda: make_task(norm=False),
         ),
         [],
-        lambda seen: None,
+        check_equal,
     ),
     (Fit("weight of zero", options={"weight": 0.0}), [], check_none),
     (
@@ -1426,7 +1447,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
     (
         Fit("layers that no optimizer holds", task=lambda: make_task(HeadOptimizer)),
         ["The transfer term has no effect: it reaches the parameters ['net.block1.0.bias'"],
-        lambda seen: None,
+        check_no_effect,
     ),
     (
         Fit("NaN in the student later", task=lambda: make_task(Spoiling), data=lambda: loader(24)),
@@ -1458,7 +1479,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
         ["OddStrategy was never run with representation transfer"],
         check_all,
     ),
-    (Fit("steps that return nothing", task=lambda: make_task(NoStep)), [], lambda seen: None),
+    (Fit("steps that return nothing", task=lambda: make_task(NoStep)), [], check_none),
     (
         Fit("two teachers for the same layers", others=lambda: [OTRTCallback(make_teacher(5), dict(LAYERS))]),
         [],
@@ -1496,3 +1517,141 @@ def heard() -> Iterator[list[str]]:
             warnings.filterwarnings("ignore", message=line.removeprefix("ignore:"))
         yield messages
     messages += [str(warning.message) for warning in found]
+
+
+def test_a_loss_that_is_never_asked_for() -> None:
+    with heard() as messages:
+        calls(forward, forward)
+    [message] = messages
+    told(message, ("2 forwards of the student were recorded", "`loss` was never called", "Add `transfer.loss()`"))
+
+
+# Resuming
+
+
+RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]] = [
+    ("the same", Fit(""), Fit(""), None, ()),
+    ("another weight and plan", Fit(""), Fit("", options={"weight": 9.0, "plan": "exact"}), None, ()),
+    ("from a run without the term", None, Fit(""), None, ()),
+    (
+        "in a run without the term",
+        Fit(""),
+        None,
+        None,
+        ("callbacks used to create the checkpoint need to be provided",),
+    ),
+    (
+        "other layers",
+        Fit(""),
+        Fit("", layers="penultimate"),
+        MisconfigurationException,
+        ("'net.block1", "this run has", "'penultimate'", "plans and statistics cannot go on", "load the weights alone"),
+    ),
+    (
+        "layers that are others by their order",
+        Fit("", layers=[("net.block1", "block1"), ("net.block2", "block2")]),
+        Fit("", layers=[("net.block2", "block2"), ("net.block1", "block1")]),
+        MisconfigurationException,
+        ("`layers` or the teacher changed", "Resume with the same ones"),
+    ),
+    (
+        "a teacher of other widths",
+        Fit(""),
+        Fit("", teacher=lambda _: make_teacher(7)),
+        MisconfigurationException,
+        ("`layers` or the teacher changed", "load the weights alone"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "error", "words"), [case[1:] for case in RESUMES], ids=[c[0] for c in RESUMES]
+)
+def test_resumes(
+    first: Fit | None, then: Fit | None, error: Error | None, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    def fit(case: Fit | None, steps: int, path: Path | None = None) -> pl.Trainer:
+        added = [OTRTCallback(case.teacher(task), case.layers, **{"weight": 2.0, **case.options})] if case else []
+        KEPT.extend(one.transfer for one in added)
+        trainer = make_trainer(callbacks=added, max_steps=steps)
+        trainer.fit(task, loader(16), ckpt_path=path, weights_only=True if path else None)
+        return trainer
+
+    task = make_task()
+    fit(first, 2).save_checkpoint(tmp_path / "a.ckpt")
+    task = make_task()
+    if error is not None:
+        with heard(), pytest.raises(error) as raised:
+            fit(then, 4, tmp_path / "a.ckpt")
+        told(raised.value, words)
+    else:
+        with heard() as messages:
+            assert fit(then, 4, tmp_path / "a.ckpt").global_step == 4
+        assert len(messages) == len(words), messages
+        told("".join(messages), words)
+    assert_nothing_left(task, make_teacher())
+
+
+# The other Lightning package
+
+
+def other_trainer(**options: Any) -> Any:
+    silent = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return other_lightning.Trainer(accelerator="cpu", max_steps=2, logger=False, **silent, **options)
+
+
+OTHERS: list[tuple[str, Callable[[], Any], Callable[[Any], Any], Callable[[], nn.Module], Error, tuple[str, ...]]] = [
+    (
+        "Trainer and module of the other package",
+        lambda: other_trainer(callbacks=[OTRTCallback(make_teacher(), dict(LAYERS))]),
+        lambda task: task,
+        OtherTask,
+        MisconfigurationException,
+        (
+            "OTRTCallback is a callback of the `lightning` package",
+            "one of `pytorch_lightning`",
+            "import lightning as L",
+        ),
+    ),
+    (
+        "module of the other package",
+        lambda: make_trainer(callbacks=[OTRTCallback(make_teacher(), dict(LAYERS))]),
+        lambda task: task,
+        OtherTask,
+        TypeError,
+        ("must be a `LightningModule`", "OtherTask"),
+    ),
+    (
+        "Trainer of the other package",
+        lambda: other_trainer(callbacks=[OTRTCallback(make_teacher(), dict(LAYERS))]),
+        lambda task: task,
+        make_task,
+        TypeError,
+        ("must be a `LightningModule`", "Task"),
+    ),
+    (
+        "wrapped, with a Trainer of the other package",
+        other_trainer,
+        lambda task: OTRTModule(task, make_teacher(), dict(LAYERS)),
+        make_task,
+        TypeError,
+        ("must be a `LightningModule`", "Task"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "wrap", "make", "error", "words"), [case[1:] for case in OTHERS], ids=[case[0] for case in OTHERS]
+)
+def test_the_other_lightning_package(
+    trainer: Callable[[], Any],
+    wrap: Callable[[Any], Any],
+    make: Callable[[], nn.Module],
+    error: Error,
+    words: tuple[str, ...],
+) -> None:
+    task = make()
+    with heard(), pytest.raises(error) as raised:
+        trainer().fit(wrap(task), loader(16))
+    told(raised.value, words)
+    assert_nothing_left(task, make_teacher())

@@ -77,6 +77,7 @@ def random_state() -> tuple[Any, ...]:
 # A weight of zero, and of next to nothing
 
 
+@pytest.mark.filterwarnings("ignore:The weight of the transfer term was 0 in all 4 training steps")
 @pytest.mark.parametrize("schedule", [None, lambda step: 0.0])
 @pytest.mark.parametrize("layers", [LAYERS, "auto"])
 def test_a_weight_of_zero_is_a_fit_without_the_plugin(layers, schedule):
@@ -117,7 +118,9 @@ def test_a_weight_of_next_to_nothing_leaves_random_numbers_and_statistics_alone(
     found, plain = weights(found), weights(plain)
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12)
-    assert_same(*({name: v for name, v in side.items() if "running" in name or "batches" in name} for side in (found, plain)))
+    assert_same(
+        *({name: v for name, v in side.items() if "running" in name or "batches" in name} for side in (found, plain))
+    )
 
 
 # What is left behind
@@ -163,7 +166,18 @@ class FailingSetup(pl.Callback):
 
 
 #: Where a fit ends; the callback is to clean up in all of them.
-PLACES = ["nowhere", "stop", "training_step", "backward", "validation", "sanity", "optimizers", "setup", "forward", "term"]
+PLACES = [
+    "nowhere",
+    "stop",
+    "training_step",
+    "backward",
+    "validation",
+    "sanity",
+    "optimizers",
+    "setup",
+    "forward",
+    "term",
+]
 
 
 ENDS = [
@@ -200,7 +214,7 @@ def test_nothing_is_left_behind(place, error, way, dtype):
         if place in ("nowhere", "stop"):
             fit_with_validation(model, callbacks)
         else:
-            with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt), match="on purpose|^$|0|1"):
+            with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt), match=r"on purpose|^$|0|1"):
                 fit_with_validation(model, callbacks)
     transfer = model.otrt if way == "wrapper" else callback.transfer
     task.place = ""
@@ -218,7 +232,7 @@ def test_nothing_is_left_behind(place, error, way, dtype):
     error.__traceback__ = error.__context__ = None  # its frames hold what was recorded
     gc.collect()
     assert not [view for view in views if view() is not None]
-    assert not torch._dynamo.eval_frame._stance.stance == "force_eager"
+    assert torch._dynamo.eval_frame._stance.stance != "force_eager"
     # The same objects can be fitted afterwards.
     if place != "term":
         make_trainer(callbacks=[callback] if way == "callback" else []).fit(model, loader(), loader(16))
@@ -650,7 +664,9 @@ def test_a_moving_average_has_no_teacher_and_no_hook():
             kept.append(averaging._average_model)
 
     with forwards(teacher) as count:
-        make_trainer(callbacks=[make_callback(teacher), averaging, Keep()], max_epochs=1).fit(task, loader(), loader(16))
+        make_trainer(callbacks=[make_callback(teacher), averaging, Keep()], max_epochs=1).fit(
+            task, loader(), loader(16)
+        )
         calls = len(count)
         average = kept[-1].module
         assert not [name for name, part in average.named_modules() if part is teacher]

@@ -187,5 +187,3 @@ def test_a_misspelt_configuration_is_named(tmp_path, capsys, change, words):
     with pytest.raises((SystemExit, ValueError)) as error:
         run(tmp_path, {"teacher": NET, **change})
     assert words in str(error.value) + capsys.readouterr().err
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -194,7 +194,9 @@ CONTEXTS = {
     "manual": Context(Manual),
     "manual in bf16-mixed": Context(Manual, trainer=lambda: {"precision": "bf16-mixed"}),
     "dictionary": Context(Dictionary),
-    "dictionary with accumulation": Context(Dictionary, trainer=lambda: {"accumulate_grad_batches": 4, "max_epochs": 2}),
+    "dictionary with accumulation": Context(
+        Dictionary, trainer=lambda: {"accumulate_grad_batches": 4, "max_epochs": 2}
+    ),
     "None": Context(Skipping, trainer=lambda: {"max_epochs": 2}),
     "a forward without gradient": Context(LookingAhead),
     "dropout": Context(options={"dropout": 0.5}),
@@ -372,7 +374,7 @@ def test_lbfgs_keeps_the_statistics_of_a_batch():
 class Adversarial(Task):
     """Inner steps of an attack with gradient, left out of the term."""
 
-    transfer: list[RepresentationTransfer] = []
+    transfer: ClassVar[list[RepresentationTransfer]] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -474,8 +476,10 @@ def test_reentrant_checkpointing_of_recorded_layers_is_an_error(from_inside):
         task.net.block1 = Reentrant(block)
     else:
         task.net.forward = lambda x: task.net.head(checkpoint(block, x, use_reentrant=True).mean((2, 3)).repeat(1, 2))
-    x, y = next(iter(loader()))
-    transfer = RepresentationTransfer(make_teacher(), layers={"net.block1.inner" if from_inside else "net.block1": "block1"})
+    x, _ = next(iter(loader()))
+    transfer = RepresentationTransfer(
+        make_teacher(), layers={"net.block1.inner" if from_inside else "net.block1": "block1"}
+    )
     with transfer.attached(task):
         task(x.requires_grad_())
         with pytest.raises(RuntimeError, match=r"net\.block1.*use_reentrant=False"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import LAYERS, Task, assert_same, hooks, loader, make_task, make_teacher, weights
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_otrt import LinearWarmup, OTRTCallback, RepresentationTransfer
 from lightning_otrt.gradients import GradientProbe, suggest_weight
@@ -22,7 +22,7 @@ def norms_by_hand(student, transfer, batch):
     outputs = {}
     handles = [
         student.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: outputs.setdefault(name, output)
+            lambda module, args, output, name=name: outputs.update({name: output})
         )
         for name in NET_LAYERS
     ]
@@ -176,13 +176,13 @@ class TestSuggestWeight:
             suggest_weight(net, teacher, [torch.randn(4, 1, 8, 8)], loss_fn=F.cross_entropy)
         with pytest.raises(ValueError, match="at least one batch"):
             suggest_weight(net, teacher, [], loss_fn=F.cross_entropy)
+        other = nn.Parameter(torch.ones(()))
+
+        def unrelated(batch):
+            net(batch[0])
+            return other * 1
+
         with pytest.raises(ValueError, match="no gradient at the student layers"):
-            other = nn.Parameter(torch.ones(()))
-
-            def unrelated(batch):
-                net(batch[0])
-                return other * 1
-
             suggest_weight(net, teacher, loader(), task_loss=unrelated)
 
     def test_a_training_step_that_needs_a_trainer(self):
@@ -190,7 +190,7 @@ class TestSuggestWeight:
             def training_step(self, batch, batch_idx):
                 return self.loss(batch) * self.trainer.max_epochs
 
-        with pytest.raises(TypeError, match="needs a Trainer.*Pass `task_loss`"):
+        with pytest.raises(TypeError, match=r"needs a Trainer.*Pass `task_loss`"):
             suggest_weight(NeedsTrainer(), RepresentationTransfer(make_teacher(), LAYERS), loader())
 
         class Manual(Task):

@@ -142,7 +142,9 @@ def test_the_learning_rate_finder_tunes_the_task(tmp_path: Path):
     for name in ("wrapped", "plain"):
         task = make_task()
         trainer = make_trainer(max_epochs=1, default_root_dir=tmp_path, enable_checkpointing=True)
-        finder = Tuner(trainer).lr_find(wrap(task, weight=20.0) if name == "wrapped" else task, loader(), num_training=8)
+        finder = Tuner(trainer).lr_find(
+            wrap(task, weight=20.0) if name == "wrapped" else task, loader(), num_training=8
+        )
         losses[name] = finder.results["loss"][0]
     assert losses["wrapped"] > losses["plain"] + 1
 

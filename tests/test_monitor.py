@@ -27,6 +27,7 @@ from helpers import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_otrt import LinearWarmup, NeuronTransportDistance, OTRTCallback, OTRTModule
 from lightning_otrt.monitor import OTRTMonitor
@@ -39,6 +40,12 @@ def fit(task, *callbacks, data=None, validation=None, **options):
     trainer = make_trainer(callbacks=list(callbacks), **options)
     trainer.fit(task, loader() if data is None else data, validation)
     return trainer
+
+
+def repeated(count: int) -> DataLoader:
+    """The same batch several times."""
+    x, y = next(iter(loader(batch_size=32)))
+    return DataLoader(TensorDataset(x.repeat(count, 1, 1, 1), y.repeat(count)), batch_size=32)
 
 
 def rows(logger) -> list[dict[str, str]]:
@@ -80,14 +87,14 @@ class TestTraining:
     def test_share_is_that_of_gradients_by_hand(self):
         task, teacher = make_task(lr=0.0), make_teacher()
         callback = OTRTCallback(teacher, {"net.block2": "block2"}, weight=4.0, solve_every=1)
-        data = [next(iter(loader(batch_size=32)))] * 2
+        data = repeated(2)
         trainer = fit(task, callback, OTRTMonitor(2, figures=False), data=data, max_steps=2)
         share = trainer.callback_metrics["otrt/gradient_share"].item()
         outputs = []
-        with task.net.block2.register_forward_hook(lambda module, args, output: outputs.append(output)):
-            with callback.transfer.attached(task):
-                loss = task.loss(data[0])
-                term = callback.transfer.loss()
+        hook = task.net.block2.register_forward_hook(lambda module, args, output: outputs.append(output))
+        with hook, callback.transfer.attached(task):
+            loss = task.loss(next(iter(data)))
+            term = callback.transfer.loss()
         norms = [torch.autograd.grad(part, outputs[-1], retain_graph=True)[0].norm() for part in (loss, term)]
         assert share == pytest.approx(float(norms[1] / (norms[0] + norms[1])), rel=1e-2)
 
@@ -97,7 +104,7 @@ class TestTraining:
         for extra in ({}, options):
             task = make_task(lr=0.0)
             callback = OTRTCallback(make_teacher(), LAYERS)
-            data = [next(iter(loader(batch_size=32)))] * 4
+            data = repeated(4)
             trainer = fit(task, callback, OTRTMonitor(4, figures=False), data=data, max_epochs=1, **extra)
             shares.append(trainer.callback_metrics["otrt/gradient_share"].item())
         assert shares[1] == pytest.approx(shares[0], rel=0.05)
@@ -268,10 +275,13 @@ class TestFigures:
             def log_metrics(self, metrics, step=None):
                 pass
 
+            def log_hyperparams(self, params=None):
+                pass
+
             def log_image(self, key, images, step=None, **kwargs):
                 calls.append(("wandb", key, type(images[0]).__name__, step))
 
-            name, version, save_dir = "wandb", "0", str(tmp_path)
+            name, version, save_dir, experiment = "wandb", "0", str(tmp_path), None
 
             def finalize(self, status):
                 pass
@@ -284,6 +294,9 @@ class TestFigures:
                 @staticmethod
                 def log_figure(run_id, figure, artifact_file):
                     calls.append(("mlflow", run_id, type(figure).__name__, artifact_file))
+
+            def log_hyperparams(self, params=None):
+                pass
 
             experiment, run_id = Client, "run"
             name, version, save_dir = "mlflow", "0", str(tmp_path)
@@ -350,12 +363,15 @@ class TestAdvice:
         assert any("weights of its teacher" in text for text in self.told(task, OTRTCallback(teacher, LAYERS)))
 
     def test_uniform_plan(self):
-        callback = OTRTCallback(make_teacher(), LAYERS, epsilon=0.9, weight=1.0)
+        def flat(y, x):
+            return 1 + 1e-4 * torch.cdist(y, x)
+
+        callback = OTRTCallback(make_teacher(), LAYERS, cost=flat, weight=1.0)
         [message] = [text for text in self.told(make_task(), callback) if "uniform" in text]
-        assert "Lower `epsilon` (now 0.9)" in message
-        assert not any(
-            "uniform" in t for t in self.told(make_task(), OTRTCallback(make_teacher(), LAYERS, plan="uniform"))
-        )
+        assert "of 4 student and 6 teacher neurons" in message
+        for plan in ("uniform", "random"):
+            callback = OTRTCallback(make_teacher(), LAYERS, plan=plan, weight=1.0)
+            assert not [text for text in self.told(make_task(), callback) if "uniform" in text]
 
     @pytest.mark.parametrize(("weight", "text"), [(1e-4, "changes next to nothing"), (1e4, "task hardly counts")])
     def test_weight_out_of_range(self, weight, text):

@@ -53,11 +53,16 @@ def test_the_block_ends_with_no_hook_left():
         assert hooks(transfer.teacher.module)
     assert not hooks(student, transfer.teacher.module)
     assert not transfer.is_attached
-    with pytest.raises(ZeroDivisionError), transfer.attached(student):
-        student(batch())
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        record_and_fail(transfer, student)
     assert not hooks(student, transfer.teacher.module)
     assert not transfer.has_views
+
+
+def record_and_fail(transfer: RepresentationTransfer, student: nn.Module) -> None:
+    with transfer.attached(student):
+        student(batch())
+        raise ZeroDivisionError
 
 
 def test_a_forward_that_fails_is_forgotten():
@@ -159,13 +164,16 @@ def test_attaching_twice_and_not_at_all():
 
 
 def test_again_and_with_another_student():
-    """What was resolved for one student is not used for another."""
+    """Plans of one student are not used for another."""
     transfer = make_transfer(layers="penultimate")
-    for width in (4, 8):
-        student = make_student(width)
-        with transfer.attached(student):
-            step(transfer, student)
-            assert transfer.distances[0].plan.shape == (2 * width, 12)
+    with transfer.attached(student := make_student(4)):
+        step(transfer, student)
+    with transfer.attached(wider := make_student(8)), pytest.raises(ValueError, match="to begin anew"):
+        step(transfer, wider)
+    transfer.reset()
+    with transfer.attached(student := make_student(8)):
+        step(transfer, student)
+        assert transfer.distances[0].plan.shape == (16, 12)
 
 
 def test_recording_can_be_switched_by_hand():
@@ -188,7 +196,7 @@ def test_constant_terms_are_refused():
         step(transfer, student)
         student.requires_grad_(False)
         student(batch())
-        with pytest.raises(RuntimeError, match=r"constant: .*'block1', 'block2'.* use_reentrant=False"):
+        with pytest.raises(RuntimeError, match=r"constant: .*'block1', 'block2'.*use_reentrant=False"):
             transfer.loss()
 
 
@@ -277,9 +285,10 @@ def test_state_goes_through_a_file():
 def test_random_numbers_are_left_alone():
     for layers in (LAYERS, "auto", "penultimate"):
         student, transfer = make_student(), make_transfer(layers=layers, plan="random")
+        x = batch()  # a DataLoader draws a seed
         before = torch.get_rng_state()
         with transfer.attached(student):
-            step(transfer, student).backward()
+            step(transfer, student, x).backward()
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -340,7 +349,10 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception] | None]] = {
     "transport_distance": (lambda: transport_distance(A, B), None),
     "transport_distance of NaN": (lambda: transport_distance(A / 0 * 0, B), ValueError),
     "transport_distance of a failing cost": (lambda: transport_distance(A, B, cost=failing), ZeroDivisionError),
-    "transport_distance of a negative cost": (lambda: transport_distance(A, B, cost=lambda y, x: -(y @ x.T) ** 2), ValueError),
+    "transport_distance of a negative cost": (
+        lambda: transport_distance(A, B, cost=lambda y, x: -((y @ x.T) ** 2)),
+        ValueError,
+    ),
     "transport_distance of other shapes": (lambda: transport_distance(A, B[:, :3]), ValueError),
     "transport_distance with the exact plan": (lambda: transport_distance(A, B, plan="exact"), None),
     "neurons": (lambda: neurons(torch.randn(4, 3, 8, 8), neuron_axis=1), None),
@@ -352,7 +364,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception] | None]] = {
     "loop with a misspelt layer": (loop(layers={"blok1": "block1"}), ValueError),
     "loop with a failing cost": (loop(cost=failing), ZeroDivisionError),
     "loop with a failing adapter": (loop(teacher_inputs=failing), ZeroDivisionError),
-    "loop with a failing teacher": (loop(teacher=FailingNet()), ZeroDivisionError),
+    "loop with a failing teacher": (loop(teacher=FailingNet()), RuntimeError),
     "loop with a failing student": (loop(FailingNet()), ZeroDivisionError),
     "loop with a student of NaN": (loop(nan_student()), ValueError),
     "loop with a failing schedule": (loop(schedule=failing), ZeroDivisionError),
