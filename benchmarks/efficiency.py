@@ -1,8 +1,8 @@
 """Does a plan from more data than one batch help, and does a plan that is rarely solved hurt?
 
-A small student from scratch learns lower-case letters from ten labels a class, with a teacher of capitals and digits, at
-batch sizes 8 and 16: ``python -m benchmarks.efficiency``. Differences are paired over seeds (images, initial weights and
-order of batches are the same), with 95 % intervals.
+A small student from scratch learns lower-case letters from ten labels a class, with a teacher of capitals and digits,
+at batch sizes 8 and 16: ``python -m benchmarks.efficiency``. Differences are paired over seeds (images, initial weights
+and order of batches are the same), with 95 % intervals.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main() -> None:
     """Run, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=6, help="number of paired runs")
-    parser.add_argument("--steps", type=int, default=800, help="steps at batch size 16; batch size 8 takes twice as many")
+    parser.add_argument("--steps", type=int, default=800, help="steps at batch size 16; 8 takes twice as many")
     parser.add_argument("--teacher-steps", type=int, default=800)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -125,8 +125,8 @@ class TransferCallback(pl.Callback):
         if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"The weight of the transfer term was 0 in all {self._seen} training steps of this fit, because "
-                f"`schedule` ({self.transfer.schedule!r}) gave 0: the teacher had no effect. Check that its steps are those of "
-                "`trainer.global_step`."
+                f"`schedule` ({self.transfer.schedule!r}) gave 0: the teacher had no effect. Check that its "
+                "steps are those of `trainer.global_step`."
             )
 
     @override
@@ -204,7 +204,7 @@ class TransferCallback(pl.Callback):
         if self._leaves_checked or self._trainer is None or self._module is None:
             return
         self._leaves_checked = True
-        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._module.named_parameters()}
         leaves = leaves_of(loss)
         trained = {
             parameter
@@ -217,8 +217,8 @@ class TransferCallback(pl.Callback):
             reached = sorted(names[parameter] for parameter in leaves)
             rank_zero_warn(
                 f"The transfer term has no effect: it reaches the parameters {reached[:5]} alone, {len(reached)} in "
-                "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or choose "
-                "`layers` that what is trained leads to."
+                "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or "
+                "choose `layers` that what is trained leads to."
             )
 
     def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
@@ -255,8 +255,8 @@ class TransferCallback(pl.Callback):
         if others:
             raise MisconfigurationException(
                 f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or "
-                "the teacher changed, so that plans and statistics cannot go on. Resume with the same ones, or load the "
-                "weights alone and start a new fit."
+                "the teacher changed, so that plans and statistics cannot go on. Resume with the same ones, or "
+                "load the weights alone and start a new fit."
             )
         rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
 

@@ -67,6 +67,8 @@ class Cost(ABC):
 
     #: Whether the mean square of the teacher scales the cost (see :meth:`energy`).
     scaled: bool = False
+    #: Whether value and gradient need the cost matrix, so that one made for the plan saves work.
+    needs_matrix: bool = False
     #: Fewest observations from which the cost can be formed.
     min_observations: int = 1
 
@@ -122,6 +124,10 @@ class Cost(ABC):
             reference: The points of :meth:`sums`.
         """
         raise NotImplementedError(f"{type(self).__name__} is no sum over observations, so it has no global batch.")
+
+    def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
+        """What :meth:`value` returns, where the cost matrix of these observations is at hand; it is overwritten."""
+        raise NotImplementedError(f"{type(self).__name__} needs no cost matrix for its value.")
 
     def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The means of the neurons, the best ``reference`` of the next sums, where ``sums`` know them."""
@@ -302,6 +308,8 @@ class EuclideanCost(SquaredEuclideanCost):
     zero, so that matched neurons come to rest. The value is not changed.
     """
 
+    needs_matrix = True
+
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
         """Root of the mean squared distances over s."""
         return super().matrix(sums, energy).sqrt_()
@@ -311,24 +319,32 @@ class EuclideanCost(SquaredEuclideanCost):
         count = _count(y)
         y, x = _centre(y, x)
         squared, count, energy = yield [_squared_distances(y, x), count, energy]
-        return self._follow(y, x, plan, squared, (count * _scale(energy))[..., None, None])
+        unit = (count * _scale(energy)).rsqrt_()
+        return self._follow(y, x, plan, squared.sqrt_(), unit, unit)
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
         """The same from the squared distances of all."""
-        scale = (sums[0] * _scale(energy))[..., None, None]
-        return self._follow(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True), scale.to(y.dtype))
+        unit = (sums[0] * _scale(energy)).rsqrt_().to(y.dtype)
+        return self._follow(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True).sqrt_(), unit, unit)
 
-    def _follow(self, y: Tensor, x: Tensor, plan: Plan, squared: Tensor, scale: Tensor) -> ValueAndGradient:
-        """Value and gradient from the squared distances, which are overwritten; they are distances times √scale."""
-        distances, unit = squared.sqrt_(), scale.rsqrt()
-        value = _dot(plan.matrix, distances) * unit[..., 0, 0]
+    def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
+        """The same from the distances over √n s."""
+        scale = _count(y) * _scale(energy)
+        return self._follow(*_centre(y, x), plan, matrix, torch.ones_like(scale), scale.reciprocal())
+
+    @staticmethod
+    def _follow(
+        y: Tensor, x: Tensor, plan: Plan, distances: Tensor, unit: Tensor, gradient_unit: Tensor
+    ) -> ValueAndGradient:
+        """Value and gradient up to units, from distances, which are overwritten."""
+        value = _dot(plan.matrix, distances) * unit
         # Where all distances are zero so is the floor, and the gradient is zero times anything finite.
         floor = (distances.mean((-2, -1), keepdim=True) * DISTANCE_FLOOR).clamp_min_(torch.finfo(y.dtype).tiny ** 0.5)
         weights = torch.div(plan.matrix, torch.maximum(distances, floor, out=distances), out=distances)
         pull = _pull(y * weights.sum(-1, keepdim=True), weights, x)
-        return value, pull.mul_(unit)
+        return value, pull.mul_(gradient_unit[..., None, None])
 
 
 class CallableCost(Cost):
@@ -384,7 +400,11 @@ def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
         ValueError: If the name is unknown.
         TypeError: If it is neither a name nor callable.
     """
-    named = {"correlation": CorrelationCost, "euclidean": EuclideanCost, "sqeuclidean": SquaredEuclideanCost}
+    named: dict[str, type[Cost]] = {
+        "correlation": CorrelationCost,
+        "euclidean": EuclideanCost,
+        "sqeuclidean": SquaredEuclideanCost,
+    }
     if isinstance(cost, Cost):
         return cost
     if isinstance(cost, str):

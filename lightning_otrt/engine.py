@@ -108,6 +108,7 @@ class TransportEngine:
     pairs: list[PairState] = field(default_factory=list)
     bad_calls: Tensor | None = None
     _warned: set[str] = field(default_factory=set)
+    _matrices: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """One state for each pair."""
@@ -186,12 +187,15 @@ class TransportEngine:
         plans: dict[int, Plan],
     ) -> list[ValueAndGradient]:
         """Value and gradient of each pair and view."""
-        return run_rounds(
-            [
-                self.cost.value(*batches[index][view], plans[index], self._energy(index), shared=False)
-                for index, view in keys
-            ]
-        )
+        results: list[ValueAndGradient] = []
+        for index, view in keys:
+            y, x = batches[index][view]
+            plan, energy, matrix = plans[index], self._energy(index), self._matrices.pop(index, None)
+            if matrix is None:
+                results += run_rounds([self.cost.value(y, x, plan, energy, shared=False)])
+            else:
+                results.append(self.cost.value_of_matrix(y, x, plan, matrix, energy))
+        return results
 
     def _observe(self, batches: dict[int, list[tuple[Tensor, Tensor]]], samples: int) -> None:
         """Feed the statistics, and solve the plans that are due."""
@@ -216,6 +220,8 @@ class TransportEngine:
                 matrix = self._accumulate(state, y, x, samples)
                 if due:
                     matrices[index] = matrix()
+                    if self.cost.needs_matrix and not state.memory and len(batch) == 1:
+                        self._matrices[index] = matrices[index]
         self._solve(matrices)
 
     def _is_due(self, state: PairState) -> bool:
@@ -289,9 +295,7 @@ class TransportEngine:
             else:
                 states = [state for index in indices if (state := self.pairs[index].potential) is not None]
                 start = torch.stack(states) if states else None
-                entropic = sinkhorn_plan(
-                    cost, self.epsilon, potential=start, iterations=TRAINING_ITERATIONS, mean=mean
-                )
+                entropic = sinkhorn_plan(cost, self.epsilon, potential=start, iterations=TRAINING_ITERATIONS, mean=mean)
                 # Its last update is that of the rows, which leaves their masses exact.
                 student_mass = cost.new_full(cost.shape[:2], 1 / cost.shape[1])
                 plans = Plan(entropic.matrix, student_mass, entropic.teacher_mass)

@@ -179,7 +179,7 @@ class NeuronReader:
                     f"{self.layer} gives {tokens} tokens after {self.prefix_tokens} prefix tokens, which do not fill "
                     f"the token grid {self.token_grid}. Inputs of one size per fit are expected."
                 )
-            x = x.unflatten(-1, self.token_grid)
+            x = x.unflatten(-1, self.token_grid)  # type: ignore[no-untyped-call]
             return pool(x, self._sizes(x.shape[2:]))
         if mask is None:
             return pool(x, self._sizes((tokens,)))

@@ -221,10 +221,10 @@ def padding_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
     named = {**(args[0] if args and isinstance(args[0], Mapping) else {}), **kwargs}
     for name in _VALID_MASKS:
         if isinstance(named.get(name), Tensor) and named[name].dim() == 2:
-            return named[name] != 0
+            return torch.ne(named[name], 0)
     for name in _PADDING_MASKS:
         if isinstance(named.get(name), Tensor) and named[name].dim() == 2 and named[name].dtype == torch.bool:
-            return ~named[name]
+            return torch.logical_not(named[name])
     return None
 
 

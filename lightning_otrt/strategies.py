@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 __all__ = ["SharedBatch", "shared_batch"]
 
@@ -31,11 +31,11 @@ def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh["data_parallel"]
         return mesh.size() > 1, mesh.get_group()
-    if not isinstance(strategy, DDPStrategy):
+    if not isinstance(strategy, (DDPStrategy, FSDPStrategy)):
         message = (
             f"{type(strategy).__name__} was never run with representation transfer: it may change what a layer gives "
             "or how gradients are averaged over processes, and the term with them. Tested are one device, "
-            'strategy="ddp" (also "ddp_spawn" and "ddp_notebook") and ModelParallelStrategy (FSDP2)'
+            'strategy="ddp" (also "ddp_spawn" and "ddp_notebook"), "fsdp" and ModelParallelStrategy (FSDP2)'
         )
         if strict:
             raise MisconfigurationException(f"{message}. Use one of these, or strict=False to try.")

@@ -189,8 +189,8 @@ class RepresentationTransfer:
                 if self.has_views and not self._asked:
                     self._warn(
                         f"{len(self._recorder.views)} forwards of the student were recorded, but `loss` was never "
-                        "called while it was attached, so that no transfer term was trained on. Add `transfer.loss()` to the "
-                        "loss of each step.",
+                        "called while it was attached, so that no transfer term was trained on. Add "
+                        "`transfer.loss()` to the loss of each step.",
                         key="loss",
                     )
         finally:

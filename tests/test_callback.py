@@ -412,6 +412,19 @@ def test_two_callbacks_add_up_and_log_under_names_of_their_own():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_callback_whose_root_lies_inside_that_of_another():
+    """It traces its layers while the forward of the other is being recorded."""
+    inner = torch.nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+    options = {"layers": {"net.block2": "1"}, "student_root": "net.block2", "weight": 1.0}
+    first, second, seen = make_callback(), OTRTCallback(inner, **options), Seen()
+    both = fitted([first, second, seen])
+    alone = Seen()
+    one = fitted([make_callback(), alone])
+    assert seen.values[0]["train/otrt"] == alone.values[0]["train/otrt"]
+    assert seen.values[0]["train/otrt/2"] > 0
+    assert differ(weights(both), weights(one))
+
+
 def test_teachers_of_one_architecture_on_the_same_layers():
     """Their states are told apart, in any order, and two callbacks alike are refused by Lightning."""
     teachers = [make_teacher(), make_teacher()]

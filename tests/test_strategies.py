@@ -17,10 +17,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import free_port, run_processes
 from test_distributed import LAYERS, assert_close, batch, net
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_otrt import OTRTCallback, OTRTModule, RepresentationTransfer
@@ -100,12 +102,13 @@ def fit(sizes: Sequence[int], cost: str, wrap: bool = False, alone: bool = False
     task = (Task if sharded else PlainTask)(sizes, alone, sharded)
     teacher = net(6, seed=2)
     layers = {f"net.{name}": other for name, other in LAYERS.items()}
-    callbacks = []
+    callbacks: list[pl.Callback] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trained = OTRTModule(task, teacher, layers, cost=cost, **OPTIONS) if wrap else task
         if not wrap:
             callbacks = [OTRTCallback(teacher, layers, cost=cost, **OPTIONS)]
+        callbacks += options.pop("extra", [])
         make_trainer(callbacks=callbacks, **options).fit(trained, DataLoader(Batches(sizes, alone), batch_size=None))
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in task.parameters()]
     return [weight.detach().clone() for weight in weights]
@@ -162,6 +165,73 @@ def test_two_nodes() -> None:
     """Two groups of processes, each with a node rank of its own."""
     sizes = (2, 3, 4, 3)
     check(run_processes(4, fit_under, ["ddp"], sizes, "correlation", 2, init=False, nodes=2), sizes, "correlation")
+
+
+def train_under_fsdp1() -> dict[str, Any]:
+    """FSDP1 without Lightning, in float64."""
+    wrap = ModuleWrapPolicy({nn.Linear, nn.Conv2d})
+    cpu = torch.device("cpu")
+    found = {}
+    for cost in ("correlation", "euclidean", "sqeuclidean"):
+        model = FullyShardedDataParallel(net(4, seed=1), use_orig_params=True, device_id=cpu, auto_wrap_policy=wrap)
+        terms = train_plain(model, cost, (1, 11), torch.distributed.get_rank())
+        with FullyShardedDataParallel.summon_full_params(model):
+            found[cost] = terms, [p.detach().clone() for p in model.parameters()]
+    return found
+
+
+def train_plain(model: nn.Module, cost: str, sizes: Sequence[int], process: int | None) -> Tensor:
+    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, cost=cost, **OPTIONS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    terms = []
+    with transfer.attached(model):
+        for call in range(STEPS):
+            x, y = batch(call, sizes)
+            part = slice(None) if process is None else slice(sum(sizes[:process]), sum(sizes[: process + 1]))
+            loss = nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum") / sum(sizes)
+            terms.append(transfer.loss())
+            (terms[-1] + loss * (1 if process is None else len(sizes))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.stack(terms).detach()
+
+
+def test_fsdp1_without_lightning() -> None:
+    for results in run_processes(2, train_under_fsdp1):
+        for cost, (terms, weights) in results.items():
+            alone = net(4, seed=1)
+            assert_close(terms, train_plain(alone, cost, (1, 11), None))
+            assert_close(weights, [p.detach() for p in alone.parameters()])
+
+
+class CpuFSDPStrategy(FSDPStrategy):
+    """Lightning looks at the very class, and allows its own on GPUs alone."""
+
+
+def fit_under_fsdp1(sizes: Sequence[int]) -> list[Tensor]:
+    found: list[Tensor] = []
+    construct = FullyShardedDataParallel.__init__
+
+    def on_cpu(self: Any, *args: Any, **options: Any) -> None:
+        construct(self, *args, **{**options, "device_id": torch.device("cpu")})
+
+    class Gather(pl.Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            with FullyShardedDataParallel.summon_full_params(trainer.strategy.model):
+                found.extend(p.detach().clone() for p in pl_module.parameters())
+
+    FullyShardedDataParallel.__init__ = on_cpu
+    strategy = CpuFSDPStrategy(auto_wrap_policy={nn.Linear, nn.Conv2d}, process_group_backend="gloo")
+    fit(sizes, "correlation", strategy=strategy, devices=2, extra=[Gather()])
+    return found
+
+
+@pytest.mark.slow
+def test_fsdp1() -> None:
+    expected = fit((5, 1), "correlation", alone=True)
+    for weights in run_processes(2, fit_under_fsdp1, (5, 1), init=False):
+        # Lightning's precision plugin casts to float32 inside.
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
 def launch(strategy: str, folder: str) -> None:
@@ -226,12 +296,12 @@ def test_a_killed_run_resumes_with_identical_results(tmp_path: Path) -> None:
 def test_untested_strategies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer()
     assert shared_batch(trainer, strict=True) == (False, None)
-    # Lightning builds this one on GPUs alone.
-    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: object.__new__(FSDPStrategy)))
+    # Not installed here.
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: object.__new__(DeepSpeedStrategy)))
     monkeypatch.setattr(pl.Trainer, "world_size", property(lambda _: 2))
-    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy was never run .* strict=False"):
+    with pytest.raises(MisconfigurationException, match=r"DeepSpeedStrategy was never run .* strict=False"):
         OTRTCallback(net(6, seed=2), LAYERS).setup(trainer, PlainTask((1, 1)), "fit")
-    with pytest.warns(UserWarning, match="FSDPStrategy was never run"):
+    with pytest.warns(UserWarning, match="DeepSpeedStrategy was never run"):
         assert shared_batch(trainer, strict=False) == (True, None)
 
 
@@ -273,6 +343,75 @@ def batch_norm() -> list[str]:
             student(torch.randn(8, 5))
             transfer.loss()
     return lines
+
+
+def teacher_runs(**options: Any) -> tuple[list[tuple[int, bool]], set[torch.dtype], int]:
+    """For each of four steps: forwards of the teacher and whether the term was exchanged; types and copies run."""
+    seen: list[torch.nn.Module] = []
+    sent: list[int] = []
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(*args: Any, **options: Any) -> Any:
+        sent.append(1)
+        return all_reduce(*args, **options)
+
+    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, **options)
+    run = transfer.teacher.run
+
+    def watched(*args: Any) -> Any:
+        seen.append(transfer.teacher.module)
+        return run(*args)
+
+    transfer.teacher.run = watched
+    torch.distributed.all_reduce = counted
+    student = net(4, seed=1)
+    steps = []
+    try:
+        with transfer.attached(student):
+            for call in range(4):
+                seen_before, sent_before = len(seen), len(sent)
+                student(batch(call, (8,))[0])
+                transfer.loss()
+                steps.append((len(seen) - seen_before, len(sent) > sent_before))
+    finally:
+        torch.distributed.all_reduce = all_reduce
+    return steps, {next(module.parameters()).dtype for module in seen}, len(set(map(id, seen)))
+
+
+def teacher_costs() -> dict[str, Any]:
+    return {
+        "bf16": teacher_runs(teacher_dtype="bfloat16"),
+        "late": teacher_runs(schedule=lambda step: float(step >= 2)),
+    }
+
+
+def test_the_teacher_runs_once_in_its_type_and_not_at_weight_zero() -> None:
+    for found in run_processes(2, teacher_costs):
+        assert found["bf16"] == ([(1, True)] * 4, {torch.bfloat16}, 1)
+        steps, _, _ = found["late"]
+        assert steps == [(0, False), (0, False), (1, True), (1, True)]
+
+
+def compiled_teacher() -> list[Tensor]:
+    teacher = torch.compile(net(6, seed=2), backend="eager")
+    part = batch(0, (4, 4))[0].split(4)[torch.distributed.get_rank()]
+    return terms_of(teacher, part)
+
+
+def terms_of(teacher: nn.Module, x: Tensor) -> list[Tensor]:
+    transfer, student = RepresentationTransfer(teacher, LAYERS), net(4, seed=1)
+    terms = []
+    with transfer.attached(student):
+        for _ in range(3):
+            student(x)
+            terms.append(transfer.loss().detach())
+    return terms
+
+
+def test_compiled_teacher() -> None:
+    expected = terms_of(net(6, seed=2), batch(0, (4, 4))[0])
+    for terms in run_processes(2, compiled_teacher):
+        assert_close(terms, expected)
 
 
 @pytest.mark.slow

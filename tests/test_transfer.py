@@ -15,6 +15,7 @@ import torch
 from helpers import CLASSES, Net, assert_same, differ, forwards, hooks, loader, make_teacher, seeded, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import lightning_otrt
 from lightning_otrt import LinearWarmup, RepresentationTransfer, load_teacher, neurons, transport_distance
@@ -22,8 +23,8 @@ from lightning_otrt import LinearWarmup, RepresentationTransfer, load_teacher, n
 LAYERS = {"block1": "block1", "block2": "block2"}
 
 
-def make_student(width: int = 4) -> Net:
-    return seeded(0, Net, width)
+def make_student(width: int = 4, *, norm: bool = True) -> Net:
+    return seeded(0, Net, width, norm=norm)
 
 
 def make_transfer(teacher: nn.Module | None = None, **options: Any) -> RepresentationTransfer:
@@ -139,6 +140,34 @@ def test_the_teacher_runs_for_forwards_that_count():
         assert len(count) == 2  # one to trace its layers
         step(transfer, student)
         assert len(count) == 3
+
+
+@pytest.mark.parametrize("grid", [4, 3])
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("part", ["root", "layer"])
+def test_recomputed_forwards_do_not_count(part, early_stop, grid):
+    """By activation checkpointing, in a backward inside the block. A grid that does not divide the map saves tensors."""
+
+    def loop(checkpointed: bool) -> tuple[list[float], dict[str, Tensor], int]:
+        student, teacher = make_student(norm=False), make_teacher()
+        transfer, values = make_transfer(teacher, grid=grid), []
+        run = student
+        if checkpointed and part == "root":
+            run = lambda x: checkpoint(student, x, use_reentrant=False)  # noqa: E731
+        if checkpointed and part == "layer":
+            inner = student.block1.forward
+            student.block1.forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+        with forwards(teacher) as count, transfer.attached(student), set_checkpoint_early_stop(early_stop):
+            for x, y in list(loader())[:3]:
+                loss = F.cross_entropy(run(x), y) + transfer.loss()
+                loss.backward()
+                values.append(float(loss.detach()))
+        return values, {name: p.grad for name, p in student.named_parameters()}, len(count)
+
+    found, expected = loop(True), loop(False)
+    assert found[0] == expected[0]
+    assert_same(found[1], expected[1])
+    assert found[2] == expected[2] == 4
 
 
 def test_discarded_forwards():
