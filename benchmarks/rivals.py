@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import ot
 import torch
@@ -22,6 +21,8 @@ from lightning_otrt.engine import TransportEngine
 Solve = Callable[[], tuple[Tensor, Tensor]]
 #: Relative error of the value that every method is tuned to.
 ACCURACY = 0.01
+#: How tables name this package.
+OURS = "lightning_otrt"
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Tuned:
     accurate: bool
 
 
-def ours(problem: Problem) -> Solve:
+def ours(problem: Problem, epsilon: float = EPSILON) -> Solve:
     """A cold solve in a training step: no plan, no potentials, no statistics."""
     engine = TransportEngine(
-        [("student", "teacher")], [1.0], problem.rule, "sinkhorn", EPSILON, memory=0.0, solve_every=10, seed=0
+        [("student", "teacher")], [1.0], problem.rule, "sinkhorn", epsilon, memory=0.0, solve_every=10, seed=0
     )
 
     def solve() -> tuple[Tensor, Tensor]:
@@ -56,30 +57,30 @@ def ours(problem: Problem) -> Solve:
     return solve
 
 
-def ours_public(problem: Problem) -> Solve:
+def ours_public(problem: Problem, epsilon: float = EPSILON) -> Solve:
     """``transport_distance``, which iterates until it has converged and checks its arguments."""
-    return lambda: _with_backward(problem, lambda y: transport_distance(y, problem.x, cost=problem.cost).value)
+
+    def value(y: Tensor) -> Tensor:
+        return transport_distance(y, problem.x, cost=problem.cost, epsilon=epsilon).value
+
+    return lambda: _with_backward(problem, value)
 
 
-def samples_loss(problem: Problem, debias: bool) -> Iterator[tuple[str, Solve]]:
-    """``geomloss.SamplesLoss``, from few iterations to many."""
+def tune_samples_loss(problem: Problem, debias: bool) -> Tuned:
+    """``geomloss.SamplesLoss``: the largest blur that is accurate, then the coarsest annealing that stays so."""
+    name = f"SamplesLoss(debias={debias})"
     power = 1 if problem.cost == "euclidean" else 2
-    scale = _points(problem, problem.y, problem.x)
-    mean = torch.cdist(*scale).pow(power).mean().item()
-    spread = torch.cat(scale)
-    diameter = (spread.amax(0) - spread.amin(0)).norm().item()
-    settings = []
-    for blur in (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005):
-        for scaling in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-            width = (blur * mean) ** (1 / power)
-            settings.append((math.log(diameter / width) / -math.log(scaling), blur, scaling, width))
-    for _, blur, scaling, width in sorted(settings):
+    mean = torch.cdist(*_points(problem, problem.y, problem.x)).pow(power).mean().item()
+
+    def at(blur: float, scaling: float) -> tuple[str, Solve]:
+        width = (blur * mean) ** (1 / power)
         loss = SamplesLoss("sinkhorn", p=power, blur=width, scaling=scaling, debias=debias, backend="tensorized")
+        setting = f"blur^p = {blur:g} mean, scaling = {scaling}"
+        return setting, lambda: _with_backward(problem, lambda y: _unit(problem) * loss(*_points(problem, y, problem.x)))
 
-        def solve(loss: Any = loss) -> tuple[Tensor, Tensor]:
-            return _with_backward(problem, lambda y: _unit(problem) * loss(*_points(problem, y, problem.x)))
-
-        yield f"blur^p = {blur} mean, scaling = {scaling}", solve
+    blurs = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0005, 0.0002, 0.0001, 0.00005, 0.00002)
+    found = next((blur for blur in blurs if problem.error(at(blur, 0.5)[1]()[0]) <= ACCURACY), blurs[-1])
+    return tune(problem, name, (at(found, scaling) for scaling in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)))
 
 
 def geomloss_batch(problem: Problem, iterations: int, epsilon: float = EPSILON) -> Solve:
@@ -105,12 +106,12 @@ def pot(problem: Problem, solver: Callable[[Tensor], Tensor]) -> Solve:
     return lambda: _with_backward(problem, value)
 
 
-def _pot_sinkhorn(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
+def _pot_sinkhorn(epsilon: float, iterations: int, cost: Tensor) -> Tensor:
     a, b = (cost.new_full((size,), 1 / size) for size in cost.shape)
     return ot.sinkhorn(a, b, cost, epsilon, numItermax=iterations, stopThr=0.0, warn=False, check_marginals=False)
 
 
-def _pot_batch(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
+def _pot_batch(epsilon: float, iterations: int, cost: Tensor) -> Tensor:
     solved = ot.batch.solve_batch(
         cost[None], epsilon, max_iter=iterations, tol=0.0, method="log_sinkhorn", grad="detach"
     )
@@ -128,27 +129,26 @@ def _assignment(cost: Tensor) -> Tensor:
     return plan
 
 
-def candidates(problem: Problem) -> Iterator[tuple[str, Iterator[tuple[str, Solve]]]]:
-    """Every rival with its settings, fastest first."""
-    grid = [(epsilon, iterations) for iterations in (5, 10, 20, 40, 80, 160, 320) for epsilon in (0.02, 0.01, 0.005)]
-    yield "SamplesLoss(debias=False)", samples_loss(problem, debias=False)
-    yield "SamplesLoss(debias=True)", samples_loss(problem, debias=True)
-    yield "solve_batch, 20 iterations", iter([("reg = 0.01 mean", geomloss_batch(problem, 20))])
-    yield (
-        "solve_batch, tuned",
-        ((f"reg = {e} mean, {i} iterations", geomloss_batch(problem, i, e)) for e, i in grid),
-    )
-    for name, solver in (("POT sinkhorn", _pot_sinkhorn), ("POT ot.batch", _pot_batch)):
-        yield (
-            name,
-            (
-                (f"reg = {e} mean, {i} iterations", pot(problem, lambda cost, s=solver, e=e, i=i: s(cost, e, i)))
-                for e, i in grid
-            ),
-        )
-    yield "POT emd", iter([("exact", pot(problem, _pot_emd))])
+def tune_all(problem: Problem) -> list[Tuned]:
+    """This package and every rival, each at its fastest setting that is accurate."""
+    grid = [(epsilon, count) for count in (5, 10, 20, 40, 80, 160, 320) for epsilon in (0.02, 0.01, 0.005)]
+    methods: dict[str, Iterator[tuple[str, Solve]]] = {
+        OURS: ((f"epsilon = {epsilon}", ours(problem, epsilon)) for epsilon in (0.01, 0.005, 0.002)),
+        "transport_distance": ((f"epsilon = {e}", ours_public(problem, e)) for e in (0.01, 0.005, 0.002)),
+        "solve_batch, 20 iterations": iter([("reg = 0.01 mean", geomloss_batch(problem, 20))]),
+        "solve_batch, tuned": ((_named(e, count), geomloss_batch(problem, count, e)) for e, count in grid),
+        "POT sinkhorn": ((_named(e, count), pot(problem, partial(_pot_sinkhorn, e, count))) for e, count in grid),
+        "POT ot.batch": ((_named(e, count), pot(problem, partial(_pot_batch, e, count))) for e, count in grid),
+        "POT emd": iter([("exact", pot(problem, _pot_emd))]),
+    }
     if problem.shape[0] == problem.shape[1]:
-        yield "scipy assignment", iter([("exact", pot(problem, _assignment))])
+        methods["scipy assignment"] = iter([("exact", pot(problem, _assignment))])
+    found = [tune(problem, name, settings) for name, settings in methods.items()]
+    return [*found[:1], *(tune_samples_loss(problem, debias) for debias in (False, True)), *found[1:]]
+
+
+def _named(epsilon: float, iterations: int) -> str:
+    return f"reg = {epsilon} mean, {iterations} iterations"
 
 
 def tune(problem: Problem, name: str, settings: Iterator[tuple[str, Solve]]) -> Tuned:

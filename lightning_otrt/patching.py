@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
@@ -94,10 +93,6 @@ class _Patch:
             del self.module.__dict__[self.name]
         else:
             self.module.__dict__[self.name] = self.shadowed
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = memo.get(id(self.module), self.module)
-        return types.MethodType(getattr(type(self.module), self.name), owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Not through `types.MethodType`, which pickle does not know by that name.

@@ -7,7 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 __all__ = ["SharedBatch", "shared_batch"]
 
@@ -31,7 +38,9 @@ def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh["data_parallel"]
         return mesh.size() > 1, mesh.get_group()
-    if not isinstance(strategy, (DDPStrategy, FSDPStrategy)):
+    # The last two are subclasses of the first.
+    tested = isinstance(strategy, (DDPStrategy, FSDPStrategy))
+    if not tested or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
         message = (
             f"{type(strategy).__name__} was never run with representation transfer: it may change what a layer gives "
             "or how gradients are averaged over processes, and the term with them. Tested are one device, "

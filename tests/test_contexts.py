@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
@@ -209,9 +210,9 @@ CONTEXTS = {
 }
 
 
-def by_callback(context: Context) -> dict[str, Tensor]:
+def by_callback(context: Context, *others: pl.Callback) -> dict[str, Tensor]:
     task, teacher = context.make(), make_teacher()
-    context.fit(task, callbacks=[OTRTCallback(teacher, **EXACT)])
+    context.fit(task, callbacks=[OTRTCallback(teacher, **EXACT), *others])
     assert not hooks(task, teacher)
     return weights(task)
 
@@ -447,6 +448,14 @@ class TwoPlayers(Task):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.critic)]
 
 
+class NothingLeft(pl.Callback):
+    """No recorded forward outlives its step, also where no backward took it."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, OTRTCallback)]
+        assert not callback.transfer._recorder.views
+
+
 class CriticFirst(TwoPlayers):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         first, second = self.optimizers()
@@ -463,7 +472,7 @@ def test_a_manual_step_of_two_players(kind, toggle):
     context = Context(kind, trainer=lambda: {"max_epochs": 1}, options={"toggle": toggle})
     expected = by_hand(context)
     assert differ(expected, without(context))
-    assert_same(by_callback(context), expected)
+    assert_same(by_callback(context, NothingLeft()), expected)
     assert_same(by_wrapper(context), expected)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import inspect
 import io
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -168,6 +170,22 @@ def test_recomputed_forwards_do_not_count(part, early_stop, grid):
     assert found[0] == expected[0]
     assert_same(found[1], expected[1])
     assert found[2] == expected[2] == 4
+
+
+def test_copies_do_not_record():
+    """A copy of a hooked student is another network, and brings no teacher along."""
+    teacher = make_teacher()
+    student, transfer = make_student(), make_transfer(teacher)
+    with forwards(teacher) as count, transfer.attached(student):
+        step(transfer, student)
+        for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+            copied(batch())
+            assert not transfer.has_views
+            kept = [hook for part in copied.modules() for hook in (*part._forward_hooks.values(),)]
+            assert not any(hook.recorder for hook in kept)
+        assert len(count) == 2
+        step(transfer, student)
+        assert transfer.engine.calls == 2
 
 
 def test_discarded_forwards():
