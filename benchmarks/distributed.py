@@ -135,7 +135,7 @@ def measure(size: int) -> dict[str, Any]:
         return result
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], load: float) -> str:
     """The section of RESULTS.md."""
     lines = [
         "## Distributed",
@@ -162,7 +162,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "",
         f"Milliseconds of a training step (forward, backward, DDP) of {BATCH} samples over all processes, two pairs of",
         f"32 → 64 neurons with 16 positions; {os.cpu_count()} cores, one thread a process, torch {torch.__version__},",
-        "gloo on one machine; the fastest of ten at each of ten calls. *Local* is `global_batch=False`.",
+        f"gloo on one machine, shared with other work (load {load:.0f}); the fastest of ten at each of ten calls. *Local*",
+        "is `global_batch=False`.",
         "",
         f"| processes | no term | {' | '.join(f'{cost}, local | global' for cost in COSTS)} |",
         f"|---:|---:|{'---:|---:|' * len(COSTS)}",
@@ -192,7 +193,7 @@ def main() -> None:
         results.append(measure(size))
         print(f"{size} processes measured", flush=True)
     RESULTS.mkdir(exist_ok=True)
-    about = {
+    about: dict[str, Any] = {
         "torch": torch.__version__,
         "machine": platform.platform(),
         "cores": os.cpu_count(),
@@ -200,8 +201,9 @@ def main() -> None:
         "results": results,
     }
     (RESULTS / "distributed.json").write_text(json.dumps(about, indent=1) + "\n")
-    (RESULTS / "distributed.md").write_text(table(results))
-    print(table(results))
+    section = table(results, about["load"][0])
+    (RESULTS / "distributed.md").write_text(section)
+    print(section)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def tune_samples_loss(problem: Problem, debias: bool) -> Tuned:
         width = (blur * mean) ** (1 / power)
         loss = SamplesLoss("sinkhorn", p=power, blur=width, scaling=scaling, debias=debias, backend="tensorized")
         setting = f"blur^p = {blur:g} mean, scaling = {scaling}"
-        return setting, lambda: _with_backward(problem, lambda y: _unit(problem) * loss(*_points(problem, y, problem.x)))
+        return setting, lambda: _with_backward(
+            problem, lambda y: _unit(problem) * loss(*_points(problem, y, problem.x))
+        )
 
     blurs = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0005, 0.0002, 0.0001, 0.00005, 0.00002)
     found = next((blur for blur in blurs if problem.error(at(blur, 0.5)[1]()[0]) <= ACCURACY), blurs[-1])

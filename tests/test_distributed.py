@@ -94,7 +94,7 @@ def settings(**options: Any) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("uneven", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("count", [2, 4])
 def test_numbers_of_one_process(count: int, uneven: bool) -> None:
     sizes = (UNEVEN if uneven else EVEN)[count]

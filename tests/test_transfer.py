@@ -148,7 +148,7 @@ def test_the_teacher_runs_for_forwards_that_count():
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("part", ["root", "layer"])
 def test_recomputed_forwards_do_not_count(part, early_stop, grid):
-    """By activation checkpointing, in a backward inside the block. A grid that does not divide the map saves tensors."""
+    """By activation checkpointing, in a backward inside the block. A grid that does not divide saves tensors."""
 
     def loop(checkpointed: bool) -> tuple[list[float], dict[str, Tensor], int]:
         student, teacher = make_student(norm=False), make_teacher()
@@ -181,7 +181,7 @@ def test_copies_do_not_record():
         for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
             copied(batch())
             assert not transfer.has_views
-            kept = [hook for part in copied.modules() for hook in (*part._forward_hooks.values(),)]
+            kept = [hook for part in copied.modules() for hook in part._forward_hooks.values()]
             assert not any(hook.recorder for hook in kept)
         assert len(count) == 2
         step(transfer, student)
