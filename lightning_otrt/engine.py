@@ -379,7 +379,8 @@ class TransportEngine:
                 {
                     "plan": None if state.plan is None else state.plan.matrix,
                     "potential": state.potential,
-                    "sums": state.sums,
+                    # A copy: the running sums go on in place.
+                    "sums": None if state.sums is None else [value.clone() for value in state.sums],
                     "reference": None if state.reference is None else list(state.reference),
                     "energy": state.energy,
                     "memory": state.memory,

@@ -134,6 +134,13 @@ class WeightSuggestion:
         task_norms: Norm of the gradient of the task by student layer, the mean over batches.
         transfer_norms: The same for the term at a weight of 1.
         batches: Number of batches seen.
+
+    Example:
+        >>> from lightning_otrt import WeightSuggestion
+        >>> print(WeightSuggestion(2.0, 0.5, {"net.0": 0.4}, {"net.0": 0.1}, batches=4))
+        weight 2: the transfer term has 0.5 times the gradient of the task
+          student layer       task   transfer      ratio
+          net.0                0.4        0.2        0.5
     """
 
     weight: float
