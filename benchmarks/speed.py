@@ -1,8 +1,8 @@
 """What a solve, a step between solves and a whole training step cost: ``python -m benchmarks.speed [--quick]``.
 
-Ratios are taken within interleaved rounds, of processor time of one thread; every method of a solve is tuned to a value
-within 1 % of exact EMD on the same cost. Writes ``results/speed.json``, ``results/speed.png`` and the section "Speed" of
-``RESULTS.md``.
+Ratios are taken within interleaved rounds, of processor time of one thread; every method of a solve is tuned to a
+value within 1 % of exact EMD on the same cost. Writes ``results/speed.json``, ``results/speed.png`` and the section
+"Speed" of ``RESULTS.md``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def measure_solve(problem: Problem, seconds: float) -> dict[str, Any]:
             "milliseconds": 1e3 * Quartiles.of(taken[method.name]).median,
             "ratio": ratios(taken, method.name, OURS),
         }
-    return {"shape": problem.shape, "label": problem.label, "cloud": problem.cloud, "cost": problem.cost, "methods": found}
+    what = {"shape": problem.shape, "label": problem.label, "cloud": problem.cloud, "cost": problem.cost}
+    return {**what, "methods": found}
 
 
 def measure_between(shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:

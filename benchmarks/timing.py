@@ -70,3 +70,10 @@ def processor_clock(function: Callable[[], object]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
+
+
+def wall_clock(function: Callable[[], object]) -> float:
+    """Seconds of a call by the clock on the wall."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

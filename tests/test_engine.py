@@ -43,6 +43,12 @@ def call(engine: TransportEngine, *pairs: tuple[Tensor, Tensor], **options: Any)
     return engine([list(pairs)], pairs[0][0].shape[1], **options)[0]
 
 
+def same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["calls"] == expected["calls"]
+    for own, other in zip(found["pairs"], expected["pairs"], strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
 class Operations(TorchDispatchMode):
     """Counts operations, and products of two matrices apart from those with a vector."""
 
@@ -161,7 +167,7 @@ def test_no_graph_over_a_cost_matrix_is_kept() -> None:
     engine, (y, x) = make(), draw(64, 48, 16)
     loss = call(engine, (y, x))
     saved = [tensor.numel() for tensor in loss.grad_fn.saved_tensors]
-    assert max(saved) == y.numel()
+    assert max(saved) == y.numel() < 64 * 48
 
 
 # --- the lean value ----------------------------------------------------------------------------------------------
@@ -236,7 +242,7 @@ def test_reevaluation_keeps_plans_statistics_and_count(monkeypatch: pytest.Monke
     call(engine, draw())
     before = copy.deepcopy(engine.state_dict())
     assert solved_calls(engine, 3, monkeypatch, reevaluation=True) == []
-    torch.testing.assert_close(engine.state_dict(), before, rtol=0, atol=0)
+    same_state(engine.state_dict(), before)
 
 
 def test_static_plan_is_solved_until_enough_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +403,8 @@ def test_bad_batch_leaves_no_trace(cost: str, memory: float, side: int, bad: flo
     pair[side].data[2, 3] = bad
     assert not call(engine, pair).isfinite()
     after = engine.state_dict()["pairs"]
-    for key in ("plan", "potential", "sums", "energy"):
+    # A teacher that is finite does tell its scale; a running cost does not know of the batch, and may be solved again.
+    for key in ("sums", *(["energy"] if side else []), *([] if memory else ["plan", "potential"])):
         torch.testing.assert_close(after[0][key], before[0][key], rtol=0, atol=0)
     assert engine.bad_calls == 1
     assert call(engine, draw(seed=2)).isfinite()
@@ -412,8 +419,7 @@ def test_first_call_names_the_layer() -> None:
 
 
 def test_large_values_whose_sum_overflows_are_not_taken_for_infinite() -> None:
-    y, x = draw()
-    engine_module.check_finite(x * 1e38, "x")
+    engine_module.check_finite(torch.full((4, 4), 3e38), "x")
     with pytest.raises(ValueError, match="2 NaN or infinite"):
         engine_module.check_finite(torch.tensor([1.0, math.inf, math.nan]), "x")
 
@@ -442,7 +448,7 @@ def test_state_is_not_changed_by_later_calls() -> None:
     state = engine.state_dict()
     before = copy.deepcopy(state)
     call(engine, draw(seed=1))
-    torch.testing.assert_close(state, before, rtol=0, atol=0)
+    same_state(state, before)
 
 
 def test_state_of_other_layers_is_refused() -> None:

@@ -172,6 +172,24 @@ def test_recomputed_forwards_do_not_count(part, early_stop, grid):
     assert found[2] == expected[2] == 4
 
 
+class Penalised(Net):
+    """Takes a gradient through a checkpointed layer within its own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        with torch.enable_grad(), set_checkpoint_early_stop(False):
+            hidden = checkpoint(self.block1, x, use_reentrant=False)
+            (gradient,) = torch.autograd.grad(hidden.square().sum(), x, retain_graph=True)
+        return self.head(self.block2((x * gradient).repeat(1, 4, 1, 1)).mean((2, 3)))
+
+
+def test_recomputation_within_a_forward_does_not_count():
+    student, transfer = seeded(0, Penalised, norm=False), make_transfer()
+    with transfer.attached(student):
+        step(transfer, student).backward()
+        assert len(transfer.distances) == 2
+
+
 def test_copies_do_not_record():
     """A copy of a hooked student is another network, and brings no teacher along."""
     teacher = make_teacher()
