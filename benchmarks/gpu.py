@@ -1,8 +1,8 @@
 """Correctness and cost on a GPU, in one command: ``python -m benchmarks.gpu``; ``--cpu`` rehearses it without one.
 
-Checks values, gradients and plans on CUDA against float64 on the CPU, counts waits and kernel launches, captures the plan
-solve in a CUDA graph, and times the solve and a ResNet-50 step (bfloat16, batch 64, 224 × 224, five pairs) with CUDA
-events. Writes ``results/gpu.json``.
+Checks values, gradients and plans on CUDA against float64 on the CPU, counts waits and kernel launches, captures the
+plan solve in a CUDA graph, and times the solve and a ResNet-50 step (bfloat16, batch 64, 224 × 224, five pairs) with
+CUDA events. Writes ``results/gpu.json``.
 """
 
 from __future__ import annotations

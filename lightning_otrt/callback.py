@@ -50,7 +50,7 @@ class TransferCallback(pl.Callback):
             teacher=self._fingerprint,
             layers=repr(transfer.layers),
             root=transfer.student_root,
-            cost=type(transfer.cost).__name__,
+            cost=str(transfer.cost),
         )
 
     @override
@@ -254,9 +254,9 @@ class TransferCallback(pl.Callback):
             return
         if others:
             raise MisconfigurationException(
-                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or "
-                "the teacher changed, so that plans and statistics cannot go on. Resume with the same ones, or "
-                "load the weights alone and start a new fit."
+                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or the "
+                "teacher changed, or the cost, so that plans and statistics cannot go on. Resume with the same "
+                "ones, or load the weights alone and start a new fit."
             )
         rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
 

@@ -65,6 +65,10 @@ class Plan(NamedTuple):
 class Cost(ABC):
     """A ground cost M between student and teacher neurons."""
 
+    def __str__(self) -> str:
+        """The name of the cost, the same in every process and run."""
+        return type(self).__name__
+
     #: Whether the mean square of the teacher scales the cost (see :meth:`energy`).
     scaled: bool = False
     #: Whether value and gradient need the cost matrix, so that one made for the plan saves work.
@@ -355,6 +359,10 @@ class CallableCost(Cost):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.function = function
+
+    def __str__(self) -> str:
+        """The name of the function: its address would differ from run to run."""
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
 
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
         """Count and the matrix times the count."""

@@ -198,9 +198,21 @@ class Trace:
         return layer.output
 
     def recordable(self) -> tuple[TracedLayer, ...]:
-        """The layers that indices count: in order of completion, without the root itself."""
-        ran = [layer for layer in self.layers if layer.is_recordable and layer.name != self.root]
-        return tuple(sorted(ran, key=lambda layer: layer.order or 0))
+        """The layers that indices count: in order of completion, without the root and a child that holds all of it.
+
+        A LightningModule around a network thus counts as the network alone does.
+        """
+        ran = [layer for layer in self.layers if layer.calls and layer.name != self.root]
+
+        def is_all(layer: TracedLayer) -> bool:
+            inside, around = f"{layer.name}.", (f"{other.name}." for other in ran if other.is_container)
+            outer = {name for name in around if inside.startswith(name)}
+            return layer.is_container and all(
+                other.name.startswith(inside) or f"{other.name}." in outer for other in ran
+            )
+
+        found = [layer for layer in ran if layer.is_recordable and not is_all(layer)]
+        return tuple(sorted(found, key=lambda layer: layer.order or 0))
 
     def names(self) -> tuple[str, ...]:
         """All names a user may write, aliases included."""

@@ -289,6 +289,8 @@ class _Watch:
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
+        if _in_backward():
+            return
         tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
         source = self._source(tensor)
         axis = None
@@ -303,6 +305,8 @@ class _Watch:
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook."""
+        if _in_backward():
+            return
         frame = self._frames.pop()
         while frame.module is not module:  # a forward that failed, and whose caller went on
             frame = self._frames.pop()
@@ -388,6 +392,11 @@ class _Watch:
         if source is not None and source.batch_axis == 1:
             return 1
         return 1 if value.shape[0] != self.batch_size and value.shape[1] == self.batch_size else 0
+
+
+def _in_backward() -> bool:
+    # A forward that takes a gradient within it runs checkpointed layers once more, which is no second call.
+    return torch._C._current_graph_task_id() != -1
 
 
 def _axis_rule(module: nn.Module, dims: int) -> int | None:
