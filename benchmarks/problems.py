@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,7 @@ class Problem:
         rule: The cost.
         matrix: The cost matrix ``(N, M)``.
         exact: Value of the exact plan.
-        gradient: Gradient of ⟨P, M⟩ at the converged entropic plan at ε = 0.01.
+        gradients: Gradients of ⟨P, M⟩ at converged entropic plans, by ε; see :meth:`cosine`.
     """
 
     shape: tuple[int, int, int]
@@ -45,7 +44,7 @@ class Problem:
     rule: Cost
     matrix: Tensor
     exact: float
-    gradient: Tensor
+    gradients: dict[float, Tensor]
 
     @property
     def label(self) -> str:
@@ -57,9 +56,13 @@ class Problem:
         """Relative error of a value."""
         return abs(float(value) - self.exact) / self.exact
 
-    def cosine(self, gradient: Tensor) -> float:
-        """Cosine of a gradient to the converged one."""
-        return torch.nn.functional.cosine_similarity(gradient.flatten().double(), self.gradient.flatten(), 0).item()
+    def cosine(self, gradient: Tensor, epsilon: float = EPSILON) -> float:
+        """Cosine of a gradient to that of the converged entropic plan at ``epsilon``."""
+        if epsilon not in self.gradients:
+            converged = sinkhorn_plan(self.matrix[None], epsilon, iterations=400).matrix[0]
+            rounds = self.rule.value(self.y, self.x, Plan.of(converged), self.rule.energy(self.x))
+            self.gradients[epsilon] = run_rounds([rounds])[0][1].flatten().double()
+        return torch.nn.functional.cosine_similarity(gradient.flatten().double(), self.gradients[epsilon], 0).item()
 
 
 def neurons(shape: tuple[int, int, int], cloud: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -82,14 +85,4 @@ def make_problem(shape: tuple[int, int, int], cloud: str, cost: str) -> Problem:
     energy = rule.energy(x)
     matrix = rule.matrix(rule.sums(y, x), energy)
     exact = float((exact_plan(matrix[None])[0].double() * matrix).sum())
-    converged = sinkhorn_plan(matrix[None], EPSILON, iterations=400).matrix[0]
-    [(_, gradient)] = run_rounds([rule.value(y, x, Plan.of(converged), energy)])
-    return Problem(shape, cloud, cost, y, x, rule, matrix, exact, gradient.double())
-
-
-def all_problems(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Iterator[Problem]:
-    """Every shape, cloud and cost."""
-    for shape in shapes:
-        for cloud in CLOUDS:
-            for cost in COSTS:
-                yield make_problem(shape, cloud, cost)
+    return Problem(shape, cloud, cost, y, x, rule, matrix, exact, {})

@@ -21,6 +21,8 @@ from lightning_otrt.engine import TransportEngine
 Solve = Callable[[], tuple[Tensor, Tensor]]
 #: Relative error of the value that every method is tuned to.
 ACCURACY = 0.01
+#: Marginal error and gradient cosine that this package is held to as well.
+MARGINAL, COSINE = 3e-2, 0.985
 #: How tables name this package.
 OURS = "lightning_otrt"
 
@@ -34,7 +36,9 @@ class Tuned:
         solve: Forward and backward.
         setting: What was chosen.
         error: Relative error of its value.
-        accurate: Whether that is within 1 %.
+        accurate: Whether that is within 1 %, and for this package the other two are within their limits.
+        marginal: For this package, the marginal error of its plan.
+        cosine: For this package, of its gradient to that of the converged plan at the same ε.
     """
 
     name: str
@@ -42,9 +46,11 @@ class Tuned:
     setting: str
     error: float
     accurate: bool
+    marginal: float | None = None
+    cosine: float | None = None
 
 
-def ours(problem: Problem, epsilon: float = EPSILON) -> Solve:
+def ours(problem: Problem, epsilon: float = EPSILON) -> tuple[Solve, TransportEngine]:
     """A cold solve in a training step: no plan, no potentials, no statistics."""
     engine = TransportEngine(
         [("student", "teacher")], [1.0], problem.rule, "sinkhorn", epsilon, memory=0.0, solve_every=10, seed=0
@@ -54,7 +60,24 @@ def ours(problem: Problem, epsilon: float = EPSILON) -> Solve:
         engine.reset()
         return _with_backward(problem, lambda y: engine([[(y, problem.x)]], problem.shape[2])[0])
 
-    return solve
+    return solve, engine
+
+
+def tune_ours(problem: Problem) -> Tuned:
+    """The largest ε at which value, marginal error and gradient are all accurate; rivals answer for the value alone."""
+    best: Tuned | None = None
+    for epsilon in (0.01, 0.0075, 0.005, 0.003):
+        solve, engine = ours(problem, epsilon)
+        value, gradient = solve()
+        marginal = engine.diagnostics()["student"]["teacher_error"].item()
+        cosine, error = problem.cosine(gradient, epsilon), problem.error(value)
+        accurate = error <= ACCURACY and marginal <= MARGINAL and cosine >= COSINE
+        found = Tuned(OURS, solve, f"epsilon = {epsilon}", error, accurate, marginal, cosine)
+        if accurate:
+            return found
+        best = found if best is None or error < best.error else best
+    assert best is not None
+    return best
 
 
 def ours_public(problem: Problem, epsilon: float = EPSILON) -> Solve:
@@ -133,9 +156,8 @@ def _assignment(cost: Tensor) -> Tensor:
 
 def tune_all(problem: Problem) -> list[Tuned]:
     """This package and every rival, each at its fastest setting that is accurate."""
-    grid = [(epsilon, count) for count in (5, 10, 20, 40, 80, 160, 320) for epsilon in (0.02, 0.01, 0.005)]
+    grid = [(epsilon, count) for count in (5, 10, 20, 40, 80, 160) for epsilon in (0.02, 0.01, 0.005)]
     methods: dict[str, Iterator[tuple[str, Solve]]] = {
-        OURS: ((f"epsilon = {epsilon}", ours(problem, epsilon)) for epsilon in (0.01, 0.005, 0.002)),
         "transport_distance": ((f"epsilon = {e}", ours_public(problem, e)) for e in (0.01, 0.005, 0.002)),
         "solve_batch, 20 iterations": iter([("reg = 0.01 mean", geomloss_batch(problem, 20))]),
         "solve_batch, tuned": ((_named(e, count), geomloss_batch(problem, count, e)) for e, count in grid),
@@ -146,7 +168,7 @@ def tune_all(problem: Problem) -> list[Tuned]:
     if problem.shape[0] == problem.shape[1]:
         methods["scipy assignment"] = iter([("exact", pot(problem, _assignment))])
     found = [tune(problem, name, settings) for name, settings in methods.items()]
-    return [*found[:1], *(tune_samples_loss(problem, debias) for debias in (False, True)), *found[1:]]
+    return [tune_ours(problem), *(tune_samples_loss(problem, debias) for debias in (False, True)), *found]
 
 
 def _named(epsilon: float, iterations: int) -> str:

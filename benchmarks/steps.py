@@ -74,8 +74,8 @@ class Steps:
         self.transfer = RepresentationTransfer(self.teacher, layers, weight=1.0, solve_every=solve_every)
 
     def task(self) -> None:
-        """Forward of the teacher; forward, backward and update of the student."""
-        with self.context():
+        """Forward of the teacher; forward, backward and update of the student. While attached, hooks do nothing."""
+        with self.context(), self.transfer.paused():
             with torch.no_grad():
                 self.teacher(self.images)
             loss = functional.cross_entropy(self.student(self.images), self.labels)
