@@ -110,7 +110,7 @@ class Advice:
 
     def _copied_with_batch_norm(self) -> None:
         transfer = self.transfer
-        student, pairing = transfer._student, transfer._pairing
+        student, pairing = transfer.student, transfer.pairing
         if student is None or pairing is None:
             return
         root = named_layers(student)[pairing.student.root]

@@ -240,7 +240,7 @@ def suggest_weight(
                 stack.callback(probe.remove)
             with probe.watching():
                 task = loss_of(batch)
-            views = [view for view in transfer._recorder.views if view.has_gradient]
+            views = [view for view in transfer.views if view.has_gradient]
             found.append(probe.split(task + transfer.loss().to(task.device), views))
         if probe is None:
             raise ValueError("Expected argument `dataloader` to give at least one batch, but it is empty.")

@@ -140,6 +140,7 @@ def pair_layers(
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     teacher: nn.Module,
     teacher_inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
+    known: tuple[LayerPair, ...] | None = None,
 ) -> Pairing:
     """Trace one forward of each network and choose the pairs.
 
@@ -150,12 +151,15 @@ def pair_layers(
         inputs: Positional and keyword arguments of that submodule.
         teacher: The teacher.
         teacher_inputs: Its arguments.
+        known: Resolved pairs of both networks to go on with, instead of a choice.
 
     Raises:
         ValueError: If a layer cannot be recorded, or no pair can be found.
     """
     seen = trace(student, *inputs, root=root)
     taught = _trace_teacher(teacher, teacher_inputs, student, root)
+    if known is not None:
+        return Pairing(known, seen, taught)
 
     def matched() -> list[tuple[str, str]]:
         networks = (named_layers(student)[root], *inputs), (teacher, *teacher_inputs)

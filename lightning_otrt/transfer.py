@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.agreement import agree_on_pairs, has_layers, pairs_from_state, pairs_to_state
 from lightning_otrt.collectives import Ranks
 from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import check_epsilon, check_plan
@@ -49,7 +50,9 @@ class RepresentationTransfer:
         layers: Which student layers are matched to which teacher layers: a mapping ``{student: teacher}``, a list of
             pairs or of names that both have, globs, ``"re:..."``, negative indices, ``"name:input"``,
             ``"penultimate"``, ``"blocks"``, ``"auto"`` (blocks where there are positions or tokens, else penultimate),
-            :class:`LayerPair` objects, or a list of these.
+            ``"matched"`` (blocks of the student with the closest teacher layers on the first batch, in order),
+            :class:`LayerPair` objects, or a list of these. Words are resolved once, by the first process for all, and
+            a resumed run goes on with the pairs of its checkpoint.
         weight: α. About 8 suits the correlation cost; see the README for others.
         student_root: Name of the student's submodule whose inputs the teacher gets too; None: the outermost one that
             holds the layers and is called.
@@ -146,12 +149,14 @@ class RepresentationTransfer:
         #: The distances of the last call of :meth:`loss`.
         self.distances: list[PairDistance] = []
         self.engine: TransportEngine | None = None
-        #: Whether the processes of torch.distributed, where there are any, each see a part of the batch.
-        self.shares_batch = True
+        #: Whether the processes of torch.distributed, where there are any, each see a part of the batch and take all
+        #: steps together. None: nobody has said so, as a Trainer does; then a global batch alone asks the others.
+        self.shares_batch: bool | None = None
         self._student: nn.Module | None = None
         self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
         self._pairing: Pairing | None = None
+        self._paired_for = ""
         self._is_recording = False
         self._asked = False
         self._stance = ExitStack()
@@ -162,6 +167,21 @@ class RepresentationTransfer:
     def pairs(self) -> tuple[LayerPair, ...]:
         """The resolved pairs, empty before the first forward."""
         return () if self._pairing is None else self._pairing.pairs
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """The resolved pairs with the traces of both networks; None before the first forward."""
+        return self._pairing
+
+    @property
+    def student(self) -> nn.Module | None:
+        """The attached student."""
+        return self._student
+
+    @property
+    def views(self) -> list[View]:
+        """The forwards recorded since the last call of :meth:`loss`; the list goes on filling until that takes it."""
+        return self._recorder.views
 
     @property
     def current_weight(self) -> float:
@@ -213,8 +233,13 @@ class RepresentationTransfer:
             # Code compiled before has no hooks in it and would never call ours.
             torch.compiler.reset()
         self._student, self._asked = student, False
+        self._watch_candidates(student)
+
+    def _watch_candidates(self, student: nn.Module) -> None:
+        """Wait for the first forward of what may be the root: it resolves the layers."""
         modules = named_layers(student)
         names = modules if self.student_root is None else {self.student_root: modules[self.student_root]}
+        self._root = None
         self._recorder.watch_roots(list(names.items()))
 
     def detach(self) -> None:
@@ -445,15 +470,20 @@ class RepresentationTransfer:
     def _resolve(self, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and install the hooks on their layers."""
         assert self._student is not None
-        with self._recorder.switched_off():
-            self._prepare_teacher()
-            teacher_inputs = self.teacher.inputs_for(args, kwargs)
-            self._pairing = pair_layers(
-                self.layers, self._student, root, (args, kwargs), self.teacher.module, teacher_inputs
-            )
+        student = self._student
+
+        def choose() -> Pairing:
+            with self._recorder.switched_off():
+                self._prepare_teacher()
+                given = self.teacher.inputs_for(args, kwargs)
+                known = self._known_pairs(student)
+                return pair_layers(self.layers, student, root, (args, kwargs), self.teacher.module, given, known)
+
+        ranks = self._ranks() or (Ranks.world(self.process_group) if self.shares_batch else None)
+        self._pairing, self._paired_for = agree_on_pairs(ranks, repr(self.layers), choose), repr(self.layers)
         self.engine = self._make_engine()
         if self._saved is not None:
-            self.engine.load_state_dict(self._saved, self._zero().device)
+            self.engine.load_state_dict(self._saved["engine"], self._zero().device)
             self._saved = None
         self.report(
             f"Representation transfer from {type(self.teacher.module).__name__} to {type(self._student).__name__}:\n"
@@ -464,6 +494,19 @@ class RepresentationTransfer:
         # After the readers: where the root itself is recorded, its reading comes before the view is closed.
         self._recorder.watch_roots([(self._root, named_layers(self._student)[self._root])])
         self._watch_teacher()
+
+    def _known_pairs(self, student: nn.Module) -> tuple[LayerPair, ...] | None:
+        """The pairs of a loaded state or of an earlier attachment, whose plans go on; None for a new choice.
+
+        A choice may depend on the batch that it is made on, so that it would not be the same again.
+        """
+        if self._saved is not None:
+            layers, pairs = self._saved["layers"], pairs_from_state(self._saved["pairs"])
+        elif self.engine is not None and self.engine.calls:
+            layers, pairs = self._paired_for, self.pairs
+        else:
+            return None
+        return pairs if layers == repr(self.layers) and has_layers(student, pairs) else None
 
     def _make_engine(self) -> TransportEngine:
         """The engine of this attachment, with the plans and statistics of an earlier one for the same pairs."""
@@ -489,7 +532,7 @@ class RepresentationTransfer:
 
     def _ranks(self) -> Ranks | None:
         """The processes of the global batch, None for this one alone."""
-        if self.global_batch is False or not self.shares_batch:
+        if self.global_batch is False or self.shares_batch is False:
             return None
         return Ranks.world(self.process_group)
 
@@ -507,21 +550,37 @@ class RepresentationTransfer:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, resolved pairs, plans and statistics; without the teacher. Loads with ``weights_only=True``."""
-        return {"step": self.step, "engine": self._saved if self.engine is None else self.engine.state_dict()}
+        if self.engine is None:
+            return {"step": self.step, **(self._saved or dict.fromkeys(("layers", "pairs", "engine")))}
+        return {
+            "step": self.step,
+            "layers": self._paired_for,
+            "pairs": pairs_to_state(self.pairs),
+            "engine": self.engine.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; plans are placed on the student's device when the layers are resolved.
 
+        The saved pairs are taken as they are, where ``layers`` asks for the same: the first batch of this run, on which
+        a choice may depend, is another one.
+
         Raises:
-            ValueError: If it was saved with other layers.
+            ValueError: If it was saved with other layers; for a student that has not run yet, in its first forward.
         """
+        self.reset()
         self.step = state["step"]
-        if self.engine is None:
-            self._saved = state["engine"]
-        elif state["engine"] is None:
-            self.engine.reset()
-        else:
+        if state["engine"] is None:
+            return
+        may_choose = state["layers"] == repr(self.layers) and pairs_from_state(state["pairs"]) != self.pairs
+        if self.engine is not None and not may_choose:
             self.engine.load_state_dict(state["engine"], self._zero().device)
+            return
+        self._saved = {name: state[name] for name in ("layers", "pairs", "engine")}
+        self.engine = None
+        if self._student is not None:
+            self.discard()
+            self._watch_candidates(self._student)
 
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""

@@ -46,7 +46,7 @@ class ValidationDistances:
         self.error: Exception | None = None
         self.metrics = self._make_metrics()
         self._recorder = Recorder(lambda *_: False)
-        pairing = transfer._pairing
+        pairing = transfer.pairing
         assert pairing is not None
         self._recorder.watch_student(pairing.readers("student", student, transfer.grid))
         self._recorder.watch_teacher(pairing.readers("teacher", transfer.teacher.module, transfer.grid))

@@ -66,7 +66,7 @@ class Watch:
     def training_step(self) -> Iterator[None]:
         """Note the forwards of the step."""
         # The list that the recorder fills until the loss takes it, which in manual optimization is inside the step.
-        self._views = self.transfer._recorder.views
+        self._views = self.transfer.views
         if self._probe is None:
             yield
             return

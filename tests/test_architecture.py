@@ -18,14 +18,15 @@ FLOORS = (
     {"distance", "recording", "selection", "tracing"},
     {"engine", "matching", "metrics"},
     {"global_batch", "pairing"},
-    {"analysis", "transfer"},
+    {"agreement", "analysis"},
+    {"transfer"},
     {"advice", "gradients", "validation"},
     {"figures", "patching", "strategies"},
     {"callback", "watching"},
     {"module", "monitor"},
 )
 #: The floors from here on know Lightning; those below are plain PyTorch.
-LIGHTNING_FLOOR = 6
+LIGHTNING_FLOOR = 7
 
 
 def _imports(path: Path) -> set[str]:

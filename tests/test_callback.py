@@ -288,7 +288,7 @@ class Alive(pl.Callback):
         loss = transfer.loss
 
         def noting(**options: Any) -> Tensor:
-            for view in transfer._recorder.views:
+            for view in transfer.views:
                 for side in (view.student, view.teacher):
                     self.readings += [weakref.ref(reading) for readings in side.values() for reading in readings]
             return loss(**options)

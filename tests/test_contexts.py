@@ -453,7 +453,7 @@ class NothingLeft(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, OTRTCallback)]
-        assert not callback.transfer._recorder.views
+        assert not callback.transfer.views
 
 
 class CriticFirst(TwoPlayers):

@@ -1,0 +1,65 @@
+"""Which pairs of layers a run goes on with: those of a saved state, and on several processes those of the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import nn
+
+from lightning_otrt.collectives import Ranks
+from lightning_otrt.layers import INPUT, LayerPair
+from lightning_otrt.pairing import Pairing
+from lightning_otrt.tracing import named_layers
+
+__all__ = ["agree_on_pairs", "has_layers", "pairs_from_state", "pairs_to_state"]
+
+
+def pairs_to_state(pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
+    """Resolved pairs as plain data, which ``torch.load`` reads with ``weights_only=True``.
+
+    Example:
+        >>> pairs_to_state([LayerPair("a", "b", neuron_axis=(1, 1))])
+        [{'student': 'a', 'teacher': 'b', 'weight': 1.0, 'neuron_axis': (1, 1), 'select': None}]
+    """
+    return [asdict(pair) for pair in pairs]
+
+
+def pairs_from_state(state: Sequence[Mapping[str, Any]]) -> tuple[LayerPair, ...]:
+    """The pairs of :func:`pairs_to_state`."""
+    return tuple(LayerPair(**pair) for pair in state)
+
+
+def has_layers(student: nn.Module, pairs: Sequence[LayerPair]) -> bool:
+    """Whether the student has all student layers of the pairs."""
+    return {pair.student.removesuffix(INPUT) for pair in pairs} <= named_layers(student).keys()
+
+
+def agree_on_pairs(ranks: Ranks | None, layers: str, choose: Callable[[], Pairing]) -> Pairing:
+    """The pairs that the first process chooses, on all of them: a choice may depend on each one's first batch.
+
+    Processes whose users ask for different layers keep what they have; the engine then refuses to add them up.
+
+    Args:
+        ranks: The processes; None: this one decides alone.
+        layers: What the user asks for, the same text for the same choice.
+        choose: Chooses on this process.
+
+    Raises:
+        Exception: Whatever ``choose`` raises here.
+        RuntimeError: If it raises on another process, so that none waits for it.
+    """
+    if ranks is None:
+        return choose()
+    try:
+        pairing = choose()
+    except Exception as error:
+        ranks.gather((layers, (), f"{type(error).__name__}: {error}"))
+        raise
+    chosen = ranks.gather((layers, pairing.pairs, ""))
+    for rank, (_, _, problem) in enumerate(chosen):
+        if problem:
+            raise RuntimeError(f"Process {rank} of {ranks.size} could not choose the layers of the transfer. {problem}")
+    first_layers, first_pairs, _ = chosen[0]
+    return replace(pairing, pairs=first_pairs) if first_layers == layers else pairing
