@@ -1,0 +1,1 @@
+"""The evidence behind representation transfer: settings, rivals, statistics and report of ``benchmarks.transfer``."""

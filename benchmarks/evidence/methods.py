@@ -1,0 +1,128 @@
+"""The methods that are compared, with the grids that tune them: six candidates each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from benchmarks.evidence import losses
+from benchmarks.evidence.networks import Features
+
+ALL = ("1", "1x", "2", "3")
+COPIED = ("1", "1x")
+
+#: Learning rate and weight decay. From scratch: the first is that of the examples. From another network: gentle.
+OPTIMISERS = {"scratch": ((3e-2, 1.0), (3e-2, 0.1)), "copied": ((3e-3, 1e-2), (1e-2, 0.1))}
+#: Methods without a weight choose among more optimisers, so that each method has as many candidates.
+WIDE_OPTIMISERS = {
+    "scratch": ((3e-2, 1.0), (3e-2, 0.3), (3e-2, 0.1), (3e-2, 3.0), (1e-1, 1.0), (1e-2, 1.0)),
+    "copied": ((1e-2, 0.1), (1e-2, 0.01), (3e-3, 0.1), (3e-3, 0.01), (1e-3, 0.1), (1e-3, 0.01)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a student.
+
+    Attributes:
+        label: Its name in tables.
+        loss: Makes the loss of a rival from the representations of one batch.
+        transfer: Options of :class:`lightning_otrt.RepresentationTransfer`, beside its weight.
+        weights: Candidates for the weight of the loss or, where there is none, of the transfer term.
+        settings: Where it is defined.
+        l2_sp: Penalise the distance to the starting point.
+        freeze: Train the head alone.
+        tuned_as: Takes the choice of another method: it is an ablation of that one.
+        ours: Whether it uses this library with the plan of optimal transport.
+    """
+
+    label: str
+    loss: Callable[[Features, Features], nn.Module] | None = None
+    transfer: Mapping[str, Any] | None = None
+    weights: tuple[float, ...] = ()
+    settings: tuple[str, ...] = ALL
+    l2_sp: bool = False
+    freeze: bool = False
+    tuned_as: str = ""
+    ours: bool = False
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a term compares the student with a teacher."""
+        return self.loss is not None or self.transfer is not None
+
+
+BLOCKS = {"layers": "blocks"}
+PENULTIMATE = {"layers": "penultimate", "cost": "euclidean"}
+#: Candidates of all transport terms; 8 is the default of the library.
+TRANSPORT = (2.0, 8.0, 32.0)
+DEFAULT = "ot-blocks"
+
+METHODS = {
+    "plain": Method("plain"),
+    "l2-sp": Method("L2-SP", l2_sp=True, weights=(0.01, 0.1, 1.0), settings=COPIED),
+    "frozen": Method("frozen features", freeze=True, settings=COPIED),
+    "kd": Method("KD on logits", losses.SoftTargets, weights=(0.25, 1.0, 4.0), settings=("2",)),
+    "lwf": Method(
+        "KD on logits (LwF)",
+        losses.LearningWithoutForgetting,
+        weights=(0.25, 1.0, 4.0),
+        settings=("1", "1x", "3"),
+    ),
+    "fitnets": Method("FitNets, penultimate", losses.HintPenultimate, weights=(1.0, 4.0, 16.0)),
+    "fitnets-blocks": Method("FitNets, blocks", losses.HintBlocks, weights=(1.0, 4.0, 16.0)),
+    "fitnets-pooled": Method(
+        "FitNets, blocks pooled to 4×4", partial(losses.HintBlocks, grid=4), weights=(1.0, 4.0, 16.0)
+    ),
+    "attention": Method("attention transfer", losses.AttentionTransfer, weights=(250.0, 1000.0, 4000.0)),
+    "similarity": Method("similarity-preserving", losses.SimilarityPreserving, weights=(750.0, 3000.0, 12000.0)),
+    "relational": Method("relational KD", losses.RelationalDistillation, weights=(6.0, 25.0, 100.0)),
+    "cka": Method("CKA, blocks", losses.CenteredKernelAlignment, weights=(2.0, 8.0, 32.0)),
+    "crd": Method("CRD", losses.ContrastiveDistillation, weights=(0.25, 1.0, 4.0)),
+    "identity": Method(
+        "identity matching", transfer={**BLOCKS, "plan": "identity"}, weights=TRANSPORT, settings=COPIED
+    ),
+    "random": Method("random fixed assignment", transfer={**BLOCKS, "plan": "random"}, weights=TRANSPORT),
+    "ot-penultimate": Method(
+        "OT, penultimate, Euclidean (the paper)", transfer={**PENULTIMATE, "memory": 0.0}, weights=TRANSPORT, ours=True
+    ),
+    "ot-penultimate-memory": Method(
+        "OT, penultimate, running cost", transfer={**PENULTIMATE, "memory": 0.98}, weights=TRANSPORT, ours=True
+    ),
+    DEFAULT: Method("OT, blocks (default)", transfer=BLOCKS, weights=TRANSPORT, ours=True),
+    "ot-blocks-memory": Method(
+        "OT, blocks, running cost", transfer={**BLOCKS, "memory": 0.98}, tuned_as=DEFAULT, ours=True
+    ),
+    "ot-later": Method(
+        "OT, later blocks + penultimate",
+        transfer={"layers": ["later blocks", "penultimate"]},
+        weights=TRANSPORT,
+        ours=True,
+    ),
+    "ot-blocks+logits": Method(
+        "OT, blocks, and KD on logits",
+        losses.SoftTargets,
+        transfer={**BLOCKS, "weight": 8.0},
+        weights=(0.25, 1.0, 4.0),
+        settings=("2",),
+        ours=True,
+    ),
+}
+
+
+def methods_of(setting: str) -> list[str]:
+    """Names of the methods that a setting defines."""
+    return [name for name, method in METHODS.items() if setting in method.settings]
+
+
+def candidates(name: str, setting: str) -> list[tuple[float, float, float]]:
+    """Learning rate, weight decay and weight of each candidate, six for every method."""
+    start = "copied" if setting in COPIED else "scratch"
+    weights = METHODS[name].weights
+    if not weights:
+        return [(*optimiser, 0.0) for optimiser in WIDE_OPTIMISERS[start]]
+    return [(*optimiser, weight) for optimiser in OPTIMISERS[start] for weight in weights]
