@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 CLASSES = 3
 #: Pairs of the shared networks. There are two: weights of a half are exact in binary, so that sums are too.
 LAYERS = {"net.block1": "block1", "net.block2": "block2"}
+
+needs_averaging = pytest.mark.skipif(
+    not hasattr(pl.callbacks, "WeightAveraging"), reason="this version of Lightning has no WeightAveraging"
+)
 
 
 class Net(nn.Module):

@@ -29,15 +29,16 @@ from helpers import (
     make_task,
     make_teacher,
     make_trainer,
+    needs_averaging,
     weights,
 )
+from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
     LearningRateFinder,
     ModelCheckpoint,
     TQDMProgressBar,
-    WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -667,9 +668,10 @@ def test_copies_in_mid_fit_are_plain(way):
         assert len(count) == fitted_calls, "a copy ran the teacher"
 
 
+@needs_averaging
 def test_a_moving_average_has_no_teacher_and_no_hook():
     teacher, task = make_teacher(), make_task(ValidatedTask)
-    averaging = WeightAveraging(avg_fn=lambda average, value, count: 0.9 * average + 0.1 * value)
+    averaging = of_lightning.WeightAveraging(avg_fn=lambda average, value, count: 0.9 * average + 0.1 * value)
     kept: list[Any] = []
 
     class Keep(pl.Callback):
@@ -689,11 +691,12 @@ def test_a_moving_average_has_no_teacher_and_no_hook():
 
     by_wrapper = make_task(ValidatedTask)
     make_trainer(
-        callbacks=[WeightAveraging(avg_fn=lambda average, value, count: 0.9 * average + 0.1 * value)], max_epochs=1
+        callbacks=[of_lightning.WeightAveraging(avg_fn=lambda average, value, count: 0.9 * average + 0.1 * value)],
+        max_epochs=1,
     ).fit(OTRTModule(by_wrapper, make_teacher(), layers=LAYERS, weight=2.0), loader(), loader(16))
     assert_same(weights(by_wrapper), weights(task))
     plain = make_task(ValidatedTask)
-    make_trainer(callbacks=[WeightAveraging(avg_fn=lambda a, v, n: 0.9 * a + 0.1 * v)], max_epochs=1).fit(
+    make_trainer(callbacks=[of_lightning.WeightAveraging(avg_fn=lambda a, v, n: 0.9 * a + 0.1 * v)], max_epochs=1).fit(
         plain, loader(), loader(16)
     )
     assert differ(weights(task), weights(plain))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import jsonargparse
 import pytest
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from lightning_otrt.layers import LayerPair, LayerSpec, Trace, TracedLayer, TracedTensor, check_names, parse_layers
 from lightning_otrt.selection import resolve_layers
 from lightning_otrt.tracing import named_layers, named_tensors, trace
+
+# Its name until 4.37; the newer versions deprecate that.
+auto_cli = jsonargparse.auto_cli if hasattr(jsonargparse, "auto_cli") else jsonargparse.CLI
 
 Halves = namedtuple("Halves", ["left", "right"])
 

@@ -1,0 +1,487 @@
+"""The demo modules of Lightning, with each of its callbacks: the loss is the one written by hand, and nothing is left.
+
+A fit with the callback ends, to the last bit, with the weights of a fit whose ``training_step`` (or
+``manual_backward``) adds the public distance by hand, and what Lightning's callback found or did is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import Task, assert_same, differ, hooks, make_teacher, make_trainer, needs_averaging, seeded, weights
+from lightning.pytorch import callbacks as of_lightning
+from lightning.pytorch.demos import boring_classes, lstm, transformer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_otrt import LayerPair, OTRTCallback, neurons, transport_distance
+
+WEIGHT = 2.0
+TOKENS, WORDS, BATCHES = 6, 11, 4
+
+
+class Fed(pl.LightningModule):
+    """Mixed into a demo, it brings data of its own; steps, losses and optimizers are those of the demo."""
+
+    batch_size = 8
+    flops_per_batch = 1000
+    trunk = ""
+
+    @staticmethod
+    def example(generator: torch.Generator) -> Any:
+        return torch.randn(32, generator=generator)
+
+    def prepare_data(self) -> None:
+        """Two of the demos would download a text."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(3)
+        data = [self.example(generator) for _ in range(8 * BATCHES)]
+        return DataLoader(data, batch_size=self.batch_size, drop_last=True)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.get_submodule(self.trunk)
+
+
+class Boring(Fed, boring_classes.BoringModel):
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.train_dataloader()
+
+
+class Manual(Boring, boring_classes.ManualOptimBoringModel):
+    pass
+
+
+class Demo(Fed, boring_classes.DemoModel):
+    pass
+
+
+class Images(Fed):
+    """The network of the demos for MNIST, in the way in which the documentation of Lightning trains it."""
+
+    trunk = "net.conv1"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = boring_classes.Net()
+
+    @staticmethod
+    def example(generator: torch.Generator) -> Any:
+        return torch.randn(1, 28, 28, generator=generator), torch.randint(10, (), generator=generator)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.nll_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class LSTM(Fed, lstm.LightningLSTM):
+    trunk = "model.encoder"
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=WORDS)
+        self.model = lstm.SimpleLSTM(WORDS, ninp=6, nhid=8, nlayers=2)
+
+    @staticmethod
+    def example(generator: torch.Generator) -> Any:
+        text = torch.randint(WORDS, (TOKENS + 1,), generator=generator)
+        return text[:-1], text[1:]
+
+    def on_train_start(self) -> None:
+        """Finders change the size of the batches between two fits, which the hidden state of the demo would survive."""
+        self.hidden = None
+
+
+class Transformer(Fed, transformer.LightningTransformer):
+    trunk = "model.embedding"
+    example = staticmethod(LSTM.example)
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=WORDS)
+        self.model = transformer.Transformer(WORDS, ninp=8, nhead=2, nhid=8, nlayers=1)
+
+
+class Normed(Fed, Task):
+    """Not one of the demos: those have no BatchNorm, for which an average of the weights trains an epoch more."""
+
+    trunk = "net.block1.0"
+
+    @staticmethod
+    def example(generator: torch.Generator) -> Any:
+        return torch.randn(1, 8, 8, generator=generator), torch.randint(3, (), generator=generator)
+
+
+class Deep(nn.Sequential):
+    """In place of the single layer of the smallest demos, of which no part could be frozen."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 2))
+
+
+def deep(kind: type[Fed], name: str) -> Fed:
+    module = kind()
+    setattr(module, name, Deep())
+    module.trunk = f"{name}.0"
+    return module
+
+
+@dataclass(frozen=True)
+class Case:
+    """A demo, and what is matched in it: layers whose outputs have their neurons on ``axis``."""
+
+    build: Callable[[], Fed]
+    student: str
+    teacher: str
+    network: Callable[[], nn.Module]
+    root: str = ""
+    axis: int = 1
+    prunable: str = ""
+    in_parts: Callable[[], Fed] | None = None
+    select: int | None = None
+
+    @property
+    def pair(self) -> LayerPair:
+        return LayerPair(self.student, self.teacher, neuron_axis=self.axis, select=self.select)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 7), nn.ReLU())
+
+
+class Text(nn.Module):
+    """A teacher for the recurrent demo, which takes the hidden state of the student, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Embedding(WORDS, 5)
+        self.top = nn.Linear(5, 9)
+
+    def forward(self, words: Tensor, hidden: Any) -> Tensor:
+        return self.top(self.encoder(words))
+
+
+DEMOS = {
+    "boring": Case(Boring, "layer", "0", mlp, prunable="layer", in_parts=partial(deep, Boring, "layer")),
+    "manual": Case(Manual, "layer", "0", mlp, prunable="layer", in_parts=partial(deep, Manual, "layer")),
+    "demo": Case(Demo, "l1", "0", mlp, prunable="l1", in_parts=partial(deep, Demo, "l1")),
+    "images": Case(Images, "net.conv2", "conv1", boring_classes.Net, root="net", prunable="net.fc1"),
+    "lstm": Case(LSTM, "model.rnn", "top", Text, root="model", axis=2, prunable="model.decoder", select=0),
+    "transformer": Case(
+        Transformer,
+        "model.transformer.encoder.layers.0",
+        "transformer.encoder.layers.0",
+        partial(transformer.Transformer, WORDS, ninp=6, nhead=2, nhid=6, nlayers=1),
+        root="model",
+        axis=2,
+        prunable="model.decoder",
+    ),
+    "batch norm": Case(Normed, "net.block2", "block2", make_teacher, root="net", prunable="net.head"),
+}
+
+
+class ByHand:
+    """The term as a user would write it, with hooks of their own and the public function."""
+
+    def __init__(self, case: Case, module: pl.LightningModule, teacher: nn.Module) -> None:
+        self.case, self.module, self.teacher = case, module, teacher.eval()
+        self.seen: dict[str, Tensor] = {}
+        module.get_submodule(case.root).register_forward_pre_hook(self.run_teacher)
+        module.get_submodule(case.student).register_forward_hook(partial(self.keep, "student"))
+        teacher.get_submodule(case.teacher).register_forward_hook(partial(self.keep, "teacher"))
+        if module.automatic_optimization:
+            self.step, module.training_step = module.training_step, self.training_step
+        else:
+            self.backward, module.manual_backward = module.manual_backward, self.manual_backward
+
+    def __deepcopy__(self, memo: Any) -> ByHand:
+        return self  # averages of the weights copy the module with its hooks
+
+    def run_teacher(self, module: nn.Module, inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self.teacher(*inputs)
+
+    def keep(self, side: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if side == "teacher" or torch.is_grad_enabled():
+            tensor = output if isinstance(output, Tensor) else output[0]
+            self.seen[side] = neurons(tensor, neuron_axis=self.case.axis)
+
+    def term(self) -> Tensor:
+        return WEIGHT * transport_distance(self.seen["student"], self.seen["teacher"], plan="exact").value
+
+    def training_step(self, *args: Any) -> Any:
+        output = self.step(*args)
+        if isinstance(output, Tensor):
+            return output + self.term()
+        return {**output, "loss": output["loss"] + self.term()}
+
+    def manual_backward(self, loss: Tensor) -> None:
+        self.backward(loss + self.term())
+
+
+class Steps(pl.Callback):
+    """Counts the steps whose term was logged, all but those of finders."""
+
+    def __init__(self) -> None:
+        self.steps = self.terms = 0
+
+    def on_train_start(self, *args: Any) -> None:
+        self.steps = self.terms = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.steps += 1
+        self.terms += float(trainer.callback_metrics.get("train/otrt", -1.0)) > 0
+
+
+class Norm(pl.Callback):
+    """A number that depends on the training, and exists without the term, too."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.log("norm", sum(parameter.detach().norm() for parameter in pl_module.parameters()))
+
+
+Finding = Any
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A callback of Lightning, and what it must have done, to be compared with the fit by hand."""
+
+    make: Callable[[Case, pl.LightningModule, Path], Any]
+    look: Callable[[pl.Trainer, Any, Case], Finding]
+    options: Callable[[Path], dict[str, Any]] = lambda path: {}
+    #: What Lightning says to a module with manual optimization.
+    refuses_manual: str | None = None
+    #: Whether what it finds depends on the loss, so that a fit without the term finds something else.
+    depends: bool = False
+    backbone: bool = False
+
+
+def saved(trainer: pl.Trainer, saver: Any, case: Case) -> Finding:
+    checkpoint = torch.load(saver.best_model_path, weights_only=True)
+    assert list(checkpoint["state_dict"]) == list(case.build().state_dict())
+    assert_same(checkpoint["state_dict"], weights(trainer.lightning_module))
+    return checkpoint["global_step"]
+
+
+def stopped(trainer: pl.Trainer, stopper: Any, case: Case) -> Finding:
+    assert trainer.current_epoch == 2
+    return stopper.stopped_epoch, stopper.best_score
+
+
+def averaged(trainer: pl.Trainer, average: Any, case: Case) -> Finding:
+    return copied(trainer, average._average_model.module)
+
+
+def copied(trainer: pl.Trainer, average: nn.Module) -> Finding:
+    """The weights of an average, which are those of the module in the end."""
+    found = {name: value.detach().clone() for name, value in average.named_parameters()}
+    assert_same({name: weights(trainer.lightning_module)[name] for name in found}, found)
+    return [value.tolist() for value in found.values()]
+
+
+def swapped(trainer: pl.Trainer, swa: Any, case: Case) -> Finding:
+    assert int(swa.n_averaged) == 2
+    average = swa._average_model
+    if swa._model_contains_batch_norm:  # whose epoch more goes on with the momentum of the optimizer
+        return [value.tolist() for value in average.parameters()]
+    return copied(trainer, average)
+
+
+def batch_size(trainer: pl.Trainer, finder: Any, case: Case) -> Finding:
+    assert finder.optimal_batch_size == trainer.lightning_module.batch_size == 16
+    return finder.optimal_batch_size
+
+
+def learning_rate(trainer: pl.Trainer, finder: Any, case: Case) -> Finding:
+    assert len(finder.optimal_lr.results["loss"]) > 5
+    return finder.optimal_lr.results["loss"]
+
+
+def pruned(trainer: pl.Trainer, pruning: Any, case: Case) -> Finding:
+    weight = trainer.lightning_module.get_submodule(case.prunable).weight
+    zeros = int((weight == 0).sum())
+    assert abs(zeros - weight.numel() / 2) <= 1
+    return zeros
+
+
+def unfrozen(trainer: pl.Trainer, tuning: Any, case: Case) -> Finding:
+    groups = trainer.optimizers[0].param_groups
+    assert len(groups) == 2
+    assert all(parameter.requires_grad for parameter in trainer.lightning_module.backbone.parameters())
+    return [group["lr"] for group in groups]
+
+
+def accumulated(trainer: pl.Trainer, scheduler: Any, case: Case) -> Finding:
+    assert trainer.global_step == BATCHES // 2 + BATCHES // 4 * 2
+    return trainer.global_step
+
+
+def shown(trainer: pl.Trainer, bar: Any, case: Case) -> Finding:
+    assert bar.progress is not None
+    return trainer.global_step
+
+
+def timed(trainer: pl.Trainer, timer: Any, case: Case) -> Finding:
+    assert timer.time_elapsed("train") > 0
+    return trainer.global_step
+
+
+def measured(trainer: pl.Trainer, monitor: Any, case: Case) -> Finding:
+    logged = Path(trainer.logger.log_dir, "metrics.csv").read_text()
+    assert "train/device/samples_per_sec" in logged
+    return trainer.global_step
+
+
+def size_of(batch: Any) -> int:
+    return len(batch) if isinstance(batch, Tensor) else len(batch[0])
+
+
+CALLBACKS = {
+    "ModelCheckpoint": Callback(
+        lambda case, module, path: of_lightning.ModelCheckpoint(path, save_weights_only=False), saved
+    ),
+    "EarlyStopping": Callback(
+        lambda case, module, path: of_lightning.EarlyStopping("norm", patience=1, min_delta=1e9),
+        stopped,
+        depends=True,
+    ),
+    "WeightAveraging": Callback(lambda case, module, path: of_lightning.WeightAveraging(), averaged, depends=True),
+    "StochasticWeightAveraging": Callback(
+        lambda case, module, path: of_lightning.StochasticWeightAveraging(0.05, swa_epoch_start=2),
+        swapped,
+        depends=True,
+    ),
+    "BatchSizeFinder": Callback(
+        lambda case, module, path: of_lightning.BatchSizeFinder("power", steps_per_trial=1, init_val=8, max_trials=2),
+        batch_size,
+    ),
+    "LearningRateFinder": Callback(
+        lambda case, module, path: of_lightning.LearningRateFinder(
+            1e-4, 1e-2, num_training_steps=8, update_attr=False, early_stop_threshold=None
+        ),
+        learning_rate,
+        depends=True,
+    ),
+    "ModelPruning": Callback(
+        lambda case, module, path: of_lightning.ModelPruning(
+            "l1_unstructured",
+            parameters_to_prune=[(module.get_submodule(case.prunable), "weight")],
+            apply_pruning=lambda epoch: epoch == 0,
+            use_lottery_ticket_hypothesis=False,
+            amount=0.5,
+        ),
+        pruned,
+    ),
+    "BackboneFinetuning": Callback(
+        lambda case, module, path: of_lightning.BackboneFinetuning(1, backbone_initial_lr=0.01), unfrozen, backbone=True
+    ),
+    "GradientAccumulationScheduler": Callback(
+        lambda case, module, path: of_lightning.GradientAccumulationScheduler({0: 2, 1: 4}),
+        accumulated,
+        refuses_manual="Automatic gradient accumulation",
+    ),
+    "RichProgressBar": Callback(
+        lambda case, module, path: of_lightning.RichProgressBar(), shown, lambda path: {"enable_progress_bar": True}
+    ),
+    "Timer": Callback(lambda case, module, path: of_lightning.Timer(interval="step"), timed),
+    "ThroughputMonitor": Callback(
+        lambda case, module, path: of_lightning.ThroughputMonitor(size_of, window_size=3),
+        measured,
+        lambda path: {"logger": CSVLogger(path)},
+    ),
+}
+
+
+@dataclass
+class Fit:
+    """What came out of a fit."""
+
+    module: Fed
+    teacher: nn.Module
+    finding: Finding
+    steps: Steps
+    refused: str = ""
+
+
+def fit(case: Case, tool: Callback, path: Path, way: str, *, last: bool = False) -> Fit:
+    build = case.in_parts if tool.backbone and case.in_parts else case.build
+    module, teacher = seeded(0, build), seeded(1, case.network)
+    if tool.backbone:
+        leave_out_frozen(module)
+    steps, callback = Steps(), tool.make(case, module, path)
+    callbacks = [Norm(), callback, steps]
+    if way == "by hand":
+        ByHand(case, module, teacher)
+    if way == "callback":
+        added = OTRTCallback(teacher, [case.pair], weight=WEIGHT, plan="exact", memory=0, solve_every=1)
+        callbacks.insert(2 if last else 0, added)
+    options = {"max_epochs": 3, "limit_val_batches": 0, "default_root_dir": path, **tool.options(path)}
+    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, **options)
+    torch.manual_seed(7)
+    try:
+        trainer.fit(module)
+    except (MisconfigurationException, RuntimeError) as error:
+        if module.automatic_optimization or tool.refuses_manual is None:
+            raise
+        return Fit(module, teacher, None, steps, str(error))
+    return Fit(module, teacher, tool.look(trainer, callback, case), steps)
+
+
+def leave_out_frozen(module: pl.LightningModule) -> None:
+    """As finetuning asks for; the optimizers of the demos hold all parameters."""
+    configure = module.configure_optimizers
+
+    def configure_optimizers() -> Any:
+        found = configure()
+        for group in (found[0][0] if isinstance(found, tuple) else found).param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        return found
+
+    module.configure_optimizers = configure_optimizers
+
+
+QUICK = [("boring", name) for name in CALLBACKS] + [(name, "ModelCheckpoint") for name in DEMOS if name != "boring"]
+
+
+def marks_of(demo: str, name: str) -> list[pytest.MarkDecorator]:
+    slow = [] if (demo, name) in QUICK else [pytest.mark.slow]
+    return [*slow, needs_averaging] if name == "WeightAveraging" else slow
+
+
+TABLE = [
+    pytest.param(demo, name, marks=marks_of(demo, name), id=f"{demo}-{name}") for demo in DEMOS for name in CALLBACKS
+]
+
+
+@pytest.mark.parametrize(("demo", "name"), TABLE)
+def test_every_demo_with_every_callback(demo: str, name: str, tmp_path: Path) -> None:
+    case, tool = DEMOS[demo], CALLBACKS[name]
+    expected, plain = (fit(case, tool, tmp_path / way, way) for way in ("by hand", "plain"))
+    found = fit(case, tool, tmp_path / "callback", "callback")
+    refuses = demo == "manual" and tool.refuses_manual is not None
+    assert bool(found.refused) == bool(expected.refused) == refuses, (found.refused, expected.refused)
+    assert found.refused == expected.refused
+    assert not hooks(found.module, found.teacher)
+    assert not {"training_step", "manual_backward"} & found.module.__dict__.keys()
+    if refuses:
+        assert tool.refuses_manual in found.refused
+        return
+    assert found.steps.terms == found.steps.steps > 0
+    assert_same(weights(found.module), weights(expected.module))
+    assert differ(weights(found.module), weights(plain.module)), "the term has no effect here"
+    assert found.finding == expected.finding
+    if tool.depends:
+        assert found.finding != plain.finding
