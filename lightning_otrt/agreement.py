@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 from torch import nn
@@ -16,19 +16,24 @@ from lightning_otrt.tracing import named_layers
 __all__ = ["agree_on_pairs", "has_layers", "pairs_from_state", "pairs_to_state"]
 
 
-def pairs_to_state(pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
+def pairs_to_state(pairs: Sequence[LayerPair]) -> list[tuple[Any, ...]]:
     """Resolved pairs as plain data, which ``torch.load`` reads with ``weights_only=True``.
 
     Example:
         >>> pairs_to_state([LayerPair("a", "b", neuron_axis=(1, 1))])
-        [{'student': 'a', 'teacher': 'b', 'weight': 1.0, 'neuron_axis': (1, 1), 'select': None}]
+        [('a', 'b', 1.0, (1, 1), None)]
     """
-    return [asdict(pair) for pair in pairs]
+    return [astuple(pair) for pair in pairs]
 
 
-def pairs_from_state(state: Sequence[Mapping[str, Any]]) -> tuple[LayerPair, ...]:
-    """The pairs of :func:`pairs_to_state`."""
-    return tuple(LayerPair(**pair) for pair in state)
+def pairs_from_state(state: Sequence[Sequence[Any]]) -> tuple[LayerPair, ...]:
+    """The pairs of :func:`pairs_to_state`.
+
+    Example:
+        >>> pairs_from_state([("a", "b", 1.0, (1, 1), None)])
+        (LayerPair(student='a', teacher='b', weight=1.0, neuron_axis=(1, 1), select=None),)
+    """
+    return tuple(LayerPair(*pair) for pair in state)
 
 
 def has_layers(student: nn.Module, pairs: Sequence[LayerPair]) -> bool:
