@@ -73,7 +73,9 @@ def everything(target: str) -> Images:
 def _digit_parts() -> dict[str, tuple[Tensor, Tensor]]:
     images, labels = digits("train").tensors
     parts = {"train": slice(_DIGIT_VALIDATION, None), "validation": slice(_DIGIT_VALIDATION)}
-    return {name: (images[part], labels[part]) for name, part in parts.items()} | {"test": digits("test").tensors}
+    found = {name: (images[part], labels[part]) for name, part in parts.items()}
+    test_images, test_labels = digits("test").tensors
+    return found | {"test": (test_images, test_labels)}
 
 
 def _pack(images: Tensor, labels: Tensor) -> Images:

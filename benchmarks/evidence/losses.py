@@ -1,12 +1,13 @@
 """The losses of other methods, each as its paper states it, on the representations of a batch.
 
-Each loss is a module, since some have trained projections; ``forward(student, teacher)`` gives a scalar. Docstrings name
-where a loss deviates from its paper.
+Each loss is a module, since some have trained projections; ``forward(student, teacher)`` gives a scalar. Where a loss
+deviates from its paper, its docstring says so.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +174,7 @@ class ContrastiveDistillation(nn.Module):
         return (F.cross_entropy(scores, same) + F.cross_entropy(scores.T, same)) / 2
 
 
-def l2_sp(parameters: dict[str, Tensor], start: dict[str, Tensor]) -> Tensor:
+def l2_sp(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
     """L2-SP (Li et al., arXiv 1802.01483): half the squared distance to the starting point, for what existed there."""
     return 0.5 * torch.stack([(parameters[name] - value).square().sum() for name, value in start.items()]).sum()
 

@@ -1,4 +1,4 @@
-"""The methods that are compared, with the grids that tune them: six candidates each."""
+"""The methods that are compared, with the grids that tune them: nine candidates each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ from benchmarks.evidence.networks import Features
 ALL = ("1", "1x", "2", "3")
 COPIED = ("1", "1x")
 
-#: Learning rate and weight decay. From scratch: the first is that of the examples. From another network: gentle.
-OPTIMISERS = {"scratch": ((3e-2, 1.0), (3e-2, 0.1)), "copied": ((3e-3, 1e-2), (1e-2, 0.1))}
+#: Learning rate and weight decay. From scratch: that of the examples, and larger ones; from another network: gentle.
+OPTIMISERS = {
+    "scratch": ((3e-2, 1.0), (1e-1, 1.0), (3e-1, 0.3)),
+    "copied": ((1e-2, 0.1), (3e-3, 1e-2), (1e-3, 1e-2)),
+}
 #: Methods without a weight choose among more optimisers, so that each method has as many candidates.
 WIDE_OPTIMISERS = {
-    "scratch": ((3e-2, 1.0), (3e-2, 0.3), (3e-2, 0.1), (3e-2, 3.0), (1e-1, 1.0), (1e-2, 1.0)),
-    "copied": ((1e-2, 0.1), (1e-2, 0.01), (3e-3, 0.1), (3e-3, 0.01), (1e-3, 0.1), (1e-3, 0.01)),
+    "scratch": (
+        *((3e-2, decay) for decay in (0.3, 1.0)),
+        *((1e-1, decay) for decay in (0.3, 1.0)),
+        *((3e-1, decay) for decay in (0.1, 0.3, 1.0)),
+        *((1.0, decay) for decay in (0.03, 0.1)),
+    ),
+    "copied": tuple((lr, decay) for lr in (1e-2, 3e-3, 1e-3) for decay in (1e-2, 1e-1, 1.0)),
 }
 
 
@@ -120,7 +128,7 @@ def methods_of(setting: str) -> list[str]:
 
 
 def candidates(name: str, setting: str) -> list[tuple[float, float, float]]:
-    """Learning rate, weight decay and weight of each candidate, six for every method."""
+    """Learning rate, weight decay and weight of each candidate, nine for every method."""
     start = "copied" if setting in COPIED else "scratch"
     weights = METHODS[name].weights
     if not weights:

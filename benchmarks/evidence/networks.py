@@ -91,7 +91,7 @@ class ResNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small vision transformer (Dosovitskiy et al., arXiv 2010.11929) that averages its patch tokens, no class token."""
+    """A small vision transformer (Dosovitskiy et al., arXiv 2010.11929); it averages patch tokens, no class token."""
 
     def __init__(
         self, num_classes: int, width: int, depth: int, heads: int = 4, patch: int = 4, size: int = 32
@@ -227,7 +227,7 @@ class CachedTeacher(nn.Module):
 class _Lookup(nn.Module):
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        self.register_buffer("table", table)
+        self.table = nn.Buffer(table)
 
     def forward(self, indices: Tensor) -> Tensor:
         return self.table[indices]

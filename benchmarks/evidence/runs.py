@@ -118,10 +118,9 @@ class Results:
     def __getitem__(self, run: Run) -> Row:
         return self.rows[run.key]
 
-    def accuracy(self, run: Run) -> float | None:
-        """Accuracy in percent, None where the run is missing."""
-        row = self.rows.get(run.key)
-        return None if row is None else row["accuracy"]
+    def get(self, run: Run) -> Row | None:
+        """The row of a run, None where it is missing."""
+        return self.rows.get(run.key)
 
 
 def complete(

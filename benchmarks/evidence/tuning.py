@@ -1,4 +1,4 @@
-"""The same tuning budget for every method: six candidates on one tuning seed, the best three on a second.
+"""The same tuning budget for every method: nine candidates on one tuning seed, the best three on a second.
 
 Choices are made on the validation fonts of a-z (or on validation digits), with seeds and a teacher that serve nothing
 else. No image or font of a reported target decides anything.
@@ -81,11 +81,20 @@ class Tuning:
 
     def choice(self, method: str, results: Results) -> Run:
         """The best candidate by its mean over both seeds."""
+        finalists = self._finalists(METHODS[method].tuned_as or method, results)
+        return max(finalists, key=lambda run: self.mean(run, results))
 
-        def mean(run: Run) -> float:
-            return results[run]["accuracy"] + results[replace(run, seed=SEEDS[1])]["accuracy"]
+    def choice_or_none(self, method: str, results: Results) -> Run | None:
+        """The choice, None where the tuning of this method is not complete."""
+        name = METHODS[method].tuned_as or method
+        if not all(run in results for run in self.runs(name, SEEDS[0])):
+            return None
+        second = (replace(run, seed=SEEDS[1]) for run in self._finalists(name, results))
+        return self.choice(method, results) if all(run in results for run in second) else None
 
-        return max(self._finalists(METHODS[method].tuned_as or method, results), key=mean)
+    def mean(self, run: Run, results: Results) -> float:
+        """Validation accuracy of a finalist, the mean over both seeds."""
+        return sum(results[replace(run, seed=seed)]["accuracy"] for seed in SEEDS) / len(SEEDS)
 
     def edge(self, method: str, results: Results) -> bool:
         """Whether the chosen weight is the smallest or the largest of several candidates."""

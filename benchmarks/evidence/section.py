@@ -1,0 +1,136 @@
+"""The section "Transfer" of ``RESULTS.md``: protocol, goals, tables, figures, and what was not run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence import figures
+from benchmarks.evidence.experiments import EXPERIMENTS, Experiment
+from benchmarks.evidence.methods import DEFAULT
+from benchmarks.evidence.report import (
+    NAMES,
+    Accuracies,
+    Found,
+    choices_table,
+    command,
+    comparison_table,
+    curve_table,
+    gather,
+    goals,
+    goals_table,
+    label,
+    signed,
+    variant_table,
+)
+from benchmarks.evidence.runs import Results
+from benchmarks.evidence.statistics import compare
+
+_PROTOCOL = """\
+Teachers learn A–Z and 0–9 (or the student's own task, in compression) from 200 images per class; students learn few
+labelled images, distorted and noisy. No font file is in two of train, validation and test. Widths: teacher 16-32-64,
+student 8-16-32, unless a heading says otherwise.
+
+- *Paired*: within a seed all methods have the same images, initial weights and order of batches; three teachers
+  alternate over seeds. Intervals are 95 % of Student's t over seeds; p values are those of paired t tests of the
+  default against each method of a table, corrected by Holm's procedure over that table.
+- *Tuned alike*: nine candidates for each method (three optimiser settings × three weights; nine optimiser settings
+  where there is no weight), the best three again on a second seed, on the validation fonts of a–z (compression of
+  digits: on digits that serve nothing else), with seeds and a teacher used for nothing else. A star marks a chosen
+  weight at the edge of its candidates.
+- *Rivals*: their losses are in `benchmarks/evidence/losses.py`. Their projections decay less than the student, which
+  helps them; CRD takes its negatives from the batch; hints are relative to the variance of the teacher.
+- AdamW, one-cycle learning rate, 400 steps of 64 images (digits: 300). The transport term is that of
+  `RepresentationTransfer`, unmodified; the outputs of the frozen teacher on the fixed images are computed once."""
+
+
+def section(results: Results, folder: Path, experiments: Mapping[str, Experiment] = EXPERIMENTS) -> str:
+    """The Markdown of everything found so far.
+
+    Args:
+        results: The rows.
+        folder: Where figures go; the text links to them relative to its parent.
+        experiments: What was planned.
+    """
+    found = gather(results, experiments)
+    drawn = figures.draw(found, folder)
+    seconds = sum(row["seconds"] for row in results.rows.values())
+    lines = [
+        "## Transfer",
+        "",
+        f"`python -m benchmarks.transfer` on {platform.machine()}, torch {torch.__version__.partition('+')[0]}, one "
+        f"thread: {len(results.rows)} runs, {seconds / 3600:.1f} hours. Each run is a line of "
+        f"`{folder.name}/{results.path.name}`; the command continues where it was stopped.",
+        "",
+        _PROTOCOL,
+        "",
+    ]
+    if reached := goals(found):
+        lines += ["### Goals", "", *goals_table(reached)]
+    if claims := paper_claims(found):
+        lines += ["### What the paper claims", "", *claims]
+    for name, (caption, made_by) in drawn.items():
+        lines += [f"![{caption}]({folder.name}/{name})", "", f"*{caption}.* {made_by}", ""]
+    for one in found.values():
+        lines += _experiment(one)
+    missing = [name for name in experiments if name not in found]
+    if missing:
+        lines += [
+            "### Not run yet",
+            "",
+            f"Implemented, but without results here: {', '.join(f'`{name}`' for name in missing)}. {command(*missing)}",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _experiment(found: Found) -> list[str]:
+    experiment = found.experiment
+    if experiment.changes.get("plans"):
+        return []
+    lines = [f"### {experiment.title}", "", command(found.name), ""]
+    for target in experiment.targets:
+        if experiment.variants:
+            lines += variant_table(found, target, experiment.per_class[0])
+        elif len(experiment.per_class) > 1:
+            lines += curve_table(found, target)
+        elif found.accuracies(target, experiment.per_class[0]):
+            lines += comparison_table(found, target, experiment.per_class[0])
+    if not experiment.variants and len(experiment.per_class) == 1:
+        lines += ["<details><summary>What tuning chose</summary>", "", *choices_table(found), "</details>", ""]
+    return lines
+
+
+def paper_claims(found: Mapping[str, Found]) -> list[str]:
+    """The paper's three claims, one for each setting, beside what was measured here."""
+    claims = (
+        ("copied", "1. With the same network, transport improves on fine-tuning with weight decay and on L2-SP"),
+        ("compression", "2. In compression, transport of the penultimate layer improves on KD and FitNets"),
+        ("main", "3. With a smaller student and a new task, transport improves on training alone and on distillation"),
+    )
+    lines = []
+    for name, claim in claims:
+        if name not in found:
+            continue
+        experiment = found[name].experiment
+        for target in experiment.targets:
+            accuracies = found[name].accuracies(target, experiment.per_class[0])
+            lines += [f"| {claim} | {NAMES[target]} | {_against(accuracies, ours)} |" for ours in ("ot-penultimate",)]
+            lines.append(
+                f"| the same, with the default of this library | {NAMES[target]} | {_against(accuracies, DEFAULT)} |"
+            )
+    if not lines:
+        return []
+    return ["| claim | on | gain in points, paired |", "|---|---|---|", *lines, ""]
+
+
+def _against(accuracies: Accuracies, ours: str) -> str:
+    """Gains of one method against the baselines of the paper."""
+    if ours not in accuracies:
+        return ""
+    baselines = ("plain", "l2-sp", "kd", "lwf", "fitnets")
+    comparisons = compare(accuracies[ours], {name: accuracies[name] for name in baselines if name in accuracies})
+    return "; ".join(f"{signed(one.gain)} against {label(name)}" for name, one in comparisons.items())
