@@ -37,6 +37,9 @@ SIZES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((1, 1), (1, 1)),
     ((6, 10), (1, 1)),
     ((4, 8, 8), (2, 4, 4)),
+    ((14, 15), (4, 4)),
+    ((16, 12), (4, 4)),
+    ((16, 4), (4, 4)),
     ((5, 7, 9), (4, 4, 4)),
     ((3, 4, 5), (3, 4, 4)),
 ]
@@ -175,6 +178,15 @@ READINGS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "sequence": ((4, 13, 6), {"neuron_axis": -1}),
     "whole sequence": ((4, 13, 6), {"neuron_axis": -1, "grid": None}),
 }
+
+
+@pytest.mark.parametrize("case", READINGS)
+def test_autocast_does_not_lower_the_precision_of_a_reading(case: str) -> None:
+    shape, arguments = READINGS[case]
+    x = torch.randn(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = neurons(x, **arguments)
+    assert torch.equal(found, neurons(x, **arguments))
 
 
 @pytest.mark.parametrize("case", READINGS)
