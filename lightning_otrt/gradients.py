@@ -191,8 +191,8 @@ def suggest_weight(
         task_loss: From a batch, on the student's device, to the loss of the task. It calls the student. None needs
             ``loss_fn`` or a LightningModule whose ``training_step`` runs without a Trainer.
         loss_fn: ``loss_fn(student(x), y)`` for batches ``(x, y)``, in place of ``task_loss``.
-        fraction: Wanted ratio of the norms, 1 for two equal parts. 1.5 lost least to the best weight over three pairs of
-            networks and two recipes (``benchmarks/weight.py``), where the best ratios were from 0.5 to 3.
+        fraction: Wanted ratio of the norms, 1 for two equal parts. Over three pairs of networks and two recipes 1.5
+            lost least to the best weight (``benchmarks/weight.py``), where the best ratios were from 0.5 to 3.
         batches: Number of batches to average over.
 
     Returns:
