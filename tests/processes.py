@@ -38,7 +38,7 @@ def run_processes(
             ``init=None`` without; ``nodes``: over how many machines the processes are said to be spread; ``dies``:
             whether processes may be killed.
     """
-    _start_server()
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         workers = [
@@ -76,7 +76,7 @@ def run_processes(
 
 
 @functools.cache
-def _start_server() -> None:
+def start_server() -> None:
     """Imports take long on a busy machine, and are not part of a deadline."""
     first = CONTEXT.Process(target=int)
     first.start()
