@@ -1,0 +1,69 @@
+"""See what is transferred: a weight from gradients, layers against layers before and after, plans and curves."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import tempfile
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib import pyplot as plt
+from torch.utils.data import DataLoader
+
+from examples import report
+from examples.glyphs import glyphs
+from examples.networks import STUDENT_WIDTHS, Classifier, ConvNet
+from lightning_otrt import OTRTCallback, OTRTMonitor, compare_representations, suggest_weight
+from lightning_otrt.plotting import plot_distances, plot_history, plot_plan
+
+BLOCKS = [f"blocks.{block}" for block in range(3)]
+
+
+def main() -> None:
+    """Trains a teacher on A-Z and 0-9, then one student on a-z with it, and looks at the transfer."""
+    options = report.options(__doc__, "seeing.png")
+    few, test = glyphs("lowercase", "train", per_class=10), glyphs("lowercase", "test")
+    teacher = report.train_teacher(glyphs("source", "train"), steps=options.steps(800)).net
+    pl.seed_everything(0, verbose=False)
+    student = Classifier(ConvNet(STUDENT_WIDTHS, report.num_classes(test)), report.num_classes(test))
+    untrained = copy.deepcopy(student.net)
+    loader = DataLoader(few, 64, shuffle=True, drop_last=True)
+    layers = {f"net.{name}": name for name in BLOCKS}
+    callback = OTRTCallback(teacher, layers)
+    print(suggest_weight(student, callback, loader), end="\n\n")
+
+    logger = CSVLogger(tempfile.mkdtemp())
+    pl.Trainer(
+        max_steps=options.steps(400),
+        callbacks=[callback, OTRTMonitor(every_n_steps=4, figures=False)],
+        logger=logger,
+        log_every_n_steps=4,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    ).fit(student, loader)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["otrt/gradient_share"]]
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    images = DataLoader(test, 256)
+    for axis, net, title in ((axes[0, 0], untrained, "before training"), (axes[0, 1], student.net, "after training")):
+        result = compare_representations(net, teacher, images, layers=BLOCKS, progress=False)
+        plot_distances(result.distances, BLOCKS, BLOCKS, pairing=result.pairing, ax=axis)
+        axis.set_title(f"distances {title}", loc="right")
+        print(f"{title}: {', '.join(f'{a} -> {b} {result.transport(a, b).value:.2f}' for a, b in result.pairing)}")
+    plot_plan(result.transport(BLOCKS[-1], BLOCKS[-1]).plan, ax=axes[1, 0])
+    axes[1, 0].set_title(f"plan of {BLOCKS[-1]}")
+    names = {f"train/otrt/{name}": f"distance, {name}" for name in layers}
+    names["otrt/gradient_share"] = "share of the gradient"
+    curves = {label: [float(row[name]) for row in rows] for name, label in names.items()}
+    plot_history(curves, [int(row["step"]) for row in rows], ax=axes[1, 1])
+    axes[1, 1].set_title("training")
+    figure.savefig(options.figure, dpi=100)
+    print(f"\nFigure: {options.figure.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
