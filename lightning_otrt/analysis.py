@@ -190,7 +190,8 @@ def compare_representations(
         The distances with the names of the layers, the best pairing and the plans.
 
     Raises:
-        TypeError: If a batch has no inputs that can be told, or ``cost`` is not a name.
+        TypeError: If the student is no module that runs, a batch has no inputs that can be told, or ``cost`` is not a
+            name.
         ValueError: If there is no batch, a layer name is unknown, or activations are not finite.
 
     Example:
@@ -205,8 +206,10 @@ def compare_representations(
         (torch.Size([2, 2]), ('1', '3'), 32)
         >>> figure, axes = result.plot()
     """
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"Expected argument `student` to be a torch.nn.Module, but got {type(student).__name__}.")
     with ExitStack() as stack:
-        runners = Teacher(student), Teacher(load_teacher(teacher), inputs=teacher_inputs)
+        runners = Teacher(student, role="student"), Teacher(load_teacher(teacher), inputs=teacher_inputs)
         first = next((tensor for tensor in (*student.parameters(), *student.buffers())), torch.empty(0))
         device = torch.device(device) if device is not None else first.device
         for runner in runners:

@@ -206,6 +206,7 @@ class Teacher:
             teacher: a tensor, a tuple of positional arguments or a dict of keywords. None passes them on.
         dtype: Type to run in (``teacher_dtype``), such as ``torch.bfloat16`` or ``"bf16-true"``. A module of another
             type runs as a deep copy. None keeps the module's own, or follows :meth:`prepare`.
+        role: What errors call it.
 
     Raises:
         TypeError: If ``module`` is no module or has no ``forward``, or ``inputs`` cannot be called.
@@ -225,13 +226,18 @@ class Teacher:
     """
 
     def __init__(
-        self, module: nn.Module, *, inputs: Callable[..., Any] | None = None, dtype: torch.dtype | str | None = None
+        self,
+        module: nn.Module,
+        *,
+        inputs: Callable[..., Any] | None = None,
+        dtype: torch.dtype | str | None = None,
+        role: str = "teacher",
     ) -> None:
         if not isinstance(module, nn.Module):
             raise _wrong_form(module)
         if getattr(module.forward, "__module__", "") in _NO_FORWARD:
             raise TypeError(
-                f"The teacher {type(module).__name__} has no `forward` and cannot run. Define one, or pass the network "
+                f"The {role} {type(module).__name__} has no `forward` and cannot run. Define one, or pass the network "
                 "inside it."
             )
         if inputs is not None and not callable(inputs):

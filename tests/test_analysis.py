@@ -8,6 +8,7 @@ import math
 import sys
 import types
 
+import lightning.pytorch as pl
 import matplotlib as mpl
 import pytest
 import torch
@@ -168,6 +169,17 @@ class TestCompare:
         with pytest.raises(error, match=message):
             compare(net, teacher, **options)
         assert hooks(net, teacher) == []
+
+    @pytest.mark.parametrize(
+        ("student", "message"),
+        [
+            ("resnet18", "`student` to be a torch.nn.Module, but got str"),
+            (pl.LightningModule(), "The student LightningModule has no `forward`"),
+        ],
+    )
+    def test_students_that_do_not_run(self, student, message):
+        with pytest.raises(TypeError, match=message):
+            compare(student, make_teacher())
 
     def test_values_that_are_not_finite_name_the_layer(self):
         x = torch.randn(8, 1, 8, 8)
