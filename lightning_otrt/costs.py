@@ -217,13 +217,16 @@ class CorrelationCost(Cost):
     @staticmethod
     def _value_alone(y: Tensor, x: Tensor, plan: Plan) -> ValueAndGradient:
         """The same in few passes: neurons are centred, and their norms are factors of rows."""
-        y, inverse_y, dead_y = _centred(y)
-        x, inverse_x, dead_x = _centred(x)
+        y, inverse_y = _centred(y)
+        x, inverse_x = _centred(x)
         z = _product(plan.matrix, x.mul_(inverse_x[..., None]), like=y)
         products = torch.linalg.vecdot(y, z).mul_(inverse_y)
-        value = plan.student_mass.sub(products).sub_(_times(plan.matrix, dead_x).mul_(dead_y)).sum(-1)
+        value = plan.student_mass.sub(products)
+        # Two dead neurons cost 0 instead of 1.
+        if not _are_all(inverse_x):
+            value.sub_(_times(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
         along = products.mul_(inverse_y).mul_(inverse_y)
-        return value, z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
+        return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
@@ -430,14 +433,19 @@ def _inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
 
 
-def _centred(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Neurons without their means, and what :func:`_inverse_norm` gives for them, rounding left out."""
+def _centred(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Neurons without their means, and 1 / norm where they are live and 0 where they are dead or rounding."""
     mean = y.mean(-1, keepdim=True)
     y = y - mean
     norm = _norms(y)
     rounding = mean.squeeze(-1).abs_().mul_(_rounding_share(y.dtype) ** 0.5 * y.shape[-1] ** 0.5)
     dead = norm <= torch.maximum(rounding, norm.mean(-1, keepdim=True).mul_(DEAD_SHARE))
-    return y, norm.reciprocal_().masked_fill_(dead, 0.0), dead.to(y.dtype)
+    return y, norm.reciprocal_().masked_fill_(dead, 0.0)
+
+
+def _are_all(values: Tensor) -> bool:
+    """Whether it is certain that no value is 0. A CPU is asked, which saves it passes; for a device nothing waits."""
+    return values.device.type == "cpu" and bool(values.all())
 
 
 def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
@@ -458,13 +466,17 @@ def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Deviations from ``reference`` and their sums of squares, both 0 where they are rounding."""
     y = y - reference
-    squares = _without_rounding(torch.linalg.vecdot(y, y), y.shape[-1], reference.squeeze(-1))
-    # Not `masked_fill_`, which takes ten times as long.
-    return y.mul_((squares != 0)[..., None]), squares
+    squares = _without_rounding(_norms(y).square_(), y.shape[-1], reference.squeeze(-1))
+    if not _are_all(squares):
+        # Not `masked_fill_`, which takes ten times as long.
+        y.mul_((squares != 0)[..., None])
+    return y, squares
 
 
 def _only_if(fits: Tensor, *parts: Tensor) -> Iterator[Tensor]:
     """Each part, or zeros where not ``fits``, in place; `where` would take ten times as long."""
+    if _are_all(fits):
+        return iter(parts)
     return (part.nan_to_num_(0.0, 0.0, 0.0).mul_(fits) for part in parts)
 
 

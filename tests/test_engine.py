@@ -94,6 +94,13 @@ def peak_floats(function: Callable[[], object]) -> float:
 # --- what a call costs -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the paths of an accelerator, which is never asked for a value."""
+    monkeypatch.setattr("lightning_otrt.costs._are_all", lambda values: False)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 @pytest.mark.parametrize("solve_every", [1, 10])
@@ -104,6 +111,29 @@ def test_nothing_waits_for_the_device(cost: str, memory: float, solve_every: int
     for _ in range(2 * solve_every):
         found = operations(lambda: call(engine, *pairs).backward())
         assert found.waits() == 0, found.counts
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+@pytest.mark.parametrize("dead", [0, 2])
+def test_a_cpu_and_a_device_take_paths_to_the_same_numbers(
+    cost: str, memory: float, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for asked in (True, False):
+        if not asked:
+            monkeypatch.setattr("lightning_otrt.costs._are_all", lambda values: False)
+        engine = make(cost, memory=memory, solve_every=1)
+        for step in range(4):
+            y, x = draw(seed=step)
+            with torch.no_grad():
+                y[:dead], x[: dead + 1] = 3.0, -1.0
+                if step == 2:
+                    x[-1, 0] = torch.nan
+            loss = call(engine, (y, x))
+            loss.backward()
+        found.append((loss.detach(), y.grad, engine.pairs[0].plan.matrix))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
 def test_the_first_call_is_known_to_wait() -> None:
