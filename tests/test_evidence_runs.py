@@ -85,3 +85,8 @@ def test_runs_of_experiments_survive_the_disk(name: str) -> None:
         assert run.seed < 1000
         assert run.teacher_seed < 100
         assert run.split == "test" or run.target == "lowercase"
+
+
+def test_a_result_cannot_pass_for_a_setting(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names of settings: \\['seed'\\]"):
+        Results(tmp_path / "rows.jsonl").add(RUN, {"accuracy": 1.0, "seed": 4})

@@ -181,7 +181,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             ("greek",),
             (DEFAULT,),
             seeds=1,
-            changes={"plans": True},
+            changes={"keep_plans": True},
         )
         for setting in ("1", "1x", "3")
     },

@@ -17,18 +17,21 @@ COPIED = ("1", "1x")
 
 #: Learning rate and weight decay. From scratch: that of the examples, and larger ones; from another network: gentle.
 OPTIMISERS = {
-    "scratch": ((3e-2, 1.0), (1e-1, 1.0), (3e-1, 0.3)),
+    "scratch": ((3e-2, 1.0), (3e-1, 0.3), (1.0, 0.03)),
     "copied": ((1e-2, 0.1), (3e-3, 1e-2), (1e-3, 1e-2)),
+    "transformer": ((3e-3, 0.1), (1e-3, 0.1), (1e-3, 1.0)),
 }
 #: Methods without a weight choose among more optimisers, so that each method has as many candidates.
 WIDE_OPTIMISERS = {
     "scratch": (
-        *((3e-2, decay) for decay in (0.3, 1.0)),
-        *((1e-1, decay) for decay in (0.3, 1.0)),
-        *((3e-1, decay) for decay in (0.1, 0.3, 1.0)),
-        *((1.0, decay) for decay in (0.03, 0.1)),
+        (3e-2, 1.0),
+        (1e-1, 1.0),
+        *((3e-1, decay) for decay in (0.1, 0.3)),
+        *((1.0, decay) for decay in (0.01, 0.03, 0.1)),
+        *((3.0, decay) for decay in (0.003, 0.01)),
     ),
     "copied": tuple((lr, decay) for lr in (1e-2, 3e-3, 1e-3) for decay in (1e-2, 1e-1, 1.0)),
+    "transformer": tuple((lr, decay) for lr in (3e-3, 1e-3, 3e-4) for decay in (1e-2, 1e-1, 1.0)),
 }
 
 
@@ -44,7 +47,6 @@ class Method:
         settings: Where it is defined.
         l2_sp: Penalise the distance to the starting point.
         freeze: Train the head alone.
-        tuned_as: Takes the choice of another method: it is an ablation of that one.
         ours: Whether it uses this library with the plan of optimal transport.
     """
 
@@ -55,7 +57,6 @@ class Method:
     settings: tuple[str, ...] = ALL
     l2_sp: bool = False
     freeze: bool = False
-    tuned_as: str = ""
     ours: bool = False
 
     @property
@@ -102,9 +103,6 @@ METHODS = {
         "OT, penultimate, running cost", transfer={**PENULTIMATE, "memory": 0.98}, weights=TRANSPORT, ours=True
     ),
     DEFAULT: Method("OT, blocks (default)", transfer=BLOCKS, weights=TRANSPORT, ours=True),
-    "ot-blocks-memory": Method(
-        "OT, blocks, running cost", transfer={**BLOCKS, "memory": 0.98}, tuned_as=DEFAULT, ours=True
-    ),
     "ot-later": Method(
         "OT, later blocks + penultimate",
         transfer={"layers": ["later blocks", "penultimate"]},
@@ -127,9 +125,9 @@ def methods_of(setting: str) -> list[str]:
     return [name for name, method in METHODS.items() if setting in method.settings]
 
 
-def candidates(name: str, setting: str) -> list[tuple[float, float, float]]:
+def candidates(name: str, setting: str, pair: str = "conv") -> list[tuple[float, float, float]]:
     """Learning rate, weight decay and weight of each candidate, nine for every method."""
-    start = "copied" if setting in COPIED else "scratch"
+    start = "transformer" if pair == "transformer" else "copied" if setting in COPIED else "scratch"
     weights = METHODS[name].weights
     if not weights:
         return [(*optimiser, 0.0) for optimiser in WIDE_OPTIMISERS[start]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,17 +139,18 @@ class Taps:
     """Keeps what the blocks and the head of a network compute in each forward.
 
     Args:
-        net: A network with a linear ``head``.
+        net: A network.
         layers: Names of its blocks.
         neuron_axis: Axis of the neurons in their outputs.
+        head: Name of its linear head.
     """
 
-    def __init__(self, net: nn.Module, layers: Sequence[str], neuron_axis: int) -> None:
+    def __init__(self, net: nn.Module, layers: Sequence[str], neuron_axis: int, head: str = "head") -> None:
         self.neuron_axis = neuron_axis
         self.outputs: dict[str, Tensor] = {}
         self.layers = tuple(layers)
         self._handles = [net.get_submodule(name).register_forward_hook(self._keep(name)) for name in layers]
-        self._handles.append(net.get_submodule("head").register_forward_hook(self._keep_head))
+        self._handles.append(net.get_submodule(head).register_forward_hook(self._keep_head))
 
     def _keep(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -171,9 +173,9 @@ class Taps:
 
 
 @contextmanager
-def tapped(net: nn.Module, layers: Sequence[str], neuron_axis: int) -> Iterator[Taps]:
+def tapped(net: nn.Module, layers: Sequence[str], neuron_axis: int, head: str = "head") -> Iterator[Taps]:
     """Hooks for the duration of a block."""
-    taps = Taps(net, layers, neuron_axis)
+    taps = Taps(net, layers, neuron_axis, head)
     try:
         yield taps
     finally:
@@ -189,7 +191,8 @@ def positions(output: Tensor, neuron_axis: int) -> Tensor:
 class CachedTeacher(nn.Module):
     """A teacher whose outputs on fixed images are computed once: exact, as it is in evaluation mode and they are fixed.
 
-    It maps indices of images to logits; its modules ``layers.0``, ``layers.1``, ... give the maps of the blocks.
+    It maps indices of images to logits; its modules ``layers.0``, ``layers.1``, ... give the maps of the blocks,
+    (B, C, H, W), into which it folds the tokens of a transformer.
 
     Args:
         net: The teacher, with a linear ``head``.
@@ -200,7 +203,6 @@ class CachedTeacher(nn.Module):
     def __init__(self, net: nn.Module, pair: Pair, images: Tensor) -> None:
         super().__init__()
         names = [teacher for _, teacher in pair.layers]
-        self.neuron_axis = pair.neuron_axis
         found: list[list[Tensor]] = [[] for _ in range(len(names) + 1)]
         net.eval()
         with torch.no_grad(), tapped(net, names, pair.neuron_axis) as taps:
@@ -209,7 +211,7 @@ class CachedTeacher(nn.Module):
                 for kept, name in zip(found, [*names, "penultimate"], strict=True):
                     kept.append(taps.outputs[name])
         *blocks, penultimate = (torch.cat(kept) for kept in found)
-        self.layers = nn.ModuleList(_Lookup(block) for block in blocks)
+        self.layers = nn.ModuleList(_Lookup(_as_map(block, pair.neuron_axis)) for block in blocks)
         self.penultimate = _Lookup(penultimate)
         self.head = net.get_submodule("head")
 
@@ -219,9 +221,17 @@ class CachedTeacher(nn.Module):
 
     def features(self, indices: Tensor) -> Features:
         """All representations of images."""
-        blocks = [positions(layer(indices), self.neuron_axis) for layer in self.layers]
+        blocks = [positions(layer(indices), 1) for layer in self.layers]
         penultimate = self.penultimate(indices)
         return Features(blocks, penultimate, self.head(penultimate))
+
+
+def _as_map(output: Tensor, neuron_axis: int) -> Tensor:
+    """Maps stay; tokens (B, T, C) on a square become (B, C, H, W)."""
+    if output.ndim == 4:
+        return output
+    side = math.isqrt(output.shape[1])
+    return output.movedim(neuron_axis, 1).unflatten(2, (side, side))
 
 
 class _Lookup(nn.Module):

@@ -164,8 +164,6 @@ def choices_table(found: Found) -> list[str]:
     """What tuning chose; a star marks a weight at the edge of its candidates."""
     lines = ["| method | learning rate | weight decay | weight | validation accuracy, % |", "|---|---|---|---|---|"]
     for name, choice in found.choices.items():
-        if METHODS[name].tuned_as:
-            continue
         edge = " *" if found.experiment.tuning.edge(name, found.results) else ""
         weight = f"{choice.weight:g}{edge}" if METHODS[name].weights else ""
         mean = found.experiment.tuning.mean(choice, found.results)

@@ -37,7 +37,7 @@ class Run:
         batch_size: Images of a batch.
         source: The teacher's task, "" for the usual one of the setting.
         options: Changed options of the transport term, as ``(name, value)``.
-        plans: Whether to keep plans over training.
+        keep_plans: Whether to keep plans over training.
     """
 
     setting: str
@@ -57,7 +57,7 @@ class Run:
     batch_size: int = 64
     source: str = ""
     options: tuple[tuple[str, Any], ...] = field(default=())
-    plans: bool = False
+    keep_plans: bool = False
 
     @property
     def key(self) -> str:
@@ -105,7 +105,13 @@ class Results:
             path.write_text(f"{whole}\n" if whole else "")
 
     def add(self, run: Run, found: Row) -> None:
-        """Keep a result, on disk at once."""
+        """Keep a result, on disk at once.
+
+        Raises:
+            ValueError: If what was found goes by the name of a setting: the row would be another run's.
+        """
+        if shared := _DEFAULTS.keys() & found.keys():
+            raise ValueError(f"These are names of settings: {sorted(shared)}.")
         row = {**run.settings, **found}
         self.rows[run.key] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ student 8-16-32, unless a heading says otherwise.
   alternate over seeds. Intervals are 95 % of Student's t over seeds; p values are those of paired t tests of the
   default against each method of a table, corrected by Holm's procedure over that table.
 - *Tuned alike*: nine candidates for each method (three optimiser settings × three weights; nine optimiser settings
-  where there is no weight), the best three again on a second seed, on the validation fonts of a–z (compression of
+  where there is no weight), the best two again on a second seed, on the validation fonts of a–z (compression of
   digits: on digits that serve nothing else), with seeds and a teacher used for nothing else. A star marks a chosen
   weight at the edge of its candidates.
 - *Rivals*: their losses are in `benchmarks/evidence/losses.py`. Their projections decay less than the student, which
@@ -89,7 +89,7 @@ def section(results: Results, folder: Path, experiments: Mapping[str, Experiment
 
 def _experiment(found: Found) -> list[str]:
     experiment = found.experiment
-    if experiment.changes.get("plans"):
+    if experiment.changes.get("keep_plans"):
         return []
     lines = [f"### {experiment.title}", "", command(found.name), ""]
     for target in experiment.targets:

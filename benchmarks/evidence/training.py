@@ -97,7 +97,7 @@ def layers_of(wanted: Any, pair: Pair) -> list[LayerPair]:
         return [LayerPair("head:input", "penultimate", neuron_axis=1)]
     count = len(pair.layers)
     indices = {"blocks": range(count), "later blocks": range(1, count)}.get(wanted, [wanted])
-    return [LayerPair(pair.layers[i][0], f"layers.{i}", neuron_axis=pair.neuron_axis) for i in indices]
+    return [LayerPair(pair.layers[i][0], f"layers.{i}", neuron_axis=(pair.neuron_axis, 1)) for i in indices]
 
 
 @dataclass
@@ -216,7 +216,7 @@ def _fit_with_teacher(
             (value + term).backward()
             optimizer.step()
             schedule.step()
-            if run.plans and transport is not None and _keeps(step, run.steps):
+            if run.keep_plans and transport is not None and _keeps(step, run.steps):
                 plans[str(step + 1)] = _plans(transport.transfer)
     if transport is not None:
         transport.transfer.detach()

@@ -1,4 +1,4 @@
-"""The same tuning budget for every method: nine candidates on one tuning seed, the best three on a second.
+"""The same tuning budget for every method: nine candidates on one tuning seed, the best two on a second.
 
 Choices are made on the validation fonts of a-z (or on validation digits), with seeds and a teacher that serve nothing
 else. No image or font of a reported target decides anything.
@@ -14,7 +14,7 @@ from benchmarks.evidence.runs import Results, Run
 
 SEEDS = (1000, 1001)
 TEACHER_SEED = 100
-FINALISTS = 3
+FINALISTS = 2
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,16 @@ class Tuning:
                 steps=self.steps,
                 teacher_steps=self.teacher_steps,
             )
-            for lr, weight_decay, weight in candidates(method, self.setting)
+            for lr, weight_decay, weight in candidates(method, self.setting, self.pair)
         ]
 
     def first(self, methods: Iterable[str]) -> list[Run]:
         """All candidates on the first seed."""
-        return [run for method in self.tuned(methods) for run in self.runs(method, SEEDS[0])]
+        return [run for method in methods for run in self.runs(method, SEEDS[0])]
 
     def second(self, methods: Iterable[str], results: Results) -> list[Run]:
         """The best candidates of each method on the second seed."""
-        return [
-            replace(run, seed=SEEDS[1]) for method in self.tuned(methods) for run in self._finalists(method, results)
-        ]
-
-    def tuned(self, methods: Iterable[str]) -> list[str]:
-        """The methods with candidates of their own."""
-        return list(dict.fromkeys(METHODS[method].tuned_as or method for method in methods))
+        return [replace(run, seed=SEEDS[1]) for method in methods for run in self._finalists(method, results)]
 
     def _finalists(self, method: str, results: Results) -> list[Run]:
         runs = self.runs(method, SEEDS[0])
@@ -81,16 +75,14 @@ class Tuning:
 
     def choice(self, method: str, results: Results) -> Run:
         """The best candidate by its mean over both seeds."""
-        finalists = self._finalists(METHODS[method].tuned_as or method, results)
+        finalists = self._finalists(method, results)
         return max(finalists, key=lambda run: self.mean(run, results))
 
     def choice_or_none(self, method: str, results: Results) -> Run | None:
         """The choice, None where the tuning of this method is not complete."""
-        name = METHODS[method].tuned_as or method
-        if not all(run in results for run in self.runs(name, SEEDS[0])):
+        if not all(run in results for run in self.first([method])):
             return None
-        second = (replace(run, seed=SEEDS[1]) for run in self._finalists(name, results))
-        return self.choice(method, results) if all(run in results for run in second) else None
+        return self.choice(method, results) if all(run in results for run in self.second([method], results)) else None
 
     def mean(self, run: Run, results: Results) -> float:
         """Validation accuracy of a finalist, the mean over both seeds."""
@@ -98,7 +90,7 @@ class Tuning:
 
     def edge(self, method: str, results: Results) -> bool:
         """Whether the chosen weight is the smallest or the largest of several candidates."""
-        weights = METHODS[METHODS[method].tuned_as or method].weights
+        weights = METHODS[method].weights
         return len(weights) > 1 and self.choice(method, results).weight in (min(weights), max(weights))
 
 
