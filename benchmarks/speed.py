@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 
 from benchmarks.problems import CLOUDS, COSTS, SHAPES, Problem, make_problem, neurons
 from benchmarks.rivals import ACCURACY, COSINE, MARGINAL, OURS, tune_all
+from benchmarks.sections import write_section
 from benchmarks.steps import Steps, TermAlone, engine_step, resnet18_cifar
 from benchmarks.timing import Quartiles, processor_clock, ratios, rounds
 from lightning_otrt.costs import get_cost
@@ -227,16 +227,6 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
         ]
     lines += ["", "### Gates and goals", "", "| what | measured | has to be | |", "|---|---|---|---|"]
     return "\n".join(lines + [gate.row() for gate in gates]) + "\n"
-
-
-def write_section(path: Path, section: str) -> None:
-    """Put a section that starts with ``## `` in the place of the one of that name, or at the end."""
-    text = path.read_text() if path.exists() else "# Results\n"
-    heading = section.splitlines()[0]
-    pattern = re.compile(rf"^{re.escape(heading)}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    new = f"{section}\n"
-    text = pattern.sub(lambda _: new, text) if pattern.search(text) else f"{text.rstrip()}\n\n{new}"
-    path.write_text(f"{text.rstrip()}\n")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -92,7 +92,7 @@ class GlobalTransportEngine(TransportEngine):
         with torch.no_grad(), torch.autocast(views[0][0][0].device.type, enabled=False):
             batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
             if self.calls == 0 or not self._is_agreed:
-                self._agree(batches)
+                self._agree(batches, samples)
             if not reevaluation or self.calls == 0:
                 self._active = self._exchange(batches, samples)
                 self.calls += 1
@@ -214,7 +214,7 @@ class GlobalTransportEngine(TransportEngine):
         results.update(zip(rounds, found, strict=True))
         return [results[key] for key in keys]
 
-    def _agree(self, batches: Sequence[Batch]) -> None:
+    def _agree(self, batches: Sequence[Batch], samples: int) -> None:
         """Compare layers and settings, check the first batch of all, and choose what depends on its size."""
         problems = []
         if self.calls == 0:
@@ -233,7 +233,7 @@ class GlobalTransportEngine(TransportEngine):
             "plan": (self.plan, self.epsilon, self.memory, self.solve_every, self.seed),
         }
         counts = [[y.shape[-1] for y, _ in batch] for batch in batches]
-        gathered = self._others.gather((mine, problems, counts))
+        gathered = self._others.gather((mine, problems, (counts, samples)))
         for rank, (theirs, _, _) in enumerate(gathered):
             for what, value in gathered[0][0].items():
                 if theirs[what] != value:
@@ -247,17 +247,19 @@ class GlobalTransportEngine(TransportEngine):
                 raise ValueError(f"Process {rank} of {self._others.size}: {theirs[0]}")
         self._is_agreed = True
         if self.calls == 0:
-            self._size_up(batches, [counts for _, _, counts in gathered])
+            self._size_up(batches, *zip(*(sizes for _, _, sizes in gathered), strict=True))
         if any(state.reference is None for state in self.pairs):
             self._choose_references(batches)
 
-    def _size_up(self, batches: Sequence[Batch], counts: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Choose what depends on the observations of all processes: process, pair, view."""
+    def _size_up(
+        self, batches: Sequence[Batch], counts: Sequence[Sequence[Sequence[int]]], samples: Sequence[int]
+    ) -> None:
+        """Choose what depends on the observations (process, pair, view) and on the samples of all processes."""
         for index, batch in enumerate(batches):
             views = [sum(other[index][view] for other in counts) for view in range(len(batch))]
             self._has_enough(index, min(views))
             if self.plan not in ("identity", "uniform", "random"):
-                self.pairs[index].memory = self._memory(sum(views), max(side.shape[0] for side in batch[0]))
+                self.pairs[index].memory = self._memory(sum(samples), max(side.shape[0] for side in batch[0]))
 
     def _choose_references(self, batches: Sequence[Batch]) -> None:
         """The means of the first batch of all, around which all processes take their sums."""

@@ -62,7 +62,7 @@ class RepresentationTransfer:
             ``"identity"``, ``"uniform"``, ``"random"``.
         epsilon: Entropic regularisation, relative to the mean cost.
         memory: Decay of a running cost behind the plan: 0 sees the current batch alone; ``"auto"`` is 0.98 for layers
-            with fewer observations than neurons, else 0.
+            with more neurons than the batch has samples, else 0.
         solve_every: Calls between two solves of the plan; the first come after 0, 1, 2, 4 and 8 calls.
         grid: Positions kept along each axis of a feature map; see :func:`neurons`.
         schedule: From the step to a factor on the weight, such as :class:`LinearWarmup`.

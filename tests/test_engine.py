@@ -396,10 +396,11 @@ def test_running_cost_is_the_weighted_cost_of_all_batches(cost: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_memory_is_chosen_by_the_number_of_observations() -> None:
-    for observations, expected in ((8, 0.98), (11, 0.98), (12, 0.0), (40, 0.0)):
+def test_memory_is_chosen_by_the_number_of_samples() -> None:
+    for samples, expected in ((8, 0.98), (11, 0.98), (12, 0.0), (40, 0.0)):
         engine = make(memory="auto")
-        call(engine, draw(observations=observations))
+        # Four positions of each: they are observations, but not independent ones.
+        engine([[draw(observations=4 * samples)]], samples)
         assert engine.pairs[0].memory == expected
         assert (engine.pairs[0].sums is None) == (expected == 0)
 
