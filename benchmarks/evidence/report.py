@@ -63,14 +63,16 @@ class Found:
         """The paired seeds."""
         return range(self.experiment.seeds)
 
+    def columns(self, target: str) -> dict[int, Accuracies]:
+        """Accuracies by labels per class; a curve needs two points, one of which another experiment may have made."""
+        found = {count: self.accuracies(target, count) for count in self.experiment.per_class}
+        found = {count: values for count, values in found.items() if values}
+        return found if len(found) >= min(2, len(self.experiment.per_class)) else {}
+
     @property
     def is_empty(self) -> bool:
-        """Whether no run is there."""
-        return not any(
-            self.accuracies(target, per_class)
-            for target in self.experiment.targets
-            for per_class in self.experiment.per_class
-        )
+        """Whether there is nothing to report."""
+        return not any(self.columns(target) for target in self.experiment.targets)
 
 
 def _present(runs: Mapping[str, Mapping[int, Run]], results: Results) -> Accuracies:
@@ -142,8 +144,7 @@ def variant_table(found: Found, target: str, per_class: int) -> list[str]:
 
 def curve_table(found: Found, target: str) -> list[str]:
     """Accuracy of each method by the number of labels per class."""
-    columns = {count: found.accuracies(target, count) for count in found.experiment.per_class}
-    columns = {count: values for count, values in columns.items() if values}
+    columns = found.columns(target)
     methods = [name for name in found.experiment.methods if any(name in values for values in columns.values())]
     lines = [
         f"**{NAMES[target]}**, accuracy in % by labels per class",

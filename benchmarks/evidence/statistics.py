@@ -73,9 +73,11 @@ def paired_p(differences: Sequence[float]) -> float:
     """Two-sided p value of the t test that the mean difference is 0; 1 where there is nothing to test."""
     if len(differences) < 2:
         return 1.0
-    if statistics.stdev(differences) == 0:
-        return 1.0 if differences[0] == 0 else 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = statistics.fmean(differences)
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:
