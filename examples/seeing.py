@@ -56,7 +56,7 @@ def main() -> None:
         print(f"{title}: {', '.join(f'{a} -> {b} {result.transport(a, b).value:.2f}' for a, b in result.pairing)}")
     plot_plan(result.transport(BLOCKS[-1], BLOCKS[-1]).plan, ax=axes[1, 0])
     axes[1, 0].set_title(f"plan of {BLOCKS[-1]}")
-    names = {f"train/otrt/{name}": f"distance, {name}" for name in layers}
+    names = {f"otrt/distance/{name}": f"distance, {name}" for name in layers}
     names["otrt/gradient_share"] = "share of the gradient"
     curves = {label: [float(row[name]) for row in rows] for name, label in names.items()}
     plot_history(curves, [int(row["step"]) for row in rows], ax=axes[1, 1])

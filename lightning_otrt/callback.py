@@ -194,7 +194,7 @@ class TransferCallback(pl.Callback):
         """Distances under the names of their student layers, with the teacher's where one has several."""
         students = [pair.student for pair in self.transfer.pairs]
         return {
-            f"otrt/{pair.student}" + (f"/{pair.teacher}" if students.count(pair.student) > 1 else ""): distance.value
+            f"otrt/{pair.student}" + (f"-{pair.teacher}" if students.count(pair.student) > 1 else ""): distance.value
             for pair, distance in zip(self.transfer.pairs, self.transfer.distances, strict=False)
             if distance.plan is not None
         }
@@ -224,7 +224,7 @@ class TransferCallback(pl.Callback):
     def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
         assert self._module is not None
         # A second callback on the same module gets names of its own.
-        suffix = f"/{position + 1}" if position else ""
+        suffix = f"-{position + 1}" if position else ""
         for name, value in values.items():
             self._module.log(f"{name}{suffix}", value, prog_bar=prog_bar, batch_size=max(samples, 1))
 

@@ -22,19 +22,19 @@ class OTRTMonitor(pl.Callback):
     It finds the :class:`OTRTCallback` of the Trainer, or the callback of a wrapped module, by itself. With k =
     ``every_n_steps`` it logs at every k-th batch, for each pair, by the name of its student layer:
 
-    - ``train/otrt/<layer>``: the distance on the batch;
+    - ``otrt/distance/<layer>``: the distance on the batch;
     - ``otrt/off_identity/<layer>``: the share of the mass off the diagonal of the plan, which tells how many neurons
       were given to others, where both layers are of one width;
     - ``otrt/marginal_error/<layer>``: how far the plan is from the teacher's masses (L1, of a total of 1);
     - ``otrt/entropy/<layer>``: that of the plan over that of a uniform one, which matches nothing;
-    - ``otrt/gradient_share/<layer>`` and ``otrt/gradient_share``: :math:`\alpha g / (\alpha g + t)`, with the norms
+    - ``otrt/layer_share/<layer>`` and ``otrt/gradient_share``: :math:`\alpha g / (\alpha g + t)`, with the norms
       :math:`\alpha g` of the gradient of the weighted term and t of that of the task, at the output of the layer and at
       all of them.
 
     At every validation of each ``every_n_epochs``-th epoch it logs ``val/otrt/<layer>``, the distance over the whole
     validation set (:class:`NeuronTransportDistance`), which a ``ModelCheckpoint`` or ``EarlyStopping`` may monitor.
     At the end of such an epoch it gives heat maps of the plans to TensorBoard, W&B and MLflow, or puts them next to the
-    file of a CSV logger. With several transfers the names of the second end with ``/2``.
+    file of a CSV logger. With several transfers the names of the second end with ``-2``.
 
     It warns once, and tells what to change, where a plan is solved from fewer observations than there are neurons,
     where a student that starts as a copy of its teacher differs from it by its BatchNorm layers in train mode, where a
@@ -92,7 +92,7 @@ class OTRTMonitor(pl.Callback):
                 "module is not wrapped by OTRTModule. Add OTRTCallback(teacher, ...) to `callbacks`, or remove the "
                 "monitor."
             )
-        self._watches = [Watch(callback.transfer, f"/{n}" if n > 1 else "") for n, callback in enumerate(found, 1)]
+        self._watches = [Watch(callback.transfer, f"-{n}" if n > 1 else "") for n, callback in enumerate(found, 1)]
 
     @override
     def on_train_batch_start(

@@ -104,8 +104,7 @@ class Watch:
             return
         total = own.norm()
         self._shares = {
-            f"otrt/gradient_share/{name}": share
-            for name, share in zip(self._probe.names, own / (own + task), strict=True)
+            f"otrt/layer_share/{name}": share for name, share in zip(self._probe.names, own / (own + task), strict=True)
         }
         self._shares["otrt/gradient_share"] = total / (total + task.norm())
 
@@ -126,7 +125,7 @@ class Watch:
             if distance.plan is None:
                 continue
             numbers = diagnose(distance.plan)
-            found[f"train/otrt/{label}"] = distance.value
+            found[f"otrt/distance/{label}"] = distance.value
             found[f"otrt/marginal_error/{label}"] = numbers.teacher_error
             found[f"otrt/entropy/{label}"] = numbers.entropy
             if distance.plan.shape[0] == distance.plan.shape[1]:
@@ -188,6 +187,6 @@ class Watch:
         """The student layers; those that have several teacher layers together with them."""
         names = [pair.student for pair in self.transfer.pairs]
         return [
-            name if names.count(name) == 1 else f"{name}->{pair.teacher}"
+            name if names.count(name) == 1 else f"{name}-{pair.teacher}"
             for name, pair in zip(names, self.transfer.pairs, strict=True)
         ]

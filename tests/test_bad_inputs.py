@@ -1283,7 +1283,7 @@ def check_value(value: float, *, changed: bool) -> Callable[[Seen], None]:
 
 def check_two_to_one(seen: Seen) -> None:
     check_all(seen)
-    parts = [seen.logged[-1][f"otrt/net.block1/{teacher}"] for teacher in ("block1", "block2")]
+    parts = [seen.logged[-1][f"otrt/net.block1-{teacher}"] for teacher in ("block1", "block2")]
     assert sum(parts) / 2 == pytest.approx(seen.terms[-1])
 
 
@@ -1312,7 +1312,7 @@ def check_untrained(seen: Seen) -> None:
 
 def check_other_callback(seen: Seen) -> None:
     check_all(seen)
-    assert all("train/otrt/2" in values for values in seen.logged)
+    assert all("train/otrt-2" in values for values in seen.logged)
 
 
 def dies(side: str, *layers: str) -> list[str]:

@@ -393,13 +393,13 @@ def test_two_callbacks_add_up_and_log_under_names_of_their_own():
     both = fitted([first, second, seen])
     assert set(seen.values[-1]) == {
         "train/otrt",
-        "train/otrt/2",
+        "train/otrt-2",
         "otrt/weight",
-        "otrt/weight/2",
+        "otrt/weight-2",
         "otrt/net.block1",
-        "otrt/net.block2/2",
+        "otrt/net.block2-2",
     }
-    assert seen.bar == ["train/otrt", "train/otrt/2"]
+    assert seen.bar == ["train/otrt", "train/otrt-2"]
     one = OTRTCallback(
         make_teacher(),
         layers=[
@@ -422,7 +422,7 @@ def test_a_callback_whose_root_lies_inside_that_of_another():
     alone = Seen()
     one = fitted([make_callback(), alone])
     assert seen.values[0]["train/otrt"] == alone.values[0]["train/otrt"]
-    assert seen.values[0]["train/otrt/2"] > 0
+    assert seen.values[0]["train/otrt-2"] > 0
     assert differ(weights(both), weights(one))
 
 

@@ -14,8 +14,11 @@ import numpy as np
 import ot
 import pytest
 import torch
+from helpers import make_trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, MetricTracker
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from lightning_otrt import transport_distance
 from lightning_otrt.costs import SquaredEuclideanCost
@@ -94,6 +97,87 @@ def test_torchmetrics_class_checks(cost: str) -> None:
     assert value.requires_grad == metric.is_differentiable
     whole = exact_distance(*neurons(32 + 5 + 64 + 17), cost)
     assert value.item() == pytest.approx(whole, abs=1e-8)
+
+
+def test_forward_gives_what_updates_give() -> None:
+    """The check of torchmetrics for ``full_state_update=False``: a reduced forward leaves the state of an update."""
+    reduced = double(plan="exact")
+    whole = type("Whole", (NeuronTransportDistance,), {"full_state_update": True})(N, M, plan="exact")
+    whole.set_dtype(torch.float64)
+    for student, teacher in batches((32, 5, 64)):
+        assert reduced(student, teacher) == whole(student, teacher)
+        assert torch.equal(reduced.sums, whole.sums)
+    assert reduced.update_count == whole.update_count == 3
+    assert reduced.compute() == whole.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cost", COSTS)
+def test_half_precision(cost: str, dtype: torch.dtype) -> None:
+    """Metric and inputs in half precision, which MetricTester runs through forward and compute."""
+    student, teacher = (tensor.to(dtype) for tensor in neurons(80))
+    metric = NeuronTransportDistance(N, M, cost=cost, plan="exact")
+    metric.set_dtype(dtype)
+    value = metric(student, teacher)
+    assert value.dtype == metric.compute().dtype == dtype
+    assert value.item() == pytest.approx(exact_distance(student, teacher, cost), rel=1e-2)
+
+
+def test_differentiability_flag() -> None:
+    """The metric has no gradient, as its flag says; its functional twin has that of the plan held fixed."""
+    student, teacher = (tensor.double().requires_grad_() for tensor in neurons(20))
+    assert NeuronTransportDistance(N, M)(student, teacher).requires_grad is NeuronTransportDistance.is_differentiable
+    value = transport_distance(student, teacher.detach(), plan="exact").value
+    assert value.requires_grad
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def test_compute_is_cached_until_the_next_update() -> None:
+    metric = NeuronTransportDistance(N, M)
+    metric.update(*neurons(40))
+    first = metric.compute()
+    assert metric.compute() is first
+    metric.update(*neurons(40, seed=1))
+    assert metric.compute() is not first
+    assert metric.update_called
+    assert metric.metric_state.keys() == {"sums"}
+
+
+def test_tracker_finds_the_least_distance() -> None:
+    tracker = MetricTracker(NeuronTransportDistance(N, M, plan="exact"), maximize=False)
+    for seed in range(3):
+        tracker.increment()
+        tracker.update(*neurons(40, seed=seed))
+    values = tracker.compute_all()
+    assert tracker.best_metric() == pytest.approx(float(values.min()))
+    assert NeuronTransportDistance.higher_is_better is False
+
+
+def test_inside_a_lightning_module() -> None:
+    """Logged as an object, so that Lightning computes and resets it."""
+
+    class Task(BoringModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.distance = NeuronTransportDistance(N, M, plan="exact")
+            self.left: list[int] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.distance.update(*neurons(40, seed=batch_idx))
+            self.log("distance", self.distance, on_step=False, on_epoch=True)
+
+        def on_validation_epoch_start(self) -> None:
+            self.left.append(self.distance.update_count)
+
+    task = Task()
+    trainer = make_trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=2, num_sanity_val_steps=0)
+    trainer.fit(task)
+    expected = NeuronTransportDistance(N, M, plan="exact")
+    for seed in range(2):
+        expected.update(*neurons(40, seed=seed))
+    assert trainer.callback_metrics["distance"] == pytest.approx(float(expected.compute()))
+    assert task.left == [0, 0]
+    assert not [name for name in task.state_dict() if "distance" in name]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:This property will be removed in 2.0.0")
@@ -184,6 +268,8 @@ def test_memory_does_not_grow_with_the_data() -> None:
     assert metric.sums[0] == 1_000_000
     state = len(pickle.dumps(metric))
     assert state < 8 * 3 * metric.sums.numel() + 10_000
+    metric.update(student, teacher)
+    assert len(pickle.dumps(metric)) == state, "the bytes of everything that it holds"
     tensors = [value for value in vars(metric).values() if isinstance(value, Tensor | list) and len(value) > 10]
     assert len(tensors) == 1
 
@@ -464,6 +550,21 @@ def _worker(rank: int, folder: str) -> None:
                     # A collective here would wait for the other process for ever.
                     assert abs(metric.transport().value.item() - value) < 1e-12
 
+        both = double(plan="exact")
+        both.update(*batches((40, 30))[rank])
+        with both.sync_context():
+            assert both.sums[0] == 70, "the statistics of both"
+            with pytest.raises(TorchMetricsUserError, match="already been synced"):
+                both.sync()
+        assert both.sums[0] == (40, 30)[rank]
+        collection = MetricCollection(
+            {"exact": double(plan="exact"), "random": double(plan="random"), "euclidean": double(cost="euclidean")}
+        )
+        for student, teacher in batches((20, 20, 20, 10))[rank::2]:
+            collection.update(student, teacher)
+        found = collection.compute()
+        assert abs(found["exact"].item() - exact_distance(*neurons(70), "correlation")) < 1e-8
+
         stepwise = double(plan="exact", dist_sync_on_step=True)
         student, teacher = batches((40, 30))[rank]
         assert abs(stepwise(student, teacher).item() - exact_distance(*neurons(70), "correlation")) < 1e-8
@@ -471,6 +572,7 @@ def _worker(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_worker, args=(folder,), nprocs=2)

@@ -6,6 +6,7 @@ import copy
 import csv
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import matplotlib as mpl
@@ -26,6 +27,7 @@ from helpers import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from processes import run_processes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,14 +66,14 @@ class TestTraining:
             make_task(), OTRTCallback(make_teacher(), LAYERS), OTRTMonitor(2, figures=False), logger=logger, max_steps=6
         )
         for layer in LAYERS:
-            for name in ("train/otrt/", "otrt/marginal_error/", "otrt/entropy/", "otrt/gradient_share/"):
+            for name in ("otrt/distance/", "otrt/marginal_error/", "otrt/entropy/", "otrt/layer_share/"):
                 values = column(logger, f"{name}{layer}")
                 assert list(values) == [1, 3, 5]
                 assert all(0 < value < 1 for value in values.values())
         assert list(column(logger, "otrt/gradient_share")) == [1, 3, 5]
         assert not any("off_identity" in name for name in rows(logger)[0])
         # The same distance as the callback logs for the same step.
-        assert column(logger, "train/otrt/net.block1")[3] == pytest.approx(column(logger, "otrt/net.block1")[3])
+        assert column(logger, "otrt/distance/net.block1")[3] == pytest.approx(column(logger, "otrt/net.block1")[3])
 
     def test_interval_of_the_trainer(self, tmp_path):
         logger = CSVLogger(tmp_path)
@@ -142,8 +144,8 @@ class TestTraining:
             OTRTCallback(make_teacher(5), LAYERS),
         ]
         metrics = fit(make_task(), OTRTMonitor(1, figures=False), *callbacks).callback_metrics
-        assert {"train/otrt/net.block2->block1", "train/otrt/net.block2->block2"} <= set(metrics)
-        assert {"train/otrt/net.block1/2", "otrt/gradient_share/2"} <= set(metrics)
+        assert {"otrt/distance/net.block2-block1", "otrt/distance/net.block2-block2"} <= set(metrics)
+        assert {"otrt/distance/net.block1-2", "otrt/gradient_share-2"} <= set(metrics)
 
     def test_weight_of_zero(self):
         trainer = fit(make_task(), OTRTCallback(make_teacher(), LAYERS, weight=0.0), OTRTMonitor(1, figures=False))
@@ -265,52 +267,44 @@ class TestFigures:
         assert [file.name for file in files] == ["step=16.png", "step=8.png"]
         assert files[0].read_bytes().startswith(b"\x89PNG")
 
-    def test_wandb_and_mlflow_by_their_api(self, tmp_path):
-        calls = []
+    def test_wandb(self, tmp_path, monkeypatch):
+        wandb = pytest.importorskip("wandb")
+        for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
+            monkeypatch.setenv(name, value)
+        logger = WandbLogger(project="otrt", save_dir=tmp_path, offline=True)
+        self.run(logger)
+        summary = dict(logger.experiment.summary)
+        wandb.teardown()
+        assert {"train/otrt", "otrt/gradient_share", "otrt/distance/net.block1"} <= set(summary)
+        assert summary["otrt/plan/net.block2"]["_type"] == "images/separated"
+        files = list(tmp_path.rglob("media/images/otrt/plan/net.block1_*.png"))
+        assert len(files) == 2
+        assert files[0].read_bytes().startswith(b"\x89PNG")
 
-        class Wandb(WandbLogger):
-            def __init__(self):
-                pl.loggers.Logger.__init__(self)
-
-            def log_metrics(self, metrics, step=None):
-                pass
-
-            def log_hyperparams(self, params=None):
-                pass
-
-            def log_image(self, key, images, step=None, **kwargs):
-                calls.append(("wandb", key, type(images[0]).__name__, step))
-
-            name, version, save_dir, experiment = "wandb", "0", str(tmp_path), None
-
-            def finalize(self, status):
-                pass
-
-        class MLFlow(MLFlowLogger):
-            def __init__(self):
-                pl.loggers.Logger.__init__(self)
-
-            class Client:
-                @staticmethod
-                def log_figure(run_id, figure, artifact_file):
-                    calls.append(("mlflow", run_id, type(figure).__name__, artifact_file))
-
-            def log_hyperparams(self, params=None):
-                pass
-
-            experiment, run_id = Client, "run"
-            name, version, save_dir = "mlflow", "0", str(tmp_path)
-
-            def log_metrics(self, metrics, step=None):
-                pass
-
-            def finalize(self, status="success"):
-                pass
-
-        self.run([Wandb(), MLFlow()])
-        assert ("wandb", "otrt/plan/net.block1", "Figure", 8) in calls
-        assert ("mlflow", "run", "Figure", "otrt/plan/net.block1/step=8.png") in calls
-        assert len(calls) == 2 * 2 * 2
+    @pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning")  # Lightning's logger takes out colons
+    def test_mlflow(self, tmp_path, monkeypatch):
+        """Its file store makes folders of names: none may be the beginning of another."""
+        pytest.importorskip("mlflow")
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        logger = MLFlowLogger("otrt", tracking_uri=f"file:{tmp_path}")
+        layers = [("net.block2", "block1"), ("net.block2", "block2"), ("net.head:input", "head:input")]
+        fit(
+            make_task(ValidatedTask),
+            OTRTCallback(make_teacher(), LAYERS, weight=1.0),
+            OTRTCallback(make_teacher(), layers, weight=1.0),
+            OTRTMonitor(1),
+            logger=logger,
+            validation=loader(16),
+            max_epochs=2,
+        )
+        client, run = logger.experiment, logger.run_id
+        names = set(client.get_run(run).data.metrics)
+        assert {"otrt/distance/net.block1", "otrt/net.headinput-2", "val/otrt/net.block2-block1-2"} <= names
+        assert len(client.get_metric_history(run, "otrt/gradient_share")) == 15, "not the first, which finds the layers"
+        for name in ("net.block1", "net.block2-block1-2", "net.head:input-2"):
+            files = client.list_artifacts(run, f"otrt/plan/{name}")
+            assert [Path(file.path).name for file in files] == ["step=16.png", "step=8.png"]
 
     def test_figures_are_closed(self, tmp_path):
         from matplotlib import pyplot
@@ -326,6 +320,73 @@ class TestFigures:
         monkeypatch.setattr("lightning_otrt.plotting._pyplot", missing)
         with pytest.warns(UserWarning, match=r"draws no plans\. Figures need matplotlib"):
             self.run(CSVLogger(tmp_path))
+
+
+def fit_on_two(folder: str, monitored: bool) -> dict[str, Any]:
+    """A fit under DDP with validation: what is logged, drawn and trained."""
+    task, callback = make_task(ValidatedTask, norm=False), OTRTCallback(make_teacher(), LAYERS)
+    extra = [OTRTMonitor(2)] if monitored else []
+    options = {"strategy": "ddp", "devices": 2, "max_epochs": 2, "logger": CSVLogger(folder)}
+    trainer = fit(task, callback, *extra, validation=loader(60, 7), **options)
+    return {
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "weights": weights(task),
+        "clean": hooks(task, callback.transfer.teacher.module) == [],
+        "network": task.net,
+    }
+
+
+class TestProcesses:
+    def test_two(self, tmp_path):
+        found = run_processes(2, fit_on_two, str(tmp_path), True, init=False, timeout=150)
+        plain = run_processes(2, fit_on_two, str(tmp_path / "plain"), False, init=False, timeout=150)
+        assert found[0]["clean"]
+        assert found[1]["clean"]
+        assert_same(found[0]["weights"], found[1]["weights"])
+        assert_same(found[0]["weights"], plain[0]["weights"])
+        for name, width in (("block1", (4, 6)), ("block2", (8, 12))):
+            metric = NeuronTransportDistance(*width)
+            # Each process has half of the set; the last images come twice, so that both have as many.
+            data = [batch for rank in range(2) for batch in shard(rank)]
+            teacher = make_teacher().eval()
+            for x in data:
+                metric.update(*(read(net, name, x) for net in (found[0]["network"].eval(), teacher)))
+            for each in found:
+                value = each["metrics"][f"val/otrt/net.{name}"]
+                assert value == pytest.approx(float(metric.compute()), abs=1e-4)
+                assert 0 < each["metrics"]["otrt/gradient_share"] < 1
+        drawn = sorted(path.parent.name for path in tmp_path.rglob("step=*.png"))
+        assert drawn == ["net.block1"] * 2 + ["net.block2"] * 2, "process 0 draws, once an epoch"
+
+
+def shard(rank: int) -> list[torch.Tensor]:
+    x = torch.cat([batch[0] for batch in loader(60, 60)])
+    return list(x[rank::2].split(7))
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("how", ["the network", pytest.param("the module", marks=pytest.mark.slow)])
+    def test_compiled(self, how):
+        """The shares of the gradient need hooks that compiled code does not call, and this is said."""
+        tasks = []
+        for monitored in (True, False):
+            torch.compiler.reset()
+            task = make_task(ValidatedTask)
+            if how == "the network":
+                task.net.compile(backend="eager")
+            model = task if how == "the network" else torch.compile(task, backend="eager")
+            callbacks = [OTRTCallback(make_teacher(), LAYERS), *([OTRTMonitor(1, figures=False)] if monitored else [])]
+            trainer = make_trainer(callbacks=callbacks, max_epochs=2)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.fit(model, loader(), loader(16))
+            tasks.append((task, trainer.callback_metrics, [str(warning.message) for warning in caught]))
+        (task, metrics, told), (plain, _, _) = tasks
+        assert_same(weights(task), weights(plain))
+        assert {"otrt/entropy/net.block1", "otrt/distance/net.block2", "val/otrt/net.block1"} <= set(metrics)
+        assert hooks(task) == []
+        said = [text for text in told if "OTRTMonitor" in text]
+        assert ("otrt/gradient_share" in metrics) == (not said), said
 
 
 class TestAdvice:
