@@ -150,7 +150,7 @@ def report(options: argparse.Namespace, found: dict[str, dict[str, list[float]]]
             "## Efficiency",
             "",
             f"`python -m benchmarks.efficiency`: lower-case letters, ten labels a class, students from scratch with a "
-            f"teacher of capitals and digits; {options.seeds} paired seeds, {options.steps} steps of 16 images or twice "
+            f"teacher of capitals and digits; {options.seeds} paired seeds, {options.steps} steps of 16 images, twice "
             'as many of 8; mean and 95 % interval. Where nothing else is said `memory` is `"auto"`, `solve_every` 10.',
             "",
             table(found),

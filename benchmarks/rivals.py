@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
+import numpy as np
 import ot
 import torch
 from geomloss import SamplesLoss
@@ -131,6 +133,21 @@ def pot(problem: Problem, solver: Callable[[Tensor], Tensor]) -> Solve:
     return lambda: _with_backward(problem, value)
 
 
+def ott_jax(problem: Problem, epsilon: float, iterations: int) -> Solve:
+    """OTT-JAX, compiled beforehand, on arrays of its own."""
+    from benchmarks import ott_jax as rival
+
+    square = problem.x.square().mean().item() * problem.shape[2]
+    unit = {"correlation": 1.0, "euclidean": square**-0.5, "sqeuclidean": 1 / square}[problem.cost]
+    solve = rival.solver(problem.cost, unit, epsilon, iterations)
+    y, x = (rival.to_jax(side.numpy()) for side in (problem.y, problem.x))
+
+    def value_and_gradient() -> tuple[Tensor, Tensor]:
+        return tuple(torch.from_numpy(np.array(part)) for part in solve(y, x))  # type: ignore[return-value]
+
+    return value_and_gradient
+
+
 def _pot_sinkhorn(epsilon: float, iterations: int, cost: Tensor) -> Tensor:
     a, b = (cost.new_full((size,), 1 / size) for size in cost.shape)
     return ot.sinkhorn(a, b, cost, epsilon, numItermax=iterations, stopThr=0.0, warn=False, check_marginals=False)
@@ -165,6 +182,8 @@ def tune_all(problem: Problem) -> list[Tuned]:
         "POT ot.batch": ((_named(e, count), pot(problem, partial(_pot_batch, e, count))) for e, count in grid),
         "POT emd": iter([("exact", pot(problem, _pot_emd))]),
     }
+    if find_spec("ott"):
+        methods["OTT-JAX"] = ((_named(e, count), ott_jax(problem, e, count)) for e, count in grid)
     if problem.shape[0] == problem.shape[1]:
         methods["scipy assignment"] = iter([("exact", pot(problem, _assignment))])
     found = [tune(problem, name, settings) for name, settings in methods.items()]
