@@ -187,3 +187,66 @@ def test_a_misspelt_configuration_is_named(tmp_path, capsys, change, words):
     with pytest.raises((SystemExit, ValueError)) as error:
         run(tmp_path, {"teacher": NET, **change})
     assert words in str(error.value) + capsys.readouterr().err
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "cli"
+CHOSEN = {
+    "torchvision": {"net.layer3": "layer3", "net.layer4": "layer4"},
+    "timm": ["net.act1", "net.layer1", "net.layer2", "net.layer3", "net.layer4"],
+    "hugging_face": {
+        **{f"net.vit.layers.{block}": f"vit.layers.{2 * block + 1}" for block in range(4)},
+        "net.classifier:input": "classifier:input",
+    },
+}
+
+
+def run_file(path: Path, *arguments: str) -> Any:
+    return cli.LightningCLI(
+        args=[
+            "fit",
+            f"--config={path}",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            *arguments,
+        ],
+        save_config_callback=None,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+    )
+
+
+def test_every_file_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CHOSEN)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_files_of_the_examples(tmp_path, name):
+    """Students of torchvision, timm and Hugging Face as they are in the gallery, on fewer images."""
+    pytest.importorskip({"hugging_face": "transformers"}.get(name, name))
+    small = ["--data.init_args.count=16", "--data.init_args.batch_size=8", f"--trainer.default_root_dir={tmp_path}"]
+    found = run_file(EXAMPLES / f"{name}.yaml", *small)
+    (callback,) = [c for c in found.trainer.callbacks if isinstance(c, OTRTCallback)]
+    pairs = [(pair.student, pair.teacher) for pair in callback.transfer.pairs]
+    # What "matched" chooses for untrained networks is not told, but that every block of the student has a partner.
+    assert [*CHOSEN[name]] == [student for student, _ in pairs]
+    assert isinstance(CHOSEN[name], list) or [*CHOSEN[name].items()] == pairs
+    assert found.trainer.global_step == 2
+    assert float(found.trainer.callback_metrics["train/otrt"]) > 0
+    assert 0 <= float(found.trainer.callback_metrics["val/accuracy"]) <= 1
+    assert not hooks(found.model)
+
+
+def test_a_pretrained_teacher_of_hugging_face(tmp_path):
+    """The form that a comment in the file gives, with a folder in place of a name on the hub."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.ViTConfig(image_size=64, patch_size=16, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "teacher")
+    text = yaml.safe_load((EXAMPLES / "hugging_face.yaml").read_text())
+    text["trainer"]["callbacks"][0]["init_args"]["teacher"] = {
+        "class_path": "examples.cli.classifier.pretrained",
+        "init_args": {"name": str(tmp_path / "teacher")},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(text))
+    found = run_file(tmp_path / "config.yaml", "--trainer.fast_dev_run=true")
+    assert found.trainer.callbacks[0].transfer.teacher.module.config.hidden_size == 24
