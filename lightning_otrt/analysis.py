@@ -158,6 +158,8 @@ def compare_representations(
 ) -> RepresentationComparison:
     """Transport distances between all layers of a student and all layers of a teacher, in one pass over the data.
 
+    Each is that of arXiv 2007.06737, equation 2.
+
     Both networks run in evaluation mode without gradient, and are as before afterwards. The distances are those of all
     batches together, from sums over the observations (:class:`~lightning_otrt.NeuronTransportDistance`), so that memory
     does not grow with the data: one ``(N, M)`` matrix in float64 for each two layers. Two layers are compared at the

@@ -264,6 +264,8 @@ class TransferCallback(pl.Callback):
 class OTRTCallback(TransferCallback):
     r"""Adds the transport between teacher and student representations to the loss of a LightningModule.
 
+    The term is that of :class:`RepresentationTransfer` (arXiv 2007.06737, equation 3).
+
     The module is not changed: its ``training_step`` is wrapped for the time of ``fit``, and after it, whether it ended,
     failed or was interrupted, no hook is left. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
     ``otrt/<student layer>``.
@@ -289,6 +291,13 @@ class OTRTCallback(TransferCallback):
         global_batch: Whether the term is that of the batch over all processes.
         strict: Raise where a term cannot be formed; else warn once and leave it out.
         seed: Seed of ``plan="random"``.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range; in ``fit``, if a layer does not exist, or on the first batch a value
+            is not finite or there are too few observations.
+        RuntimeError: In ``fit``, if no term can be formed, and ``strict``.
+        MisconfigurationException: In ``fit``, if Trainer, strategy, module or checkpoint do not go with the callback.
 
     Example:
         >>> import lightning as L

@@ -26,6 +26,7 @@ __all__ = [
     "check_cost",
     "check_epsilon",
     "check_plan",
+    "check_range",
     "fixed_plan",
     "solve_plan",
     "transport_distance",
@@ -48,6 +49,14 @@ class TransportResult:
         student_marginal_error: The same on the student's side.
         entropy: Entropy of the plan over that of the uniform plan: 1 matches nothing.
         off_identity: Share of the mass off the diagonal for equal widths, else NaN.
+
+    Example:
+        >>> import torch
+        >>> from lightning_otrt import transport_distance
+        >>> teacher = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+        >>> result = transport_distance(teacher[[1, 0, 2, 3]], teacher, plan="exact")
+        >>> result.plan.argmax(1), round(result.off_identity.item(), 2)
+        (tensor([1, 0, 2, 3]), 0.5)
     """
 
     value: Tensor
@@ -266,6 +275,15 @@ def check_finite(tensor: Tensor, where: str) -> None:
         )
 
 
+def check_range(tensor: Tensor, where: str) -> None:
+    """Raise a ValueError that names ``where`` if squares of finite values overflow. Waits for the device."""
+    if not bool(torch.linalg.vector_norm(tensor).isfinite()):
+        raise ValueError(
+            f"{where} has values as large as {tensor.abs().max():.3g}, whose squares overflow {tensor.dtype}, so no "
+            "transport cost can be formed. Normalise the activations, or pass them in float64."
+        )
+
+
 def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
     for name, tensor in (("student", student), ("teacher", teacher)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -287,8 +305,9 @@ def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
         )
     if student.device != teacher.device:
         raise ValueError(f"`student` is on {student.device} but `teacher` on {teacher.device}; move one of them.")
-    check_finite(student.detach(), "`student`")
-    check_finite(teacher.detach(), "`teacher`")
+    for where, side in zip(("`student`", "`teacher`"), common_dtype(student.detach(), teacher.detach()), strict=True):
+        check_finite(side, where)
+        check_range(side, where)
 
 
 def check_cost(matrix: Tensor, cost: object) -> None:

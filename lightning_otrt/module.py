@@ -41,7 +41,9 @@ class OTRTModule:
         The wrapped module; ``wrapped.otrt`` is its :class:`RepresentationTransfer`.
 
     Raises:
-        TypeError: If ``task`` is not a LightningModule of the ``lightning`` package.
+        TypeError: If ``task`` is no LightningModule of the ``lightning`` package, or an argument is of the wrong type.
+        ValueError: If an argument is out of range; in ``fit`` as for :class:`OTRTCallback`.
+        MisconfigurationException: If ``task`` is wrapped already.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel

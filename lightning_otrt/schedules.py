@@ -14,10 +14,15 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class LinearWarmup:
-    """Rise linearly from ``1 / steps`` at the first step to 1.
+    """A factor on the weight that rises linearly from ``1 / steps`` at the first step to 1.
+
+    Steps are those of the optimizer: ``trainer.global_step``, or calls of :meth:`RepresentationTransfer.loss`.
 
     Args:
         steps: Number of steps until the full weight.
+
+    Raises:
+        ValueError: If ``steps`` is not positive.
 
     Example:
         >>> from lightning_otrt import LinearWarmup
@@ -38,11 +43,16 @@ class LinearWarmup:
 
 @dataclass(frozen=True)
 class CosineDecay:
-    """Fall from 1 to ``final`` along half a cosine.
+    """A factor on the weight that falls from 1 to ``final`` along half a cosine.
+
+    Steps are those of the optimizer: ``trainer.global_step``, or calls of :meth:`RepresentationTransfer.loss`.
 
     Args:
         steps: Number of steps until ``final`` is reached; it stays there.
         final: The last factor.
+
+    Raises:
+        ValueError: If ``steps`` is not positive, or ``final`` is negative or not finite.
 
     Example:
         >>> from lightning_otrt import CosineDecay

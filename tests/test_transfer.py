@@ -459,8 +459,6 @@ def test_autograd_is_as_before(name, mode):
 def test_every_public_name_has_an_example_that_runs(name):
     found = getattr(lightning_otrt, name)
     assert inspect.getdoc(found), name
-    if name == "TransportResult":
-        found = lightning_otrt.transport_distance  # which returns it
     module = importlib.import_module(found.__module__)
     tests = doctest.DocTestFinder().find(found, name, module=module, globs=vars(module).copy())
     examples = [example for test in tests for example in test.examples]
@@ -479,3 +477,10 @@ def test_the_number_of_classes_is_no_matter():
         loss = step(transfer, student)
     loss.backward()
     assert bool(student[0].weight.grad.any())
+
+
+def test_a_state_that_is_none_is_refused_by_its_keys() -> None:
+    transfer = RepresentationTransfer(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Expected the `state_dict` of a RepresentationTransfer.*'engine'.*missing"):
+        transfer.load_state_dict({"step": 3})
+    assert transfer.step == 0
