@@ -281,7 +281,21 @@ def test_a_loop_without_lightning_gives_the_same_weights(name, accumulate, clip,
                     nn.utils.clip_grad_norm_(task.parameters(), clip)
                 optimizer.step()
                 optimizer.zero_grad()
+    if name == "bf16-mixed" and differ(train_plain_in_bf16(), without(context)):
+        pytest.skip("with this version of torch, a loop and Lightning differ in bf16 without the term, too")
     assert_same(by_callback(context), weights(task))
+
+
+def train_plain_in_bf16() -> dict[str, Tensor]:
+    task = make_task()
+    optimizer = task.configure_optimizers()
+    for x, y in list(loader())[:4]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(task(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(task)
 
 
 def reference(plan: Tensor, y: Tensor, x: Tensor) -> Tensor:

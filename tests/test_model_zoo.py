@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -34,6 +35,14 @@ class Case:
         return trace(self.build(), args, self.inputs)
 
 
+def _version(package: str) -> int:
+    """The first number of a version; 0 for what is not installed."""
+    try:
+        return int(metadata.version(package).partition(".")[0])
+    except metadata.PackageNotFoundError:
+        return 0
+
+
 def torchvision_model(name: str) -> Callable[[], nn.Module]:
     return lambda: models.get_model(name, weights=None)
 
@@ -57,6 +66,8 @@ def small_vit() -> nn.Module:
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 32}
+#: What a ViT of Hugging Face calls its blocks since version 5.
+VIT = "layers" if _version("transformers") >= 5 else "encoder.layer"
 RESNET = ["relu", "layer1", "layer2", "layer3", "layer4"]
 TIMM_VIT = ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
 VIT = [f"encoder.layers.encoder_layer_{i}" for i in (0, 2, 3, 5)]
@@ -138,7 +149,7 @@ CASES = {
     ),
     "HF ViT": Case(
         huggingface_model("ViTForImageClassification", "ViTConfig", image_size=32, patch_size=8, **TINY),
-        [f"vit.layers.{i}" for i in (0, 2, 3, 5)],
+        [f"vit.{VIT}.{i}" for i in (0, 2, 3, 5)],
         "classifier:input",
         inputs={"pixel_values": torch.randn(2, 3, 32, 32)},
         prefix_tokens=1,

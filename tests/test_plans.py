@@ -104,7 +104,7 @@ def test_exact_plan_without_pot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("epsilon", [0.1, 0.02])
+@pytest.mark.parametrize("epsilon", [0.1, pytest.param(0.02, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sinkhorn_plan_is_the_entropic_plan(
     rows: int, columns: int, epsilon: float, dtype: torch.dtype, solver: str, monkeypatch: pytest.MonkeyPatch

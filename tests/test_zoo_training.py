@@ -87,7 +87,7 @@ def marked(training: Training) -> Any:
     return pytest.param(training, id=f"{training.student} from {training.teacher}", marks=marks)
 
 
-@pytest.mark.parametrize("layers", ["auto", "penultimate"])
+@pytest.mark.parametrize("layers", ["auto", pytest.param("penultimate", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [marked(training) for training in TRAININGS])
 def test_one_step(training, layers):
     student, teacher = build(training.student, 0).train(), build(training.teacher, 1)

@@ -1,0 +1,123 @@
+"""Sessions for what needs an environment of its own: `nox -l` lists them, `nox -s NAME` runs one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types"]
+nox.options.reuse_existing_virtualenvs = True
+
+ROOT = Path(__file__).parent
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+OLDEST, *_, NEWEST = PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+#: Newer packages than the oldest ones ask for warn that these use what is deprecated in them.
+OF_OTHERS = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
+#: Files whose mutants must be noticed, and the tests that are there to notice them.
+MUTATED = {
+    "costs": ["test_costs", "test_gradients", "test_distance"],
+    "plans": ["test_plans", "test_distance"],
+    "distance": ["test_distance", "test_bad_inputs", "test_gradients"],
+    "recording": ["test_recording", "test_transfer", "test_callback"],
+}
+
+
+def lowest() -> list[str]:
+    """The lower bounds of pyproject.toml as exact versions, so that they are stated once."""
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *(extras[name] for name in ())]
+    for name in ("cli", "exact", "examples", "plot", "test"):
+        lines += [line for line in extras[name] if not line.startswith(PROJECT["name"])]
+    tools = {"mypy", "ruff"}
+    found = []
+    for requirement in map(Requirement, lines):
+        bounds = [bound.version for bound in requirement.specifier if bound.operator == ">="]
+        if requirement.name not in tools and bounds:
+            extra = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+            found.append(f"{requirement.name}{extra}=={bounds[0]}")
+    return found
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The README's command, with the newest versions that pip finds."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=OLDEST)
+def oldest(session: nox.Session) -> None:
+    """The same with the lowest version of every dependency."""
+    session.install(*lowest())
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", *OF_OTHERS, *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def wheel(session: nox.Session) -> None:
+    """Build wheel and sdist, and test the wheel where the checkout cannot be imported."""
+    session.install("build", "twine")
+    made = Path(session.create_tmp())
+    shutil.rmtree(made / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(made / "dist"))
+    files = [str(path) for path in (made / "dist").iterdir()]
+    session.run("twine", "check", "--strict", *files)
+    [built] = [path for path in files if path.endswith(".whl")]
+    session.install(f"{built}[test]")
+    outside = made / "outside"
+    shutil.rmtree(outside, ignore_errors=True)
+    outside.mkdir()
+    for name in ("tests", "examples", "benchmarks", "docs"):
+        shutil.copytree(ROOT / name, outside / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
+    for name in ("pyproject.toml", "noxfile.py", "README.md", "CHANGELOG.md", "SECURITY.md"):
+        shutil.copy(ROOT / name, outside)
+    session.chdir(outside)
+    session.run("python", "-c", "import lightning_otrt as o; assert 'site-packages' in o.__file__, o.__file__")
+    session.run("pytest", *(session.posargs or ["tests"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style."""
+    session.install("ruff>=0.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, strictly."""
+    session.install("-e", ".", "mypy>=1.10")
+    session.run("mypy")
+
+
+@nox.session
+def import_time(session: nox.Session) -> None:
+    """Seconds that `import lightning_otrt` takes after `import lightning`: the least of five processes."""
+    session.install("-e", ".")
+    code = (
+        "import time, lightning; start = time.perf_counter(); import lightning_otrt; print(time.perf_counter() - start)"
+    )
+    times = [float(str(session.run("python", "-c", code, silent=True)).split()[-1]) for _ in range(5)]
+    session.log(f"{min(times):.2f} s")
+    assert min(times) < 0.3
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Lines and branches that the tests reach, the slow ones and all processes included."""
+    session.install("-e", ".[test]")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", "-m", "slow or not slow", *session.posargs)
+    session.run("coverage", "combine", "-q")
+    session.run("coverage", "report", "-m", "--fail-under=95")
+    session.run("coverage", "json", "-q", "-o", "coverage.json")
+    totals = json.loads(Path("coverage.json").read_text())["totals"]
+    lines, branches = (totals[f"percent_{kind}_covered"] for kind in ("statements", "branches"))
+    session.log(f"lines {lines:.1f} %, branches {branches:.1f} %")
+    assert min(lines, branches) >= 95

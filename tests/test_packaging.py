@@ -1,0 +1,125 @@
+"""What installers and importers see: versions, files, import time in modules, and checkpoints without pickles."""
+
+from __future__ import annotations
+
+import ast
+import pickletools
+import re
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LAYERS, loader, make_task, make_teacher, make_trainer
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import lightning_otrt
+from lightning_otrt import OTRTCallback
+
+ROOT = Path(__file__).parent.parent
+#: What a user gets with the package; everything else is an extra.
+NEEDED = {"torch", "torchvision", "lightning", "geomloss", "torchmetrics", "scipy", "tqdm", "typing-extensions"}
+
+
+def needed() -> dict[str, Requirement]:
+    lines = (Requirement(line) for line in metadata.requires("lightning_otrt") or [])
+    return {line.name: line for line in lines if line.marker is None}
+
+
+def test_dependencies() -> None:
+    assert set(needed()) == NEEDED
+
+
+@pytest.mark.parametrize(
+    ("version", "allowed"), [("2.5.6", False), ("2.6.1", True), ("2.6.4", True), ("2.6.2", False), ("2.6.3", False)]
+)
+def test_compromised_releases_of_lightning_are_excluded(version: str, allowed: bool) -> None:
+    assert needed()["lightning"].specifier.contains(version) == allowed
+
+
+def test_geomloss_is_held_to_the_release_whose_private_loop_is_known() -> None:
+    specifier = needed()["geomloss"].specifier
+    assert specifier.contains("0.3.1")
+    assert not specifier.contains("0.4.0")
+
+
+@pytest.mark.parametrize("name", sorted(NEEDED))
+def test_what_is_installed_is_supported(name: str) -> None:
+    assert needed()[name].specifier.contains(metadata.version(name), prereleases=True)
+
+
+def test_version_and_types() -> None:
+    assert metadata.version("lightning_otrt") == lightning_otrt.__version__
+    assert Version(metadata.metadata("lightning_otrt")["Requires-Python"].removeprefix(">=")) == Version("3.10")
+    assert (Path(lightning_otrt.__file__).parent / "py.typed").exists()
+
+
+def test_importing_adds_few_modules() -> None:
+    """The time over ``import lightning`` is that of our own files: `nox -s import_time` measures it."""
+    code = (
+        "import sys, warnings, lightning, torchvision; before = set(sys.modules); import lightning_otrt;"
+        "print(*(set(sys.modules) - before), sep='\\n')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = {name.split(".")[0] for name in run.stdout.split()} - {"lightning_otrt"} - set(sys.stdlib_module_names)
+    assert added <= {
+        "geomloss",
+        "scipy",
+        "tqdm",
+        "numpy",
+        "cython_runtime",
+        "_cyutility",
+        "torch",
+        "charset_normalizer",
+    }
+    assert not run.stderr
+
+
+def test_checkpoints_hold_tensors_and_plain_values_alone(tmp_path: Path) -> None:
+    """Nothing of ours is unpickled, and `weights_only=True` reads everything."""
+    callback = OTRTCallback(make_teacher(), LAYERS, memory=0.9)
+    trainer = make_trainer(callbacks=[callback])
+    trainer.fit(make_task(), loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert kinds(state) <= {dict, list, tuple, str, int, float, bool, type(None), torch.Tensor}
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        found = {str(argument) for code, argument, _ in pickletools.genops(archive.read(name)) if code.name == "GLOBAL"}
+    assert found
+    assert not [name for name in found if name.split()[0].split(".")[0] not in ("torch", "collections")]
+
+
+def kinds(value: object) -> set[type]:
+    if isinstance(value, dict):
+        return set().union({dict}, *(kinds(part) for pair in value.items() for part in pair))
+    if isinstance(value, (list, tuple)):
+        return set().union({type(value)}, *(kinds(part) for part in value))
+    return {type(value)}
+
+
+def test_nothing_is_unpickled_by_the_package() -> None:
+    """A file is opened with `weights_only=True` wherever the package opens one."""
+    package = Path(lightning_otrt.__file__).parent
+    for path in package.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            assert ast.unparse(node.func) not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), path
+            if ast.unparse(node.func) == "torch.load":
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert options.get("weights_only") in ("True", "weights_only"), f"{path}: {ast.unparse(node)}"
+
+
+def test_supported_versions_are_those_of_the_metadata() -> None:
+    """SECURITY.md tells users which versions are supported; the metadata enforces it."""
+    text = (ROOT / "SECURITY.md").read_text()
+    told = dict(re.findall(r"^\| (\w[\w-]*) \| (?:≥ )?([\d.]+)", text, re.MULTILINE))
+    for name in ("torch", "torchvision", "lightning", "torchmetrics", "geomloss"):
+        [lowest] = [s.version for s in needed()[name].specifier if s.operator == ">="]
+        assert Version(told[name]) == Version(lowest)
+    assert told["Python"] == "3.10"
