@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.problems import EPSILON, Problem
 from lightning_otrt import transport_distance
 from lightning_otrt.engine import TransportEngine
+from lightning_otrt.plans import diagnose
 
 #: What a method returns: its value and the gradient for the student neurons.
 Solve = Callable[[], tuple[Tensor, Tensor]]
@@ -71,7 +72,9 @@ def tune_ours(problem: Problem) -> Tuned:
     for epsilon in (0.01, 0.0075, 0.005, 0.003):
         solve, engine = ours(problem, epsilon)
         value, gradient = solve()
-        marginal = engine.diagnostics()["student"]["teacher_error"].item()
+        plan = engine.pairs[0].plan
+        assert plan is not None
+        marginal = diagnose(plan.matrix).teacher_error.item()
         cosine, error = problem.cosine(gradient, epsilon), problem.error(value)
         accurate = error <= ACCURACY and marginal <= MARGINAL and cosine >= COSINE
         found = Tuned(OURS, solve, f"epsilon = {epsilon}", error, accurate, marginal, cosine)

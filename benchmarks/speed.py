@@ -1,8 +1,8 @@
 """What a solve, a step between solves and a whole training step cost: ``python -m benchmarks.speed [--quick]``.
 
 Ratios are taken within interleaved rounds, of processor time of one thread; every method of a solve is tuned to a
-value within 1 % of exact EMD on the same cost. Needs ``pip install -e ".[benchmarks]"``. Writes ``results/speed.json``, ``results/speed.png`` and the section
-"Speed" of ``RESULTS.md``.
+value within 1 % of exact EMD on the same cost. Needs ``pip install -e ".[benchmarks]"``.
+Writes ``results/speed.json``, ``results/speed.png`` and the section "Speed" of ``RESULTS.md``.
 """
 
 from __future__ import annotations

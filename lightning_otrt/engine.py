@@ -16,6 +16,7 @@ from lightning_otrt.distance import (
     attach_gradients,
     check_cost,
     check_finite,
+    check_range,
     common_dtype,
     fixed_plan,
     run_rounds,
@@ -338,8 +339,9 @@ class TransportEngine:
     def _check_first(self, batches: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
         for (student, teacher), batch in zip(self.names, batches, strict=True):
             for y, x in batch:
-                check_finite(x, f"Teacher layer {teacher!r}")
-                check_finite(y, f"Student layer {student!r}")
+                for side, where in ((x, f"Teacher layer {teacher!r}"), (y, f"Student layer {student!r}")):
+                    check_finite(side, where)
+                    check_range(side, where)
                 # A single column is constant without being dead, and has no correlation anyway.
                 if self.cost.min_observations <= y.shape[-1] and isinstance(self.cost, CorrelationCost):
                     self._warn_of_dead(f"Student layer {student!r}", y, "Check its activations and the learning rate")
@@ -363,14 +365,6 @@ class TransportEngine:
                 + f"so that it matches almost nothing: its entropy is {entropy:.0%} of the largest at "
                 f"epsilon={self.epsilon:g}. Use a smaller `epsilon`, such as 0.01, or plan='exact'."
             )
-
-    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
-        """Diagnostics of the current plan of each pair, by student layer."""
-        found = {}
-        for (student, _), state in zip(self.names, self.pairs, strict=True):
-            if state.plan is not None:
-                found[student] = diagnose(state.plan.matrix)._asdict()
-        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, plans, potentials and statistics: what a resumed run needs to go on as if it had not stopped."""

@@ -72,6 +72,11 @@ def neurons(
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"Expected argument `mask` to be a tensor (B, T), but got {type(mask).__name__}.")
     tensor = select_tensor(output, select, where="output")
+    if mask is not None and (tensor.dim() != 3 or neuron_axis not in (2, -1) or token_grid is not None):
+        raise ValueError(
+            f"Expected no `mask` for an output of shape {tuple(tensor.shape)} with neuron_axis={neuron_axis} and "
+            f"token_grid={token_grid}: padding is left out of sequences (B, T, C) with neuron_axis=-1 alone."
+        )
     if token_grid is None and tensor.dim() == 3 and neuron_axis in (2, -1) and mask is None:
         tokens = max(tensor.shape[1 - batch_axis] - prefix_tokens, 0)
         side = math.isqrt(tokens)

@@ -463,9 +463,10 @@ class RepresentationTransfer:
     def _prepare_teacher(self) -> None:
         """The teacher follows the student's device, and its type where a precision plugin changed that."""
         assert self._student is not None
-        parameter = next((p for p in self._student.parameters() if p.is_floating_point()), None)
-        if parameter is not None:
-            self.teacher.prepare(parameter.device, parameter.dtype)
+        for parameter in self._student.parameters():
+            if parameter.is_floating_point():
+                self.teacher.prepare(parameter.device, parameter.dtype)
+                return  # not `next`, which torch 2.6 cannot compile
 
     def _resolve(self, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and install the hooks on their layers."""
@@ -566,8 +567,15 @@ class RepresentationTransfer:
         a choice may depend, is another one.
 
         Raises:
-            ValueError: If it was saved with other layers; for a student that has not run yet, in its first forward.
+            ValueError: If it is no such state, or was saved with other layers; for a student that has not run yet the
+                latter comes in its first forward.
         """
+        expected = {"step", "layers", "pairs", "engine"}
+        if missing := expected - set(state):
+            raise ValueError(
+                f"Expected the `state_dict` of a RepresentationTransfer, with the keys {sorted(expected)}, but "
+                f"{sorted(missing)} are missing from {sorted(map(str, state))}. Pass what its `state_dict()` returned."
+            )
         self.reset()
         self.step = state["step"]
         if state["engine"] is None:

@@ -314,3 +314,12 @@ def test_any_shape(
     assert student.grad is not None
     assert student.grad.shape == student.shape
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("cost", ["correlation", "euclidean", "sqeuclidean"])
+def test_values_whose_squares_overflow_are_refused(cost: str) -> None:
+    """The correlation would else count neurons of infinite norm as dead."""
+    y, x = torch.randn(5, 20), torch.randn(6, 20)
+    with pytest.raises(ValueError, match="`teacher` has values as large as .*squares overflow torch.float32"):
+        transport_distance(y, x * 1e30, cost=cost)
+    assert transport_distance(y.double(), x.double() * 1e30, cost=cost).value.isfinite()

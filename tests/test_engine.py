@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from lightning_otrt import plans
 from lightning_otrt.costs import Plan, get_cost
 from lightning_otrt.distance import run_rounds
 from lightning_otrt.engine import EARLY_SOLVES, TransportEngine
-from lightning_otrt.plans import sinkhorn_plan
+from lightning_otrt.plans import diagnose, sinkhorn_plan
 
 COSTS = ("correlation", "euclidean", "sqeuclidean")
 #: What waits for the device: reads of values, and shapes that depend on them.
@@ -177,7 +178,9 @@ def test_operations_of_a_call_between_solves(cost: str, limit: int) -> None:
     engine, pair = make(cost), draw()
     call(engine, pair)
     engine.calls = 11
-    assert sum(operations(lambda: call(engine, pair).backward()).counts.values()) <= limit
+    # Reductions and copies of older versions are made of more of them.
+    slack = 0 if Version(torch.__version__) >= Version("2.9") else 5
+    assert sum(operations(lambda: call(engine, pair).backward()).counts.values()) <= limit + slack
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -321,7 +324,7 @@ def test_training_solve_converges_over_calls() -> None:
     engine, errors = make(solve_every=1, epsilon=0.05), []
     for _ in range(40):
         call(engine, (y, x))
-        errors.append(engine.diagnostics()["s0"]["teacher_error"].item())
+        errors.append(diagnose(engine.pairs[0].plan.matrix).teacher_error.item())
     assert errors[0] > 0.1 > 5 * errors[-1]
 
 
@@ -453,6 +456,15 @@ def test_large_values_whose_sum_overflows_are_not_taken_for_infinite() -> None:
     engine_module.check_finite(torch.full((4, 4), 3e38), "x")
     with pytest.raises(ValueError, match="2 NaN or infinite"):
         engine_module.check_finite(torch.tensor([1.0, math.inf, math.nan]), "x")
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_values_whose_squares_overflow_are_refused_by_name(cost: str) -> None:
+    y, x = draw()
+    with torch.no_grad():
+        y *= 1e30
+    with pytest.raises(ValueError, match=r"Student layer 's0' has values as large as .*e\+30, whose squares overflow"):
+        call(make(cost), (y, x))
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

@@ -375,3 +375,12 @@ def test_reading_never_waits_for_the_device(case: str, masked: bool) -> None:
     with NoSync():
         reading = NeuronReader("layer", **arguments)(x, mask)
         match_positions(reading, reading[..., :1] if reading.dim() > 2 else reading, "pair")
+
+
+def test_a_mask_where_there_is_no_sequence_is_refused() -> None:
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    for shape, options in (((4, 6, 3, 3), {"neuron_axis": 1}), ((4, 9, 6), {"neuron_axis": 1}), ((4, 6), {})):
+        with pytest.raises(ValueError, match=r"Expected no `mask` for an output of shape \(4, "):
+            neurons(torch.randn(shape), mask=mask, **options)
+    with pytest.raises(ValueError, match="token_grid"):
+        neurons(torch.randn(4, 9, 6), mask=mask, neuron_axis=-1, token_grid=(3, 3))
