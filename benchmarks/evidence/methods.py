@@ -109,12 +109,20 @@ METHODS = {
         weights=TRANSPORT,
         ours=True,
     ),
-    "ot-blocks+logits": Method(
-        "OT, blocks, and KD on logits",
+    "ot-blocks+kd": Method(
+        "OT, blocks, with KD on logits",
         losses.SoftTargets,
         transfer={**BLOCKS, "weight": 8.0},
         weights=(0.25, 1.0, 4.0),
         settings=("2",),
+        ours=True,
+    ),
+    "ot-blocks+lwf": Method(
+        "OT, blocks, with KD on logits (LwF)",
+        losses.LearningWithoutForgetting,
+        transfer={**BLOCKS, "weight": 8.0},
+        weights=(0.25, 1.0, 4.0),
+        settings=("1", "1x", "3"),
         ours=True,
     ),
 }

@@ -279,14 +279,15 @@ def make_optimizer(
 ) -> tuple[Any, Any]:
     """AdamW with a one-cycle learning rate, as in the examples.
 
-    The projections of rivals decay as little as a teacher: the strong decay that helps a student with few labels would
-    keep them from fitting.
+    The projections of rivals decay less than the student and learn no faster than at 0.3: what suits a student with few
+    labels, a strong decay or a very large learning rate, would keep them from fitting or blow them up.
     """
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.requires_grad]}]
     if others := list(projections):
-        groups.append({"params": others, "weight_decay": 1e-2})
+        groups.append({"params": others, "weight_decay": 1e-2, "lr": min(lr, 0.3)})
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
 
 
 @torch.no_grad()
