@@ -252,7 +252,7 @@ class TransportEngine:
             return 1.0
         if self.memory == "auto":
             # Samples, not observations: positions of one image say much the same, and plans of all blocks that were
-            # solved from eight images, and kept for ten steps, cost students some six points (benchmarks/efficiency).
+            # solved from eight images, and kept for ten steps, cost students some five points (benchmarks/efficiency).
             return MEMORY if samples < neurons else 0.0
         return float(self.memory)
 
