@@ -335,6 +335,16 @@ def test_moves_with_its_plan() -> None:
     assert metric.transport().plan.device.type == metric.compute().device.type == "meta"
 
 
+def test_plans_in_float32_have_the_value_of_those_in_float64() -> None:
+    student, teacher = neurons(400)
+    values = []
+    for metric in (double(), NeuronTransportDistance(N, M)):
+        metric.update(student, teacher)
+        values.append(metric.compute().double())
+        assert metric.transport().plan.dtype == torch.float64
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=0)
+
+
 def test_value_is_float32_by_default() -> None:
     metric = NeuronTransportDistance(N, M)
     metric.update(*neurons(40))
