@@ -31,13 +31,20 @@ def run(name: str, experiment: Experiment, results: Results, processes: int) -> 
     go(experiment.runs(choices), "runs")
 
 
-def selected(names: Sequence[str], *, seeds: int | None, is_quick: bool) -> dict[str, Experiment]:
-    """Experiments by name, with fewer seeds or steps where that is asked for."""
+def selected(
+    names: Sequence[str], *, seeds: int | None, per_class: Sequence[int] | None, is_quick: bool
+) -> dict[str, Experiment]:
+    """Experiments by name, with fewer seeds, points of a curve or steps where that is asked for."""
     chosen = {name: EXPERIMENTS[name] for name in names}
     if is_quick:
         chosen = {name: quick(experiment) for name, experiment in chosen.items()}
     if seeds is not None:
         chosen = {name: replace(experiment, seeds=min(seeds, experiment.seeds)) for name, experiment in chosen.items()}
+    if per_class is not None:
+        chosen = {
+            name: replace(experiment, per_class=tuple(count for count in experiment.per_class if count in per_class))
+            for name, experiment in chosen.items()
+        }
     return chosen
 
 
@@ -53,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
     parser.add_argument("--seeds", type=int, help="fewer paired seeds; a later command adds the others")
+    parser.add_argument("--per-class", type=int, nargs="+", help="some points of a curve; a later command adds others")
     parser.add_argument(
         "--quick", action="store_true", help="a few short runs of everything, five minutes on two cores"
     )
@@ -64,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = selected(
         options.experiments or (QUICK if options.quick else list(EXPERIMENTS)),
         seeds=options.seeds,
+        per_class=options.per_class,
         is_quick=options.quick,
     )
     if not options.report:
