@@ -31,6 +31,7 @@ LOSSES = [
     losses.HintPenultimate,
     losses.HintBlocks,
     lambda y, x: losses.HintBlocks(y, x, grid=4),
+    lambda y, x: losses.WithHints(losses.SoftTargets(y, x), losses.HintBlocks(y, x), 3.0),
     losses.AttentionTransfer,
     losses.SimilarityPreserving,
     losses.RelationalDistillation,

@@ -87,6 +87,24 @@ class HintBlocks(nn.Module):
         return torch.stack(errors).mean()
 
 
+class WithHints(nn.Module):
+    """A loss and hints beside it.
+
+    Args:
+        loss: The loss.
+        hints: The hints.
+        weight: Weight of the hints against the loss.
+    """
+
+    def __init__(self, loss: nn.Module, hints: HintBlocks, weight: float) -> None:
+        super().__init__()
+        self.loss, self.hints, self.weight = loss, hints, weight
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        """The weighted sum."""
+        return self.loss(student, teacher) + self.weight * self.hints(student, teacher)
+
+
 class AttentionTransfer(nn.Module):
     """Attention transfer (Zagoruyko and Komodakis, arXiv 1612.03928): maps of the mean square over neurons.
 

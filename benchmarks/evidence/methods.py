@@ -47,6 +47,7 @@ class Method:
         settings: Where it is defined.
         l2_sp: Penalise the distance to the starting point.
         freeze: Train the head alone.
+        hints: Weight of hints on pooled blocks, beside the loss.
         ours: Whether it uses this library with the plan of optimal transport.
     """
 
@@ -57,6 +58,7 @@ class Method:
     settings: tuple[str, ...] = ALL
     l2_sp: bool = False
     freeze: bool = False
+    hints: float = 0.0
     ours: bool = False
 
     @property
@@ -86,6 +88,20 @@ METHODS = {
     "fitnets-blocks": Method("FitNets, blocks", losses.HintBlocks, weights=(1.0, 4.0, 16.0)),
     "fitnets-pooled": Method(
         "FitNets, blocks pooled to 4×4", partial(losses.HintBlocks, grid=4), weights=(1.0, 4.0, 16.0)
+    ),
+    "fitnets+kd": Method(
+        "FitNets, blocks pooled to 4×4, with KD on logits",
+        losses.SoftTargets,
+        weights=(0.25, 1.0, 4.0),
+        settings=("2",),
+        hints=16.0,
+    ),
+    "fitnets+lwf": Method(
+        "FitNets, blocks pooled to 4×4, with KD on logits (LwF)",
+        losses.LearningWithoutForgetting,
+        weights=(0.25, 1.0, 4.0),
+        settings=("1", "1x", "3"),
+        hints=16.0,
     ),
     "attention": Method("attention transfer", losses.AttentionTransfer, weights=(250.0, 1000.0, 4000.0)),
     "similarity": Method("similarity-preserving", losses.SimilarityPreserving, weights=(750.0, 3000.0, 12000.0)),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.evidence import data
-from benchmarks.evidence.losses import l2_sp
+from benchmarks.evidence.losses import HintBlocks, WithHints, l2_sp
 from benchmarks.evidence.methods import COPIED, METHODS, Method
 from benchmarks.evidence.networks import PAIRS, CachedTeacher, Features, Pair, tapped
 from benchmarks.evidence.runs import Row, Run
@@ -185,7 +185,7 @@ def _fit_with_teacher(
         transport = Transport(teacher, pair, options)
         transport.transfer.attach(student)
     with tapped(student, names, pair.neuron_axis) as taps:
-        loss = None if method.loss is None else _make_loss(method, student, taps.take, teacher, images, run.seed)
+        loss = None if method.loss is None else _make_loss(method, student, taps.take, teacher, images, run)
         optimizer, schedule = make_optimizer(
             student.parameters(), run.lr, run.weight_decay, run.steps, [] if loss is None else loss.parameters()
         )
@@ -225,15 +225,19 @@ def _fit_with_teacher(
 
 
 def _make_loss(
-    method: Method, student: nn.Module, take: Any, teacher: CachedTeacher, images: Tensor, seed: int
+    method: Method, student: nn.Module, take: Any, teacher: CachedTeacher, images: Tensor, run: Run
 ) -> nn.Module:
-    """The loss of a rival, with initial projections of the seed."""
+    """The loss of a rival, with initial projections of the seed; hints are weighed relative to the loss."""
     assert method.loss is not None
     with torch.no_grad():
         student.eval()(images[:2])
     shapes: Features = take()
-    torch.manual_seed(seed)
-    return method.loss(shapes, teacher.features(torch.arange(2)))
+    torch.manual_seed(run.seed)
+    targets = teacher.features(torch.arange(2))
+    loss = method.loss(shapes, targets)
+    if not method.hints:
+        return loss
+    return WithHints(loss, HintBlocks(shapes, targets, grid=4), method.hints / run.weight)
 
 
 def fit_plain(
