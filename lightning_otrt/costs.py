@@ -176,7 +176,7 @@ class CorrelationCost(Cost):
         self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
     ) -> Sums:
         """See :meth:`Cost.accumulate`; one matrix product that adds to the running one."""
-        if y.shape[-1] > FLOAT64_OBSERVATIONS or reference is None:
+        if y.shape[-1] > FLOAT64_OBSERVATIONS or running[-1].dtype != y.dtype or reference is None:
             return super().accumulate(running, decay, y, x, reference)
         (y, yy), (x, xx) = _deviations(y, reference[0]), _deviations(x, reference[1])
         fits = torch.isfinite(yy.sum() + xx.sum())
@@ -268,7 +268,7 @@ class SquaredEuclideanCost(Cost):
         self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
     ) -> Sums:
         """See :meth:`Cost.accumulate`; one matrix product that adds to the running one."""
-        if y.shape[-1] > FLOAT64_OBSERVATIONS:
+        if y.shape[-1] > FLOAT64_OBSERVATIONS or running[-1].dtype != y.dtype:
             return super().accumulate(running, decay, y, x, reference)
         y, x = _centre(y, x)
         yy, xx = _norms(y).square_(), _norms(x).square_()

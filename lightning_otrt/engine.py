@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_otrt.distance import (
     fixed_plan,
     run_rounds,
 )
-from lightning_otrt.plans import TRAINING_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
+from lightning_otrt.plans import TRAINING_ITERATIONS, WARM_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
 
 __all__ = ["PairDistance", "TransportEngine"]
 
@@ -33,8 +33,9 @@ EARLY_SOLVES = (0, 1, 2, 4, 8)
 MEMORY = 0.98
 #: Samples behind a static plan.
 STATIC_SAMPLES = 256
-#: Up to so many entries a cost matrix is solved together with others of its shape on a CPU; on CUDA any is.
-BATCHED_ENTRIES = 128 * 128
+#: Up to so many entries a cost matrix is solved together with others of its shape on a CPU, where larger ones fall out
+#: of the cache (benchmarks/speed); on CUDA any is.
+BATCHED_ENTRIES = 64 * 64
 #: From this epsilon on a plan may match nothing, which is so where its entropy is this share of the largest.
 BLURRING_EPSILON = 0.05
 UNIFORM_ENTROPY = 0.97
@@ -136,6 +137,8 @@ class TransportEngine:
         """
         with torch.no_grad(), torch.autocast(views[0][0][0].device.type, enabled=False):
             batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
+            # An interrupted call may have left some.
+            self._matrices.clear()
             active = [
                 index
                 for index, batch in enumerate(batches)
@@ -217,12 +220,12 @@ class TransportEngine:
             due = self._is_due(state)
             if state.memory is None:
                 state.memory = self._memory(samples, max(y.shape[0], x.shape[0]))
-            if due or state.memory:
-                matrix = self._accumulate(state, y, x, samples)
-                if due:
-                    matrices[index] = matrix()
-                    if self.cost.needs_matrix and not state.memory and len(batch) == 1:
-                        self._matrices[index] = matrices[index]
+            if due:
+                matrices[index] = self._matrix(state, y, x, samples)
+                if self.cost.needs_matrix and not state.memory and len(batch) == 1:
+                    self._matrices[index] = matrices[index]
+            elif state.memory and self.plan != "static":
+                self._accumulate(state, y, x, samples)
         self._solve(matrices)
 
     def _is_due(self, state: PairState) -> bool:
@@ -243,6 +246,11 @@ class TransportEngine:
                     f"calls or from a checkpoint, has the shape {tuple(plan.matrix.shape)}. Go on with the networks of "
                     "that run, or call `reset()` to begin anew."
                 )
+            if plan.matrix.dtype != y.dtype:
+                # A run that goes on in another precision.
+                self.pairs[index].plan = Plan(*(part.to(y.dtype) for part in plan))
+                if (potential := self.pairs[index].potential) is not None:
+                    self.pairs[index].potential = potential.to(y.dtype)
             return
         fixed = fixed_plan(self.plan, y.shape[0], x.shape[0], seed=self.seed + index, where=where)
         self.pairs[index].plan = None if fixed is None else Plan.of(fixed.to(y))
@@ -256,18 +264,28 @@ class TransportEngine:
             return MEMORY if samples < neurons else 0.0
         return float(self.memory)
 
-    def _accumulate(self, state: PairState, y: Tensor, x: Tensor, samples: int) -> Callable[[], Tensor]:
-        """Add a batch to the running sums; returns the function that makes their cost matrix."""
-        if state.memory and state.reference is None:
-            state.reference = (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
-        if state.memory and state.sums is not None:
-            sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
+    def _matrix(self, state: PairState, y: Tensor, x: Tensor, samples: int) -> Tensor:
+        """The cost matrix to solve a plan from, which is all that is left of the sums where there is no memory."""
+        return self.cost.matrix(self._accumulate(state, y, x, samples), self._scale_of(state, x)).to(y.dtype)
+
+    def _accumulate(self, state: PairState, y: Tensor, x: Tensor, samples: int) -> Sums:
+        """The sums of a batch, added to the running ones where there are any."""
+        if not state.memory:
+            return self.cost.sums(y, x)
+        if state.reference is None or state.sums is None:
+            # Checked by the first call; a pair that was skipped there may begin with a batch that is not finite.
+            if state.reference is None:
+                means = (side.mean(-1, keepdim=True).nan_to_num_(0.0, 0.0, 0.0) for side in (y, x))
+                state.reference = next(means), next(means)
+            sums = self.cost.sums(y, x, state.reference)
+            fits = torch.isfinite(sums[-1].sum())
+            state.sums = [torch.where(fits, part, 0.0) for part in sums]
         else:
-            sums = self.cost.sums(y, x, state.reference if state.memory else None)
-        if state.memory:
-            state.sums = sums
+            state.sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
+        # Only a static plan counts its samples, and it is not final before enough of them were finite.
+        if self.plan != "static" or bool(torch.isfinite(y.sum() + x.sum())):
             state.samples += samples
-        return lambda: self.cost.matrix(sums, self._scale_of(state, x)).to(y.dtype)
+        return state.sums
 
     def _scale_of(self, state: PairState, x: Tensor) -> Tensor:
         return x.new_ones(2) if state.energy is None else state.energy
@@ -298,7 +316,8 @@ class TransportEngine:
             else:
                 states = [state for index in indices if (state := self.pairs[index].potential) is not None]
                 start = torch.stack(states) if states else None
-                entropic = sinkhorn_plan(cost, self.epsilon, potential=start, iterations=TRAINING_ITERATIONS, mean=mean)
+                count = TRAINING_ITERATIONS if start is None else WARM_ITERATIONS
+                entropic = sinkhorn_plan(cost, self.epsilon, potential=start, iterations=count, mean=mean)
                 # Its last update is that of the rows, which leaves their masses exact.
                 student_mass = cost.new_full(cost.shape[:2], 1 / cost.shape[1])
                 plans = Plan(entropic.matrix, student_mass, entropic.teacher_mass)
@@ -374,6 +393,8 @@ class TransportEngine:
             "pairs": [
                 {
                     "plan": None if state.plan is None else state.plan.matrix,
+                    # Not summed again, since they would differ in the last bits.
+                    "masses": None if state.plan is None else list(state.plan[1:]),
                     "potential": state.potential,
                     # A copy: the running sums go on in place.
                     "sums": None if state.sums is None else [value.clone() for value in state.sums],
@@ -405,9 +426,12 @@ class TransportEngine:
         self.calls = state["calls"]
         self.pairs = [
             PairState(
-                plan=None if pair["plan"] is None else Plan.of(pair["plan"].to(device)),
+                plan=None
+                if pair["plan"] is None
+                else Plan(*(part.to(device) for part in (pair["plan"], *pair["masses"]))),
                 potential=here(pair["potential"]),
-                sums=None if pair["sums"] is None else [value.to(device) for value in pair["sums"]],
+                # A copy, again: they are added to in place.
+                sums=None if pair["sums"] is None else [value.to(device, copy=True) for value in pair["sums"]],
                 reference=None if pair["reference"] is None else tuple(value.to(device) for value in pair["reference"]),
                 energy=here(pair["energy"]),
                 memory=pair["memory"],

@@ -177,7 +177,7 @@ class GlobalTransportEngine(TransportEngine):
             if "running" in got:
                 total = self._remember(state, got["running"], total, fits)
             state.sums, self._is_pending = [part / size for part in total], False
-            if self.plan == "static":
+            if self.plan == "static" and bool(fits):
                 state.samples += int(got["samples"])
         else:
             better = self.cost.means(total, state.reference)

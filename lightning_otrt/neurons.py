@@ -65,12 +65,17 @@ def neurons(
     """
     if batch_axis not in (0, 1):
         raise ValueError(f"Expected argument `batch_axis` to be 0, or 1 for (T, B, C), but got {batch_axis!r}.")
-    if grid is not None and not (isinstance(grid, int) and grid >= 1):
+    if grid is not None and (not isinstance(grid, int) or isinstance(grid, bool) or grid < 1):
         raise ValueError(f"Expected argument `grid` to be an integer of at least 1 or None, but got {grid!r}.")
     if prefix_tokens < 0:
         raise ValueError(f"Expected argument `prefix_tokens` not to be negative, but got {prefix_tokens}.")
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"Expected argument `mask` to be a tensor (B, T), but got {type(mask).__name__}.")
+    if mask is not None and bool((mask < 0).any()):
+        raise ValueError(
+            "Expected argument `mask` to be true where a token is not padding, but it has negative values, as masks "
+            "that are added to scores have. Pass `mask == 0`."
+        )
     tensor = select_tensor(output, select, where="output")
     if mask is not None and (tensor.dim() != 3 or neuron_axis not in (2, -1) or token_grid is not None):
         raise ValueError(

@@ -44,6 +44,8 @@ ANNEALING: tuple[float, ...] = (0.3, 0.3, 0.06, 0.06, 0.06, 0.06)
 #: may wait for the device to report the error.
 STAIRCASE: tuple[tuple[int, int], ...] = ((20, 2), (5, 3))
 TRAINING_ITERATIONS = 8
+#: The same where a solve starts from the potential of an earlier one, which the network and the batch have left behind.
+WARM_ITERATIONS = 20
 #: Iterations between two absorptions of the potentials; float32 scalings overflow after many more.
 BLOCK = 10
 #: Marginal error (L1, of a total mass of 1) at which the iterations stop, and the one above which they have failed.
@@ -98,20 +100,30 @@ def sinkhorn_plan(
         inverse = 1 / torch.where(mean > 0, mean, 1.0)
         if iterations is not None:
             if potential is None:
-                potential = cost.new_zeros(cost.shape[0], cost.shape[2])
+                potential = _reach(cost, cost.new_zeros(cost.shape[0], cost.shape[2]), epsilon, inverse)
                 for multiple, count in STAIRCASE:
                     potential = _potential(cost, potential, multiple * epsilon, count, inverse)
+            else:
+                potential = _reach(cost, potential, epsilon, inverse)
             return _alternate(cost, potential, epsilon, iterations, inverse)
         if potential is None:
             potential = _anneal(cost * inverse, [max(step, epsilon) for step in ANNEALING])
         spent = 0
         while True:
-            result = _alternate(cost, potential, epsilon, BLOCK, inverse)
+            result = _alternate(cost, _reach(cost, potential, epsilon, inverse), epsilon, BLOCK, inverse)
             spent += BLOCK
             error = result.marginal_error.max().item()
             if error <= TOLERANCE or not spent < MAX_ITERATIONS:
                 break
             potential = result.potential
+        # What the floor of the kernel holds up is no plan: without it the columns tell.
+        result = _without_floor(cost, result.potential, epsilon, inverse)
+        error = result.marginal_error.max().item()
+        while not error <= TOLERANCE and spent < MAX_ITERATIONS:
+            potential = _logarithmic(cost, result.potential, epsilon, BLOCK, inverse)
+            result = _without_floor(cost, potential, epsilon, inverse)
+            spent += BLOCK
+            error = result.marginal_error.max().item()
         if not error <= FAILURE:
             raise RuntimeError(
                 f"The transport plan for a cost of shape {tuple(cost.shape[1:])} did not converge: after {spent} "
@@ -122,14 +134,46 @@ def sinkhorn_plan(
         return result
 
 
+def _reach(cost: Tensor, potential: Tensor, epsilon: float, inverse: Tensor) -> Tensor:
+    """The potential, raised where a column is out of reach of every row, up to where it is not.
+
+    Else all entries of such a column are the floor of the kernel, which the updates fill from all rows alike, with
+    marginals as right as they are meaningless. No converged plan has a column that would be raised.
+    """
+    slack = torch.addcmul(potential[:, None], cost, -inverse)
+    nearest = slack.sub_(slack.amax(2, keepdim=True)).amax(1)
+    return potential - nearest.add_(_RANGE / 2 * epsilon).clamp_max_(0)
+
+
+def _without_floor(cost: Tensor, potential: Tensor, epsilon: float, inverse: Tensor) -> EntropicPlan:
+    """The plan of a potential after an update of the rows, with every entry as small as it is."""
+    rows, columns = cost.shape[1:]
+    matrix = torch.softmax(torch.addcmul((potential / epsilon)[:, None], cost, inverse / -epsilon), 2).div_(rows)
+    teacher_mass = matrix.sum(1)
+    return EntropicPlan(matrix, potential, teacher_mass, (teacher_mass - 1 / columns).abs_().sum(1))
+
+
+def _logarithmic(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> Tensor:
+    """The potential after alternating updates of logarithms: slow, and right whatever the costs span."""
+    rows, columns = cost.shape[1:]
+    scaled = cost * (inverse / -epsilon)
+    potential = potential / epsilon
+    for _ in range(iterations):
+        own = torch.logsumexp(scaled + potential[:, None], 2, keepdim=True)
+        potential = math.log(rows / columns) - torch.logsumexp(scaled - own, 1)
+    return potential * epsilon
+
+
 def _alternate(
     cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor | None = None
 ) -> EntropicPlan:
     """Alternating updates of the two potentials; ``inverse`` ``(B, 1, 1)`` is 1 / mean of the costs, None is 1."""
     rows, columns = cost.shape[1:]
-    for start in range(0, iterations, BLOCK):
-        kernel, v = _updates(cost, potential, epsilon, min(iterations - start, BLOCK), inverse)
-        potential = _absorb(potential, v, epsilon)
+    while iterations > BLOCK:
+        potential = _potential(cost, potential, epsilon, BLOCK, inverse)
+        iterations -= BLOCK
+    kernel, v = _updates(cost, potential, epsilon, iterations, inverse)
+    potential = _absorb(potential, v, epsilon)
     u = torch.bmm(kernel, v).reciprocal_().div_(rows)
     teacher_mass = torch.bmm(kernel.mT, u).mul_(v).squeeze(2)
     matrix = kernel.mul_(u).mul_(v.mT)

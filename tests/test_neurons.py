@@ -384,3 +384,11 @@ def test_a_mask_where_there_is_no_sequence_is_refused() -> None:
             neurons(torch.randn(shape), mask=mask, **options)
     with pytest.raises(ValueError, match="token_grid"):
         neurons(torch.randn(4, 9, 6), mask=mask, neuron_axis=-1, token_grid=(3, 3))
+
+
+def test_an_additive_mask_is_refused() -> None:
+    """Its 0 keeps a token, which read as a truth value would leave it out."""
+    mask = torch.zeros(4, 9)
+    mask[0, 5:] = -torch.inf
+    with pytest.raises(ValueError, match="it has negative values.*Pass `mask == 0`"):
+        neurons(torch.randn(4, 9, 6), mask=mask, neuron_axis=-1)
