@@ -96,6 +96,14 @@ def test_what_was_not_run_is_said_and_left_out(results: Results, tmp_path: Path)
     assert "`main`" not in missing
 
 
+def test_a_method_without_tuning_is_left_out_of_its_tables_alone(results: Results, tmp_path: Path) -> None:
+    partial = Results(results.path)
+    partial.rows = {key: row for key, row in results.rows.items() if row["method"] != "crd"}
+    page = section(partial, tmp_path / "results")
+    assert "| CRD |" not in page
+    assert page.count("| FitNets, blocks |") == section(results, tmp_path / "results").count("| FitNets, blocks |")
+
+
 def test_a_section_takes_the_place_of_its_predecessor(tmp_path: Path) -> None:
     page = tmp_path / "RESULTS.md"
     page.write_text("# Results\n\n## Speed\n\nfast\n\n## Transfer\n\nold\n\n## Distributed\n\nmany\n")

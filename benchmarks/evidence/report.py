@@ -27,12 +27,12 @@ Accuracies = dict[str, dict[int, float]]
 
 @dataclass(frozen=True)
 class Found:
-    """An experiment whose tuning is complete, with the rows that are there.
+    """An experiment with the rows that are there.
 
     Attributes:
         name: Its name.
         experiment: What was planned.
-        choices: The hyperparameters of each method.
+        choices: The hyperparameters of each method whose tuning is complete.
         results: All rows.
     """
 
@@ -48,13 +48,15 @@ class Found:
                 seed: self.experiment.run(method, self.choices[method], target, per_class, seed) for seed in self.seeds
             }
             for method in self.experiment.methods
+            if method in self.choices
         }
+        variants = self.experiment.variants if DEFAULT in self.choices else ()
         runs |= {
             name: {
                 seed: self.experiment.variant(name, self.choices[DEFAULT], target, per_class, seed)
                 for seed in self.seeds
             }
-            for name in self.experiment.variants
+            for name in variants
         }
         return _present(runs, self.results)
 
@@ -87,14 +89,14 @@ def gather(results: Results, experiments: Mapping[str, Experiment] = EXPERIMENTS
     """The experiments of which something can be said."""
     found = {}
     for name, experiment in experiments.items():
-        choices = {}
-        for method in experiment.tuned_methods():
-            if (choice := experiment.tuning.choice_or_none(method, results)) is not None:
-                choices[method] = choice
-        if set(choices) == set(experiment.tuned_methods()):
-            one = Found(name, experiment, choices, results)
-            if not one.is_empty:
-                found[name] = one
+        choices = {
+            method: choice
+            for method in experiment.tuned_methods()
+            if (choice := experiment.tuning.choice_or_none(method, results)) is not None
+        }
+        one = Found(name, experiment, choices, results)
+        if not one.is_empty:
+            found[name] = one
     return found
 
 
