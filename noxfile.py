@@ -18,19 +18,12 @@ PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST, *_, NEWEST = PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 #: Newer packages than the oldest ones ask for warn that these use what is deprecated in them.
 OF_OTHERS = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
-#: Files whose mutants must be noticed, and the tests that are there to notice them.
-MUTATED = {
-    "costs": ["test_costs", "test_gradients", "test_distance"],
-    "plans": ["test_plans", "test_distance"],
-    "distance": ["test_distance", "test_bad_inputs", "test_gradients"],
-    "recording": ["test_recording", "test_transfer", "test_callback"],
-}
 
 
 def lowest() -> list[str]:
     """The lower bounds of pyproject.toml as exact versions, so that they are stated once."""
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *(extras[name] for name in ())]
+    lines = list(PROJECT["dependencies"])
     for name in ("cli", "exact", "examples", "plot", "test"):
         lines += [line for line in extras[name] if not line.startswith(PROJECT["name"])]
     tools = {"mypy", "ruff"}
@@ -121,3 +114,14 @@ def coverage(session: nox.Session) -> None:
     lines, branches = (totals[f"percent_{kind}_covered"] for kind in ("statements", "branches"))
     session.log(f"lines {lines:.1f} %, branches {branches:.1f} %")
     assert min(lines, branches) >= 95
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Mutants of the mathematical core that the tests notice: `nox -s mutation -- 0` for all of them."""
+    session.install("-e", ".[test]", "mutmut>=3.8")
+    copy = Path(session.create_tmp()) / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "_build", "results")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    session.run("python", str(ROOT / "tests" / "mutation.py"), str(copy), *session.posargs)
