@@ -88,7 +88,9 @@ class Killer(pl.Callback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
+    """The last after which there is something left to train; a resumed run would log nothing otherwise."""
     found = {int(re.findall(r"\d+", path.name)[0]): path for path in folder.glob("epoch=*.ckpt")}
+    found.pop(EPOCHS - 1, None)
     return found[max(found)] if found else None
 
 
