@@ -174,7 +174,8 @@ def identity(found: Mapping[str, Found]) -> tuple[Any, str, str] | None:
     axis.set(xlabel="step", ylabel="mass off the identity", ylim=(-0.03, 1.03))
     axis.legend(fontsize=7, frameon=False)
     _plain(axis, "y")
-    caption = "Mass of the plan off the identity: copied from the teacher (1), from another network (1x); Greek, seed 0"
+    starts = {"plans-1": "copied from the teacher (1)", "plans-1x": "from another network (1x)"}
+    caption = f"Mass of the plan off the identity: {', '.join(starts[name] for name in rows)}; Greek, seed 0"
     return figure, caption, command(*rows)
 
 

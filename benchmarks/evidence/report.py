@@ -68,7 +68,9 @@ class Found:
     def columns(self, target: str) -> dict[int, Accuracies]:
         """Accuracies by labels per class; a curve needs two points, one of which another experiment may have made."""
         found = {count: self.accuracies(target, count) for count in self.experiment.per_class}
-        found = {count: values for count, values in found.items() if values}
+        # The default alone, which other experiments run too, is no ablation.
+        needed = self.experiment.variants or self.experiment.methods
+        found = {count: values for count, values in found.items() if any(name in values for name in needed)}
         return found if len(found) >= min(2, len(self.experiment.per_class)) else {}
 
     @property
