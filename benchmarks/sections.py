@@ -11,6 +11,6 @@ def write_section(path: Path, section: str) -> None:
     text = path.read_text() if path.exists() else "# Results\n"
     heading = section.splitlines()[0]
     pattern = re.compile(rf"^{re.escape(heading)}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    new = f"{section}\n"
+    new = f"{section.rstrip()}\n\n"
     text = pattern.sub(lambda _: new, text) if pattern.search(text) else f"{text.rstrip()}\n\n{new}"
     path.write_text(f"{text.rstrip()}\n")

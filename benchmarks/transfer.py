@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.evidence.experiments import EXPERIMENTS, QUICK, Experiment, quick
-from benchmarks.evidence.report import write_section
 from benchmarks.evidence.runs import Results, Run, complete
 from benchmarks.evidence.section import section
 from benchmarks.evidence.training import CACHE, execute
 from benchmarks.evidence.tuning import tune
+from benchmarks.sections import write_section
 
 RESULTS = Path(__file__).parent / "results" / "evidence.jsonl"
 

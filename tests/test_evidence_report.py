@@ -9,11 +9,12 @@ import pytest
 
 from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS
 from benchmarks.evidence.methods import DEFAULT, METHODS
-from benchmarks.evidence.report import gather, goals, write_section
+from benchmarks.evidence.report import gather, goals
 from benchmarks.evidence.runs import Results, Run
 from benchmarks.evidence.section import section
 from benchmarks.evidence.tuning import SEEDS as TUNING_SEEDS
 from benchmarks.evidence.tuning import tune
+from benchmarks.sections import write_section
 
 #: Points above 40 of each method; the others have 5.
 GAINS = {"plain": 0.0, "fitnets-blocks": 20.0, DEFAULT: 32.0, "random": 25.0}

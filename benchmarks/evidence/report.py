@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.evidence.experiments import EXPERIMENTS, FRESH, Experiment
 from benchmarks.evidence.methods import DEFAULT, METHODS
@@ -294,13 +292,3 @@ def p_value(p: float) -> str:
 def command(*names: str) -> str:
     """The command that makes the runs of experiments."""
     return f"`python -m benchmarks.transfer --experiments {' '.join(names)}`"
-
-
-def write_section(path: Path, section: str) -> None:
-    """Put a section that starts with ``## `` in the place of the one of that name, or at the end."""
-    text = path.read_text() if path.exists() else "# Results\n"
-    heading = section.splitlines()[0]
-    pattern = re.compile(rf"^{re.escape(heading)}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    new = f"{section.rstrip()}\n\n"
-    text = pattern.sub(lambda _: new, text) if pattern.search(text) else f"{text.rstrip()}\n\n{new}"
-    path.write_text(f"{text.rstrip()}\n")
