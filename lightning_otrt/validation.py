@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class ValidationDistances:
 
     def __init__(self, transfer: RepresentationTransfer, student: nn.Module) -> None:
         self.transfer = transfer
-        #: Why recording ended early.
+        #: Why recording ended early, or a distance is missing.
         self.error: Exception | None = None
         self.metrics = self._make_metrics()
         self._recorder = Recorder(lambda *_: False)
@@ -57,14 +58,24 @@ class ValidationDistances:
         ]
 
     def compute(self) -> list[Tensor]:
-        """The distance of each pair over all forwards and processes; NaN where there were none. A collective."""
-        return [metric.compute() for metric in self.metrics]
+        """The distance of each pair over all forwards and processes; NaN where there were none. A collective.
+
+        A plan that is not found gives NaN too, and is kept as :attr:`error`.
+        """
+        return [self._distance(metric) for metric in self.metrics]
 
     def close(self) -> None:
         """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
         self._recorder.remove()
+
+    def _distance(self, metric: NeuronTransportDistance) -> Tensor:
+        try:
+            return metric.compute()
+        except RuntimeError as error:
+            self.error = error
+            return metric.sums.new_tensor(math.nan)
 
     def _make_metrics(self) -> list[NeuronTransportDistance]:
         transfer = self.transfer

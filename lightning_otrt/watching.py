@@ -153,19 +153,19 @@ class Watch:
         if distances is None:
             return []
         distances.close()
+        values: list[Tensor] = []
+        if compute:
+            with warnings.catch_warnings():
+                # A metric without data warns, and gives NaN, which is left out here.
+                warnings.simplefilter("ignore")
+                values = distances.compute()
         if distances.error is not None:
             self.advice.warn(
                 "validation",
                 f"OTRTMonitor stopped to measure distances in validation, where this went wrong: {distances.error}",
             )
-        if not compute:
-            return []
-        with warnings.catch_warnings():
-            # A metric without data warns, and gives NaN, which is left out here.
-            warnings.simplefilter("ignore")
-            values = distances.compute()
         names = [f"val/otrt/{label}{self.suffix}" for label in self._labels()]
-        return [(name, value) for name, value in zip(names, values, strict=True) if bool(value.isfinite())]
+        return [(name, value) for name, value in zip(names, values, strict=False) if bool(value.isfinite())]
 
     def draw(self, loggers: list[Logger], step: int) -> bool:
         """Heat maps of the current plans to all loggers; returns whether figures can be made."""

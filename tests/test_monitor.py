@@ -216,6 +216,27 @@ class TestValidation:
         assert trainer.state.finished
         assert "val/otrt/net.block1" not in trainer.callback_metrics
 
+    def test_a_plan_that_is_not_found_does_not_end_the_fit(self, monkeypatch):
+        solve, failed = NeuronTransportDistance._solve, []
+
+        def fail(self, matrix):
+            if not failed:
+                failed.append(matrix)
+                raise RuntimeError("did not converge")
+            return solve(self, matrix)
+
+        monkeypatch.setattr(NeuronTransportDistance, "_solve", fail)
+        with pytest.warns(UserWarning, match="distances in validation.*did not converge"):
+            trainer = fit(
+                make_task(ValidatedTask),
+                OTRTCallback(make_teacher(), LAYERS),
+                OTRTMonitor(99, figures=False),
+                validation=loader(16),
+                max_epochs=1,
+            )
+        names = [name for name in trainer.callback_metrics if name.startswith("val/otrt")]
+        assert len(names) == len(LAYERS) - 1
+
     def test_a_cost_that_is_no_sum(self):
         callback = OTRTCallback(make_teacher(), LAYERS, cost=lambda y, x: torch.cdist(y, x))
         with pytest.warns(UserWarning, match="no distances in validation: a cost that is a function"):
@@ -315,7 +336,7 @@ class TestFigures:
 
     def test_without_matplotlib(self, tmp_path, monkeypatch):
         def missing():
-            raise ModuleNotFoundError("Figures need matplotlib: pip install lightning_otrt[plot].")
+            raise ModuleNotFoundError("Figures need matplotlib: pip install matplotlib.")
 
         monkeypatch.setattr("lightning_otrt.plotting._pyplot", missing)
         with pytest.warns(UserWarning, match=r"draws no plans\. Figures need matplotlib"):
