@@ -194,7 +194,8 @@ def compare_representations(
     Raises:
         TypeError: If the student is no module that runs, a batch has no inputs that can be told, or ``cost`` is not a
             name.
-        ValueError: If there is no batch, a layer name is unknown, or activations are not finite.
+        ValueError: If an argument is out of range, there is no batch, a layer name is unknown, or activations are not
+            finite.
 
     Example:
         >>> import torch
@@ -210,6 +211,9 @@ def compare_representations(
     """
     if not isinstance(student, nn.Module):
         raise TypeError(f"Expected argument `student` to be a torch.nn.Module, but got {type(student).__name__}.")
+    for name, value in (("grid", grid), ("max_batches", max_batches)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"Expected argument `{name}` to be a positive integer or None, but got {value!r}.")
     with ExitStack() as stack:
         runners = Teacher(student, role="student"), Teacher(load_teacher(teacher), inputs=teacher_inputs)
         first = next((tensor for tensor in (*student.parameters(), *student.buffers())), torch.empty(0))

@@ -85,7 +85,7 @@ def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]
         TypeError: If it is neither a name, an index nor a list of them.
         ValueError: If a name is unknown, or there is no layer.
     """
-    selectors = [choice] if isinstance(choice, (str, int)) else list(choice)
+    selectors = list(choice) if isinstance(choice, Sequence) and not isinstance(choice, str) else [choice]
     if not all(isinstance(name, (str, int)) and not isinstance(name, bool) for name in selectors):
         raise TypeError(
             f"Expected the layers of the {side} to be a name, an index or a list of these, but got {choice!r}. "
@@ -105,9 +105,8 @@ def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]
     # In the order of the network, on which the pairing relies; what enters a layer is there before what leaves it.
     found = dict(sorted(found.items(), key=lambda item: (seen.layer(item[0]).order or 0, not item[0].endswith(INPUT))))
     if not found:
-        raise ValueError(
-            f"No layer of the {side} can be compared. Name its layers, such as {side}_layers=['fc:input']."
-        )
+        option = "layers" if side == "student" else "teacher_layers"
+        raise ValueError(f"No layer of the {side} can be compared. Name its layers, such as {option}=['fc:input'].")
     return found
 
 

@@ -156,12 +156,17 @@ class TestCompare:
         [
             ({"layers": "blok1"}, ValueError, "Did you mean 'block1'"),
             ({"layers": [("block1", "block2")]}, TypeError, "two lists, not pairs"),
-            ({"layers": []}, ValueError, "No layer of the student"),
+            ({"layers": {"block1": "block2"}}, TypeError, "two lists, not pairs"),
+            ({"layers": None}, TypeError, "but got None"),
+            ({"layers": []}, ValueError, r"No layer of the student.* such as layers="),
+            ({"teacher_layers": []}, ValueError, r"No layer of the teacher.* such as teacher_layers="),
             ({"layers": "matched"}, ValueError, "here they are all compared"),
             ({"cost": lambda y, x: y @ x.T}, TypeError, "to be a name"),
             ({"plan": "greedy"}, ValueError, "plan"),
             ({"epsilon": 0}, ValueError, "epsilon"),
-            ({"max_batches": 0}, ValueError, "at least one batch"),
+            ({"max_batches": 0}, ValueError, "`max_batches` to be a positive integer or None, but got 0"),
+            ({"max_batches": -1}, ValueError, "`max_batches` to be a positive integer or None, but got -1"),
+            ({"grid": 0}, ValueError, "`grid` to be a positive integer or None, but got 0"),
         ],
     )
     def test_errors(self, options, error, message):
@@ -180,6 +185,10 @@ class TestCompare:
     def test_students_that_do_not_run(self, student, message):
         with pytest.raises(TypeError, match=message):
             compare(student, make_teacher())
+
+    def test_no_batch(self):
+        with pytest.raises(ValueError, match="at least one batch"):
+            compare(make_task().net, make_teacher(), [])
 
     def test_values_that_are_not_finite_name_the_layer(self):
         x = torch.randn(8, 1, 8, 8)
