@@ -218,6 +218,8 @@ def suggest_weight(
         raise ValueError(f"Expected argument `fraction` to be positive and finite, but got {fraction!r}.")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"Expected argument `batches` to be a positive integer, but got {batches!r}.")
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"Expected argument `student` to be a torch.nn.Module, but got {type(student).__name__}.")
     transfer = getattr(transfer, "transfer", transfer)  # that of a callback
     if not isinstance(transfer, RepresentationTransfer):
         transfer = RepresentationTransfer(transfer)
@@ -256,7 +258,8 @@ def _suggestion(names: Sequence[str], found: Sequence[tuple[Tensor, Tensor]], fr
         reason = (
             f"The loss of the task has no gradient at the student layers {list(names)}; is it computed from them?"
             if task == 0
-            else "The transfer term has no gradient: the student's representations are those of the teacher already."
+            else "The transfer term has no gradient: the student's representations are those of the teacher already, "
+            "or no term could be formed."
         )
         raise ValueError(f"{reason} There is no weight to suggest.")
     by_layer = norms.mean(0).tolist()
@@ -305,6 +308,8 @@ def _task_loss(
         loss = loss.get("loss") if isinstance(loss, Mapping) else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            if isinstance(loss, Tensor) and not loss.requires_grad:
+                got += " without one (is the student frozen?)"
             raise TypeError(f"Expected `{name}` to return a scalar loss with gradient, but got {got}.")
         return loss.reshape(())
 

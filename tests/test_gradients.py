@@ -176,6 +176,17 @@ class TestSuggestWeight:
             suggest_weight(net, teacher, [torch.randn(4, 1, 8, 8)], loss_fn=F.cross_entropy)
         with pytest.raises(ValueError, match="at least one batch"):
             suggest_weight(net, teacher, [], loss_fn=F.cross_entropy)
+        with pytest.raises(TypeError, match="`student` to be a torch.nn.Module, but got str"):
+            suggest_weight("resnet18", teacher, loader(), loss_fn=F.cross_entropy)
+        frozen = make_task().net.requires_grad_(False)
+        with pytest.raises(TypeError, match=r"without one \(is the student frozen\?\)"):
+            suggest_weight(frozen, teacher, loader(), loss_fn=F.cross_entropy)
+        lenient = RepresentationTransfer(teacher, "penultimate", strict=False)
+        with (
+            pytest.warns(UserWarning, match="the pair is skipped"),
+            pytest.raises(ValueError, match="or no term could be formed"),
+        ):
+            suggest_weight(net, lenient, loader(batch_size=2), loss_fn=F.cross_entropy)
         other = nn.Parameter(torch.ones(()))
 
         def unrelated(batch):
