@@ -73,7 +73,7 @@ class NeuronTransportDistance(Metric):
 
     Raises:
         ValueError: If an argument is out of range, or ``plan="identity"`` is asked for different widths.
-        TypeError: If ``cost`` is not a name.
+        TypeError: If ``cost`` is not a name or ``seed`` not an integer.
 
     Example:
         >>> import torch
@@ -116,6 +116,8 @@ class NeuronTransportDistance(Metric):
             )
         check_plan(plan, allowed=PLANS[:-1])
         check_epsilon(epsilon)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"Expected argument `seed` to be an integer, but got {seed!r}.")
         # A control that does not fit the widths is an error now, not at the end of an epoch.
         fixed_plan(plan, num_student_neurons, num_teacher_neurons, seed=seed, where="the metric")
         self.num_student_neurons = num_student_neurons

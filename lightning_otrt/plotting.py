@@ -250,7 +250,7 @@ def _pyplot() -> ModuleType:
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Figures need matplotlib: pip install lightning_otrt[plot].") from error
+        raise ModuleNotFoundError("Figures need matplotlib: pip install matplotlib.") from error
     return pyplot
 
 

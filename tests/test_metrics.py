@@ -510,6 +510,7 @@ def test_repr_is_the_constructor_call() -> None:
         ({"plan": "static"}, ValueError, "argument `plan` to be one of"),
         ({"plan": "identity"}, ValueError, "needs equal widths, but the metric has 6 student and 9 teacher neurons"),
         ({"epsilon": 0.0}, ValueError, "argument `epsilon`"),
+        ({"seed": 0.5}, TypeError, "argument `seed` to be an integer, but got 0.5"),
         ({"unknown": 1}, ValueError, "Unexpected keyword arguments: `unknown`"),
     ],
 )

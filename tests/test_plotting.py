@@ -86,7 +86,7 @@ def test_draws_on_given_axes(name: str) -> None:
 def test_without_matplotlib(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(matplotlib, "pyplot")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install lightning_otrt\[plot\]"):
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         DRAWINGS[name]()
 
 
