@@ -90,6 +90,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The pages, with warnings as errors and every link inside checked, and the commands of the gallery."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "slow", "tests/test_docs.py", "tests/test_snippets.py")
+
+
+@nox.session
 def import_time(session: nox.Session) -> None:
     """Seconds that `import lightning_otrt` takes after `import lightning`: the least of five processes."""
     session.install("-e", ".")
