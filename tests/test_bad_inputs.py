@@ -270,7 +270,24 @@ ARGUMENTS: list[tuple[str, Call, Error, tuple[str, ...]]] = [
         ValueError,
         ("`prefix_tokens`", "-1"),
     ),
-    ("mask shape", lambda _: maps(2, 5, 3, neuron_axis=2, mask=X[:2, :4]), ValueError, ("mask", "(2, 5)", "(2, 4)")),
+    (
+        "mask shape",
+        lambda _: maps(2, 5, 3, neuron_axis=2, mask=X[:2, :4] > 0),
+        ValueError,
+        ("mask", "(2, 5)", "(2, 4)"),
+    ),
+    (
+        "mask additive",
+        lambda _: maps(2, 5, 3, neuron_axis=2, mask=-X[:2, :5].abs()),
+        ValueError,
+        ("`mask`", "negative"),
+    ),
+    (
+        "mask of a map",
+        lambda _: maps(2, 3, 4, 4, neuron_axis=1, mask=X[:2, :4] > 0),
+        ValueError,
+        ("`mask`", "(2, 3, 4, 4)"),
+    ),
     ("mask a list", lambda _: maps(2, 5, 3, neuron_axis=2, mask=[1]), TypeError, ("`mask`", "tensor (B, T)", "list")),
     (
         "output of integers",

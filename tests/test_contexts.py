@@ -25,6 +25,7 @@ from helpers import (
 )
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -54,7 +55,9 @@ class HandMade:
     def keep(self, side: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if (side == "teacher" or torch.is_grad_enabled()) and torch._C._current_graph_task_id() == -1:
-                self.seen[side, name] = neurons(output, neuron_axis=1)
+                # What a reading saves must not enter the count that activation checkpointing keeps.
+                with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+                    self.seen[side, name] = neurons(output, neuron_axis=1)
 
         return hook
 

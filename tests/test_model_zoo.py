@@ -67,7 +67,7 @@ def small_vit() -> nn.Module:
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 32}
 #: What a ViT of Hugging Face calls its blocks since version 5.
-VIT = "layers" if _version("transformers") >= 5 else "encoder.layer"
+HF_VIT = "layers" if _version("transformers") >= 5 else "encoder.layer"
 RESNET = ["relu", "layer1", "layer2", "layer3", "layer4"]
 TIMM_VIT = ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
 VIT = [f"encoder.layers.encoder_layer_{i}" for i in (0, 2, 3, 5)]
@@ -149,7 +149,7 @@ CASES = {
     ),
     "HF ViT": Case(
         huggingface_model("ViTForImageClassification", "ViTConfig", image_size=32, patch_size=8, **TINY),
-        [f"vit.{VIT}.{i}" for i in (0, 2, 3, 5)],
+        [f"vit.{HF_VIT}.{i}" for i in (0, 2, 3, 5)],
         "classifier:input",
         inputs={"pixel_values": torch.randn(2, 3, 32, 32)},
         prefix_tokens=1,
