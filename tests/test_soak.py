@@ -37,7 +37,7 @@ def peak() -> float:
 def tensors() -> tuple[int, int]:
     """How many tensors are alive, and their bytes."""
     gc.collect()
-    # Not `isinstance`, which asks proxies of other packages for their class. Fake tensors are a compiler's, without bytes.
+    # Not `isinstance`, which asks proxies of other packages for their class. Fake tensors, a compiler's, have no bytes.
     found = {
         id(item): item.nbytes
         for item in gc.get_objects()
