@@ -28,6 +28,7 @@ __all__ = [
     "SquaredEuclideanCost",
     "Sums",
     "ValueAndGradient",
+    "are_all",
     "get_cost",
 ]
 
@@ -223,7 +224,7 @@ class CorrelationCost(Cost):
         products = torch.linalg.vecdot(y, z).mul_(inverse_y)
         value = plan.student_mass.sub(products)
         # Two dead neurons cost 0 instead of 1.
-        if not _are_all(inverse_x):
+        if not are_all(inverse_x):
             value.sub_(_times(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
         along = products.mul_(inverse_y).mul_(inverse_y)
         return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
@@ -289,9 +290,8 @@ class SquaredEuclideanCost(Cost):
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
         count = _count(y)
         y, x = _centre(y, x)
-        pull = y * plan.student_mass[..., None]
-        own = _dot(y, pull)
-        pull = _pull(pull, plan.matrix, x)
+        own = torch.linalg.vecdot(plan.student_mass, _norms(y).square_())
+        pull = _pull(y * plan.student_mass[..., None], plan.matrix, x)
         total = (2 * _dot(y, pull)).sub_(own)
         total = total.add_(torch.linalg.vecdot(plan.teacher_mass, _norms(x).square_()))
         total, count, energy = yield [total, count, energy]
@@ -443,7 +443,7 @@ def _centred(y: Tensor) -> tuple[Tensor, Tensor]:
     return y, norm.reciprocal_().masked_fill_(dead, 0.0)
 
 
-def _are_all(values: Tensor) -> bool:
+def are_all(values: Tensor) -> bool:
     """Whether it is certain that no value is 0. A CPU is asked, which saves it passes; for a device nothing waits."""
     return values.device.type == "cpu" and bool(values.all())
 
@@ -467,7 +467,7 @@ def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Deviations from ``reference`` and their sums of squares, both 0 where they are rounding."""
     y = y - reference
     squares = _without_rounding(_norms(y).square_(), y.shape[-1], reference.squeeze(-1))
-    if not _are_all(squares):
+    if not are_all(squares):
         # Not `masked_fill_`, which takes ten times as long.
         y.mul_((squares != 0)[..., None])
     return y, squares
@@ -475,7 +475,7 @@ def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 def _only_if(fits: Tensor, *parts: Tensor) -> Iterator[Tensor]:
     """Each part, or zeros where not ``fits``, in place; `where` would take ten times as long."""
-    if _are_all(fits):
+    if are_all(fits):
         return iter(parts)
     return (part.nan_to_num_(0.0, 0.0, 0.0).mul_(fits) for part in parts)
 

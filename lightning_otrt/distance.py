@@ -26,7 +26,7 @@ __all__ = [
     "check_cost",
     "check_epsilon",
     "check_plan",
-    "check_range",
+    "check_values",
     "fixed_plan",
     "solve_plan",
     "transport_distance",
@@ -275,9 +275,11 @@ def check_finite(tensor: Tensor, where: str) -> None:
         )
 
 
-def check_range(tensor: Tensor, where: str) -> None:
-    """Raise a ValueError that names ``where`` if squares of finite values overflow. Waits for the device."""
+def check_values(tensor: Tensor, where: str) -> None:
+    """Raise a ValueError that names ``where`` if a value or its square is not finite. Waits for the device."""
+    # One pass tells both; which of them it is has to be told only then.
     if not bool(torch.linalg.vector_norm(tensor).isfinite()):
+        check_finite(tensor, where)
         raise ValueError(
             f"{where} has values as large as {tensor.abs().max():.3g}, whose squares overflow {tensor.dtype}, so no "
             "transport cost can be formed. Normalise the activations, or pass them in float64."
@@ -306,8 +308,7 @@ def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
     if student.device != teacher.device:
         raise ValueError(f"`student` is on {student.device} but `teacher` on {teacher.device}; move one of them.")
     for where, side in zip(("`student`", "`teacher`"), common_dtype(student.detach(), teacher.detach()), strict=True):
-        check_finite(side, where)
-        check_range(side, where)
+        check_values(side, where)
 
 
 def check_cost(matrix: Tensor, cost: object) -> None:

@@ -100,7 +100,8 @@ def sinkhorn_plan(
         inverse = 1 / torch.where(mean > 0, mean, 1.0)
         if iterations is not None:
             if potential is None:
-                potential = _reach(cost, cost.new_zeros(cost.shape[0], cost.shape[2]), epsilon, inverse)
+                # From here every column is within reach of the row that is nearest to it.
+                potential = cost.amin(1).mul_(inverse.squeeze(2))
                 for multiple, count in STAIRCASE:
                     potential = _potential(cost, potential, multiple * epsilon, count, inverse)
             else:
@@ -174,7 +175,7 @@ def _alternate(
         iterations -= BLOCK
     kernel, v = _updates(cost, potential, epsilon, iterations, inverse)
     potential = _absorb(potential, v, epsilon)
-    u = torch.bmm(kernel, v).reciprocal_().div_(rows)
+    u = _times(kernel, v).reciprocal_().div_(rows)
     teacher_mass = torch.bmm(kernel.mT, u).mul_(v).squeeze(2)
     matrix = kernel.mul_(u).mul_(v.mT)
     return EntropicPlan(matrix, potential, teacher_mass, (teacher_mass - 1 / columns).abs_().sum(1))
@@ -196,9 +197,14 @@ def _updates(
     # The softmax is the first update of the rows; constant factors of u and v cancel.
     v = kernel.sum(1).reciprocal_()[..., None]
     for _ in range(iterations - 1):
-        u = torch.bmm(kernel, v).reciprocal_()
+        u = _times(kernel, v).reciprocal_()
         v = torch.bmm(kernel.mT, u).clamp_min_(_TINY).reciprocal_()
     return kernel, v
+
+
+def _times(kernel: Tensor, v: Tensor) -> Tensor:
+    """``kernel @ v``; a batch of one takes half as long as a single matrix."""
+    return kernel[0].mv(v[0, :, 0])[None, :, None] if kernel.shape[0] == 1 else torch.bmm(kernel, v)
 
 
 def _absorb(potential: Tensor, v: Tensor, epsilon: float) -> Tensor:

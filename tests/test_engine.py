@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_otrt import engine as engine_module
 from lightning_otrt import plans
 from lightning_otrt.costs import Plan, get_cost
-from lightning_otrt.distance import run_rounds
+from lightning_otrt.distance import check_finite, run_rounds
 from lightning_otrt.engine import EARLY_SOLVES, TransportEngine
 from lightning_otrt.plans import diagnose, sinkhorn_plan
 
@@ -96,10 +96,16 @@ def peak_floats(function: Callable[[], object]) -> float:
 # --- what a call costs -----------------------------------------------------------------------------------------------
 
 
+def ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the paths of an accelerator, which is never asked for a value."""
+    for module in ("costs", "engine"):
+        monkeypatch.setattr(f"lightning_otrt.{module}.are_all", lambda values: False)
+
+
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the paths of an accelerator, which is never asked for a value."""
-    monkeypatch.setattr("lightning_otrt.costs._are_all", lambda values: False)
+    """Take the paths of an accelerator."""
+    ask_nothing(monkeypatch)
 
 
 @pytest.mark.usefixtures("as_on_a_device")
@@ -124,7 +130,7 @@ def test_a_cpu_and_a_device_take_paths_to_the_same_numbers(
     found = []
     for asked in (True, False):
         if not asked:
-            monkeypatch.setattr("lightning_otrt.costs._are_all", lambda values: False)
+            ask_nothing(monkeypatch)
         engine = make(cost, memory=memory, solve_every=1)
         for step in range(4):
             y, x = draw(seed=step)
@@ -456,9 +462,9 @@ def test_first_call_names_the_layer() -> None:
 
 
 def test_large_values_whose_sum_overflows_are_not_taken_for_infinite() -> None:
-    engine_module.check_finite(torch.full((4, 4), 3e38), "x")
+    check_finite(torch.full((4, 4), 3e38), "x")
     with pytest.raises(ValueError, match="2 NaN or infinite"):
-        engine_module.check_finite(torch.tensor([1.0, math.inf, math.nan]), "x")
+        check_finite(torch.tensor([1.0, math.inf, math.nan]), "x")
 
 
 @pytest.mark.parametrize("cost", COSTS)
