@@ -442,7 +442,8 @@ def test_metric_collection_shares_statistics() -> None:
         ("squared", {"cost": "sqeuclidean"}),
     ):
         expected = transport_distance(student.double(), teacher.double(), **kwargs).value
-        torch.testing.assert_close(values[f"val_{name}"], expected.float(), rtol=0, atol=1e-6)
+        # The metric solves its plans in float32.
+        torch.testing.assert_close(values[f"val_{name}"], expected.float(), rtol=1e-5, atol=0)
     collection.reset()
     assert all(not metric.sums.any() for metric in collection.values())
 
