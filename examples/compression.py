@@ -17,7 +17,13 @@ LAYERS = {f"net.blocks.{block}": f"blocks.{block}" for block in range(3)}
 
 
 def compress(
-    draw: Callable[..., TensorDataset], options: report.Options, *, per_class: int, teacher_steps: int, steps: int
+    draw: Callable[..., TensorDataset],
+    options: report.Options,
+    *,
+    per_class: int,
+    teacher_steps: int,
+    steps: int,
+    **optimizer: float,
 ) -> tuple[float, report.Accuracies]:
     """Trains a teacher on all images, then students on few; returns the teacher's accuracy and the students'."""
     test = draw("test")
@@ -29,6 +35,7 @@ def compress(
         lambda: OTRTCallback(teacher.net, LAYERS, student_root="net"),
         steps=options.steps(steps),
         seeds=options.seeds,
+        **optimizer,
     )
     return report.accuracy(teacher, test), students
 
@@ -36,9 +43,16 @@ def compress(
 def main() -> None:
     """Compresses a classifier of printed characters and one of handwritten digits."""
     options = report.options(__doc__, "compression.png")
+    # The learning rates and weight decays that suit plain training best (benchmarks/RESULTS.md, section Transfer).
     results = {
         "Printed A–Z and 0–9, 10 labels per class": compress(
-            partial(glyphs, "source"), options, per_class=10, teacher_steps=800, steps=400
+            partial(glyphs, "source"),
+            options,
+            per_class=10,
+            teacher_steps=800,
+            steps=400,
+            lr=1.0,
+            weight_decay=0.03,
         ),
         "Handwritten digits, 5 labels per class": compress(digits, options, per_class=5, teacher_steps=300, steps=300),
     }

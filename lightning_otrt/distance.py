@@ -276,14 +276,23 @@ def check_finite(tensor: Tensor, where: str) -> None:
 
 
 def check_values(tensor: Tensor, where: str) -> None:
-    """Raise a ValueError that names ``where`` if a value or its square is not finite. Waits for the device."""
-    # One pass tells both; which of them it is has to be told only then.
-    if not bool(torch.linalg.vector_norm(tensor).isfinite()):
+    """Raise a ValueError that names ``where`` if values are not finite or all their squares over- or underflow.
+
+    Waits for the device.
+    """
+    # One pass tells whether anything is wrong; which of these it is has to be told only then.
+    norm = torch.linalg.vector_norm(tensor)
+    if not bool(norm.isfinite()):
         check_finite(tensor, where)
-        raise ValueError(
-            f"{where} has values as large as {tensor.abs().max():.3g}, whose squares overflow {tensor.dtype}, so no "
-            "transport cost can be formed. Normalise the activations, or pass them in float64."
-        )
+        problem = "overflow"
+    elif not bool(norm) and bool(tensor.any()):
+        problem = "vanish in"
+    else:
+        return
+    raise ValueError(
+        f"{where} has values as large as {tensor.abs().max():.3g}, whose squares {problem} {tensor.dtype}, so no "
+        "transport cost can be formed. Normalise the activations, or pass them in float64."
+    )
 
 
 def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:

@@ -423,6 +423,10 @@ class TransportEngine:
         def here(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device)
 
+        def memory_of(pair: dict[str, Any]) -> float | None:
+            # What "auto" chose stays; a decay that this run was given is its own.
+            return pair["memory"] if self.memory == "auto" or self.plan == "static" else float(self.memory)
+
         self.calls = state["calls"]
         self.pairs = [
             PairState(
@@ -430,11 +434,13 @@ class TransportEngine:
                 if pair["plan"] is None
                 else Plan(*(part.to(device) for part in (pair["plan"], *pair["masses"]))),
                 potential=here(pair["potential"]),
-                # A copy, again: they are added to in place.
-                sums=None if pair["sums"] is None else [value.to(device, copy=True) for value in pair["sums"]],
+                # A copy, again: they are added to in place. Without memory nothing would add to them.
+                sums=None
+                if pair["sums"] is None or memory_of(pair) == 0
+                else [value.to(device, copy=True) for value in pair["sums"]],
                 reference=None if pair["reference"] is None else tuple(value.to(device) for value in pair["reference"]),
                 energy=here(pair["energy"]),
-                memory=pair["memory"],
+                memory=memory_of(pair),
                 samples=pair["samples"],
             )
             for pair in state["pairs"]

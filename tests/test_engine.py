@@ -468,11 +468,14 @@ def test_large_values_whose_sum_overflows_are_not_taken_for_infinite() -> None:
 
 
 @pytest.mark.parametrize("cost", COSTS)
-def test_values_whose_squares_overflow_are_refused_by_name(cost: str) -> None:
+@pytest.mark.parametrize(
+    ("factor", "words"), [(1e30, r"e\+30, whose squares overflow"), (1e-30, r"e-30, .* vanish in")]
+)
+def test_values_whose_squares_leave_the_range_are_refused_by_name(cost: str, factor: float, words: str) -> None:
     y, x = draw()
     with torch.no_grad():
-        y *= 1e30
-    with pytest.raises(ValueError, match=r"Student layer 's0' has values as large as .*e\+30, whose squares overflow"):
+        y *= factor
+    with pytest.raises(ValueError, match=rf"Student layer 's0' has values as large as .*{words}"):
         call(make(cost), (y, x))
 
 
@@ -617,6 +620,23 @@ def test_resume_goes_on_as_if_it_had_not_stopped(cost: str, memory: float) -> No
         expected, found = call(straight, draw(seed=number)), call(resumed, draw(seed=number))
         assert torch.equal(found, expected)
     same_state(saved, before)
+
+
+@pytest.mark.parametrize(("saved", "given", "used"), [
+    (0.9, 0.5, 0.5),
+    (0.9, 0.0, 0.0),
+    (0.0, 0.9, 0.9),
+    (0.9, "auto", 0.9),
+    ("auto", "auto", 0.0),
+])  # fmt: skip
+def test_a_resumed_run_takes_the_memory_that_it_is_given(saved: Any, given: Any, used: float) -> None:
+    before, after = make(memory=saved), make(memory=given)
+    call(before, draw())
+    after.load_state_dict(before.state_dict(), torch.device("cpu"))
+    assert after.pairs[0].memory == used
+    assert (after.pairs[0].sums is not None) == (bool(used) and saved != 0.0)
+    call(after, draw(seed=1)).backward()
+    assert (after.pairs[0].sums is not None) == bool(used)
 
 
 def test_state_is_not_changed_by_later_calls() -> None:
