@@ -207,6 +207,15 @@ def goals(found: Mapping[str, Found]) -> list[Goal]:
     if "copied" in found:
         for target in found["copied"].experiment.targets:
             reached += _not_worse_goal(found["copied"].accuracies(target, 10), NAMES[target])
+    if "other" in found:
+        for target in found["other"].experiment.targets:
+            reached += _recipe_goals(found["other"].accuracies(target, 10), NAMES[target])
+    for name, where in (("wide", "a wider pair"), ("residual", "a residual pair"), ("transformer", "transformers")):
+        if name in found:
+            experiment = found[name].experiment
+            for target in experiment.targets:
+                accuracies = found[name].accuracies(target, experiment.per_class[0])
+                reached += _ordering_goals(accuracies, f"{NAMES[target]}, {where}")
     return reached
 
 
@@ -276,6 +285,37 @@ def goals_table(reached: list[Goal]) -> list[str]:
     lines = ["| claim | measured | |", "|---|---|---|"]
     lines += [f"| {goal.claim} | {goal.measured} | {'holds' if goal.holds else '**fails**'} |" for goal in reached]
     return [*lines, ""]
+
+
+def _recipe_goals(accuracies: Accuracies, where: str) -> list[Goal]:
+    """In setting 1x the paper's recipe is the recommended one."""
+    return _beats_goals(
+        accuracies, "ot-penultimate", ("plain", "identity"), f"{where}, setting 1x: the paper's recipe", 0.05
+    )
+
+
+def _ordering_goals(accuracies: Accuracies, where: str) -> list[Goal]:
+    """The default ahead of plain training, of the best rival and of a random assignment."""
+    return [
+        *_beats_goals(accuracies, DEFAULT, ("plain", "random"), f"{where}: the default", 0.05),
+        *_best_rival_goal(accuracies, where, 0.0),
+    ]
+
+
+def _beats_goals(
+    accuracies: Accuracies, method: str, others: tuple[str, ...], subject: str, level: float
+) -> list[Goal]:
+    if method not in accuracies:
+        return []
+    comparisons = compare(accuracies[method], {name: accuracies[name] for name in others if name in accuracies})
+    return [
+        Goal(
+            f"{subject} beats {label(name)}, corrected p < {level:g}",
+            f"{signed(one.gain)}, p {p_value(one.corrected)}",
+            one.gain.mean > 0 and one.corrected < level,
+        )
+        for name, one in comparisons.items()
+    ]
 
 
 def signed(gain: Estimate) -> str:

@@ -43,8 +43,11 @@ student 8-16-32, unless a heading says otherwise.
   weight at the edge of its candidates.
 - *Rivals*: their losses are in `benchmarks/evidence/losses.py`. Their projections decay less than the student, which
   helps them; CRD takes its negatives from the batch; hints are relative to the variance of the teacher.
-- AdamW, one-cycle learning rate, 400 steps of 64 images (digits: 300). The transport term is that of
-  `RepresentationTransfer`, unmodified; the outputs of the frozen teacher on the fixed images are computed once."""
+- Experiments that vary a condition (labels per class, widths, architecture, steps, domain) keep what was chosen for the
+  main table, for all methods alike, unless they list choices of their own.
+- AdamW, one-cycle learning rate, 400 steps of 64 images (digits: 300, students that start with features: 200). The
+  transport term is that of `RepresentationTransfer`, unmodified; the outputs of the frozen teacher on the fixed images
+  are computed once."""
 
 
 def section(results: Results, folder: Path, experiments: Mapping[str, Experiment] = EXPERIMENTS) -> str:
