@@ -405,3 +405,78 @@ def test_get_cost() -> None:
         get_cost("cosine")
     with pytest.raises(TypeError, match="a name or a callable, but got int"):
         get_cost(3)  # type: ignore[arg-type]
+
+
+# --- from known sums -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["plain", "dead", "large means"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_value_of_the_sums_of_all_parts_is_that_of_the_whole(name: str, kind: str, dtype: torch.dtype) -> None:
+    """What the processes of a global batch compute once they know each other's sums."""
+    cost, rows, columns = get_cost(name), 6, 9
+    y, x = draw(rows, OBSERVATIONS), draw(columns, OBSERVATIONS, seed=1)
+    if kind == "dead":
+        y[2], x[3], x[4] = 0.3, 0.0, -2.0
+    if kind == "large means":
+        y, x = y + 50, x + 50
+    plan = Plan.of(draw_plan(rows, columns).to(dtype))
+    expected_value, expected_gradient = value_of(cost, y, x, plan.matrix.double())
+    y, x = y.to(dtype), x.to(dtype)
+    reference = y[:, :5].mean(1, keepdim=True), x[:, :5].mean(1, keepdim=True)
+    parts = [(y[:, :5], x[:, :5]), (y[:, 5:], x[:, 5:])]
+    sums = [sum(pair) for pair in zip(*(cost.sums(*part, reference) for part in parts), strict=True)]
+    energy = sum(cost.energy(part[1]) for part in parts)
+    before = [part.clone() for part in sums]
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 2e-5}
+    gradients = []
+    for part in parts:
+        value, gradient = cost.value_of_sums(*part, plan, sums, energy, reference)
+        assert value.dtype == gradient.dtype == dtype
+        torch.testing.assert_close(value.double(), expected_value, **tolerance)
+        gradients.append(gradient.double())
+    torch.testing.assert_close(torch.cat(gradients, 1), expected_gradient, **tolerance)
+    assert all(torch.equal(now, then) for now, then in zip(sums, before, strict=True))
+
+
+def test_moments_far_from_their_reference_leave_neurons_alive() -> None:
+    y, x = draw(5, OBSERVATIONS) + 1000, draw(4, OBSERVATIONS, seed=1) - 1000
+    zeros = torch.zeros(5, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
+    cost = get_cost("correlation")
+    found = cost.matrix(cost.sums(y, x, zeros), cost.energy(x))
+    np.testing.assert_allclose(found.numpy(), oracle("correlation", y, x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("rows", [3, 60])
+def test_rounding_of_a_constant_is_measured_by_its_observations(rows: int) -> None:
+    """A neuron that is constant up to rounding is dead, one that moves by ten times as much is alive."""
+    observations = 20
+    y = torch.full((rows, observations), 1000.0)
+    limit = 1000 * 4 * torch.finfo(torch.float32).eps
+    signs = torch.tensor([1.0, -1.0]).repeat(observations // 2)
+    y[0] += 0.5 * limit * signs
+    y[1] += 10 * limit * signs
+    sums = get_cost("correlation").sums(y, y.clone(), (torch.full((rows, 1), 1000.0),) * 2)
+    assert sums[3][0] == 0
+    assert sums[3][1] > 0
+    assert (sums[5][0] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_batch_that_is_not_finite_adds_nothing(name: str, side: int) -> None:
+    cost = get_cost(name)
+    y, x = draw(4, OBSERVATIONS), draw(3, OBSERVATIONS, seed=1)
+    reference = y.mean(1, keepdim=True), x.mean(1, keepdim=True)
+    running = cost.sums(y, x, reference)
+    before = [part.clone() for part in running]
+    bad = [y.clone(), x.clone()]
+    bad[side][1, 2] = torch.nan
+    after = cost.accumulate(running, 0.5, *bad, reference)
+    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+    # The general way, which costs without one of their own take.
+    after = Cost.accumulate(cost, [part.clone() for part in before], 0.5, *bad, reference)
+    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+    fed = Cost.accumulate(cost, [part.clone() for part in before], 0.5, y, x, reference)
+    torch.testing.assert_close(fed, [1.5 * part for part in before])
