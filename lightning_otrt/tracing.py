@@ -236,6 +236,7 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[N
     with ExitStack() as stack:
         stack.enter_context(unchanged(model, inputs))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_casts_forgotten())
         if "torch._dynamo" in sys.modules:
             # A compiled call made before skips hooks; what was never imported has compiled nothing.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -243,6 +244,17 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[N
         for module in model.modules():
             module.training = False
         yield
+
+
+@contextmanager
+def _casts_forgotten() -> Iterator[None]:
+    """Keep no weights cast by autocast: torch 2.6 would take those made without gradient for the step itself, too."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _restore(module: nn.Module, saved: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:

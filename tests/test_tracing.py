@@ -315,6 +315,15 @@ def test_prefix_tokens():
     assert trace(model, (torch.randn(2, 4),)).prefix_tokens == 4
 
 
+def test_casts_of_a_trace_are_not_kept():
+    """Autocast of torch 2.6 gives a forward with gradient what one without gradient left in its cache."""
+    model = nn.Linear(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        trace(model, (torch.randn(2, 4),))
+        assert model(torch.randn(2, 4)).requires_grad
+        assert torch.is_autocast_cache_enabled()
+
+
 def test_format_pairs():
     seen: Trace = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), (torch.randn(2, 3, 5, 5),))
     table = format_pairs(resolve_layers(["0", "1:input"], seen, seen), seen, seen).splitlines()
