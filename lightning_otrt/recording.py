@@ -93,14 +93,9 @@ class Recorder:
         finally:
             self.enabled = before
 
-    @contextmanager
-    def teacher_running(self) -> Iterator[None]:
+    def teacher_running(self) -> _TeacherRunning:
         """Record the teacher inside the block."""
-        self.runs_teacher = True
-        try:
-            yield
-        finally:
-            self.runs_teacher = False
+        return _TeacherRunning(self)
 
     def take(self) -> list[View]:
         """The views recorded since the last call; they are forgotten here."""
@@ -129,6 +124,19 @@ class Recorder:
         for handle in handles:
             handle.remove()
         handles.clear()
+
+
+class _TeacherRunning:
+    """A block in which the teacher is recorded; a generator would not be compiled by torch 2.6."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __enter__(self) -> None:
+        self.recorder.runs_teacher = True
+
+    def __exit__(self, *error: object) -> None:
+        self.recorder.runs_teacher = False
 
 
 class _Hook:
