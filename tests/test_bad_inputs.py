@@ -455,6 +455,18 @@ class Gate(nn.Module):
         return x * x.sigmoid()
 
 
+class Tokens(nn.Module):
+    """Tokens (B, T, C), one for each patch of an image; a square of them, or a row."""
+
+    def __init__(self, patch: tuple[int, int] = (2, 2), width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(1, width, patch, patch), nn.LayerNorm(width)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(x).flatten(2).mT).mean(1))
+
+
 class Video(nn.Module):
     """Volumes (B, C, T, H, W)."""
 
@@ -778,6 +790,20 @@ MISTAKES = [
     kind_of("0-D", lambda y: y.mean(), "float32 of shape ()", "(batch, neurons, ...)", "Hook an earlier layer"),
     kind_of("1-D", lambda y: y.mean((1, 2, 3)), "float32 of shape (8,)", "(batch, neurons, ...)"),
     Fit(
+        "teacher output of integers",
+        ValueError,
+        ("Teacher layer 'special' (Special)", "int64 of shape (8, 8, 8)", "a real floating-point tensor"),
+        layers=named("net.block1", "special"),
+        teacher=lambda task: seeded(1, SpecialNet, lambda y: y.argmax(1)),
+    ),
+    Fit(
+        "teacher output of a dictionary",
+        ValueError,
+        ("Teacher layer 'special' (Special)", "dict(a)", "LayerPair(..., select='a')"),
+        layers=named("net.block1", "special"),
+        teacher=lambda task: seeded(1, SpecialNet, lambda y: {"a": y}),
+    ),
+    Fit(
         "output with ambiguous axes",
         ValueError,
         ("Student layer 'net.gate' (Gate) of shape (8, 8, 8, 8)", "ambiguous neuron axis", "1 for (B, C, ...), -1 for"),
@@ -823,6 +849,14 @@ MISTAKES = [
         ("'net.block1' -> 'special'", "positions cannot be paired", "one side is a map and the other a sequence"),
         layers=named("net.block1", "special", neuron_axis=1),
         teacher=lambda task: seeded(1, SpecialNet, lambda y: y.flatten(2)),
+    ),
+    Fit(
+        "grid of tokens with a row of tokens",
+        ValueError,
+        ("'net.norm' -> 'norm'", "positions cannot be paired", "one side is a map and the other a sequence"),
+        layers=named("net.norm", "norm"),
+        task=lambda: with_net(Tokens),
+        teacher=lambda task: seeded(1, Tokens, (8, 1)),
     ),
     Fit(
         "no classification head",
@@ -1234,6 +1268,11 @@ class Spoiling(Task):
         return super().training_step(batch, batch_idx)
 
 
+def spoilt_later(x: Tensor) -> Tensor:
+    """Inputs that give the teacher NaN in the second batch of eight."""
+    return x * NAN if torch.equal(x, make_data().tensors[0][8:16]) else x
+
+
 class HeadOptimizer(Task):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.net.head.parameters(), lr=0.1)
@@ -1394,6 +1433,21 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
     (Fit("one teacher layer for two", layers=[("net.block1", "block1"), ("net.block2", "block1")]), [], check_all),
     (Fit("the networks themselves", layers={"net": ""}), [], check_all),
     (Fit("other sizes of maps", layers=named("net.block1", "block2")), [], check_all),
+    (
+        Fit(
+            "other counts of tokens",
+            layers=named("net.norm", "norm"),
+            task=lambda: with_net(Tokens),
+            teacher=lambda _: seeded(1, Tokens, (4, 4)),
+        ),
+        [],
+        check_all,
+    ),
+    (
+        Fit("tokens with a map", layers=named("net.norm", "block1"), task=lambda: with_net(Tokens)),
+        [],
+        check_all,
+    ),
     (Fit("map with a vector", layers=named("net.block1", "head")), [], check_all),
     (Fit("tuple with one tensor", layers=named("net.special"), task=special(lambda y: (y, None))), [], check_all),
     (
@@ -1468,6 +1522,11 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
     ),
     (
         Fit("NaN in the student later", task=lambda: make_task(Spoiling), data=lambda: loader(24)),
+        ["1 recent values of the transfer term up to step 2 were NaN or infinite"],
+        check_spoilt,
+    ),
+    (
+        Fit("NaN in the teacher later", options={"teacher_inputs": spoilt_later}, data=lambda: loader(24)),
         ["1 recent values of the transfer term up to step 2 were NaN or infinite"],
         check_spoilt,
     ),
