@@ -29,6 +29,7 @@ __all__ = [
     "Sums",
     "ValueAndGradient",
     "are_all",
+    "are_finite",
     "get_cost",
 ]
 
@@ -100,7 +101,7 @@ class Cost(ABC):
         A batch that is not finite adds nothing, without asking the device whether it is.
         """
         new = self.sums(y, x, reference)
-        fits = torch.isfinite(new[-1].sum())
+        fits = are_finite(new)
         return [torch.where(fits, decay * old + part, old) for old, part in zip(running, new, strict=True)]
 
     @abstractmethod
@@ -429,7 +430,9 @@ def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
 
 def _inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
     """1 / norm where a neuron is live and 0 where it is dead, and 1 where it is dead."""
-    dead = norm <= DEAD_SHARE * norm.mean(-1, keepdim=True)
+    mean = norm.mean(-1, keepdim=True)
+    norm = torch.add(norm, mean, alpha=0)  # NaN where one is infinite: else the others would count as dead
+    dead = norm <= DEAD_SHARE * mean
     return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
 
 
@@ -439,8 +442,15 @@ def _centred(y: Tensor) -> tuple[Tensor, Tensor]:
     y = y - mean
     norm = _norms(y)
     rounding = mean.squeeze(-1).abs_().mul_(_rounding_share(y.dtype) ** 0.5 * y.shape[-1] ** 0.5)
-    dead = norm <= torch.maximum(rounding, norm.mean(-1, keepdim=True).mul_(DEAD_SHARE))
+    average = norm.mean(-1, keepdim=True)
+    norm = torch.add(norm, average, alpha=0)  # as in `_inverse_norm`
+    dead = norm <= torch.maximum(rounding, average.mul_(DEAD_SHARE))
     return y, norm.reciprocal_().masked_fill_(dead, 0.0)
+
+
+def are_finite(sums: Sums) -> Tensor:
+    """Whether all sums are finite, a scalar on their device."""
+    return torch.stack([part.sum() for part in sums]).sum().isfinite()
 
 
 def are_all(values: Tensor) -> bool:
@@ -482,7 +492,8 @@ def _only_if(fits: Tensor, *parts: Tensor) -> Iterator[Tensor]:
 
 def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
     """Centred squares, but 0 where they are the rounding of a constant: at unit norm that has huge gradients."""
-    return torch.where(squares <= _rounding_share(squares.dtype) * count * mean**2, 0.0, squares)
+    # Less, not at most: where both overflow nothing is known to be rounding.
+    return torch.where(squares < _rounding_share(squares.dtype) * count * mean**2, 0.0, squares)
 
 
 def _rounding_share(dtype: torch.dtype) -> float:

@@ -276,7 +276,7 @@ def check_finite(tensor: Tensor, where: str) -> None:
 
 
 def check_values(tensor: Tensor, where: str) -> None:
-    """Raise a ValueError that names ``where`` if values are not finite or all their squares over- or underflow.
+    """Raise a ValueError that names ``where`` if values are not finite or their squares leave the range of their type.
 
     Waits for the device.
     """
@@ -285,7 +285,7 @@ def check_values(tensor: Tensor, where: str) -> None:
     if not bool(norm.isfinite()):
         check_finite(tensor, where)
         problem = "overflow"
-    elif not bool(norm) and bool(tensor.any()):
+    elif bool(norm < (torch.finfo(tensor.dtype).tiny * tensor.numel()) ** 0.5) and bool(tensor.any()):
         problem = "vanish in"
     else:
         return

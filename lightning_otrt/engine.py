@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_otrt.costs import CallableCost, CorrelationCost, Cost, Plan, Sums, ValueAndGradient, are_all
+from lightning_otrt.costs import (
+    DEAD_SHARE,
+    CallableCost,
+    CorrelationCost,
+    Cost,
+    Plan,
+    Sums,
+    ValueAndGradient,
+    are_all,
+    are_finite,
+)
 from lightning_otrt.distance import (
     attach_gradients,
     check_cost,
@@ -277,7 +287,7 @@ class TransportEngine:
                 means = (side.mean(-1, keepdim=True).nan_to_num_(0.0, 0.0, 0.0) for side in (y, x))
                 state.reference = next(means), next(means)
             sums = self.cost.sums(y, x, state.reference)
-            fits = torch.isfinite(sums[-1].sum())
+            fits = are_finite(sums)
             state.sums = [torch.where(fits, part, 0.0) for part in sums]
         else:
             state.sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
@@ -320,6 +330,7 @@ class TransportEngine:
                 # Its last update is that of the rows, which leaves their masses exact.
                 student_mass = cost.new_full(cost.shape[:2], 1 / cost.shape[1])
                 plans = Plan(entropic.matrix, student_mass, entropic.teacher_mass)
+                fits &= torch.isfinite(entropic.marginal_error)
                 potentials = list(entropic.potential)
             del cost
             for row, index in enumerate(indices):
@@ -365,11 +376,18 @@ class TransportEngine:
                     self._warn_of_dead(f"Teacher layer {teacher!r}", x, "Check its weights and `teacher_inputs`")
 
     def _warn_of_dead(self, where: str, neurons: Tensor, advice: str) -> None:
-        # Two columns nearly always tell that a neuron is alive, without a look at all of them.
+        count = neurons.shape[0]
+        # Some columns nearly always tell that most neurons are alive, without a look at all of them.
+        if 2 * _overshadowed(neurons[:, :64]) > count and 2 * (overshadowed := _overshadowed(neurons)) > count:
+            self._warn(
+                f"{where}: {overshadowed} of its {count} neurons vary by less than {DEAD_SHARE:g} of the layer's mean, "
+                "which a few huge ones make large, and count as dead: a correlation with them has no gradient. "
+                f"{advice}, or choose a layer behind a normalisation."
+            )
         first = neurons[:, :1]
         if not bool((neurons[:, -1:] != first).any()) and not bool((neurons != first).any()):
             self._warn(
-                f"{where} is constant over the first batch: all of its {neurons.shape[0]} neurons are dead, and a "
+                f"{where} is constant over the first batch: all of its {count} neurons are dead, and a "
                 f"correlation with dead neurons has no gradient. {advice}, or use cost='euclidean'."
             )
 
@@ -389,6 +407,7 @@ class TransportEngine:
         """Counters, plans, potentials and statistics: what a resumed run needs to go on as if it had not stopped."""
         return {
             "names": [list(name) for name in self.names],
+            "settings": {"cost": str(self.cost), "plan": self.plan, "memory": self.memory},
             "calls": self.calls,
             "pairs": [
                 {
@@ -411,7 +430,7 @@ class TransportEngine:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: If it was saved with other layers.
+            ValueError: If it was saved with other layers, another cost or another kind of plan.
         """
         saved = [tuple(name) for name in state["names"]]
         if saved != [tuple(name) for name in self.names]:
@@ -419,13 +438,23 @@ class TransportEngine:
                 f"The checkpoint was saved with the layer pairs {saved}, but this run has {list(self.names)}. "
                 "Resume with the same `layers`, or load the weights alone."
             )
+        settings = state.get("settings", {})
+        for name, own in (("cost", str(self.cost)), ("plan", self.plan)):
+            if settings.get(name, own) != own:
+                raise ValueError(
+                    f"The checkpoint was saved with {name}={settings[name]!r}, but this run has {name}={own!r}, and "
+                    f"statistics and plans of one say nothing to the other. Resume with the same `{name}`, or load the "
+                    "weights alone."
+                )
 
         def here(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device)
 
         def memory_of(pair: dict[str, Any]) -> float | None:
-            # What "auto" chose stays; a decay that this run was given is its own.
-            return pair["memory"] if self.memory == "auto" or self.plan == "static" else float(self.memory)
+            if self.plan == "static" or self.memory == settings.get("memory", self.memory) == "auto":
+                return pair["memory"]
+            # A decay that this run was given is its own; what "auto" did not choose it has to choose.
+            return None if self.memory == "auto" else float(self.memory)
 
         self.calls = state["calls"]
         self.pairs = [
@@ -436,7 +465,7 @@ class TransportEngine:
                 potential=here(pair["potential"]),
                 # A copy, again: they are added to in place. Without memory nothing would add to them.
                 sums=None
-                if pair["sums"] is None or memory_of(pair) == 0
+                if pair["sums"] is None or not memory_of(pair)
                 else [value.to(device, copy=True) for value in pair["sums"]],
                 reference=None if pair["reference"] is None else tuple(value.to(device) for value in pair["reference"]),
                 energy=here(pair["energy"]),
@@ -445,6 +474,13 @@ class TransportEngine:
             )
             for pair in state["pairs"]
         ]
+
+
+def _overshadowed(neurons: Tensor) -> int:
+    """How many neurons ``(N, n)`` vary, but so little beside the others that they count as dead."""
+    norms = torch.linalg.vector_norm(neurons - neurons.mean(-1, keepdim=True), dim=-1)
+    varies = neurons.amax(-1) != neurons.amin(-1)
+    return int((varies & (norms <= DEAD_SHARE * norms.mean())).sum())
 
 
 def _where(fits: Tensor, new: Tensor, old: Tensor | float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_otrt.collectives import Ranks
-from lightning_otrt.costs import CallableCost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.costs import CallableCost, Plan, Rounds, Sums, ValueAndGradient, are_finite
 from lightning_otrt.distance import common_dtype, run_rounds
 from lightning_otrt.engine import MEMORY, PairDistance, PairState, TransportEngine
 
@@ -145,7 +145,7 @@ class GlobalTransportEngine(TransportEngine):
                     message["running"] = state.sums
             else:
                 new = _add(sums)
-                message["unfit"] = (~torch.isfinite(new[-1].sum())).to(y.dtype)
+                message["unfit"] = (~are_finite(new)).to(y.dtype)
         if state.plan is not None and not due:
             rounds = [self.cost.value(y, x, state.plan, energy) for y, x in batch]
             self._known[index] = _Known(rounds=rounds)
@@ -172,7 +172,7 @@ class GlobalTransportEngine(TransportEngine):
         assert state.reference is not None
         self._known[index] = _Known(sums=got["sums"], energy=energy, reference=state.reference)
         total = _add(got["sums"])
-        fits = torch.isfinite(total[-1].sum())
+        fits = are_finite(total)
         if state.memory:
             if "running" in got:
                 total = self._remember(state, got["running"], total, fits)
