@@ -1607,7 +1607,27 @@ def test_a_loss_that_is_never_asked_for() -> None:
 
 RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]] = [
     ("the same", Fit(""), Fit(""), None, ()),
-    ("another weight and plan", Fit(""), Fit("", options={"weight": 9.0, "plan": "exact"}), None, ()),
+    (
+        "another weight, epsilon and rate of solving",
+        Fit(""),
+        Fit("", options={"weight": 9.0, "epsilon": 0.02, "solve_every": 1}),
+        None,
+        (),
+    ),
+    (
+        "another plan",
+        Fit(""),
+        Fit("", options={"plan": "exact"}),
+        ValueError,
+        ("saved with plan='sinkhorn'", "plan='exact'", "Resume with the same `plan`", "load the weights alone"),
+    ),
+    (
+        "another cost",
+        Fit(""),
+        Fit("", options={"cost": "euclidean"}),
+        MisconfigurationException,
+        ("or the cost", "plans and statistics cannot go on", "load the weights alone"),
+    ),
     ("from a run without the term", None, Fit(""), None, ()),
     (
         "in a run without the term",
