@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from lightning_otrt.distance import TransportResult, check_finite
+from lightning_otrt.loading import TeacherSource, load_teacher
 from lightning_otrt.matching import LayerChoice, choose_layers, match_in_order
 from lightning_otrt.metrics import NeuronTransportDistance
 from lightning_otrt.neurons import match_positions
 from lightning_otrt.pairing import Observer, can_be_compared
 from lightning_otrt.plotting import plot_distances
-from lightning_otrt.teachers import Teacher, TeacherSource, load_teacher
+from lightning_otrt.teachers import Teacher
 from lightning_otrt.tracing import in_evaluation, trace
 
 if TYPE_CHECKING:

@@ -20,11 +20,12 @@ from lightning_otrt.distance import check_epsilon, check_plan
 from lightning_otrt.engine import PairDistance, TransportEngine
 from lightning_otrt.global_batch import GlobalTransportEngine
 from lightning_otrt.layers import LayerPair, LayerSpec
+from lightning_otrt.loading import load_teacher
 from lightning_otrt.neurons import match_positions
 from lightning_otrt.pairing import Pairing, can_be_root, check_layers, pair_layers
 from lightning_otrt.recording import Recorder, View, padding_mask
 from lightning_otrt.schedules import Schedule, weight_at
-from lightning_otrt.teachers import Teacher, load_teacher
+from lightning_otrt.teachers import Teacher
 from lightning_otrt.tracing import named_layers
 
 __all__ = ["RepresentationTransfer"]

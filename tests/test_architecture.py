@@ -14,8 +14,8 @@ import lightning_otrt
 PACKAGE = Path(lightning_otrt.__file__).parent
 #: From the ground up; a file imports only from floors below its own.
 FLOORS = (
-    {"collectives", "costs", "layers", "neurons", "plans", "plotting", "schedules", "teachers"},
-    {"distance", "recording", "selection", "tracing"},
+    {"collectives", "costs", "layers", "loading", "neurons", "plans", "plotting", "schedules"},
+    {"distance", "recording", "selection", "teachers", "tracing"},
     {"engine", "matching", "metrics"},
     {"global_batch", "pairing"},
     {"agreement", "analysis"},

@@ -15,7 +15,8 @@ import pytorch_lightning
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.teachers import Teacher, load_teacher
+from lightning_otrt.loading import load_teacher
+from lightning_otrt.teachers import Teacher
 
 
 class Net(nn.Module):
