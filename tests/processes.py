@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_otrt"])
 
 
 def run_processes(
-    count: int, function: Callable[..., Any], *args: Any, timeout: float = 60, **options: Any
+    count: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **options: Any
 ) -> list[Any]:
     """What ``function(*args)`` returns on each of ``count`` processes, by rank.
 
