@@ -40,8 +40,9 @@ log = logging.getLogger(__name__)
 EARLY_SOLVES = (0, 1, 2, 4, 8)
 #: Decay of the running cost that ``memory="auto"`` chooses, and of the running scale s² of the teacher.
 MEMORY = 0.98
-#: Samples behind a static plan.
+#: Samples behind a static plan, and updates of a solve that no later one will improve.
 STATIC_SAMPLES = 256
+STATIC_ITERATIONS = 200
 #: Up to so many entries a cost matrix is solved together with others of its shape on a CPU, where larger ones fall out
 #: of the cache (benchmarks/speed); on CUDA any is.
 BATCHED_ENTRIES = 64 * 64
@@ -291,8 +292,10 @@ class TransportEngine:
             state.sums = [torch.where(fits, part, 0.0) for part in sums]
         else:
             state.sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
-        # Only a static plan counts its samples, and it is not final before enough of them were finite.
-        if self.plan != "static" or bool(torch.isfinite(y.sum() + x.sum())):
+        # A static plan is not final before enough samples were finite, squares included.
+        if self.plan == "static" and bool(
+            (torch.linalg.vector_norm(y) + torch.linalg.vector_norm(x)).square().isfinite()
+        ):
             state.samples += samples
         return state.sums
 
@@ -326,6 +329,8 @@ class TransportEngine:
                 states = [state for index in indices if (state := self.pairs[index].potential) is not None]
                 start = torch.stack(states) if states else None
                 count = TRAINING_ITERATIONS if start is None else WARM_ITERATIONS
+                if self.plan == "static":
+                    count = STATIC_ITERATIONS
                 entropic = sinkhorn_plan(cost, self.epsilon, potential=start, iterations=count, mean=mean)
                 # Its last update is that of the rows, which leaves their masses exact.
                 student_mass = cost.new_full(cost.shape[:2], 1 / cost.shape[1])

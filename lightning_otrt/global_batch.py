@@ -246,7 +246,8 @@ class GlobalTransportEngine(TransportEngine):
             if theirs:
                 raise ValueError(f"Process {rank} of {self._others.size}: {theirs[0]}")
         self._is_agreed = True
-        if self.calls == 0:
+        # Of a state with another memory, too, "auto" has to choose.
+        if self.calls == 0 or any(state.memory is None for state in self.pairs):
             self._size_up(batches, *zip(*(sizes for _, _, sizes in gathered), strict=True))
         if any(state.reference is None for state in self.pairs):
             self._choose_references(batches)
@@ -275,7 +276,9 @@ class GlobalTransportEngine(TransportEngine):
             if state.reference is not None:
                 continue  # from a checkpoint, with running sums around it
             like = batch[0][0]
-            state.reference = (y / count)[:, None].to(like.dtype), (x / count)[:, None].to(like.dtype)
+            # After a resume nothing has checked this batch; 0 is a reference, too, until the next finite one.
+            y, x = ((side / count).nan_to_num_(0.0, 0.0, 0.0)[:, None].to(like.dtype) for side in (y, x))
+            state.reference = y, x
 
     def _compare_plans(self, solved: Sequence[int]) -> None:
         """All solve the same problem; where arithmetic differs between machines, all take the first one's plans."""

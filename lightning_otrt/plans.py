@@ -203,7 +203,7 @@ def _updates(
 
 
 def _times(kernel: Tensor, v: Tensor) -> Tensor:
-    """``kernel @ v``; a batch of one takes half as long as a single matrix."""
+    """``kernel @ v``; for a batch of one ``mv`` takes half as long as ``bmm``."""
     return kernel[0].mv(v[0, :, 0])[None, :, None] if kernel.shape[0] == 1 else torch.bmm(kernel, v)
 
 

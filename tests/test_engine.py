@@ -21,6 +21,7 @@ from lightning_otrt import plans
 from lightning_otrt.costs import Plan, get_cost
 from lightning_otrt.distance import check_finite, run_rounds
 from lightning_otrt.engine import EARLY_SOLVES, TransportEngine
+from lightning_otrt.global_batch import GlobalTransportEngine
 from lightning_otrt.plans import diagnose, sinkhorn_plan
 
 COSTS = ("correlation", "euclidean", "sqeuclidean")
@@ -561,12 +562,13 @@ def test_a_pair_that_begins_with_a_batch_that_is_not_finite_recovers(cost: str) 
     assert diagnose(state.plan.matrix).entropy < 0.9
 
 
-def test_static_plan_counts_finite_samples_and_then_rests() -> None:
+@pytest.mark.parametrize("bad", [math.nan, 1e25])
+def test_static_plan_counts_finite_samples_and_then_rests(bad: float) -> None:
     engine = make(plan="static")
     call(engine, draw(observations=100))
     for seed in range(5):
         y, x = draw(observations=100, seed=seed)
-        x[0, 0] = math.nan
+        x[0, 0] = bad
         call(engine, (y, x))
     assert engine.pairs[0].samples == 100
     for seed in (6, 7):
@@ -642,6 +644,61 @@ def test_products_in_tf32_change_little(cost: str, limit: float) -> None:
         assert abs(values[1] - values[0]) <= limit
         if kind == "independent":
             assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_static_plan_has_converged_when_it_rests() -> None:
+    """No later solve would improve it, and eight updates are far from the masses of groups of unlike sizes."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(4, 256, generator=generator)
+    y = groups[torch.repeat_interleave(torch.tensor([40, 10, 10, 4]))]
+    x = groups[torch.repeat_interleave(torch.tensor([16, 16, 16, 16]))]
+    y, x = (side + 0.1 * torch.randn(side.shape, generator=generator) for side in (y, x))
+    engine = make(plan="static")
+    call(engine, (y.requires_grad_(), x))
+    assert diagnose(engine.pairs[0].plan.matrix).teacher_error < 0.02
+
+
+# --- global batch, with one process that says what all say --------------------------------------------------------
+
+
+class OneRank:
+    size, rank = 1, 0
+
+    def sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensor.clone() for tensor in tensors]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def have_same(self, tensors: list[Tensor]) -> bool:
+        return True
+
+
+def resumed_globally(saved: TransportEngine, memory: float | str) -> GlobalTransportEngine:
+    settings = {"plan": "sinkhorn", "epsilon": 0.01, "memory": memory, "solve_every": 3, "seed": 0}
+    engine = GlobalTransportEngine([("s0", "t0")], [1.0], saved.cost, **settings, ranks=OneRank())
+    engine.load_state_dict(saved.state_dict(), torch.device("cpu"))
+    return engine
+
+
+def test_a_bad_batch_after_a_resume_does_not_spoil_the_reference_of_all() -> None:
+    saved = make()
+    for seed in range(4):
+        call(saved, draw(seed=seed))
+    engine = resumed_globally(saved, 0.0)
+    bad = draw(seed=4)
+    bad[1][0, 0] = math.nan
+    call(engine, bad)
+    assert all(call(engine, draw(seed=seed)).isfinite() for seed in range(5, 12))
+
+
+@pytest.mark.parametrize(("observations", "chosen"), [(8, 0.98), (40, 0.0)])
+def test_auto_chooses_anew_for_all_after_a_resume_with_another_memory(observations: int, chosen: float) -> None:
+    saved = make(memory=0.9)
+    call(saved, draw(observations=observations))
+    engine = resumed_globally(saved, "auto")
+    call(engine, draw(observations=observations, seed=1))
+    assert engine.pairs[0].memory == chosen
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
