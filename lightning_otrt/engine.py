@@ -62,7 +62,7 @@ class PairState:
         reference: Points near the neurons' means around which the sums are taken.
         energy: Decayed sum of squares and count of the teacher.
         memory: Decay of the running cost, once chosen.
-        samples: Samples seen by the sums.
+        samples: Finite samples behind a static plan, which is final once there are enough of them.
     """
 
     plan: Plan | None = None
