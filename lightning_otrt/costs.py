@@ -155,23 +155,27 @@ class CorrelationCost(Cost):
     min_observations = 3
 
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
-        """Count, first and second moments around ``reference``."""
+        """Count, first and second moments around ``reference``; around a given one the squares are in float64."""
         if y.shape[-1] > FLOAT64_OBSERVATIONS:
             y, x = y.double(), x.double()
         y0, x0 = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
         (y, yy), (x, xx) = _deviations(y, y0), _deviations(x, x0)
-        return [_count(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
+        if reference is None:
+            return [_count(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
+        (count, sum_y, yy), (_, sum_x, xx) = (_moments(*_centred_squares(side)).unbind(-1) for side in (y, x))
+        return [count[..., 0], sum_y, sum_x, yy, xx, y @ x.mT]
 
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
         """1 - r from the moments."""
         count, y, x, yy, xx, yx = sums
         count = count[..., None]
-        inverse_y, dead_y = _inverse_norm(_without_rounding(yy - y * y / count, count, y / count).clamp_min(0).sqrt())
-        inverse_x, dead_x = _inverse_norm(_without_rounding(xx - x * x / count, count, x / count).clamp_min(0).sqrt())
-        matrix = (yx * -inverse_y[..., None]).mul_(inverse_x[..., None, :])
+        inverse_y, dead_y = _inverse_norm(_around_mean(count, y, yy).sqrt())
+        inverse_x, dead_x = _inverse_norm(_around_mean(count, x, xx).sqrt())
         # What the means take off, the one, and what two dead neurons take off: three terms of rank one in one pass.
         left = torch.stack((y * inverse_y / count, torch.ones_like(y), -dead_y), -1)
         right = torch.stack((x * inverse_x, torch.ones_like(x), dead_x), -2)
+        inverse_y, inverse_x, left, right = (part.to(yx.dtype) for part in (inverse_y, inverse_x, left, right))
+        matrix = (yx * -inverse_y[..., None]).mul_(inverse_x[..., None, :])
         return _add_product(matrix, left, right).clamp_min_(0)
 
     def accumulate(
@@ -226,7 +230,7 @@ class CorrelationCost(Cost):
         value = plan.student_mass.sub(products)
         # Two dead neurons cost 0 instead of 1.
         if not are_all(inverse_x):
-            value.sub_(_times(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
+            value.sub_(_matrix_vector(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
         along = products.mul_(inverse_y).mul_(inverse_y)
         return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
 
@@ -237,11 +241,12 @@ class CorrelationCost(Cost):
         dtype = y.dtype
         count, sum_y, sum_x, yy, xx, yx = sums
         mean_y, mean_x = sum_y / count, sum_x / count
-        inverse_y, dead_y = _inverse_norm((yy - sum_y * mean_y).clamp_min(0).sqrt())
-        inverse_x, dead_x = _inverse_norm((xx - sum_x * mean_x).clamp_min(0).sqrt())
-        weights = plan.matrix.to(yx.dtype) * inverse_x
+        inverse_y, dead_y = _inverse_norm(_around_mean(count, sum_y, yy).sqrt())
+        inverse_x, dead_x = _inverse_norm(_around_mean(count, sum_x, xx).sqrt())
+        weights = plan.matrix.to(yx.dtype) * inverse_x.to(yx.dtype)
         # Row products with the covariance times the count, whose mean part has rank one.
-        products = (torch.linalg.vecdot(weights, yx) - sum_y * (weights @ mean_x)) * inverse_y
+        means = (weights @ mean_x.to(yx.dtype)).to(sum_y.dtype)
+        products = (torch.linalg.vecdot(weights, yx) - sum_y * means) * inverse_y
         dead = torch.linalg.vecdot(plan.matrix @ dead_x.to(dtype), dead_y.to(dtype))
         value = plan.student_mass.sum() - products.sum() - dead
         y = (y - reference[0] - mean_y[:, None].to(dtype)).mul_(inverse_y[:, None].to(dtype))
@@ -458,6 +463,18 @@ def are_all(values: Tensor) -> bool:
     return values.device.type == "cpu" and bool(values.all())
 
 
+def _centred_squares(y: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, means ``(..., N, 1)`` and sums of squares around them; zeros where there are no observations."""
+    mean = y.sum(-1, keepdim=True) / max(y.shape[-1], 1)
+    return y.shape[-1], mean, _without_rounding(_norms(y - mean).square_(), y.shape[-1], mean.squeeze(-1))
+
+
+def _around_mean(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """Sums of squares around the means, from the moments around any point; 0 where they are rounding."""
+    mean = total / count
+    return _without_rounding(squares - total * mean, count, mean).clamp_min(0)
+
+
 def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
     """Count, sum and sum of squares ``(..., N, 3)`` in float64, from a mean and centred squares."""
     mean = mean.squeeze(-1).double()
@@ -519,7 +536,7 @@ def _product(matrix: Tensor, x: Tensor, like: Tensor | None = None) -> Tensor:
     return matrix @ x
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def _matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     """``matrix @ vector`` for each of a batch; not as a product of matrices, which is five times slower."""
     return matrix.mv(vector) if matrix.dim() == 2 else torch.bmm(matrix, vector[..., None]).squeeze(-1)
 

@@ -323,6 +323,11 @@ def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
 def check_cost(matrix: Tensor, cost: object) -> None:
     """Raise a ValueError if a cost is not finite or negative. Waits for the device."""
     check_finite(matrix, f"The cost {cost!r}")
+    if not bool(matrix.mean().isfinite()):
+        raise ValueError(
+            f"Expected the cost {cost!r} to have a finite mean, to which epsilon is relative, but its values go up to "
+            f"{matrix.max():.3g} and overflow {matrix.dtype}. Scale the cost."
+        )
     if bool((matrix < 0).any()):
         raise ValueError(
             f"Expected the cost {cost!r} not to be negative, but its least value is {matrix.min():.3g}. Epsilon is "

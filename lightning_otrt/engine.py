@@ -46,9 +46,9 @@ STATIC_ITERATIONS = 200
 #: Up to so many entries a cost matrix is solved together with others of its shape on a CPU, where larger ones fall out
 #: of the cache (benchmarks/speed); on CUDA any is.
 BATCHED_ENTRIES = 64 * 64
-#: From this epsilon on a plan may match nothing, which is so where its entropy is this share of the largest.
-BLURRING_EPSILON = 0.05
+#: A plan with this share of the largest entropy matches nothing, from this epsilon on perhaps because of it.
 UNIFORM_ENTROPY = 0.97
+BLURRING_EPSILON = 0.05
 
 
 @dataclass
@@ -358,7 +358,7 @@ class TransportEngine:
         student, teacher = self.names[index]
         message = (
             f"{student!r} -> {teacher!r} has {count} observations, and fewer than {self.cost.min_observations} carry "
-            "no correlation"
+            f"no {'correlation' if isinstance(self.cost, CorrelationCost) else 'distance'}"
         )
         if self.calls == 0 and self.strict:
             raise ValueError(f"{message}. Use a larger batch, layers with positions or tokens, or cost='euclidean'.")
@@ -398,14 +398,24 @@ class TransportEngine:
 
     def _warn_of_uniform(self, index: int) -> None:
         plan = self.pairs[index].plan
-        if plan is None or self.plan == "exact" or self.epsilon < BLURRING_EPSILON or 1 in plan.matrix.shape:
+        if plan is None or self.plan == "exact" or 1 in plan.matrix.shape:
+            return
+        blurs = self.epsilon >= BLURRING_EPSILON
+        # What else makes a plan of correlations uniform are dead neurons, of which another warning tells.
+        if not blurs and isinstance(self.cost, CorrelationCost):
             return
         entropy = float(diagnose(plan.matrix).entropy)
         if entropy > UNIFORM_ENTROPY:
             self._warn(
                 "The transport plan of {!r} -> {!r} is nearly uniform, ".format(*self.names[index])
                 + f"so that it matches almost nothing: its entropy is {entropy:.0%} of the largest at "
-                f"epsilon={self.epsilon:g}. Use a smaller `epsilon`, such as 0.01, or plan='exact'."
+                f"epsilon={self.epsilon:g}. "
+                + (
+                    "Use a smaller `epsilon`, such as 0.01, or plan='exact'."
+                    if blurs
+                    else "Its neurons are all alike, or a few huge ones outweigh what tells the others apart: use "
+                    "cost='correlation', or choose layers behind a normalisation."
+                )
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -489,7 +499,7 @@ def _overshadowed(neurons: Tensor) -> int:
 
 
 def _where(fits: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
-    """``new`` if it ``fits``, else ``old``, in place; `where` would take three times as long."""
+    """``new`` if it ``fits``, else ``old``, written over ``new``; `where` would take three times as long."""
     if are_all(fits):
         return new
     old = old if isinstance(old, Tensor) else new.new_full((), old)

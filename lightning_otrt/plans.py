@@ -165,10 +165,8 @@ def _logarithmic(cost: Tensor, potential: Tensor, epsilon: float, iterations: in
     return potential * epsilon
 
 
-def _alternate(
-    cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor | None = None
-) -> EntropicPlan:
-    """Alternating updates of the two potentials; ``inverse`` ``(B, 1, 1)`` is 1 / mean of the costs, None is 1."""
+def _alternate(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> EntropicPlan:
+    """Alternating updates of the two potentials; ``inverse`` ``(B, 1, 1)`` is 1 / mean of the costs."""
     rows, columns = cost.shape[1:]
     while iterations > BLOCK:
         potential = _potential(cost, potential, epsilon, BLOCK, inverse)
@@ -181,17 +179,16 @@ def _alternate(
     return EntropicPlan(matrix, potential, teacher_mass, (teacher_mass - 1 / columns).abs_().sum(1))
 
 
-def _potential(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor | None) -> Tensor:
+def _potential(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> Tensor:
     """The potential after alternating updates, without its plan."""
     return _absorb(potential, _updates(cost, potential, epsilon, iterations, inverse)[1], epsilon)
 
 
 def _updates(
-    cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor | None
+    cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A kernel around ``potential`` and the scaling v of its columns ``(B, M, 1)`` after some updates of both sides."""
-    rate = (cost.new_ones(1, 1, 1) if inverse is None else inverse) / -epsilon
-    kernel = torch.softmax(torch.addcmul((potential / epsilon)[:, None], cost, rate), 2)
+    kernel = torch.softmax(torch.addcmul((potential / epsilon)[:, None], cost, inverse / -epsilon), 2)
     # The floor keeps every column within reach, and products off denormal numbers, which are slow on a CPU.
     kernel = kernel.clamp_min_(math.exp(-_RANGE))
     # The softmax is the first update of the rows; constant factors of u and v cancel.

@@ -335,6 +335,12 @@ ARGUMENTS: list[tuple[str, Call, Error, tuple[str, ...]]] = [
         ValueError,
         ("not to be negative", "add a constant"),
     ),
+    (
+        "costs with an infinite mean",
+        lambda _: transport_distance(Y, X, cost=lambda y, x: torch.cdist(y, x) * 0 + 3e37),
+        ValueError,
+        ("finite mean", "up to 3e+37", "Scale the cost"),
+    ),
     ("cost of another shape", lambda _: transport_distance(Y, X, cost=row), ValueError, ("(4, 6)", "got (8,)")),
     (
         "cost without gradient",

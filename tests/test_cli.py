@@ -219,7 +219,9 @@ def test_every_file_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CHOSEN)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(
+    "name", [name if name == "torchvision" else pytest.param(name, marks=pytest.mark.slow) for name in CHOSEN]
+)
 def test_the_files_of_the_examples(tmp_path, name):
     """Students of torchvision, timm and Hugging Face as they are in the gallery, on fewer images."""
     pytest.importorskip({"hugging_face": "transformers"}.get(name, name))

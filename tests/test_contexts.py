@@ -358,7 +358,7 @@ def pairwise() -> list[dict[str, Any]]:
 
 
 CROSSES = [
-    pytest.param(row, id="-".join(map(str, row.values())), marks=[] if index < 12 else [pytest.mark.slow])
+    pytest.param(row, id="-".join(map(str, row.values())), marks=[] if index < 5 else [pytest.mark.slow])
     for index, row in enumerate(pairwise())
 ]
 
@@ -815,6 +815,7 @@ def test_compiled_as_one_graph(compiled):
     assert_same(by_name(weights(task)), by_hand(context))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_longer_fits_compile_no_more():
     """Flags that change from step to step, or between training and validation, would be compiled anew each time."""

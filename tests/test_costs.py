@@ -440,6 +440,26 @@ def test_value_of_the_sums_of_all_parts_is_that_of_the_whole(name: str, kind: st
     assert all(torch.equal(now, then) for now, then in zip(sums, before, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["constant", "live"])
+def test_value_of_sums_far_from_their_reference(kind: str) -> None:
+    """Float32 tells a neuron that moves a little from one that does not, however far the last batches were."""
+    cost = get_cost("correlation")
+    y, x = draw(6, 40).float(), draw(9, 40, seed=1).float()
+    reference = y.mean(1, keepdim=True), x.mean(1, keepdim=True)
+    y[2] = 7.3 if kind == "constant" else 7.3 + 1e-3 * y[2]
+    x[4] = -5.1 if kind == "constant" else -5.1 + 1e-3 * x[4]
+    plan = Plan.of(draw_plan(6, 9).float())
+    expected_value, expected_gradient = value_of(cost, y.double(), x.double(), plan.matrix.double())
+    parts = [(y[:, :25], x[:, :25]), (y[:, 25:], x[:, 25:])]
+    sums = [sum(pair) for pair in zip(*(cost.sums(*part, reference) for part in parts), strict=True)]
+    found = [cost.value_of_sums(*part, plan, sums, cost.energy(x), reference) for part in parts]
+    gradient = torch.cat([part for _, part in found], 1).double()
+    np.testing.assert_allclose(found[0][0].item(), expected_value, rtol=2e-3)
+    for row in range(6):
+        scale = expected_gradient[row].norm()
+        torch.testing.assert_close(gradient[row], expected_gradient[row], rtol=0, atol=2e-3 * scale.item())
+
+
 def test_moments_far_from_their_reference_leave_neurons_alive() -> None:
     y, x = draw(5, OBSERVATIONS) + 1000, draw(4, OBSERVATIONS, seed=1) - 1000
     zeros = torch.zeros(5, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)

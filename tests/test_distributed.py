@@ -242,7 +242,8 @@ def test_bytes() -> None:
     n, m, single, double = 7, 11, 4, 8
     count = 1  # observations of the view, sent along in each exchange
     solve = {
-        "correlation": [single * (count + 1 + 1 + 2 * (n + m) + n * m)],
+        # All in the type of the moments.
+        "correlation": [double * (count + 1 + 1 + 2 * (n + m) + n * m)],
         "sqeuclidean": [single * (count + 2 + 1 + 1 + n * m)],
         "euclidean": [single * (count + 2 + 1 + 1 + n * m)],
     }

@@ -54,6 +54,7 @@ def test_nothing_is_run_twice(tmp_path: Path) -> None:
     assert len(results.path.read_text().splitlines()) == len(RUNS)
 
 
+@pytest.mark.slow
 def test_several_processes_find_the_same_rows(tmp_path: Path) -> None:
     one, two = Results(tmp_path / "one.jsonl"), Results(tmp_path / "two.jsonl")
     complete(RUNS, one, pretend)

@@ -46,8 +46,13 @@ BASE: dict[str, Any] = {
 }
 
 
-def pages(*marked: str) -> list[Any]:
-    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES]
+def pages(*first: str) -> list[Any]:
+    """All pages; slow where some are named, and the page is not one of them."""
+    return [
+        pytest.param(page, id=name, marks=[] if not first or name in first else [pytest.mark.slow])
+        for page in PAGES
+        for name in [str(page.relative_to(ROOT))]
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +117,7 @@ SNIPPETS = Sybil(
 )
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", pages("README.md", "docs/getting_started.md", "docs/settings.md"))
 @pytest.mark.filterwarnings(f"ignore::{PossibleUserWarning.__module__}.{PossibleUserWarning.__name__}")
 def test_snippets(page: Path) -> None:
     namespace: dict[str, Any] = {}

@@ -411,6 +411,7 @@ def terms_of(teacher: nn.Module, x: Tensor) -> list[Tensor]:
     return terms
 
 
+@pytest.mark.slow
 def test_compiled_teacher() -> None:
     expected = terms_of(net(6, seed=2), batch(0, (4, 4))[0])
     for terms in run_processes(2, compiled_teacher):
