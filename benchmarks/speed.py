@@ -91,8 +91,7 @@ def measure_between(shape: tuple[int, int, int], seconds: float) -> list[dict[st
     found = []
     for memory in (0.0, 0.98):
         steps: dict[str, Callable[[], object]] = {cost: engine_step(shape, cost, memory) for cost in COSTS}
-        if not memory:
-            steps[BY_HAND] = correlation_by_hand(shape)
+        steps[BY_HAND] = correlation_by_hand(shape, memory)
         taken = rounds({"product": lambda: plan @ x, **steps}, seconds=seconds, least=20)
         found += [
             {"shape": shape, "cost": cost, "memory": memory, "ratio": ratios(taken, cost, "product")} for cost in steps

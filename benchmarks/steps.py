@@ -40,13 +40,26 @@ def engine_step(
 
 
 class _CorrelationByHand(torch.autograd.Function):
-    """The closed form of the correlation cost for live neurons, and nothing else: no checks, no state, no engine."""
+    """The closed form of the correlation cost for live neurons, and nothing else: no checks, no engine.
+
+    ``running`` are the moments of a running cost: two reference points, the sums of products of deviations from them,
+    and for each side its sums and squares. They are fed from the centred neurons that the value needs anyway.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, plan: Tensor) -> Tensor:
-        y = y - y.mean(-1, keepdim=True)
-        x = x - x.mean(-1, keepdim=True)
-        inverse_y, inverse_x = (torch.linalg.vector_norm(side, dim=-1).reciprocal_() for side in (y, x))
+    def forward(ctx: Any, y: Tensor, x: Tensor, plan: Tensor, decay: float, running: Sequence[Tensor]) -> Tensor:
+        mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        y, x = y - mean_y, x - mean_x
+        norm_y, norm_x = (torch.linalg.vector_norm(side, dim=-1) for side in (y, x))
+        if running:
+            reference_y, reference_x, products, moments_y, moments_x = running
+            shift_y, shift_x = mean_y - reference_y, mean_x - reference_x
+            products.addmm_(y, x.mT, beta=decay).addmm_(shift_y, shift_x.mT, alpha=y.shape[-1])
+            for moments, shift, norm in ((moments_y, shift_y, norm_y), (moments_x, shift_x, norm_x)):
+                shift = shift.squeeze(-1)
+                squares = torch.addcmul(norm * norm, shift, shift, value=y.shape[-1])
+                moments.mul_(decay).add_(torch.stack((shift * y.shape[-1], squares)))
+        inverse_y, inverse_x = norm_y.reciprocal_(), norm_x.reciprocal_()
         z = plan @ x.mul_(inverse_x[:, None])
         products = torch.linalg.vecdot(y, z).mul_(inverse_y)
         along = products * inverse_y * inverse_y
@@ -54,20 +67,24 @@ class _CorrelationByHand(torch.autograd.Function):
         return plan.sum() - products.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None
+        return gradient * grad, None, None, None, None
 
 
-def correlation_by_hand(shape: tuple[int, int, int]) -> Callable[[], object]:
+def correlation_by_hand(shape: tuple[int, int, int], memory: float) -> Callable[[], object]:
     """A step between solves in as few PyTorch operations as it takes: the floor of :func:`engine_step`."""
     y, x = neurons(shape, "independent")
     y.requires_grad_()
     plan = torch.rand(shape[:2]) / (shape[0] * shape[1])
+    running: list[Tensor] = []
+    if memory:
+        means = [side.detach().mean(-1, keepdim=True) for side in (y, x)]
+        running = [*means, torch.zeros(shape[:2]), torch.zeros(2, shape[0]), torch.zeros(2, shape[1])]
 
     def step() -> None:
         y.grad = None
-        _CorrelationByHand.apply(y, x, plan).backward()
+        _CorrelationByHand.apply(y, x, plan, memory, running).backward()
 
     return step
 
