@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_otrt.costs import Cost, Plan, get_cost
+from lightning_otrt.cost import Cost, Plan
+from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import run_rounds
 from lightning_otrt.plans import exact_plan, sinkhorn_plan
 

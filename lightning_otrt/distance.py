@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_otrt.costs import Cost, Plan, Rounds, Sums, ValueAndGradient, get_cost
+from lightning_otrt.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.costs import get_cost
 from lightning_otrt.plans import (
     diagnose,
     exact_plan,

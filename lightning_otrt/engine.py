@@ -11,17 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_otrt.costs import (
-    DEAD_SHARE,
-    CallableCost,
-    CorrelationCost,
-    Cost,
-    Plan,
-    Sums,
-    ValueAndGradient,
-    are_all,
-    are_finite,
-)
+from lightning_otrt.correlation import DEAD_SHARE, CorrelationCost
+from lightning_otrt.cost import Cost, Plan, Sums, ValueAndGradient, are_finite
+from lightning_otrt.costs import CallableCost
 from lightning_otrt.distance import (
     attach_gradients,
     check_cost,
@@ -30,6 +22,7 @@ from lightning_otrt.distance import (
     fixed_plan,
     run_rounds,
 )
+from lightning_otrt.operations import are_all
 from lightning_otrt.plans import TRAINING_ITERATIONS, WARM_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
 
 __all__ = ["PairDistance", "TransportEngine"]
@@ -119,6 +112,8 @@ class TransportEngine:
     calls: int = 0
     pairs: list[PairState] = field(default_factory=list)
     bad_calls: Tensor | None = None
+    #: Pairs whose first plan matched nothing, of which a warning has told.
+    uniform: set[int] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
     _matrices: dict[int, Tensor] = field(default_factory=dict)
 
@@ -131,6 +126,7 @@ class TransportEngine:
         self.calls = 0
         self.pairs = [PairState() for _ in self.names]
         self.bad_calls = None
+        self.uniform = set()
 
     def __call__(
         self, views: Sequence[Sequence[tuple[Tensor, Tensor]]], samples: int, *, reevaluation: bool = False
@@ -406,6 +402,7 @@ class TransportEngine:
             return
         entropy = float(diagnose(plan.matrix).entropy)
         if entropy > UNIFORM_ENTROPY:
+            self.uniform.add(index)
             self._warn(
                 "The transport plan of {!r} -> {!r} is nearly uniform, ".format(*self.names[index])
                 + f"so that it matches almost nothing: its entropy is {entropy:.0%} of the largest at "

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_otrt.collectives import Ranks
-from lightning_otrt.costs import CallableCost, Plan, Rounds, Sums, ValueAndGradient, are_finite
+from lightning_otrt.cost import Plan, Rounds, Sums, ValueAndGradient, are_finite
+from lightning_otrt.costs import CallableCost
 from lightning_otrt.distance import common_dtype, run_rounds
 from lightning_otrt.engine import MEMORY, PairDistance, PairState, TransportEngine
 

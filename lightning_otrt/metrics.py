@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_otrt.costs import Sums, get_cost
+from lightning_otrt.cost import Sums
+from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import (
     PLANS,
     TransportResult,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.distance import transport_distance
-from lightning_otrt.layers import INPUT, LayerPair, LayerSpec, Trace, check_names
+from lightning_otrt.grammar import check_names
+from lightning_otrt.layers import INPUT, LayerPair, LayerSpec, Trace
 from lightning_otrt.matching import comparable_layers, match_in_order
 from lightning_otrt.neurons import NeuronReader, match_positions, pool
 from lightning_otrt.recording import Recorder, View, padding_mask

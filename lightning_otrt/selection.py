@@ -7,20 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lightning_otrt.layers import (
-    INPUT,
-    WORDS,
-    LayerEntry,
-    LayerNames,
-    LayerPair,
-    LayerSpec,
-    Trace,
-    TracedLayer,
-    TracedTensor,
-    pair_up,
-    parse_layers,
-    reject_duplicates,
-)
+from lightning_otrt.grammar import WORDS, LayerEntry, LayerNames, pair_up, parse_layers, reject_duplicates
+from lightning_otrt.layers import INPUT, LayerPair, LayerSpec, Trace, TracedLayer, TracedTensor
 
 __all__ = ["classification_head", "is_idle", "resolve_layers", "select_layers"]
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_otrt.costs import CorrelationCost, Cost, EuclideanCost, SquaredEuclideanCost
+from lightning_otrt.correlation import CorrelationCost
+from lightning_otrt.cost import Cost
+from lightning_otrt.euclidean import EuclideanCost, SquaredEuclideanCost
 from lightning_otrt.metrics import NeuronTransportDistance
 from lightning_otrt.neurons import match_positions
 from lightning_otrt.recording import Recorder, View, padding_mask

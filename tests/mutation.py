@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = ["distance", "plans", "costs", "recording"]
+FILES = ["distance", "plans", "correlation", "euclidean", "costs", "operations", "recording"]
 TESTS = ["recording", "distance", "costs", "plans", "transfer", "engine"]
 #: Peaks of memory are left out: the wrappers of mutmut hold arguments longer.
 SETTINGS = f"""

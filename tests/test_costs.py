@@ -10,19 +10,11 @@ import torch
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from lightning_otrt.costs import (
-    CallableCost,
-    CorrelationCost,
-    Cost,
-    EuclideanCost,
-    Plan,
-    Rounds,
-    SquaredEuclideanCost,
-    Sums,
-    ValueAndGradient,
-    get_cost,
-)
+from lightning_otrt.correlation import CorrelationCost
+from lightning_otrt.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.costs import CallableCost, get_cost
 from lightning_otrt.distance import run_rounds
+from lightning_otrt.euclidean import EuclideanCost, SquaredEuclideanCost
 
 NAMES = ("correlation", "euclidean", "sqeuclidean")
 WIDTHS = ((3, 7), (6, 6), (8, 5), (1, 4), (4, 1))

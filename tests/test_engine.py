@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_otrt import engine as engine_module
 from lightning_otrt import plans
-from lightning_otrt.costs import Plan, get_cost
+from lightning_otrt.cost import Plan
+from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import check_finite, run_rounds
 from lightning_otrt.engine import EARLY_SOLVES, TransportEngine
 from lightning_otrt.global_batch import GlobalTransportEngine
@@ -99,7 +100,7 @@ def peak_floats(function: Callable[[], object]) -> float:
 
 def ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the paths of an accelerator, which is never asked for a value."""
-    for module in ("costs", "engine"):
+    for module in ("correlation", "engine", "operations"):
         monkeypatch.setattr(f"lightning_otrt.{module}.are_all", lambda values: False)
 
 
@@ -542,7 +543,7 @@ def test_running_cost_over_batches_below_and_above_the_limit_of_float64(
     found = make(cost, memory=0.9, solve_every=1)
     for pair in sides:
         call(expected, pair)
-    monkeypatch.setattr("lightning_otrt.costs.FLOAT64_OBSERVATIONS", 35)
+    monkeypatch.setattr("lightning_otrt.operations.FLOAT64_OBSERVATIONS", 35)
     for pair in sides:
         call(found, pair)
     torch.testing.assert_close(

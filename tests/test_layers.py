@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.layers import LayerPair, LayerSpec, Trace, TracedLayer, TracedTensor, check_names, parse_layers
+from lightning_otrt.grammar import check_names, parse_layers
+from lightning_otrt.layers import LayerPair, LayerSpec, Trace, TracedLayer, TracedTensor
 from lightning_otrt.selection import resolve_layers
 from lightning_otrt.tracing import named_layers, named_tensors, trace
 

@@ -21,7 +21,7 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from lightning_otrt import transport_distance
-from lightning_otrt.costs import SquaredEuclideanCost
+from lightning_otrt.euclidean import SquaredEuclideanCost
 from lightning_otrt.metrics import NeuronTransportDistance
 
 N, M = 6, 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -446,11 +447,22 @@ class TestAdvice:
         assert any("weights of its teacher" in text for text in self.told(task, OTRTCallback(teacher, LAYERS)))
 
     def test_uniform_plan(self):
-        def flat(y, x):
-            return 1 + 1e-4 * torch.cdist(y, x)
+        calls = []
 
-        callback = OTRTCallback(make_teacher(), LAYERS, cost=flat, weight=1.0)
+        def flat(y, x, since=0):
+            calls.append(None)
+            distance = torch.cdist(y, x)
+            return 1 + 1e-4 * distance if len(calls) > since else distance
+
+        callback = OTRTCallback(make_teacher(), {"net.block1": "block1"}, cost=flat, weight=1.0)
         [message] = [text for text in self.told(make_task(), callback) if "uniform" in text]
+        assert "its entropy is 100% of the largest" in message
+        # From the second step on; the first asks for a plan and for its value.
+        calls.clear()
+        callback = OTRTCallback(
+            make_teacher(), {"net.block1": "block1"}, cost=partial(flat, since=2), weight=1.0, solve_every=1
+        )
+        [message] = [text for text in self.told(make_task(), callback, max_steps=8) if "uniform" in text]
         assert "of 4 student and 6 teacher neurons" in message
         for plan in ("uniform", "random"):
             callback = OTRTCallback(make_teacher(), LAYERS, plan=plan, weight=1.0)

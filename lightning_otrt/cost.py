@@ -1,0 +1,130 @@
+"""Ground costs between neurons, and the value and gradient of their transport with the plan held fixed.
+
+Student neurons are the rows of ``y`` ``(..., N, n)``, teacher neurons those of ``x`` ``(..., M, n)``; leading
+dimensions are a batch of pairs. Everything here runs without autograd and returns gradients in closed form (the
+envelope theorem: the plan is a constant), so that no graph over a cost matrix is ever kept.
+
+What a cost needs of a mini-batch are sums over observations. They add over views, over steps (the running cost) and
+over processes (the global batch). A value is a generator: it *yields* the sums of this process and is *sent* those of
+all processes, once a round; its ``return`` is the pair (value, gradient for the student neurons of this process).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Cost", "Plan", "Rounds", "Sums", "ValueAndGradient", "are_finite"]
+
+Sums = list[Tensor]
+ValueAndGradient = tuple[Tensor, Tensor]
+Rounds = Generator[Sums, Sums, ValueAndGradient]
+
+
+class Plan(NamedTuple):
+    """A transport plan with its own masses, which differ from 1/N and 1/M where the solver has not converged.
+
+    Attributes:
+        matrix: ``(..., N, M)``.
+        student_mass: Row sums a, ``(..., N)``.
+        teacher_mass: Column sums b, ``(..., M)``.
+    """
+
+    matrix: Tensor
+    student_mass: Tensor
+    teacher_mass: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Plan:
+        """The plan with the masses that its matrix has."""
+        return cls(matrix, matrix.sum(-1), matrix.sum(-2))
+
+
+class Cost(ABC):
+    """A ground cost M between student and teacher neurons."""
+
+    def __str__(self) -> str:
+        """The name of the cost, the same in every process and run."""
+        return type(self).__name__
+
+    #: Whether the mean square of the teacher scales the cost (see :meth:`energy`).
+    scaled: bool = False
+    #: Whether value and gradient need the cost matrix, so that one made for the plan saves work.
+    needs_matrix: bool = False
+    #: Fewest observations from which the cost can be formed.
+    min_observations: int = 1
+
+    @abstractmethod
+    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Sums over the observations of ``y`` and ``x`` from which :meth:`matrix` follows.
+
+        Args:
+            y: Student neurons ``(..., N, n)``.
+            x: Teacher neurons ``(..., M, n)``.
+            reference: Points ``(..., N, 1)`` and ``(..., M, 1)`` near the neurons' means. Sums that are added to others
+                must share it; None takes the means of this batch.
+        """
+
+    @abstractmethod
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """The cost matrix ``(..., N, M)`` of the observations behind ``sums``."""
+
+    def accumulate(
+        self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
+    ) -> Sums:
+        """``decay`` times ``running`` plus :meth:`sums`; ``running`` may be overwritten.
+
+        A batch that is not finite adds nothing, without asking the device whether it is.
+        """
+        new = self.sums(y, x, reference)
+        fits = are_finite(new)
+        return [torch.where(fits, decay * old + part, old) for old, part in zip(running, new, strict=True)]
+
+    @abstractmethod
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+        """⟨P, M⟩ on these observations and its gradient for ``y``, the plan held fixed; see the module.
+
+        Args:
+            y: Student neurons.
+            x: Teacher neurons.
+            plan: The plan.
+            energy: See :meth:`energy`.
+            shared: Whether other processes have observations too. If not, rounds may be left out.
+        """
+
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """What :meth:`value` returns, without a round, where the sums of all processes are known.
+
+        Args:
+            y: Student neurons ``(N, n)`` of this process.
+            x: Teacher neurons ``(M, n)`` of this process.
+            plan: The plan.
+            sums: :meth:`sums` of this batch around ``reference``, of all processes.
+            energy: The scale of the teacher, of all processes.
+            reference: The points of :meth:`sums`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no sum over observations, so it has no global batch.")
+
+    def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
+        """What :meth:`value` returns, where the cost matrix of these observations is at hand; it is overwritten."""
+        raise NotImplementedError(f"{type(self).__name__} needs no cost matrix for its value.")
+
+    def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The means of the neurons, the best ``reference`` of the next sums, where ``sums`` know them."""
+        return reference
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Sum of squares and count of the raw teacher, ``(..., 2)``: additive, their ratio is the scale s²."""
+        total = torch.linalg.vecdot(x.flatten(-2), x.flatten(-2))
+        return torch.stack((total, torch.full_like(total, x.shape[-1] * x.shape[-2])), -1)
+
+
+def are_finite(sums: Sums) -> Tensor:
+    """Whether all sums are finite, a scalar on their device."""
+    return torch.stack([part.sum() for part in sums]).sum().isfinite()
