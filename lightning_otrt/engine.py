@@ -400,6 +400,10 @@ class TransportEngine:
         # What else makes a plan of correlations uniform are dead neurons, of which another warning tells.
         if not blurs and isinstance(self.cost, CorrelationCost):
             return
+        # Some rows nearly always tell that the plan matches something, without a look at all of them.
+        some = plan.matrix[:8]
+        if float(diagnose(some / some.sum()).entropy) <= UNIFORM_ENTROPY:
+            return
         entropy = float(diagnose(plan.matrix).entropy)
         if entropy > UNIFORM_ENTROPY:
             self.uniform.add(index)
