@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_otrt.engine import BLURRING_EPSILON
 from lightning_otrt.recording import View
 from lightning_otrt.tracing import named_layers
 from lightning_otrt.transfer import RepresentationTransfer
@@ -54,11 +55,10 @@ class Advice:
     def on_values(self, values: Mapping[str, float], labels: Sequence[str]) -> None:
         """Look at the values of a step, as :class:`OTRTMonitor` names them."""
         transfer = self.transfer
-        for index, (label, distance) in enumerate(zip(labels, transfer.distances, strict=False)):
+        for label, distance in zip(labels, transfer.distances, strict=False):
             entropy = values.get(f"otrt/entropy/{label}", math.nan)
-            # Of plans that are uniform from the start the engine has told.
-            told = transfer.engine is not None and index in transfer.engine.uniform
-            if distance.plan is None or transfer.plan not in SOLVED or told:
+            # With a large epsilon the engine has said so at its first plan.
+            if distance.plan is None or transfer.plan not in SOLVED or transfer.epsilon >= BLURRING_EPSILON:
                 continue
             rows, columns = distance.plan.shape
             spread = (rows * columns) ** (entropy - 1)

@@ -22,7 +22,7 @@ from lightning_otrt.distance import (
     fixed_plan,
     run_rounds,
 )
-from lightning_otrt.operations import are_all
+from lightning_otrt.operations import are_all, norms
 from lightning_otrt.plans import TRAINING_ITERATIONS, WARM_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
 
 __all__ = ["PairDistance", "TransportEngine"]
@@ -39,9 +39,11 @@ STATIC_ITERATIONS = 200
 #: Up to so many entries a cost matrix is solved together with others of its shape on a CPU, where larger ones fall out
 #: of the cache (benchmarks/speed); on CUDA any is.
 BATCHED_ENTRIES = 64 * 64
-#: A plan with this share of the largest entropy matches nothing, from this epsilon on perhaps because of it.
-UNIFORM_ENTROPY = 0.97
+#: From this epsilon on a plan may match nothing, which is so where its entropy is this share of the largest.
 BLURRING_EPSILON = 0.05
+UNIFORM_ENTROPY = 0.97
+#: Where all but one neuron make less than this many ε of the mean cost, the plan hardly tells them apart.
+HUGE_SHARE = 3.0
 
 
 @dataclass
@@ -112,8 +114,6 @@ class TransportEngine:
     calls: int = 0
     pairs: list[PairState] = field(default_factory=list)
     bad_calls: Tensor | None = None
-    #: Pairs whose first plan matched nothing, of which a warning has told.
-    uniform: set[int] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
     _matrices: dict[int, Tensor] = field(default_factory=dict)
 
@@ -126,7 +126,6 @@ class TransportEngine:
         self.calls = 0
         self.pairs = [PairState() for _ in self.names]
         self.bad_calls = None
-        self.uniform = set()
 
     def __call__(
         self, views: Sequence[Sequence[tuple[Tensor, Tensor]]], samples: int, *, reevaluation: bool = False
@@ -371,6 +370,8 @@ class TransportEngine:
             for y, x in batch:
                 for side, where in ((x, f"Teacher layer {teacher!r}"), (y, f"Student layer {student!r}")):
                     check_values(side, where)
+                if self.cost.scaled:
+                    self._warn_of_huge((student, teacher), (y, x))
                 # A single column is constant without being dead, and has no correlation anyway.
                 if self.cost.min_observations <= y.shape[-1] and isinstance(self.cost, CorrelationCost):
                     self._warn_of_dead(f"Student layer {student!r}", y, "Check its activations and the learning rate")
@@ -392,31 +393,30 @@ class TransportEngine:
                 f"correlation with dead neurons has no gradient. {advice}, or use cost='euclidean'."
             )
 
+    def _warn_of_huge(self, names: tuple[str, str], batch: tuple[Tensor, Tensor]) -> None:
+        """A squared distance to a huge neuron can outweigh, in the mean, all that tells the others apart."""
+        squares = [norms(side).square_() for side in batch]
+        total = torch.stack([side.mean() for side in squares]).sum()
+        for kind, name, side in zip(("Student", "Teacher"), names, squares, strict=True):
+            share = float(side.max() / side.numel() / total)
+            if side.numel() > 1 and 1 - share < HUGE_SHARE * self.epsilon:
+                self._warn(
+                    f"{kind} layer {name!r}: a single one of its {side.numel()} neurons makes {share:.1%} of the mean "
+                    f"cost, to which epsilon={self.epsilon:g} is relative, so that the plan hardly tells the others "
+                    "apart. Use cost='correlation', or choose a layer behind a normalisation."
+                )
+
     def _warn_of_uniform(self, index: int) -> None:
         plan = self.pairs[index].plan
-        if plan is None or self.plan == "exact" or 1 in plan.matrix.shape:
-            return
-        blurs = self.epsilon >= BLURRING_EPSILON
-        # What else makes a plan of correlations uniform are dead neurons, of which another warning tells.
-        if not blurs and isinstance(self.cost, CorrelationCost):
-            return
-        # Some rows nearly always tell that the plan matches something, without a look at all of them.
-        some = plan.matrix[:8]
-        if float(diagnose(some / some.sum()).entropy) <= UNIFORM_ENTROPY:
+        # With a small epsilon an untrained student, whose neurons are alike, begins like this and leaves it behind.
+        if plan is None or self.plan == "exact" or self.epsilon < BLURRING_EPSILON or 1 in plan.matrix.shape:
             return
         entropy = float(diagnose(plan.matrix).entropy)
         if entropy > UNIFORM_ENTROPY:
-            self.uniform.add(index)
             self._warn(
                 "The transport plan of {!r} -> {!r} is nearly uniform, ".format(*self.names[index])
                 + f"so that it matches almost nothing: its entropy is {entropy:.0%} of the largest at "
-                f"epsilon={self.epsilon:g}. "
-                + (
-                    "Use a smaller `epsilon`, such as 0.01, or plan='exact'."
-                    if blurs
-                    else "Its neurons are all alike, or a few huge ones outweigh what tells the others apart: use "
-                    "cost='correlation', or choose layers behind a normalisation."
-                )
+                f"epsilon={self.epsilon:g}. Use a smaller `epsilon`, such as 0.01, or plan='exact'."
             )
 
     def state_dict(self) -> dict[str, Any]:
