@@ -22,6 +22,9 @@ __all__ = ["DEAD_SHARE", "CorrelationCost"]
 
 #: A neuron whose centred norm is below this share of its layer's mean norm carries no correlation: it is *dead*.
 DEAD_SHARE = 1e-3
+#: Share of the squared mean below which a variance is rounding: a bound for a batch in float32, and for raw
+#: moments that are added up in float64 over thousands of batches.
+ROUNDING_SHARE = 1e-12
 
 
 class CorrelationCost(Cost):
@@ -34,14 +37,19 @@ class CorrelationCost(Cost):
     min_observations = 3
 
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
-        """Count, first and second moments around ``reference``; around a given one the squares are in float64."""
+        """Count, first and second moments around ``reference``.
+
+        Around a given one all but the products of the two sides are in float64: they tell whether a neuron that is far
+        from the reference moves at all.
+        """
+        dtype = y.dtype
         y, x = in_enough_digits(y, x)
         y0, x0 = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
         (y, yy), (x, xx) = _deviations(y, y0), _deviations(x, x0)
         if reference is None:
             return [count_of(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
         (count, sum_y, yy), (_, sum_x, xx) = (_moments(*_centred_squares(side)).unbind(-1) for side in (y, x))
-        return [count[..., 0], sum_y, sum_x, yy, xx, y @ x.mT]
+        return [count[..., 0], sum_y, sum_x, yy, xx, (y @ x.mT).to(dtype)]
 
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
         """1 - r from the moments."""
@@ -151,7 +159,7 @@ def _centred(y: Tensor) -> tuple[Tensor, Tensor]:
     mean = y.mean(-1, keepdim=True)
     y = y - mean
     norm = norms(y)
-    rounding = mean.squeeze(-1).abs_().mul_(_rounding_share(y.dtype) ** 0.5 * y.shape[-1] ** 0.5)
+    rounding = mean.squeeze(-1).abs_().mul_((ROUNDING_SHARE * y.shape[-1]) ** 0.5)
     average = norm.mean(-1, keepdim=True)
     norm = torch.add(norm, average, alpha=0)  # as in `_inverse_norm`
     dead = norm <= torch.maximum(rounding, average.mul_(DEAD_SHARE))
@@ -199,9 +207,4 @@ def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
     """Centred squares, but 0 where they are the rounding of a constant: at unit norm that has huge gradients."""
     # Less, not at most: where both overflow nothing is known to be rounding.
-    return torch.where(squares < _rounding_share(squares.dtype) * count * mean**2, 0.0, squares)
-
-
-def _rounding_share(dtype: torch.dtype) -> float:
-    # The second bound is that of raw moments that are added up in float64 over thousands of batches.
-    return max((4 * torch.finfo(dtype).eps) ** 2, 1e-12)
+    return torch.where(squares < ROUNDING_SHARE * count * mean**2, 0.0, squares)

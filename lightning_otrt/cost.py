@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Cost", "Plan", "Rounds", "Sums", "ValueAndGradient", "are_finite"]
+__all__ = ["Cost", "Plan", "Rounds", "Sums", "ValueAndGradient", "are_finite", "remember"]
 
 Sums = list[Tensor]
 ValueAndGradient = tuple[Tensor, Tensor]
@@ -81,8 +81,7 @@ class Cost(ABC):
         A batch that is not finite adds nothing, without asking the device whether it is.
         """
         new = self.sums(y, x, reference)
-        fits = are_finite(new)
-        return [torch.where(fits, decay * old + part, old) for old, part in zip(running, new, strict=True)]
+        return remember(running, decay, new, are_finite(new))
 
     @abstractmethod
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
@@ -126,5 +125,12 @@ class Cost(ABC):
 
 
 def are_finite(sums: Sums) -> Tensor:
-    """Whether all sums are finite, a scalar on their device."""
-    return torch.stack([part.sum() for part in sums]).sum().isfinite()
+    """Whether all sums are finite in the type of the last of them, a scalar on their device."""
+    return torch.stack([part.sum().to(sums[-1].dtype) for part in sums]).sum().isfinite()
+
+
+def remember(running: Sums, decay: float, new: Sums, fits: Tensor) -> Sums:
+    """``decay`` times ``running`` plus ``new`` where that ``fits``."""
+    # Rounded alike for sums of different types, whose means would else move apart.
+    rounded = running[-1].new_full((), decay)
+    return [torch.where(fits, rounded * old + part, old) for old, part in zip(running, new, strict=True)]

@@ -324,7 +324,7 @@ def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
 def check_cost(matrix: Tensor, cost: object) -> None:
     """Raise a ValueError if a cost is not finite or negative. Waits for the device."""
     check_finite(matrix, f"The cost {cost!r}")
-    if not bool(matrix.mean().isfinite()):
+    if not bool(matrix.mean((-2, -1)).isfinite().all()):
         raise ValueError(
             f"Expected the cost {cost!r} to have a finite mean, to which epsilon is relative, but its values go up to "
             f"{matrix.max():.3g} and overflow {matrix.dtype}. Scale the cost."

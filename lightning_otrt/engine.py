@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 EARLY_SOLVES = (0, 1, 2, 4, 8)
 #: Decay of the running cost that ``memory="auto"`` chooses, and of the running scale s² of the teacher.
 MEMORY = 0.98
-#: Samples behind a static plan, and updates of a solve that no later one will improve.
+#: Samples behind a static plan, and updates of its solves, the last of which nothing will improve.
 STATIC_SAMPLES = 256
 STATIC_ITERATIONS = 200
 #: Up to so many entries a cost matrix is solved together with others of its shape on a CPU, where larger ones fall out
@@ -256,6 +256,8 @@ class TransportEngine:
                 self.pairs[index].plan = Plan(*(part.to(y.dtype) for part in plan))
                 if (potential := self.pairs[index].potential) is not None:
                     self.pairs[index].potential = potential.to(y.dtype)
+                if (reference := self.pairs[index].reference) is not None:
+                    self.pairs[index].reference = reference[0].to(y.dtype), reference[1].to(y.dtype)
             return
         fixed = fixed_plan(self.plan, y.shape[0], x.shape[0], seed=self.seed + index, where=where)
         self.pairs[index].plan = None if fixed is None else Plan.of(fixed.to(y))
@@ -307,7 +309,8 @@ class TransportEngine:
             if self.calls == 0 and isinstance(self.cost, CallableCost):
                 check_cost(matrix, self.cost.function)
             pays = matrix.is_cuda or matrix.numel() <= BATCHED_ENTRIES
-            warm = self.pairs[index].potential is not None
+            # A static plan has to have converged when it rests, which a start from an earlier batch can delay.
+            warm = self.pairs[index].potential is not None and self.plan != "static"
             groups.setdefault((matrix.shape, matrix.dtype, warm, None if pays else index), []).append(index)
         for indices in groups.values():
             # Taken out of the mapping, so that a matrix is freed as soon as its plan is known.
@@ -322,7 +325,7 @@ class TransportEngine:
                 plans, potentials = Plan.of(matrix), [None] * len(indices)
             else:
                 states = [state for index in indices if (state := self.pairs[index].potential) is not None]
-                start = torch.stack(states) if states else None
+                start = torch.stack(states) if states and self.plan != "static" else None
                 count = TRAINING_ITERATIONS if start is None else WARM_ITERATIONS
                 if self.plan == "static":
                     count = STATIC_ITERATIONS

@@ -20,9 +20,10 @@ class SquaredEuclideanCost(Cost):
     scaled = True
 
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
-        """Count and squared distances."""
-        y, x = in_enough_digits(y, x)
-        return [y.new_full(y.shape[:-2], y.shape[-1]), _squared_distances(*_centre(y, x))]
+        """Count and squared distances; to be added to others, in the type of the neurons, however many there are."""
+        squared = _squared_distances(*_centre(*in_enough_digits(y, x)))
+        squared = squared if reference is None else squared.to(y.dtype)
+        return [count_of(y).to(squared.dtype), squared]
 
     def accumulate(
         self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_otrt.collectives import Ranks
-from lightning_otrt.cost import Plan, Rounds, Sums, ValueAndGradient, are_finite
+from lightning_otrt.cost import Plan, Rounds, Sums, ValueAndGradient, are_finite, remember
 from lightning_otrt.costs import CallableCost
 from lightning_otrt.distance import common_dtype, run_rounds
 from lightning_otrt.engine import MEMORY, PairDistance, PairState, TransportEngine
@@ -165,9 +165,7 @@ class GlobalTransportEngine(TransportEngine):
         if "rounds" in got:
             self._known[index].replies = got["rounds"]
         if "unfit" in got:
-            if state.sums is not None:
-                new = self._remember(state, state.sums, new, got["unfit"] == 0)
-            state.sums, self._is_pending = new, True
+            state.sums, self._is_pending = _fed(state, state.sums, new, got["unfit"] == 0), True
         if "sums" not in got:
             return None
         assert state.reference is not None
@@ -175,8 +173,7 @@ class GlobalTransportEngine(TransportEngine):
         total = _add(got["sums"])
         fits = are_finite(total)
         if state.memory:
-            if "running" in got:
-                total = self._remember(state, got["running"], total, fits)
+            total = _fed(state, got.get("running"), total, fits)
             state.sums, self._is_pending = [part / size for part in total], False
             if self.plan == "static" and bool(fits):
                 state.samples += int(got["samples"])
@@ -185,11 +182,6 @@ class GlobalTransportEngine(TransportEngine):
             y, x = (torch.where(fits, *sides) for sides in zip(better, state.reference, strict=True))
             state.reference = y, x
         return self.cost.matrix(total, energy).to(like.dtype)
-
-    @staticmethod
-    def _remember(state: PairState, running: Sums, new: Sums, fits: Tensor) -> Sums:
-        assert state.memory is not None
-        return [torch.where(fits, state.memory * old + part, old) for old, part in zip(running, new, strict=True)]
 
     def _values(
         self, keys: Sequence[tuple[int, int]], batches: Sequence[Batch], plans: dict[int, Plan]
@@ -277,7 +269,7 @@ class GlobalTransportEngine(TransportEngine):
             if state.reference is not None:
                 continue  # from a checkpoint, with running sums around it
             like = batch[0][0]
-            # After a resume nothing has checked this batch; 0 is a reference, too, until the next finite one.
+            # After a resume nothing has checked this batch; 0 is a reference, too.
             y, x = ((side / count).nan_to_num_(0.0, 0.0, 0.0)[:, None].to(like.dtype) for side in (y, x))
             state.reference = y, x
 
@@ -326,6 +318,12 @@ class GlobalTransportEngine(TransportEngine):
         """Restore :meth:`state_dict`, or that of a single process."""
         super().load_state_dict(_scaled(state, 1 / self.processes), device)
         self._is_pending = self._is_agreed = self._is_compared = False
+
+
+def _fed(state: PairState, running: Sums | None, new: Sums, fits: Tensor) -> Sums:
+    """The running sums with new ones, or those alone where there are none; what is not finite adds nothing."""
+    assert state.memory is not None
+    return remember([torch.zeros_like(part) for part in new] if running is None else running, state.memory, new, fits)
 
 
 def _add(sums: Sequence[Sums]) -> Sums:

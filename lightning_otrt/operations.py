@@ -1,4 +1,4 @@
-"""Operations on neurons that choose the fastest way to the same numbers, by layout, batch and device."""
+"""Operations on neurons, by the fastest way that layout, batch and device allow, and in enough digits."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from lightning_otrt.correlation import CorrelationCost
-from lightning_otrt.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.cost import Cost, Plan, Rounds, Sums, ValueAndGradient, remember
 from lightning_otrt.costs import CallableCost, get_cost
 from lightning_otrt.distance import run_rounds
 from lightning_otrt.euclidean import EuclideanCost, SquaredEuclideanCost
@@ -450,6 +450,25 @@ def test_value_of_sums_far_from_their_reference(kind: str) -> None:
     for row in range(6):
         scale = expected_gradient[row].norm()
         torch.testing.assert_close(gradient[row], expected_gradient[row], rtol=0, atol=2e-3 * scale.item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_any_length_have_sums_of_the_same_types(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that send different types do not understand each other."""
+    cost = get_cost(name)
+    y, x = draw(6, 40).float(), draw(9, 40, seed=1).float()
+    reference = y.mean(1, keepdim=True), x.mean(1, keepdim=True)
+    short = cost.sums(y, x, reference)
+    monkeypatch.setattr("lightning_otrt.operations.FLOAT64_OBSERVATIONS", 30)
+    long = cost.sums(y, x, reference)
+    assert [part.dtype for part in long] == [part.dtype for part in short]
+    torch.testing.assert_close(long, short, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_of_two_types_decay_alike() -> None:
+    double, single = torch.ones(3, dtype=torch.float64), torch.ones(3)
+    sums = remember([double, single], 0.98, [torch.zeros_like(double), torch.zeros_like(single)], torch.tensor(True))
+    assert sums[0].tolist() == sums[1].tolist()
 
 
 def test_moments_far_from_their_reference_leave_neurons_alive() -> None:

@@ -705,6 +705,34 @@ def test_a_bad_batch_after_a_resume_does_not_spoil_the_reference_of_all() -> Non
     assert all(call(engine, draw(seed=seed)).isfinite() for seed in range(5, 12))
 
 
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("due", [True, False])
+def test_a_bad_batch_after_a_resume_does_not_spoil_the_running_sums_of_all(cost: str, due: bool) -> None:
+    saved = make(cost)
+    for seed in range(3 if due else 4):
+        call(saved, draw(seed=seed))
+    engine = resumed_globally(saved, 0.98)
+    bad = draw(seed=4)
+    bad[1][0, 0] = math.nan
+    call(engine, bad)
+    before = engine.pairs[0].plan.matrix.clone()
+    for seed in range(5, 12):
+        call(engine, draw(seed=seed))
+    assert all(part.isfinite().all() for part in engine.pairs[0].sums)
+    assert not torch.equal(engine.pairs[0].plan.matrix, before)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("memory", [0.0, 0.98])
+def test_a_global_run_goes_on_in_another_precision(cost: str, memory: float) -> None:
+    saved = resumed_globally(make(cost), memory)
+    for seed in range(3):
+        call(saved, tuple(side.detach().double() for side in draw(seed=seed)))
+    engine = resumed_globally(saved, memory)
+    for seed in range(3, 10):
+        assert call(engine, draw(seed=seed)).isfinite()
+
+
 @pytest.mark.parametrize(("observations", "chosen"), [(8, 0.98), (40, 0.0)])
 def test_auto_chooses_anew_for_all_after_a_resume_with_another_memory(observations: int, chosen: float) -> None:
     saved = make(memory=0.9)
