@@ -514,6 +514,21 @@ def test_a_plan_that_is_not_finite_is_not_kept() -> None:
         assert engine.pairs[0].potential.isfinite().all()
 
 
+def test_a_static_plan_starts_cold_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the potential of an earlier, smaller sample it can take longer to converge than it is given."""
+    starts = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        starts.append(kwargs["potential"])
+        return sinkhorn_plan(*args, **kwargs)
+
+    monkeypatch.setattr(engine_module, "sinkhorn_plan", watched)
+    engine = make(plan="static")
+    for seed in range(3):
+        call(engine, draw(seed=seed))
+    assert starts == [None, None, None]
+
+
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize(("cost", "factor"), [("sqeuclidean", 100), ("sqeuclidean", 5), ("correlation", 100)])
 def test_a_huge_neuron_that_blurs_all_others_is_told(cost: str, factor: float, side: int) -> None:
