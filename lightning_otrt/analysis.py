@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
+from lightning_otrt.arguments import check_count, check_module
 from lightning_otrt.distance import TransportResult, check_finite
 from lightning_otrt.loading import TeacherSource, load_teacher
 from lightning_otrt.matching import LayerChoice, choose_layers, match_in_order
@@ -210,11 +211,9 @@ def compare_representations(
         (torch.Size([2, 2]), ('1', '3'), 32)
         >>> figure, axes = result.plot()
     """
-    if not isinstance(student, nn.Module):
-        raise TypeError(f"Expected argument `student` to be a torch.nn.Module, but got {type(student).__name__}.")
-    for name, value in (("grid", grid), ("max_batches", max_batches)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"Expected argument `{name}` to be a positive integer or None, but got {value!r}.")
+    check_module("student", student)
+    check_count("grid", grid, optional=True)
+    check_count("max_batches", max_batches, optional=True)
     with ExitStack() as stack:
         runners = Teacher(student, role="student"), Teacher(load_teacher(teacher), inputs=teacher_inputs)
         first = next((tensor for tensor in (*student.parameters(), *student.buffers())), torch.empty(0))

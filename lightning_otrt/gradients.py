@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from lightning_otrt.arguments import check_count, check_module
 from lightning_otrt.layers import INPUT, LayerPair
 from lightning_otrt.neurons import select_tensor
 from lightning_otrt.recording import View
@@ -216,10 +217,8 @@ def suggest_weight(
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < math.inf:
         raise ValueError(f"Expected argument `fraction` to be positive and finite, but got {fraction!r}.")
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise ValueError(f"Expected argument `batches` to be a positive integer, but got {batches!r}.")
-    if not isinstance(student, nn.Module):
-        raise TypeError(f"Expected argument `student` to be a torch.nn.Module, but got {type(student).__name__}.")
+    check_count("batches", batches)
+    check_module("student", student)
     transfer = getattr(transfer, "transfer", transfer)  # that of a callback
     if not isinstance(transfer, RepresentationTransfer):
         transfer = RepresentationTransfer(transfer)

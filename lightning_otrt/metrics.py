@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_otrt.arguments import check_count, check_seed
 from lightning_otrt.cost import Sums
 from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import (
@@ -107,8 +108,8 @@ class NeuronTransportDistance(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _check_width("num_student_neurons", num_student_neurons)
-        _check_width("num_teacher_neurons", num_teacher_neurons)
+        check_count("num_student_neurons", num_student_neurons)
+        check_count("num_teacher_neurons", num_teacher_neurons)
         if not isinstance(cost, str):
             raise TypeError(
                 f"Expected argument `cost` to be a name, but got {cost!r}: the metric adds up sums over observations, "
@@ -117,8 +118,7 @@ class NeuronTransportDistance(Metric):
             )
         check_plan(plan, allowed=PLANS[:-1])
         check_epsilon(epsilon)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"Expected argument `seed` to be an integer, but got {seed!r}.")
+        check_seed("seed", seed)
         # A control that does not fit the widths is an error now, not at the end of an epoch.
         fixed_plan(plan, num_student_neurons, num_teacher_neurons, seed=seed, where="the metric")
         self.num_student_neurons = num_student_neurons
@@ -286,8 +286,3 @@ class NeuronTransportDistance(Metric):
 
 def _flatten(sums: Sums) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in sums])
-
-
-def _check_width(name: str, width: int) -> None:
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"Expected argument `{name}` to be a positive integer, but got {width!r}.")

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_otrt.arguments import check_count
 from lightning_otrt.callback import TransferCallback
 from lightning_otrt.watching import Watch
 
@@ -72,10 +73,8 @@ class OTRTMonitor(pl.Callback):
         figures: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            optional = value is None and name == "every_n_steps"
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"Expected argument `{name}` to be a positive integer, but got {value!r}.")
+        check_count("every_n_steps", every_n_steps, optional=True)
+        check_count("every_n_epochs", every_n_epochs)
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.gradients, self.validation, self.figures = gradients, validation, figures
         self._watches: list[Watch] = []

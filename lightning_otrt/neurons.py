@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_otrt.arguments import check_count
+
 __all__ = ["NeuronReader", "as_matrix", "match_positions", "neurons", "select_tensor"]
 
 #: Maps of so many positions are pooled by one matrix product, which takes a third of the time of sums there.
@@ -65,8 +67,7 @@ def neurons(
     """
     if batch_axis not in (0, 1):
         raise ValueError(f"Expected argument `batch_axis` to be 0, or 1 for (T, B, C), but got {batch_axis!r}.")
-    if grid is not None and (not isinstance(grid, int) or isinstance(grid, bool) or grid < 1):
-        raise ValueError(f"Expected argument `grid` to be an integer of at least 1 or None, but got {grid!r}.")
+    check_count("grid", grid, optional=True)
     if prefix_tokens < 0:
         raise ValueError(f"Expected argument `prefix_tokens` not to be negative, but got {prefix_tokens}.")
     if mask is not None and not isinstance(mask, Tensor):

@@ -46,6 +46,11 @@ class View:
         """Whether the student is trained by it; not so where its parameters are frozen for the moment, as in GANs."""
         return any(reading.requires_grad for readings in self.student.values() for reading in readings)
 
+    @property
+    def samples(self) -> int:
+        """The number of samples, 0 where nothing was read."""
+        return next((readings[0].shape[0] for readings in self.student.values()), 0)
+
 
 class Recorder:
     """Records views while it is :attr:`enabled`; holds every hook that the package puts on a user's modules.

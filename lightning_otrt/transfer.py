@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.agreement import agree_on_pairs, has_layers, pairs_from_state, pairs_to_state
+from lightning_otrt.arguments import (
+    check_callable,
+    check_count,
+    check_decay,
+    check_flag,
+    check_number,
+    check_seed,
+)
 from lightning_otrt.collectives import Ranks
 from lightning_otrt.costs import get_cost
 from lightning_otrt.distance import check_epsilon, check_plan
@@ -21,8 +28,8 @@ from lightning_otrt.engine import PairDistance, TransportEngine
 from lightning_otrt.global_batch import GlobalTransportEngine
 from lightning_otrt.layers import LayerPair, LayerSpec
 from lightning_otrt.loading import load_teacher
-from lightning_otrt.neurons import match_positions
 from lightning_otrt.pairing import Pairing, can_be_root, check_layers, pair_layers
+from lightning_otrt.readings import NoTermError, matched_neurons, trained
 from lightning_otrt.recording import Recorder, View, padding_mask
 from lightning_otrt.schedules import Schedule, weight_at
 from lightning_otrt.teachers import Teacher
@@ -119,22 +126,16 @@ class RepresentationTransfer:
     ) -> None:
         check_plan(plan)
         check_epsilon(epsilon)
-        _check_number("weight", weight)
-        _check_memory(memory)
-        _check_count("solve_every", solve_every)
-        if grid is not None:
-            _check_count("grid", grid)
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"Expected argument `schedule` to be callable, but got {type(schedule).__name__}.")
-        if teacher_inputs is not None and not callable(teacher_inputs):
-            raise TypeError(
-                f"Expected argument `teacher_inputs` to be callable, but got {type(teacher_inputs).__name__}."
-            )
+        check_number("weight", weight)
+        check_decay("memory", memory)
+        check_count("solve_every", solve_every)
+        check_count("grid", grid, optional=True)
+        check_callable("schedule", schedule)
+        check_callable("teacher_inputs", teacher_inputs)
         if global_batch is not None:
-            _check_flag("global_batch", global_batch)
-        _check_flag("strict", strict)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"Expected argument `seed` to be an integer, but got {seed!r}.")
+            check_flag("global_batch", global_batch)
+        check_flag("strict", strict)
+        check_seed("seed", seed)
         self.layers, self.weight, self.student_root = layers, weight, student_root
         self.cost, self.plan, self.epsilon = get_cost(cost), plan, epsilon
         self.memory, self.solve_every, self.grid = memory, solve_every, grid
@@ -290,7 +291,7 @@ class RepresentationTransfer:
     @property
     def recorded_samples(self) -> int:
         """Number of samples in the forwards that :meth:`loss` would take."""
-        return sum(_samples(view) for view in _trained(self._recorder.views))
+        return sum(view.samples for view in trained(self._recorder.views))
 
     @property
     def has_views(self) -> bool:
@@ -320,7 +321,7 @@ class RepresentationTransfer:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._asked = True
         weight = self.current_weight
-        views = _trained(self._recorder.take())
+        views = trained(self._recorder.take())
         if not reevaluation:
             self.step += 1
         self._open_or_close()
@@ -328,7 +329,7 @@ class RepresentationTransfer:
             return self._zero()
         try:
             matched, reason = self._matched(views), ""
-        except _NoTermError as error:
+        except NoTermError as error:
             matched, reason = [], str(error)
         if not self.strict and (ranks := self._ranks()) is not None and ranks.any(bool(reason), self._zero().device):
             # The others would wait for this process in the exchange of a term.
@@ -337,7 +338,7 @@ class RepresentationTransfer:
             self.distances = []
             return self._give_up(reason)
         assert self.engine is not None  # views exist only once layers are resolved
-        term, self.distances = self.engine(matched, sum(map(_samples, views)), reevaluation=reevaluation)
+        term, self.distances = self.engine(matched, sum(view.samples for view in views), reevaluation=reevaluation)
         if self.engine is not None and self.engine.calls % self.check_every == 0:
             self.check_finite()
         return weight * term
@@ -384,19 +385,8 @@ class RepresentationTransfer:
     def _matched(self, views: list[View]) -> list[list[tuple[Tensor, Tensor]]]:
         """The neurons of each view and pair."""
         if not views:
-            raise _NoTermError(self._why_no_view())
-        matched = [[self._match(index, view) for index in range(len(self.pairs))] for view in views]
-        constant = [
-            pair.student
-            for index, pair in enumerate(self.pairs)
-            if not any(view[index][0].requires_grad for view in matched)
-        ]
-        if len(constant) == len(self.pairs):
-            raise _NoTermError(
-                f"The transfer term is constant: the outputs of the student layers {constant} do not depend on any "
-                "parameter that requires a gradient. Unfreeze the layers, choose others, or check for `no_grad`, "
-                "`detach` and reentrant activation checkpointing (use_reentrant=False is supported)."
-            )
+            raise NoTermError(self._why_no_view())
+        matched, constant = matched_neurons(views, self.pairs)
         if constant:
             self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
         return matched
@@ -421,26 +411,6 @@ class RepresentationTransfer:
             f"transfer term for layers={self.layers!r}. It has to be called as a module (not `.forward`), with "
             "gradient; `student_root` names the submodule whose inputs the teacher gets."
         )
-
-    def _match(self, index: int, view: View) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[index]
-        found = []
-        for side, name, readings in (
-            ("student", pair.student, view.student),
-            ("teacher", pair.teacher, view.teacher),
-        ):
-            calls = readings.get(f"{index}", [])
-            # Not those without gradient, in which another recorder of this student traces its layers.
-            calls = [reading for reading in calls if reading.requires_grad] or calls
-            if len(calls) != 1:
-                how = "did not run" if not calls else f"ran {len(calls)} times"
-                raise _NoTermError(
-                    f"The {side} layer {name!r} {how} in this forward, but a representation is one call. A branch that "
-                    "is skipped in training, a shared module, or code compiled before the layer was hooked are likely "
-                    "causes; choose a layer that runs once, such as its parent."
-                )
-            found.append(calls[0])
-        return match_positions(found[0], found[1], f"{pair.student!r} -> {pair.teacher!r}")
 
     def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A candidate for the root starts a forward: resolve the layers if need be, and run the teacher."""
@@ -599,15 +569,6 @@ class RepresentationTransfer:
             self.engine.reset()
 
 
-def _trained(views: list[View]) -> list[View]:
-    """The views with gradient; all of them where none has one, so that the reason can be told."""
-    return [view for view in views if view.has_gradient] or views
-
-
-def _samples(view: View) -> int:
-    return next((readings[0].shape[0] for readings in view.student.values()), 0)
-
-
 def _mixes_samples(student: nn.Module) -> bool:
     """Whether statistics over the samples of one process change what it computes."""
     batch_norm = nn.modules.batchnorm._BatchNorm
@@ -615,34 +576,3 @@ def _mixes_samples(student: nn.Module) -> bool:
         isinstance(module, batch_norm) and not isinstance(module, nn.SyncBatchNorm) and module.training
         for module in student.modules()
     )
-
-
-class _NoTermError(Exception):
-    """Why no term could be formed in this call."""
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Expected argument `{name}` to be a number, but got {type(value).__name__}.")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"Expected argument `{name}` to be finite and not negative, but got {value}.")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"Expected argument `{name}` to be True or False, but got {value!r}.")
-
-
-def _check_memory(memory: float | str) -> None:
-    if memory == "auto":
-        return
-    if isinstance(memory, (bool, str)) or not isinstance(memory, (int, float)) or not 0 <= memory < 1:
-        raise ValueError(
-            f'Expected argument `memory` to be "auto" or a decay in [0, 1), such as 0.98, but got {memory!r}. '
-            '`plan="static"` keeps one plan from everything seen.'
-        )

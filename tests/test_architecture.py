@@ -14,12 +14,12 @@ import lightning_otrt
 PACKAGE = Path(lightning_otrt.__file__).parent
 #: From the ground up; a file imports only from floors below its own.
 FLOORS = (
-    {"collectives", "layers", "loading", "neurons", "operations", "plans", "plotting", "schedules"},
-    {"cost", "grammar"},
+    {"arguments", "collectives", "layers", "loading", "operations", "plans", "plotting", "schedules"},
+    {"cost", "grammar", "neurons"},
     {"correlation", "euclidean"},
     {"costs"},
     {"distance", "recording", "selection", "teachers", "tracing"},
-    {"engine", "matching", "metrics"},
+    {"engine", "matching", "metrics", "readings"},
     {"global_batch", "pairing"},
     {"agreement", "analysis"},
     {"transfer"},

@@ -19,7 +19,7 @@ COPIED = ("1", "1x")
 OPTIMISERS = {
     "scratch": ((3e-2, 1.0), (3e-1, 0.3), (1.0, 0.03)),
     "copied": ((1e-2, 0.1), (3e-3, 1e-2), (1e-3, 1e-2)),
-    "transformer": ((3e-3, 0.1), (1e-3, 0.1), (1e-3, 1.0)),
+    "transformer": ((3e-2, 0.1), (1e-2, 0.1), (3e-3, 0.1)),
 }
 #: Methods without a weight choose among more optimisers, so that each method has as many candidates.
 WIDE_OPTIMISERS = {
@@ -31,7 +31,7 @@ WIDE_OPTIMISERS = {
         *((3.0, decay) for decay in (0.003, 0.01)),
     ),
     "copied": tuple((lr, decay) for lr in (1e-2, 3e-3, 1e-3) for decay in (1e-2, 1e-1, 1.0)),
-    "transformer": tuple((lr, decay) for lr in (3e-3, 1e-3, 3e-4) for decay in (1e-2, 1e-1, 1.0)),
+    "transformer": tuple((lr, decay) for lr in (3e-2, 1e-2, 3e-3) for decay in (1e-2, 1e-1, 1.0)),
 }
 
 

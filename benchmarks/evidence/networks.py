@@ -38,12 +38,14 @@ class Pair:
         student: The same for the smaller one.
         layers: ``(student layer, teacher layer)`` of each block, shallow to deep.
         neuron_axis: Axis of the neurons in the outputs of those layers.
+        teacher_lr: Highest learning rate of the teacher's training.
     """
 
     teacher: Callable[[int], nn.Module]
     student: Callable[[int], nn.Module]
     layers: tuple[tuple[str, str], ...]
     neuron_axis: int = 1
+    teacher_lr: float = 1e-2
 
 
 class Residual(nn.Module):
@@ -95,7 +97,7 @@ class Transformer(nn.Module):
     """A small vision transformer (Dosovitskiy et al., arXiv 2010.11929); it averages patch tokens, no class token."""
 
     def __init__(
-        self, num_classes: int, width: int, depth: int, heads: int = 4, patch: int = 4, size: int = 32
+        self, num_classes: int, width: int, depth: int, heads: int = 4, patch: int = 8, size: int = 32
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, patch, patch)
@@ -121,17 +123,22 @@ def _same(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, name) for name in names)
 
 
+def _transformers(part: str = "") -> Pair:
+    layers = _same([f"blocks.{block}{part}" for block in range(4)])
+    teacher, student = (partial(Transformer, width=width, depth=4) for width in (64, 32))
+    return Pair(teacher, student, layers, neuron_axis=-1, teacher_lr=2e-3)
+
+
 _BLOCKS = _same([f"blocks.{block}" for block in range(3)])
 PAIRS = {
     "conv": Pair(_conv(TEACHER_WIDTHS), _conv(STUDENT_WIDTHS), _BLOCKS),
     "wide": Pair(_conv((64, 128, 256)), _conv((16, 32, 64)), _BLOCKS),
     "residual": Pair(partial(ResNet, depth=3), partial(ResNet, depth=1), _same([f"stages.{i}" for i in range(3)])),
-    "transformer": Pair(
-        partial(Transformer, width=64, depth=4),
-        partial(Transformer, width=32, depth=4),
-        _same([f"blocks.{block}" for block in range(4)]),
-        neuron_axis=-1,
-    ),
+    "transformer": _transformers(),
+    # The same networks, compared inside their blocks; the first dropout sees what the attention adds to the stream.
+    "transformer-attention": _transformers(".dropout1"),
+    "transformer-norm": _transformers(".norm2"),
+    "transformer-mlp": _transformers(".linear1"),
 }
 
 

@@ -60,7 +60,7 @@ def teacher_of(task: str, pair: str, seed: int, steps: int) -> nn.Module:
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
-    fit_plain(net, images, steps=steps, seed=seed, lr=1e-2 if pair != "transformer" else 2e-3, weight_decay=1e-2)
+    fit_plain(net, images, steps=steps, seed=seed, lr=PAIRS[pair].teacher_lr, weight_decay=1e-2)
     CACHE.mkdir(parents=True, exist_ok=True)
     # Renamed when whole: several processes may train the same teacher at once.
     whole = path.with_suffix(f".{os.getpid()}")
