@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_otrt.engine import BLURRING_EPSILON
+from lightning_otrt.inspection import BLURRING_EPSILON
 from lightning_otrt.recording import View
 from lightning_otrt.tracing import named_layers
 from lightning_otrt.transfer import RepresentationTransfer

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_otrt.correlation import DEAD_SHARE, CorrelationCost
+from lightning_otrt.correlation import CorrelationCost
 from lightning_otrt.cost import Cost, Plan, Sums, ValueAndGradient, are_finite
 from lightning_otrt.costs import CallableCost
 from lightning_otrt.distance import (
     attach_gradients,
     check_cost,
-    check_values,
     common_dtype,
     fixed_plan,
     run_rounds,
 )
-from lightning_otrt.operations import are_all, norms
-from lightning_otrt.plans import TRAINING_ITERATIONS, WARM_ITERATIONS, diagnose, exact_plan, sinkhorn_plan
+from lightning_otrt.inspection import inspect_batch, inspect_plan
+from lightning_otrt.operations import are_all
+from lightning_otrt.plans import TRAINING_ITERATIONS, WARM_ITERATIONS, exact_plan, sinkhorn_plan
+from lightning_otrt.states import PairState
 
 __all__ = ["PairDistance", "TransportEngine"]
 
@@ -39,34 +40,6 @@ STATIC_ITERATIONS = 200
 #: Up to so many entries a cost matrix is solved together with others of its shape on a CPU, where larger ones fall out
 #: of the cache (benchmarks/speed); on CUDA any is.
 BATCHED_ENTRIES = 64 * 64
-#: From this epsilon on a plan may match nothing, which is so where its entropy is this share of the largest.
-BLURRING_EPSILON = 0.05
-UNIFORM_ENTROPY = 0.97
-#: Where all but one neuron make less than this many ε of the mean cost, the plan hardly tells them apart.
-HUGE_SHARE = 3.0
-
-
-@dataclass
-class PairState:
-    """What one pair of layers keeps between calls. All tensors are on the student's device and carry no graph.
-
-    Attributes:
-        plan: The plan in use.
-        potential: Where the next Sinkhorn solve starts from.
-        sums: Decayed sums of the running cost.
-        reference: Points near the neurons' means around which the sums are taken.
-        energy: Decayed sum of squares and count of the teacher.
-        memory: Decay of the running cost, once chosen.
-        samples: Finite samples behind a static plan, which is final once there are enough of them.
-    """
-
-    plan: Plan | None = None
-    potential: Tensor | None = None
-    sums: Sums | None = None
-    reference: tuple[Tensor, Tensor] | None = None
-    energy: Tensor | None = None
-    memory: float | None = None
-    samples: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,8 +311,9 @@ class TransportEngine:
             del cost
             for row, index in enumerate(indices):
                 self._keep(self.pairs[index], Plan(*(part[row] for part in plans)), potentials[row], fits[row])
-                if self.calls == 0:
-                    self._warn_of_uniform(index)
+                if self.calls == 0 and self.plan != "exact":
+                    for message in inspect_plan(self.names[index], self.pairs[index].plan, self.epsilon):
+                        self._warn(message)
 
     @staticmethod
     def _keep(state: PairState, plan: Plan, potential: Tensor | None, fits: Tensor) -> None:
@@ -369,58 +343,10 @@ class TransportEngine:
             warnings.warn(message, stacklevel=3)
 
     def _check_first(self, batches: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
-        for (student, teacher), batch in zip(self.names, batches, strict=True):
+        for names, batch in zip(self.names, batches, strict=True):
             for y, x in batch:
-                for side, where in ((x, f"Teacher layer {teacher!r}"), (y, f"Student layer {student!r}")):
-                    check_values(side, where)
-                if self.cost.scaled:
-                    self._warn_of_huge((student, teacher), (y, x))
-                # A single column is constant without being dead, and has no correlation anyway.
-                if self.cost.min_observations <= y.shape[-1] and isinstance(self.cost, CorrelationCost):
-                    self._warn_of_dead(f"Student layer {student!r}", y, "Check its activations and the learning rate")
-                    self._warn_of_dead(f"Teacher layer {teacher!r}", x, "Check its weights and `teacher_inputs`")
-
-    def _warn_of_dead(self, where: str, neurons: Tensor, advice: str) -> None:
-        count = neurons.shape[0]
-        # Some columns nearly always tell that most neurons are alive, without a look at all of them.
-        if 2 * _overshadowed(neurons[:, :64]) > count and 2 * (overshadowed := _overshadowed(neurons)) > count:
-            self._warn(
-                f"{where}: {overshadowed} of its {count} neurons vary by less than {DEAD_SHARE:g} of the layer's mean, "
-                "which a few huge ones make large, and count as dead: a correlation with them has no gradient. "
-                f"{advice}, or choose a layer behind a normalisation."
-            )
-        first = neurons[:, :1]
-        if not bool((neurons[:, -1:] != first).any()) and not bool((neurons != first).any()):
-            self._warn(
-                f"{where} is constant over the first batch: all of its {count} neurons are dead, and a "
-                f"correlation with dead neurons has no gradient. {advice}, or use cost='euclidean'."
-            )
-
-    def _warn_of_huge(self, names: tuple[str, str], batch: tuple[Tensor, Tensor]) -> None:
-        """A squared distance to a huge neuron can outweigh, in the mean, all that tells the others apart."""
-        squares = [norms(side).square_() for side in batch]
-        total = torch.stack([side.mean() for side in squares]).sum()
-        for kind, name, side in zip(("Student", "Teacher"), names, squares, strict=True):
-            share = float(side.max() / side.numel() / total)
-            if side.numel() > 1 and 1 - share < HUGE_SHARE * self.epsilon:
-                self._warn(
-                    f"{kind} layer {name!r}: a single one of its {side.numel()} neurons makes {share:.1%} of the mean "
-                    f"cost, to which epsilon={self.epsilon:g} is relative, so that the plan hardly tells the others "
-                    "apart. Use cost='correlation', or choose a layer behind a normalisation."
-                )
-
-    def _warn_of_uniform(self, index: int) -> None:
-        plan = self.pairs[index].plan
-        # With a small epsilon an untrained student, whose neurons are alike, begins like this and leaves it behind.
-        if plan is None or self.plan == "exact" or self.epsilon < BLURRING_EPSILON or 1 in plan.matrix.shape:
-            return
-        entropy = float(diagnose(plan.matrix).entropy)
-        if entropy > UNIFORM_ENTROPY:
-            self._warn(
-                "The transport plan of {!r} -> {!r} is nearly uniform, ".format(*self.names[index])
-                + f"so that it matches almost nothing: its entropy is {entropy:.0%} of the largest at "
-                f"epsilon={self.epsilon:g}. Use a smaller `epsilon`, such as 0.01, or plan='exact'."
-            )
+                for message in inspect_batch(names, y, x, self.cost, self.epsilon):
+                    self._warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, plans, potentials and statistics: what a resumed run needs to go on as if it had not stopped."""
@@ -428,21 +354,7 @@ class TransportEngine:
             "names": [list(name) for name in self.names],
             "settings": {"cost": str(self.cost), "plan": self.plan, "memory": self.memory},
             "calls": self.calls,
-            "pairs": [
-                {
-                    "plan": None if state.plan is None else state.plan.matrix,
-                    # Not summed again, since they would differ in the last bits.
-                    "masses": None if state.plan is None else list(state.plan[1:]),
-                    "potential": state.potential,
-                    # A copy: the running sums go on in place.
-                    "sums": None if state.sums is None else [value.clone() for value in state.sums],
-                    "reference": None if state.reference is None else list(state.reference),
-                    "energy": state.energy,
-                    "memory": state.memory,
-                    "samples": state.samples,
-                }
-                for state in self.pairs
-            ],
+            "pairs": [state.state_dict() for state in self.pairs],
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
@@ -466,9 +378,6 @@ class TransportEngine:
                     "weights alone."
                 )
 
-        def here(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device)
-
         def memory_of(pair: dict[str, Any]) -> float | None:
             if self.plan == "static" or self.memory == settings.get("memory", self.memory) == "auto":
                 return pair["memory"]
@@ -476,30 +385,7 @@ class TransportEngine:
             return None if self.memory == "auto" else float(self.memory)
 
         self.calls = state["calls"]
-        self.pairs = [
-            PairState(
-                plan=None
-                if pair["plan"] is None
-                else Plan(*(part.to(device) for part in (pair["plan"], *pair["masses"]))),
-                potential=here(pair["potential"]),
-                # A copy, again: they are added to in place. Without memory nothing would add to them.
-                sums=None
-                if pair["sums"] is None or not memory_of(pair)
-                else [value.to(device, copy=True) for value in pair["sums"]],
-                reference=None if pair["reference"] is None else tuple(value.to(device) for value in pair["reference"]),
-                energy=here(pair["energy"]),
-                memory=memory_of(pair),
-                samples=pair["samples"],
-            )
-            for pair in state["pairs"]
-        ]
-
-
-def _overshadowed(neurons: Tensor) -> int:
-    """How many neurons ``(N, n)`` vary, but so little beside the others that they count as dead."""
-    norms = torch.linalg.vector_norm(neurons - neurons.mean(-1, keepdim=True), dim=-1)
-    varies = neurons.amax(-1) != neurons.amin(-1)
-    return int((varies & (norms <= DEAD_SHARE * norms.mean())).sum())
+        self.pairs = [PairState.of(pair, memory_of(pair), device) for pair in state["pairs"]]
 
 
 def _where(fits: Tensor, new: Tensor, old: Tensor | float) -> Tensor:

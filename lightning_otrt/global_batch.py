@@ -19,7 +19,8 @@ from lightning_otrt.collectives import Ranks
 from lightning_otrt.cost import Plan, Rounds, Sums, ValueAndGradient, are_finite, remember
 from lightning_otrt.costs import CallableCost
 from lightning_otrt.distance import common_dtype, run_rounds
-from lightning_otrt.engine import MEMORY, PairDistance, PairState, TransportEngine
+from lightning_otrt.engine import MEMORY, PairDistance, TransportEngine
+from lightning_otrt.states import PairState
 
 __all__ = ["GlobalTransportEngine"]
 
