@@ -220,6 +220,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         (48,),
         FEW_SEEDS,
     ),
+    # Chosen by `transformer-matching`, on a–z; each method matches these layers instead of the blocks.
+    "transformer-mlp": Experiment(
+        "The transformer pair, compared at the hidden neurons of each MLP, 48 labels per class, 800 steps",
+        _TRANSFORMER,
+        ("greek",),
+        ("fitnets-blocks", "cka", "random", DEFAULT, "ot-blocks+lwf"),
+        (48,),
+        FEW_SEEDS,
+        changes={"pair": "transformer-mlp"},
+    ),
     "transformer-matching": Experiment(
         "Does the matching matter for transformers? a–z validation, 48 labels per class, 800 steps",
         _TRANSFORMER,
