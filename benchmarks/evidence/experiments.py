@@ -132,6 +132,7 @@ _MATCHING: dict[str, dict[str, Any]] = {
     "random plan": {"plan": "random"},
     "exact plan": {"plan": "exact"},
     "uniform plan": {"plan": "uniform"},
+    "static plan": {"plan": "static"},
     "cost euclidean": {"cost": "euclidean"},
     "memory 0": {"memory": 0.0},
     "memory 0.98": {"memory": 0.98},

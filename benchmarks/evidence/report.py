@@ -113,9 +113,8 @@ def comparison_table(found: Found, target: str, per_class: int) -> list[str]:
         others = {name: values for name, values in accuracies.items() if name != DEFAULT}
         comparisons = compare(accuracies[DEFAULT], others)
     seeds = {len(values) for values in accuracies.values()}
-    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)}–{max(seeds)}"
     lines = [
-        f"**{NAMES[target]}**, {per_class} labels per class, {count} paired seeds",
+        f"**{NAMES[target]}**, {per_class} labels per class, {_span(seeds)} paired seeds",
         "",
         "| method | accuracy, % | default gains, points | p (Holm) |",
         "|---|---|---|---|",
@@ -160,7 +159,7 @@ def curve_table(found: Found, target: str) -> list[str]:
         ]
         lines.append(f"| {label(method)} | " + " | ".join(cells) + " |")
     seeds = {len(values) for column in columns.values() for values in column.values()}
-    return [*lines, "", f"Paired seeds: {min(seeds)} to {max(seeds)}.", ""]
+    return [*lines, "", f"Paired seeds: {_span(seeds)}.", ""]
 
 
 def choices_table(found: Found) -> list[str]:
@@ -337,3 +336,8 @@ def p_value(p: float) -> str:
 def command(*names: str) -> str:
     """The command that makes the runs of experiments."""
     return f"`python -m benchmarks.transfer --experiments {' '.join(names)}`"
+
+
+def _span(counts: set[int]) -> str:
+    """One number, or the range of several."""
+    return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
