@@ -55,7 +55,6 @@ def test_nothing_is_run_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow  # two new interpreters
 def test_several_processes_find_the_same_rows(tmp_path: Path) -> None:
     one, two = Results(tmp_path / "one.jsonl"), Results(tmp_path / "two.jsonl")
     complete(RUNS, one, pretend)

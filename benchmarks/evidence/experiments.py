@@ -87,7 +87,8 @@ def _methods(setting: str, *, without: Iterable[str] = ()) -> tuple[str, ...]:
 
 _NEW = Tuning("3")
 _SAME = Tuning("2")
-#: Transformers learn slowly from few images: with 400 steps all methods, and with 800 a teacher, end half trained.
+#: Transformers learn slowly from few images: with 400 steps all methods, and with 800 a teacher, end half trained. With
+#: 1600 the teacher has learnt its images and reaches some 71 % on other fonts, where a convolutional one reaches 95.
 _TRANSFORMER = Tuning("3", per_class=48, pair="transformer", steps=800, teacher_steps=1600)
 _DIGITS = Tuning("2", target="digits", per_class=5, steps=300, teacher_steps=300)
 #: Enough to see an ordering: the baseline, the strongest rivals, the control, the paper's recipe, the default, and the
@@ -125,8 +126,8 @@ _PLACES: dict[str, dict[str, Any]] = {
     "layer norms": {"run.pair": "transformer-norm"},
     "hidden neurons of the MLP": {"run.pair": "transformer-mlp"},
     # Students as wide as the teacher that come with features; gentle, as in settings 1 and 1x.
-    "student copied": {"run.setting": "1", "run.steps": 400, "run.lr": 3e-3},
-    "student from another network": {"run.setting": "1x", "run.steps": 400, "run.lr": 3e-3},
+    "student copied, 400 steps": {"run.setting": "1", "run.steps": 400, "run.lr": 3e-3},
+    "student from another network, 400 steps": {"run.setting": "1x", "run.steps": 400, "run.lr": 3e-3},
 }
 _MATCHING: dict[str, dict[str, Any]] = {
     "random plan": {"plan": "random"},
@@ -134,7 +135,6 @@ _MATCHING: dict[str, dict[str, Any]] = {
     "uniform plan": {"plan": "uniform"},
     "static plan": {"plan": "static"},
     "cost euclidean": {"cost": "euclidean"},
-    "memory 0": {"memory": 0.0},
     "memory 0.98": {"memory": 0.98},
     **{
         f"{place}{control}": {**change, **options}
