@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_otrt.cost import Cost, Plan
-from lightning_otrt.costs import get_cost
-from lightning_otrt.distance import run_rounds
-from lightning_otrt.plans import exact_plan, sinkhorn_plan
+from lightning_otrt.transport.cost import Cost, Plan
+from lightning_otrt.transport.distance import run_rounds
+from lightning_otrt.transport.named_costs import get_cost
+from lightning_otrt.transport.plans import exact_plan, sinkhorn_plan
 
 COSTS = ("euclidean", "sqeuclidean", "correlation")
 CLOUDS = ("permuted", "independent")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.problems import EPSILON, Problem
 from lightning_otrt import transport_distance
-from lightning_otrt.engine import TransportEngine
-from lightning_otrt.plans import diagnose
+from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.transport.plans import diagnose
 
 #: What a method returns: its value and the gradient for the student neurons.
 Solve = Callable[[], tuple[Tensor, Tensor]]

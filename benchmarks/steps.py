@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from benchmarks.problems import neurons
 from lightning_otrt import LayerPair, RepresentationTransfer
-from lightning_otrt.costs import get_cost
-from lightning_otrt.engine import TransportEngine
+from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.transport.named_costs import get_cost
 
 #: Outputs of the four stages and what enters the head.
 STAGES = ("layer1", "layer2", "layer3", "layer4", "avgpool")

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_otrt.collectives import Ranks
-from lightning_otrt.layers import INPUT, LayerPair
-from lightning_otrt.pairing import Pairing
-from lightning_otrt.tracing import named_layers
+from lightning_otrt.layers.pairs import INPUT, LayerPair
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.tracer import named_layers
+from lightning_otrt.steps.ranks import Ranks
 
 __all__ = ["agree_on_pairs", "has_layers", "pairs_from_state", "pairs_to_state"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.agreement import agree_on_pairs, has_layers, pairs_from_state, pairs_to_state
-from lightning_otrt.arguments import (
+from lightning_otrt.checks import (
     check_callable,
     check_count,
     check_decay,
@@ -21,19 +21,19 @@ from lightning_otrt.arguments import (
     check_number,
     check_seed,
 )
-from lightning_otrt.collectives import Ranks
-from lightning_otrt.costs import get_cost
-from lightning_otrt.distance import check_epsilon, check_plan
-from lightning_otrt.engine import PairDistance, TransportEngine
-from lightning_otrt.global_batch import GlobalTransportEngine
-from lightning_otrt.layers import LayerPair, LayerSpec
-from lightning_otrt.loading import load_teacher
-from lightning_otrt.pairing import Pairing, can_be_root, check_layers, pair_layers
-from lightning_otrt.readings import NoTermError, matched_neurons, trained
-from lightning_otrt.recording import Recorder, View, padding_mask
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.pairing import Pairing, can_be_root, check_layers, pair_layers
+from lightning_otrt.reading.recorder import Recorder, View, padding_mask
+from lightning_otrt.reading.tracer import named_layers
+from lightning_otrt.reading.views import NoTermError, matched_neurons, trained
 from lightning_otrt.schedules import Schedule, weight_at
-from lightning_otrt.teachers import Teacher
-from lightning_otrt.tracing import named_layers
+from lightning_otrt.steps.engine import PairDistance, TransportEngine
+from lightning_otrt.steps.global_batch import GlobalTransportEngine
+from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.teacher.frozen import Teacher
+from lightning_otrt.teacher.load import load_teacher
+from lightning_otrt.transport.distance import check_epsilon, check_plan
+from lightning_otrt.transport.named_costs import get_cost
 
 __all__ = ["RepresentationTransfer"]
 

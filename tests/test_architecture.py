@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,26 @@ import pytest
 import lightning_otrt
 
 PACKAGE = Path(lightning_otrt.__file__).parent
-#: From the ground up; a file imports only from floors below its own.
-FLOORS = (
-    {"arguments", "collectives", "layers", "loading", "operations", "plans", "plotting", "schedules"},
-    {"cost", "grammar", "neurons"},
-    {"correlation", "euclidean"},
-    {"costs", "states"},
-    {"distance", "recording", "selection", "teachers", "tracing"},
-    {"inspection", "matching", "metrics", "readings"},
-    {"engine"},
-    {"global_batch", "pairing"},
-    {"agreement", "analysis"},
-    {"transfer"},
-    {"advice", "gradients", "validation"},
-    {"figures", "patching", "strategies"},
-    {"callback", "watching"},
-    {"module", "monitor"},
-)
-#: The floors from here on know Lightning; those below are plain PyTorch.
-LIGHTNING_FLOOR = 11
+#: What a floor may import, besides itself and what these may. Single files between the floors count as floors.
+BELOW = {
+    "checks": set(),
+    "schedules": set(),
+    "transport": {"checks"},
+    "steps": {"transport"},
+    "layers": {"checks"},
+    "reading": {"layers", "transport"},
+    "teacher": {"reading"},
+    "agreement": {"reading", "steps"},
+    "transfer": {"agreement", "steps", "teacher", "schedules"},
+    "analysis": {"transfer"},
+    "trainer": {"analysis"},
+}
+#: Lines of one file.
+LONGEST = 400
+
+
+def _may_import(floor: str) -> set[str]:
+    return {floor}.union(*(_may_import(below) for below in BELOW[floor]))
 
 
 def _imports(path: Path) -> set[str]:
@@ -51,27 +53,43 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-MODULES = {path.stem: _imports(path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+PATHS = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+MODULES = {name: _imports(path) for name, path in PATHS.items() if name != "__init__"}
 
 
 def test_every_file_has_a_floor() -> None:
-    assert set.union(*FLOORS) == set(MODULES)
+    assert {name.split(".")[0] for name in MODULES} == set(BELOW)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_run_down_only(name: str) -> None:
-    floor = next(index for index, names in enumerate(FLOORS) if name in names)
-    below = set().union(*FLOORS[:floor])
-    siblings = {module.split(".")[1] for module in MODULES[name] if module.startswith("lightning_otrt.")}
-    assert siblings <= below
-    if floor < LIGHTNING_FLOOR:
-        assert not any(module.split(".")[0] == "lightning" for module in MODULES[name])
+    floor = name.split(".")[0]
+    imported = {module.split(".")[1] for module in MODULES[name] if module.startswith("lightning_otrt.")}
+    assert imported <= _may_import(floor)
+    assert "lightning_otrt" not in MODULES[name], "import from the file that defines a name, not from the package"
+
+
+def test_no_circle_within_a_floor() -> None:
+    graph = {
+        name: {module.removeprefix("lightning_otrt.") for module in imports if module.startswith("lightning_otrt.")}
+        for name, imports in MODULES.items()
+    }
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+def test_length(name: str) -> None:
+    assert len(PATHS[name].read_text().splitlines()) <= LONGEST
+
+
+def test_only_the_trainer_floor_knows_lightning() -> None:
+    outside = [name for name in MODULES if not name.startswith("trainer.")]
+    assert not [name for name in outside if any(module.split(".")[0] == "lightning" for module in MODULES[name])]
 
 
 def test_one_file_imports_geomloss() -> None:
-    assert [name for name, imports in MODULES.items() if any(m.split(".")[0] == "geomloss" for m in imports)] == [
-        "plans"
-    ]
+    importers = [name for name, imports in MODULES.items() if any(m.split(".")[0] == "geomloss" for m in imports)]
+    assert importers == ["transport.geomloss_loop"]
 
 
 @pytest.mark.parametrize("optional", ["ot", "matplotlib", "timm", "transformers", "pandas", "jsonargparse", "sklearn"])

@@ -53,7 +53,7 @@ from lightning_otrt import (
     neurons,
     transport_distance,
 )
-from lightning_otrt.metrics import NeuronTransportDistance
+from lightning_otrt.analysis.metric import NeuronTransportDistance
 
 NAN, INF = float("nan"), float("inf")
 Error = type[BaseException]

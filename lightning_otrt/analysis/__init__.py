@@ -1,0 +1,1 @@
+"""Measurements: the metric, comparisons of layers, the choice of a weight, figures."""

@@ -1,0 +1,129 @@
+"""Transport distances on data that is not trained on: exact over all of it, from forwards that someone else runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_otrt.analysis.metric import NeuronTransportDistance
+from lightning_otrt.reading.neurons import match_positions
+from lightning_otrt.reading.recorder import Recorder, View, padding_mask
+from lightning_otrt.reading.tracer import named_layers
+from lightning_otrt.transfer import RepresentationTransfer
+from lightning_otrt.transport.correlation import CorrelationCost
+from lightning_otrt.transport.cost import Cost
+from lightning_otrt.transport.euclidean import EuclideanCost, SquaredEuclideanCost
+
+__all__ = ["ValidationDistances", "cost_name"]
+
+_NAMES: dict[type[Cost], str] = {
+    CorrelationCost: "correlation",
+    EuclideanCost: "euclidean",
+    SquaredEuclideanCost: "sqeuclidean",
+}
+
+
+def cost_name(cost: Cost) -> str | None:
+    """The name by which the metric knows a cost; None for a callable, which need not be a sum over observations."""
+    return _NAMES.get(type(cost))
+
+
+class ValidationDistances:
+    """Feeds one metric for each pair with every forward of the student's root, until :meth:`close`.
+
+    Recording for the training term ignores forwards without gradient; this has hooks of its own. An error in them does
+    not reach whoever runs the student: it ends the recording and is kept as :attr:`error`.
+
+    Args:
+        transfer: Attached to ``student``, with its layers resolved and a distance of each pair.
+        student: The student.
+    """
+
+    def __init__(self, transfer: RepresentationTransfer, student: nn.Module) -> None:
+        self.transfer = transfer
+        #: Why recording ended early, or a distance is missing.
+        self.error: Exception | None = None
+        self.metrics = self._make_metrics()
+        self._recorder = Recorder(lambda *_: False)
+        pairing = transfer.pairing
+        assert pairing is not None
+        self._recorder.watch_student(pairing.readers("student", student, transfer.grid))
+        self._recorder.watch_teacher(pairing.readers("teacher", transfer.teacher.module, transfer.grid))
+        root = named_layers(student)[pairing.student.root]
+        self._handles: list[RemovableHandle] = [
+            root.register_forward_pre_hook(self._open, with_kwargs=True),
+            root.register_forward_hook(self._record, always_call=True),
+        ]
+
+    def compute(self) -> list[Tensor]:
+        """The distance of each pair over all forwards and processes; NaN where there were none. A collective.
+
+        A plan that is not found gives NaN too, and is kept as :attr:`error`.
+        """
+        return [self._distance(metric) for metric in self.metrics]
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._recorder.remove()
+
+    def _distance(self, metric: NeuronTransportDistance) -> Tensor:
+        try:
+            return metric.compute()
+        except RuntimeError as error:
+            self.error = error
+            return metric.sums.new_tensor(math.nan)
+
+    def _make_metrics(self) -> list[NeuronTransportDistance]:
+        transfer = self.transfer
+        name = cost_name(transfer.cost)
+        assert name is not None
+        plan = "sinkhorn" if transfer.plan == "static" else transfer.plan
+        metrics = []
+        for distance in transfer.distances:
+            # A pair that was skipped for want of observations gets a metric too: all processes reduce the same ones.
+            shape = (1, 1) if distance.plan is None else tuple(distance.plan.shape)
+            metric = NeuronTransportDistance(*shape, cost=name, plan=plan, epsilon=transfer.epsilon, seed=transfer.seed)
+            metrics.append(metric.to(distance.value.device))
+        return metrics
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.error is not None or self._recorder.current is not None:
+            return
+        teacher = self.transfer.teacher
+        try:
+            with torch.no_grad():
+                teacher_args, teacher_kwargs = teacher.inputs_for(args, kwargs)
+                masks = padding_mask(args, kwargs), padding_mask(teacher_args, teacher_kwargs)
+                self._recorder.current = View("", student_mask=masks[0], teacher_mask=masks[1])
+                with self._recorder.teacher_running():
+                    teacher.run(teacher_args, teacher_kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._fail(error)
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        view, self._recorder.current = self._recorder.current, None
+        if view is None or output is None:  # the forward raised
+            return
+        try:
+            with torch.no_grad():
+                for index, (metric, pair) in enumerate(zip(self.metrics, self.transfer.pairs, strict=True)):
+                    calls = view.student.get(str(index), []), view.teacher.get(str(index), [])
+                    where = f"{pair.student!r} -> {pair.teacher!r}"
+                    if [len(side) for side in calls] != [1, 1]:
+                        raise ValueError(
+                            f"{where}: the layers ran {len(calls[0])} and {len(calls[1])} times, not once."
+                        )
+                    y, x = match_positions(calls[0][0], calls[1][0], where)
+                    if metric.num_student_neurons == len(y) and metric.num_teacher_neurons == len(x):
+                        metric.update(y, x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.error, self._recorder.current = error, None

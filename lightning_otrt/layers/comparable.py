@@ -1,0 +1,216 @@
+"""Which layers of two networks are worth comparing, and which of them belong together by distance and order.
+
+Everything here is plain data. Distances are measured in ``analysis/compare.py`` and ``reading/pairing.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from lightning_otrt.layers.automatic import classification_head, is_idle, select_layers
+from lightning_otrt.layers.pairs import INPUT, Trace, TracedLayer
+
+__all__ = ["LayerChoice", "choose_layers", "comparable_layers", "match_in_order"]
+
+#: A choice of layers of one network; see :func:`choose_layers`.
+LayerChoice: TypeAlias = str | int | Sequence[str | int]
+
+#: More layers than this are the insides of blocks rather than blocks.
+_AT_MOST = 40
+_LINEAR = ("linear", "pointwise", "conv")
+
+
+def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ...]:
+    """The layers of a network whose comparison with those of another one tells something: blocks, not every operation.
+
+    Starting from the whole network, containers are opened level by level: sequences, and modules that hold numbered
+    blocks of one class, each of several linear maps. The levels are taken as long as there are at most ``at_most``
+    layers. Layers without children stand for themselves together with what follows up to the next linear map: of
+    convolution, normalisation and activation the activation is taken. Left out are the classification head and what
+    comes after it, layers that run more than once, layers without a known neuron axis, what does nothing in evaluation
+    mode, and children whose output their parent hands on.
+
+    Args:
+        trace: One forward of the network.
+        at_most: Largest number of layers; more only where the first level that has any holds more.
+
+    Returns:
+        Names in the order of completion.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_otrt.layers.comparable import comparable_layers
+        >>> from lightning_otrt.reading.tracer import trace
+        >>> hidden = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh()]
+        >>> net = nn.Sequential(*hidden, nn.Linear(6, 3))
+        >>> comparable_layers(trace(net, (torch.randn(4, 6),)))
+        ('2', '4')
+    """
+    children = _children(trace)
+    usable = {layer.name: layer for layer in trace.layers if _is_usable(layer, trace)}
+    known = {layer.name: layer for layer in trace.layers}
+    found: dict[str, TracedLayer] = {}
+    level = [trace.root]
+    while level:
+        inside = [_stand_ins(children[name], usable, known) for name in level]
+        new = {
+            name: usable[name]
+            for name in (name for names in inside for name in names)
+            if not _is_handed_on(usable[name], found)
+        }
+        if found and len(found) + len(new) > at_most:
+            break
+        found.update(new)
+        level = [name for parent in level for name in children[parent] if _is_opened(known[name], usable, known)]
+    return tuple(sorted(found, key=lambda name: found[name].order or 0))
+
+
+def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]:
+    """The layers of one network that a choice stands for, with their neuron axes, in the order of the network.
+
+    Args:
+        choice: ``"auto"`` (:func:`comparable_layers`), ``"all"`` (all that can be recorded), names, globs,
+            ``"re:..."``, indices, ``"name:input"``, ``"blocks"`` or ``"penultimate"``; one or a list of them.
+        seen: One forward of the network.
+        side: ``"student"`` or ``"teacher"``, for errors.
+
+    Raises:
+        TypeError: If it is neither a name, an index nor a list of them.
+        ValueError: If a name is unknown, or there is no layer.
+    """
+    selectors = list(choice) if isinstance(choice, Sequence) and not isinstance(choice, str) else [choice]
+    if not all(isinstance(name, (str, int)) and not isinstance(name, bool) for name in selectors):
+        raise TypeError(
+            f"Expected the layers of the {side} to be a name, an index or a list of these, but got {choice!r}. "
+            "`layers` and `teacher_layers` are two lists, not pairs."
+        )
+    names: list[str | int] = []
+    for selector in selectors:
+        if selector == "auto":
+            names += comparable_layers(seen)
+        elif selector == "all":
+            names += [layer.name for layer in seen.recordable() if layer.neuron_axis is not None]
+        elif selector == "matched":
+            raise ValueError('"matched" pairs layers; here they are all compared. Use "auto" or "blocks".')
+        else:
+            names.append(selector)
+    found = select_layers(names, seen, side)
+    # In the order of the network, on which the pairing relies; what enters a layer is there before what leaves it.
+    found = dict(sorted(found.items(), key=lambda item: (seen.layer(item[0]).order or 0, not item[0].endswith(INPUT))))
+    if not found:
+        option = "layers" if side == "student" else "teacher_layers"
+        raise ValueError(f"No layer of the {side} can be compared. Name its layers, such as {option}=['fc:input'].")
+    return found
+
+
+def match_in_order(distances: Tensor) -> list[tuple[int, int]]:
+    r"""The pairing of rows and columns, both in order and each used once, with the least sum of distances.
+
+    As many pairs as possible are formed, so that of two networks every layer of the shallower one has a partner. Among
+    all such pairings :math:`i_1 < i_2 < \dots`, :math:`j_1 < j_2 < \dots` dynamic programming finds the one of least
+    :math:`\sum_k D_{i_k j_k}` in :math:`O(S T)`.
+
+    Args:
+        distances: D, ``(S, T)``; entries that are not finite cannot be paired.
+
+    Returns:
+        Pairs ``(row, column)`` in order.
+
+    Example:
+        >>> import torch
+        >>> from lightning_otrt.layers.comparable import match_in_order
+        >>> match_in_order(torch.tensor([[0.3, 0.1, 0.9], [0.0, 0.8, 0.2]]))
+        [(0, 1), (1, 2)]
+    """
+    table = distances.tolist()
+    rows, columns = len(table), len(table[0]) if table else 0
+    # Fewest pairs left out first, then the distance: tuples compare so.
+    best = [[(0, 0.0)] * (columns + 1) for _ in range(rows + 1)]
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            choices = [best[i - 1][j], best[i][j - 1]]
+            distance = table[i - 1][j - 1]
+            if math.isfinite(distance):
+                count, total = best[i - 1][j - 1]
+                choices.append((count - 1, total + distance))
+            best[i][j] = min(choices)
+    pairs = []
+    i, j = rows, columns
+    while i and j:
+        if best[i][j] == best[i - 1][j]:
+            i -= 1
+        elif best[i][j] == best[i][j - 1]:
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+    return pairs[::-1]
+
+
+def _children(trace: Trace) -> dict[str, list[str]]:
+    """Children of each module in order of completion; those of a container that is never called are its parent's."""
+    called = {layer.name for layer in trace.layers if layer.calls} | {trace.root}
+    children: dict[str, list[str]] = {layer.name: [] for layer in trace.layers}
+    for layer in sorted(trace.layers, key=lambda layer: layer.order or 0):
+        if layer.name in called and layer.name != trace.root:
+            parent = layer.name.rpartition(".")[0]
+            while parent and parent not in called:
+                parent = parent.rpartition(".")[0]
+            if parent in children:
+                children[parent].append(layer.name)
+    return children
+
+
+def _is_usable(layer: TracedLayer, trace: Trace) -> bool:
+    head = classification_head(trace)
+    tensor = layer.output
+    if not layer.is_recordable or layer.name == trace.root or tensor is None or tensor.neuron_axis is None:
+        return False
+    if head is not None and (layer.order or 0) >= (head.order or 0):
+        return False
+    return tensor.shape[tensor.batch_axis] == trace.batch_size and not is_idle(layer)
+
+
+def _stand_ins(names: list[str], usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> Iterator[str]:
+    """Of siblings all containers, and the last of each group of layers without children."""
+    group: str | None = None
+    for name in names:
+        layer = known[name]
+        starts = layer.is_container or layer.role in _LINEAR or "Embedding" in layer.kind
+        if starts and group is not None:
+            yield group
+            group = None
+        if name in usable:
+            if layer.is_container:
+                yield name
+            else:
+                group = name
+    if group is not None:
+        yield group
+
+
+def _is_handed_on(layer: TracedLayer, found: dict[str, TracedLayer]) -> bool:
+    """Whether a parent that is taken gives the very same tensor."""
+    return any(layer.name.startswith(f"{name}.") and layer.maker == outer.maker for name, outer in found.items())
+
+
+def _is_opened(layer: TracedLayer, usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> bool:
+    if not layer.is_container:
+        return False
+    if layer.name not in usable or layer.kind == "Sequential":
+        return True
+    # A convolution with its normalisation is numbered too; a block holds more than one linear map.
+    inside = [known[name] for name in known if name.startswith(f"{layer.name}.")]
+    blocks = [block for block in inside if block.is_container and _linear_maps(block, inside) > 1]
+    return max(Counter((re.sub(r"\d+", "#", block.name), block.kind) for block in blocks).values(), default=0) > 1
+
+
+def _linear_maps(block: TracedLayer, layers: list[TracedLayer]) -> int:
+    return sum(layer.role in _LINEAR and layer.name.startswith(f"{block.name}.") for layer in layers)

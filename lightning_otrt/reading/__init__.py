@@ -1,0 +1,1 @@
+"""From the forward of a network to matrices of neurons."""

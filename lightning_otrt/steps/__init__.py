@@ -1,0 +1,1 @@
+"""A training run: when plans are solved, and from which sums."""

@@ -1,0 +1,358 @@
+"""Representation transfer as a callback of the Lightning Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.schedules import Schedule
+from lightning_otrt.steps.global_batch import GlobalTransportEngine
+from lightning_otrt.trainer.strategies import shared_batch
+from lightning_otrt.trainer.training_step import add_term, leaves_of, remove_term
+from lightning_otrt.transfer import RepresentationTransfer
+
+__all__ = ["OTRTCallback"]
+
+
+class TransferCallback(pl.Callback):
+    """What :class:`OTRTCallback` and the callback inside :func:`OTRTModule` share: an engine for one fit."""
+
+    def __init__(self, transfer: RepresentationTransfer) -> None:
+        super().__init__()
+        #: The engine, with the resolved pairs, plans and distances.
+        self.transfer = transfer
+        transfer.report = rank_zero_info
+        self._fingerprint = transfer.teacher.fingerprint()
+        self._module: pl.LightningModule | None = None
+        self._trainer: pl.Trainer | None = None
+        self._resumed = False
+        self._batch: tuple[int, int] | None = None
+        self._again = False
+        self._seen = self._steps = self._terms = 0
+        self._entered = self._leaves_checked = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Distinguishes several callbacks; the weight and other settings may change in a resume."""
+        transfer = self.transfer
+        return self._generate_state_key(
+            teacher=self._fingerprint,
+            layers=repr(transfer.layers),
+            root=transfer.student_root,
+            cost=str(transfer.cost),
+        )
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Replace the training step. Not later: finders of learning rate and batch size train before the fit starts."""
+        if stage != "fit":
+            return
+        if not (isinstance(trainer, pl.Trainer) and isinstance(pl_module, pl.LightningModule)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} is a callback of the `lightning` package, but this Trainer or LightningModule "
+                "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
+            )
+        transfer = self.transfer
+        transfer.shares_batch, transfer.process_group = shared_batch(trainer, strict=transfer.strict)
+        self._trainer, self._module = trainer, pl_module
+        self._batch = None
+        if not is_overridden("configure_model", pl_module):
+            self.transfer.attach(pl_module)
+        add_term(pl_module, self)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to layers that exist only after ``configure_model``."""
+        if not self.transfer.is_attached:
+            self.transfer.attach(pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what trial steps of finders left, unless a checkpoint was loaded."""
+        if not self._resumed:
+            self.transfer.reset()
+        self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._batch = None
+        self._seen = self._steps = self._terms = 0
+        self._leaves_checked = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look whether the training step that was replaced in ``setup`` is still the one that runs."""
+        self._entered = False
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a step around which nothing was recorded."""
+        if not self._entered and self.transfer.strict:
+            raise MisconfigurationException(
+                f"The `training_step` of {type(pl_module).__name__} was replaced after the fit began, so that the "
+                "transfer term is not added any more. Replace it before `trainer.fit`, or call the one that was there."
+            )
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a manual loop without a single term: a step without one may be that of another player."""
+        if self._steps and not self._terms and self.transfer.strict and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} uses manual optimization, and in {self._steps} training steps no "
+                "`self.manual_backward(loss)` came after a forward of the student with gradient, so the transfer term "
+                "was never added. Call the student as a module (not `.forward`), with its parameters unfrozen, before "
+                "`self.manual_backward(loss)`; or pass the name of what is called as `student_root`."
+            )
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report values that were not finite since the last look, and bring statistics together while all are here."""
+        self.transfer.check_finite()
+        self.transfer.synchronize()
+        never = self._seen > 0 and not self._steps and self.transfer.weight > 0
+        if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"The weight of the transfer term was 0 in all {self._seen} training steps of this fit, because "
+                f"`schedule` ({self.transfer.schedule!r}) gave 0: the teacher had no effect. Check that its "
+                "steps are those of `trainer.global_step`."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave module and teacher as they were found."""
+        if stage == "fit":
+            self._release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same: Lightning does not call ``teardown`` after an exception."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._module is not None:
+            remove_term(self._module, self)
+        self.transfer.detach()
+        # Process groups end with the strategy, and would keep the callback from being pickled.
+        self.transfer.process_group = None
+        if isinstance(self.transfer.engine, GlobalTransportEngine):
+            self.transfer.engine.ranks = None
+        self._module = self._trainer = None
+        self._resumed = False
+
+    @contextmanager
+    def training_step(self) -> Iterator[None]:
+        """Record while the user's training step runs."""
+        assert self._trainer is not None
+        trainer = self._trainer
+        self.transfer.step = trainer.global_step
+        batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+        self._again, self._batch = batch == self._batch, batch
+        self._seen += 1
+        self._steps += self.transfer.current_weight > 0
+        self._entered = True
+        with self.transfer.recording():
+            yield
+
+    def has_term(self) -> bool:
+        """Whether a forward was recorded whose term is not in a loss yet."""
+        return self.transfer.has_views
+
+    def discard(self) -> None:
+        """Forget the forwards of a step that the user skips."""
+        self.transfer.discard()
+
+    def term(self, position: int) -> Tensor | None:
+        """The weighted term of the forwards since the last call, logged; None where the weight is 0."""
+        transfer = self.transfer
+        weight = transfer.current_weight
+        if weight == 0:
+            self._log(position, {"otrt/weight": 0.0}, samples=1)
+            return None
+        samples = transfer.recorded_samples
+        loss = transfer.loss(reevaluation=self._again)
+        layers = self._values()
+        self._terms += bool(layers)
+        self._log(position, {"otrt/weight": weight, **layers}, samples)
+        if layers:
+            self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
+            self._check_leaves(loss)
+        return loss
+
+    def _values(self) -> dict[str, Tensor]:
+        """Distances under the names of their student layers, with the teacher's where one has several."""
+        students = [pair.student for pair in self.transfer.pairs]
+        return {
+            f"otrt/{pair.student}" + (f"-{pair.teacher}" if students.count(pair.student) > 1 else ""): distance.value
+            for pair, distance in zip(self.transfer.pairs, self.transfer.distances, strict=False)
+            if distance.plan is not None
+        }
+
+    def _check_leaves(self, loss: Tensor) -> None:
+        """Warn once of a term that reaches only parameters which no optimizer changes."""
+        if self._leaves_checked or self._trainer is None or self._module is None:
+            return
+        self._leaves_checked = True
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._module.named_parameters()}
+        leaves = leaves_of(loss)
+        trained = {
+            parameter
+            for optimizer in self._trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        # FSDP computes with parameters of its own, of which nothing can be told here.
+        if leaves <= names.keys() and not leaves & trained:
+            reached = sorted(names[parameter] for parameter in leaves)
+            rank_zero_warn(
+                f"The transfer term has no effect: it reaches the parameters {reached[:5]} alone, {len(reached)} in "
+                "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or "
+                "choose `layers` that what is trained leads to."
+            )
+
+    def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
+        assert self._module is not None
+        # A second callback on the same module gets names of its own.
+        suffix = f"-{position + 1}" if position else ""
+        for name, value in values.items():
+            self._module.log(f"{name}{suffix}", value, prog_bar=prog_bar, batch_size=max(samples, 1))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Plans, statistics and counters; not the teacher."""
+        # All processes save together, but for the checkpoint of one that failed: the others might not answer.
+        if self._trainer is not None and not self._trainer.interrupted:
+            self.transfer.synchronize()
+        return self.transfer.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        self.transfer.load_state_dict(state_dict)
+        self._resumed = True
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint of this callback with other layers or another teacher, which would lose its plans."""
+        saved = checkpoint.get("callbacks", {})
+        mine = {callback.state_key for callback in trainer.callbacks if isinstance(callback, TransferCallback)}  # type: ignore[attr-defined]
+        others = [key for key in saved if key.startswith(f"{type(self).__qualname__}{{") and key not in mine]
+        if self.state_key in saved:
+            return
+        if others:
+            raise MisconfigurationException(
+                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or the "
+                "teacher changed, or the cost, so that plans and statistics cannot go on. Resume with the same "
+                "ones, or load the weights alone and start a new fit."
+            )
+        rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
+
+
+class OTRTCallback(TransferCallback):
+    r"""Adds the transport between teacher and student representations to the loss of a LightningModule.
+
+    The term is that of :class:`RepresentationTransfer` (arXiv 2007.06737, equation 3).
+
+    The module is not changed: its ``training_step`` is wrapped for the time of ``fit``, and after it, whether it ended,
+    failed or was interrupted, no hook is left. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
+    ``otrt/<student layer>``.
+
+    With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the
+    loss of the first ``manual_backward`` after a forward.
+
+    Args:
+        teacher: See :class:`RepresentationTransfer`, as for all arguments.
+        layers: Which student layers are matched to which teacher layers; names are relative to the LightningModule, or
+            to ``student_root``.
+        weight: Weight α of the term.
+        student_root: Submodule whose inputs the teacher gets too; None: the outermost that holds the layers.
+        cost: Ground cost between neurons.
+        plan: Kind of transport plan.
+        epsilon: Entropic regularisation, relative to the mean cost.
+        memory: Decay of the running cost behind the plan.
+        solve_every: Training batches between two solves of the plan.
+        grid: Positions kept along each axis of a feature map.
+        schedule: Factor on the weight as a function of ``trainer.global_step``.
+        teacher_inputs: From the inputs of the student's root to those of the teacher.
+        teacher_dtype: Run a copy of the teacher in this dtype.
+        global_batch: Whether the term is that of the batch over all processes.
+        strict: Raise where a term cannot be formed; else warn once and leave it out.
+        seed: Seed of ``plan="random"``.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range; in ``fit``, if a layer does not exist, or on the first batch a value
+            is not finite or there are too few observations.
+        RuntimeError: In ``fit``, if no term can be formed, and ``strict``.
+        MisconfigurationException: In ``fit``, if Trainer, strategy, module or checkpoint do not go with the callback.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_otrt import OTRTCallback
+        >>> teacher = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> callback = OTRTCallback(teacher, layers={"layer": "1"}, weight=0.5)
+        >>> trainer = L.Trainer(
+        ...     callbacks=[callback], max_steps=1, limit_val_batches=0, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel(), DataLoader(RandomDataset(32, 64), batch_size=16))
+        >>> sorted(name for name in trainer.callback_metrics if "otrt" in name)
+        ['otrt/layer', 'otrt/weight', 'train/otrt']
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | str | tuple[str, Any],
+        layers: str | int | list[Any] | dict[str, str] | list[LayerPair] = "auto",
+        *,
+        weight: float = 8.0,
+        student_root: str | None = None,
+        cost: str | Callable[[Tensor, Tensor], Tensor] = "correlation",
+        plan: str = "sinkhorn",
+        epsilon: float = 0.01,
+        memory: float | str = "auto",
+        solve_every: int = 10,
+        grid: int | None = 4,
+        schedule: Schedule | None = None,
+        teacher_inputs: Callable[..., Any] | None = None,
+        teacher_dtype: torch.dtype | str | None = None,
+        global_batch: bool | None = None,
+        strict: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            RepresentationTransfer(
+                teacher,
+                layers,
+                weight=weight,
+                student_root=student_root,
+                cost=cost,
+                plan=plan,
+                epsilon=epsilon,
+                memory=memory,
+                solve_every=solve_every,
+                grid=grid,
+                schedule=schedule,
+                teacher_inputs=teacher_inputs,
+                teacher_dtype=teacher_dtype,
+                global_batch=global_batch,
+                strict=strict,
+                seed=seed,
+            )
+        )

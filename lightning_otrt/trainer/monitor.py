@@ -1,0 +1,176 @@
+"""Looks at a running transfer: distances, plans and gradients to the loggers, and advice where something is off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_otrt.checks import check_count
+from lightning_otrt.trainer.callback import TransferCallback
+from lightning_otrt.trainer.watch import Watch
+
+__all__ = ["OTRTMonitor"]
+
+
+class OTRTMonitor(pl.Callback):
+    r"""Logs what the transfer does, and warns where it can be made to do more.
+
+    It finds the :class:`OTRTCallback` of the Trainer, or the callback of a wrapped module, by itself. With k =
+    ``every_n_steps`` it logs at every k-th batch, for each pair, by the name of its student layer:
+
+    - ``otrt/distance/<layer>``: the distance on the batch;
+    - ``otrt/off_identity/<layer>``: the share of the mass off the diagonal of the plan, which tells how many neurons
+      were given to others, where both layers are of one width;
+    - ``otrt/marginal_error/<layer>``: how far the plan is from the teacher's masses (L1, of a total of 1);
+    - ``otrt/entropy/<layer>``: that of the plan over that of a uniform one, which matches nothing;
+    - ``otrt/layer_share/<layer>`` and ``otrt/gradient_share``: :math:`\alpha g / (\alpha g + t)`, with the norms
+      :math:`\alpha g` of the gradient of the weighted term and t of that of the task, at the output of the layer and at
+      all of them.
+
+    At every validation of each ``every_n_epochs``-th epoch it logs ``val/otrt/<layer>``, the distance over the whole
+    validation set (:class:`NeuronTransportDistance`), which a ``ModelCheckpoint`` or ``EarlyStopping`` may monitor.
+    At the end of such an epoch it gives heat maps of the plans to TensorBoard, W&B and MLflow, or puts them next to the
+    file of a CSV logger. With several transfers the names of the second end with ``-2``.
+
+    It warns once, and tells what to change, where a plan is solved from fewer observations than there are neurons,
+    where a student that starts as a copy of its teacher differs from it by its BatchNorm layers in train mode, where a
+    plan is nearly uniform, and where the gradient of the term is far from that of the task.
+
+    Every k-th batch costs a second backward pass down to the first recorded layer and one wait for the device; every
+    batch of validation costs a forward of the teacher.
+
+    Args:
+        every_n_steps: k, in training batches; None: ``log_every_n_steps`` of the Trainer.
+        every_n_epochs: Epochs between two looks at validation distances and plans.
+        gradients: Whether to measure the share of the gradient.
+        validation: Whether to measure distances in validation, where the teacher then runs too.
+        figures: Whether to draw the plans; without matplotlib they are left out with a warning.
+
+    Raises:
+        ValueError: If a number of steps or epochs is not positive.
+        MisconfigurationException: At the start of ``fit``, if there is no transfer to look at.
+
+    Example:
+        >>> import lightning as L
+        >>> from torch import nn
+        >>> from lightning_otrt import OTRTCallback, OTRTMonitor
+        >>> transfer = OTRTCallback(nn.Linear(32, 2), layers={"layer": ""})
+        >>> trainer = L.Trainer(callbacks=[transfer, OTRTMonitor(every_n_steps=100)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        every_n_epochs: int = 1,
+        *,
+        gradients: bool = True,
+        validation: bool = True,
+        figures: bool = True,
+    ) -> None:
+        super().__init__()
+        check_count("every_n_steps", every_n_steps, optional=True)
+        check_count("every_n_epochs", every_n_epochs)
+        self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
+        self.gradients, self.validation, self.figures = gradients, validation, figures
+        self._watches: list[Watch] = []
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find what there is to look at."""
+        if stage != "fit":
+            return
+        found = [callback for callback in trainer.callbacks if isinstance(callback, TransferCallback)]  # type: ignore[attr-defined]
+        if not found:
+            raise MisconfigurationException(
+                "OTRTMonitor found no representation transfer to look at: the Trainer has no OTRTCallback, and the "
+                "module is not wrapped by OTRTModule. Add OTRTCallback(teacher, ...) to `callbacks`, or remove the "
+                "monitor."
+            )
+        self._watches = [Watch(callback.transfer, f"-{n}" if n > 1 else "") for n, callback in enumerate(found, 1)]
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at this step, where it is due. The first one is, for what can be advised only then."""
+        for watch in self._watches:
+            if self._is_due(trainer) or not watch.has_started:
+                # Not in `setup`: other callbacks must have added their terms, which this one follows.
+                watch.start(pl_module, gradients=self.gradients and self._is_due(trainer))
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Split the gradient of the loss while its graph is there."""
+        for watch in self._watches:
+            watch.measure(loss)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log."""
+        for watch in self._watches:
+            watch.stop(pl_module)
+            if self._is_due(trainer):
+                self._log(trainer, watch.values())
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to record; not before the first step, which resolves the layers."""
+        if self.validation and self._is_due_epoch(trainer) and not trainer.sanity_checking:
+            for watch in self._watches:
+                watch.open_validation(pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the distances over the validation set."""
+        for watch in self._watches:
+            for name, value in watch.close_validation():
+                pl_module.log(name, value, sync_dist=trainer.world_size > 1, batch_size=1)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the plans."""
+        if self.figures and trainer.is_global_zero and trainer.loggers and self._is_due_epoch(trainer):
+            for watch in self._watches:
+                self.figures = self.figures and watch.draw(trainer.loggers, _step(trainer))
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave nothing behind."""
+        if stage == "fit":
+            self._release(pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same: Lightning does not call ``teardown`` after an exception."""
+        self._release(pl_module)
+
+    def _release(self, pl_module: pl.LightningModule) -> None:
+        for watch in self._watches:
+            watch.stop(pl_module)
+            watch.close_validation(compute=False)
+        self._watches = []
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+
+    def _is_due_epoch(self, trainer: pl.Trainer) -> bool:
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _log(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        # Not through the module, which would leave out steps that are no multiple of the Trainer's `log_every_n_steps`.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=_step(trainer))
+
+
+def _step(trainer: pl.Trainer) -> int:
+    """The step at which the Trainer logs this batch, so that both are on one line of a CSV file."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

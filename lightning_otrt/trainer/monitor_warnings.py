@@ -1,0 +1,145 @@
+"""What can be said about a running transfer from a few numbers, and what to change; each thing once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_otrt.reading.recorder import View
+from lightning_otrt.reading.tracer import named_layers
+from lightning_otrt.steps.first_batch import BLURRING_EPSILON
+from lightning_otrt.transfer import RepresentationTransfer
+
+__all__ = ["Advice"]
+
+#: Looks in a row that have to show the same before it counts: the first steps and single batches are no rule.
+PATIENCE = 3
+#: Kinds of plan that follow the cost.
+SOLVED = ("sinkhorn", "exact", "static")
+#: Ratios of the gradient of the term, at its full weight, to that of the task outside of which something is off.
+WEAK, STRONG = 0.01, 10.0
+#: Share of all pairs of neurons over which a plan spreads its mass, at which it hardly matches any more.
+NEARLY_UNIFORM = 0.5
+
+
+class Advice:
+    """Warns of what users can change about a transfer.
+
+    Args:
+        transfer: The transfer.
+        tell: Gives a warning.
+    """
+
+    def __init__(self, transfer: RepresentationTransfer, tell: Callable[[str], None]) -> None:
+        self.transfer = transfer
+        self._tell = tell
+        self._told: set[str] = set()
+        self._seen: Counter[str] = Counter()
+
+    def warn(self, key: str, message: str) -> None:
+        """Give a warning, the first time that there is one of this key."""
+        if key not in self._told:
+            self._told.add(key)
+            self._tell(message)
+
+    def on_first_step(self, views: Sequence[View]) -> None:
+        """Look at the first forwards, in which the student is as it came."""
+        self._few_observations(views)
+        self._copied_with_batch_norm()
+
+    def on_values(self, values: Mapping[str, float], labels: Sequence[str]) -> None:
+        """Look at the values of a step, as :class:`OTRTMonitor` names them."""
+        transfer = self.transfer
+        for label, distance in zip(labels, transfer.distances, strict=False):
+            entropy = values.get(f"otrt/entropy/{label}", math.nan)
+            # With a large epsilon the engine has said so at its first plan.
+            if distance.plan is None or transfer.plan not in SOLVED or transfer.epsilon >= BLURRING_EPSILON:
+                continue
+            rows, columns = distance.plan.shape
+            spread = (rows * columns) ** (entropy - 1)
+            if self._persists(f"uniform {label}", min(rows, columns) > 2 and spread > NEARLY_UNIFORM):
+                self.warn(
+                    "uniform",
+                    f"The transport plan of {label!r} is nearly uniform: its mass spreads over {spread:.0%} of all "
+                    f"pairs of {rows} student and {columns} teacher neurons, so that hardly anything is matched: the "
+                    "costs hardly differ. Look for dead neurons and constant inputs, choose other layers, or lower "
+                    f"`epsilon` (now {transfer.epsilon:g}).",
+                )
+        share = values.get("otrt/gradient_share", math.nan)
+        if not 0 < share < 1 or not transfer.current_weight:
+            return
+        # A warm-up is meant to be weak.
+        ratio = share / (1 - share) * transfer.weight / transfer.current_weight
+        for key, off, meaning in (
+            ("weak", ratio < WEAK, "so that it changes next to nothing"),
+            ("strong", ratio > STRONG, "so that the task hardly counts"),
+        ):
+            if self._persists(key, off):
+                self.warn(
+                    key,
+                    f"On the recorded layers the gradient of the transfer term is {ratio:.2g} times that of the task, "
+                    f"{meaning}. weight={transfer.weight / ratio:.2g} would make them equal (now {transfer.weight:g}); "
+                    "see `suggest_weight`. A ratio that grows as the task is learnt is no fault.",
+                )
+
+    def _persists(self, key: str, is_so: bool) -> bool:
+        self._seen[key] = self._seen[key] + 1 if is_so else 0
+        return self._seen[key] >= PATIENCE
+
+    def _few_observations(self, views: Sequence[View]) -> None:
+        transfer = self.transfer
+        if transfer.engine is None or transfer.plan not in ("sinkhorn", "exact"):  # a static plan has a memory
+            return
+        for index, (pair, state) in enumerate(zip(transfer.pairs, transfer.engine.pairs, strict=True)):
+            if state.plan is None or state.memory != 0:
+                continue
+            neurons = tuple(state.plan.matrix.shape)
+            count = transfer.engine.processes * sum(_observations(view, str(index)) for view in views)
+            if count < max(neurons):
+                self.warn(
+                    "few",
+                    f"The transport plan of {pair.student!r} -> {pair.teacher!r} is solved from {count} observations "
+                    f"of {neurons[0]} and {neurons[1]} neurons and without memory, so that it follows the noise of "
+                    'each batch. Use memory="auto" (a running cost), a larger batch, or layers with positions.',
+                )
+
+    def _copied_with_batch_norm(self) -> None:
+        transfer = self.transfer
+        student, pairing = transfer.student, transfer.pairing
+        if student is None or pairing is None:
+            return
+        root = named_layers(student)[pairing.student.root]
+        norms = [name for name, module in root.named_modules() if isinstance(module, _BatchNorm) and module.training]
+        if norms and _is_copy(root, transfer.teacher.module):
+            self.warn(
+                "copy",
+                f"The student starts with the weights of its teacher, but its {len(norms)} BatchNorm layers (such as "
+                f"{norms[0]!r}) are in train mode and normalise by each batch, while those of the teacher use their "
+                "running statistics: equal weights then give unequal representations, and the term pulls the student "
+                "away from the copy. Put these layers into evaluation mode for the fit (module.eval() on each of them, "
+                "in on_train_start), or use weights of networks without BatchNorm.",
+            )
+
+
+def _observations(view: View, key: str) -> int:
+    """Observations that both sides of a pair have."""
+    student, teacher = view.student[key][0], view.teacher[key][0]
+    if 2 in (student.dim(), teacher.dim()):
+        return student.shape[0]
+    return student.shape[0] * math.prod(map(min, student.shape[2:], teacher.shape[2:]))
+
+
+def _is_copy(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether most parameters of the teacher are in the student, by name: heads may differ."""
+    own = dict(student.named_parameters())
+    given = dict(teacher.named_parameters())
+    return sum(name in own and _equal(own[name], tensor) for name, tensor in given.items()) > len(given) / 2
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.device == second.device and torch.equal(first, second.to(first.dtype))

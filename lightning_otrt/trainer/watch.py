@@ -1,0 +1,192 @@
+"""One transfer under observation: what a training step and a validation show of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_otrt.analysis.plots import plot_plan
+from lightning_otrt.analysis.validation import ValidationDistances, cost_name
+from lightning_otrt.analysis.weight import GradientProbe
+from lightning_otrt.reading.recorder import View
+from lightning_otrt.trainer.log_figure import log_figure
+from lightning_otrt.trainer.monitor_warnings import Advice
+from lightning_otrt.trainer.training_step import add_term, remove_term
+from lightning_otrt.transfer import RepresentationTransfer
+from lightning_otrt.transport.plans import diagnose
+
+__all__ = ["Watch"]
+
+_NO_OUTPUTS = (
+    "OTRTMonitor cannot measure the share of the transfer's gradient: the hooks that it puts on the recorded layers "
+    "for a step were not called. Compiled code does not see hooks that come later; pass gradients=False."
+)
+_NO_SUM = (
+    "OTRTMonitor logs no distances in validation: a cost that is a function need not be a sum over observations. Pass "
+    'validation=False, or use cost="correlation", "euclidean" or "sqeuclidean".'
+)
+
+
+class Watch:
+    """One transfer under observation; in the steps that are looked at, an extra term that adds nothing to the loss.
+
+    Args:
+        transfer: The transfer.
+        suffix: Ends all names, where there are several transfers.
+    """
+
+    def __init__(self, transfer: RepresentationTransfer, suffix: str) -> None:
+        self.transfer = transfer
+        self.suffix = suffix
+        self.advice = Advice(transfer, rank_zero_warn)
+        self.has_started = False
+        self._probe: GradientProbe | None = None
+        self._views: list[View] = []
+        self._is_open = False
+        self._shares: dict[str, Tensor] = {}
+        self._validation: ValidationDistances | None = None
+
+    def start(self, module: pl.LightningModule, *, gradients: bool) -> None:
+        """Follow the coming training step."""
+        if self.transfer.pairs and gradients and self.transfer.is_attached:
+            self._probe = GradientProbe(module, self.transfer.pairs)
+        self._is_open, self._shares, self._views = True, {}, []
+        add_term(module, self)
+
+    @contextmanager
+    def training_step(self) -> Iterator[None]:
+        """Note the forwards of the step."""
+        # The list that the recorder fills until the loss takes it, which in manual optimization is inside the step.
+        self._views = self.transfer.views
+        if self._probe is None:
+            yield
+            return
+        with self._probe.watching():
+            yield
+
+    def term(self, position: int) -> None:
+        """Nothing."""
+
+    def discard(self) -> None:
+        """Nothing to forget."""
+
+    def has_term(self) -> bool:
+        """Never."""
+        return False
+
+    def measure(self, loss: Tensor) -> None:
+        """Split the gradient of the first loss of the step, and look at what was recorded for it."""
+        views = [view for view in self._views if view.has_gradient]
+        if not self._is_open or not views:
+            return
+        self._is_open, self._views = False, []
+        if not self.has_started:
+            self.has_started = True
+            self.advice.on_first_step(views)
+        if self._probe is None:
+            return
+        if not self._probe.has_outputs:
+            self.advice.warn("compiled", _NO_OUTPUTS)
+            return
+        try:
+            task, own = self._probe.split(loss, views)
+        except RuntimeError as error:
+            self.advice.warn("graph", f"OTRTMonitor could not measure the share of the transfer's gradient: {error}")
+            return
+        total = own.norm()
+        self._shares = {
+            f"otrt/layer_share/{name}": share for name, share in zip(self._probe.names, own / (own + task), strict=True)
+        }
+        self._shares["otrt/gradient_share"] = total / (total + task.norm())
+
+    def stop(self, module: pl.LightningModule) -> None:
+        """Leave the step."""
+        remove_term(module, self)
+        self._is_open, self._views = False, []
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
+
+    def values(self) -> dict[str, float]:
+        """What the step showed, by name; waits for the device once."""
+        if self.transfer.current_weight == 0:
+            return {}
+        found: dict[str, Tensor] = {}
+        for label, distance in zip(self._labels(), self.transfer.distances, strict=False):
+            if distance.plan is None:
+                continue
+            numbers = diagnose(distance.plan)
+            found[f"otrt/distance/{label}"] = distance.value
+            found[f"otrt/marginal_error/{label}"] = numbers.teacher_error
+            found[f"otrt/entropy/{label}"] = numbers.entropy
+            if distance.plan.shape[0] == distance.plan.shape[1]:
+                found[f"otrt/off_identity/{label}"] = numbers.off_identity
+        found.update(self._shares)
+        self._shares = {}
+        if not found:
+            return {}
+        values = dict(zip(found, torch.stack([value.float() for value in found.values()]).tolist(), strict=True))
+        self.advice.on_values(values, self._labels())
+        return {f"{name}{self.suffix}": value for name, value in values.items() if math.isfinite(value)}
+
+    def open_validation(self, module: pl.LightningModule) -> None:
+        """Record validation forwards from now on."""
+        if not self.transfer.distances or not self.transfer.is_attached or self._validation is not None:
+            return
+        if cost_name(self.transfer.cost) is None:
+            self.advice.warn("cost", _NO_SUM)
+            return
+        self._validation = ValidationDistances(self.transfer, module)
+
+    def close_validation(self, *, compute: bool = True) -> list[tuple[str, Tensor]]:
+        """Stop recording; the distances by name."""
+        distances, self._validation = self._validation, None
+        if distances is None:
+            return []
+        distances.close()
+        values: list[Tensor] = []
+        if compute:
+            with warnings.catch_warnings():
+                # A metric without data warns, and gives NaN, which is left out here.
+                warnings.simplefilter("ignore")
+                values = distances.compute()
+        if distances.error is not None:
+            self.advice.warn(
+                "validation",
+                f"OTRTMonitor stopped to measure distances in validation, where this went wrong: {distances.error}",
+            )
+        names = [f"val/otrt/{label}{self.suffix}" for label in self._labels()]
+        return [(name, value) for name, value in zip(names, values, strict=False) if bool(value.isfinite())]
+
+    def draw(self, loggers: list[Logger], step: int) -> bool:
+        """Heat maps of the current plans to all loggers; returns whether figures can be made."""
+        for label, pair, distance in zip(self._labels(), self.transfer.pairs, self.transfer.distances, strict=False):
+            if distance.plan is None:
+                continue
+            try:
+                figure, _ = plot_plan(distance.plan, student_label=pair.student, teacher_label=pair.teacher)
+            except ModuleNotFoundError as error:
+                self.advice.warn("figures", f"OTRTMonitor draws no plans. {error}")
+                return False
+            for logger in loggers:
+                log_figure(logger, f"otrt/plan/{label}{self.suffix}", figure, step)
+            # pyplot keeps figures open until they are closed, and a notebook shows those that are.
+            import_module("matplotlib.pyplot").close(figure)
+        return True
+
+    def _labels(self) -> list[str]:
+        """The student layers; those that have several teacher layers together with them."""
+        names = [pair.student for pair in self.transfer.pairs]
+        return [
+            name if names.count(name) == 1 else f"{name}-{pair.teacher}"
+            for name, pair in zip(names, self.transfer.pairs, strict=True)
+        ]

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: ground costs, transport plans, and the distance between two sets of neurons."""

@@ -1,0 +1,210 @@
+"""The correlation cost, from moments that tell a live neuron from rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.tensors import (
+    add_product,
+    are_all,
+    count_of,
+    in_enough_digits,
+    is_long,
+    matrix_vector,
+    norms,
+    only_if,
+    product,
+)
+
+__all__ = ["DEAD_SHARE", "CorrelationCost"]
+
+#: A neuron whose centred norm is below this share of its layer's mean norm carries no correlation: it is *dead*.
+DEAD_SHARE = 1e-3
+#: Share of the squared mean below which a variance is rounding: a bound for a batch in float32, and for raw
+#: moments that are added up in float64 over thousands of batches.
+ROUNDING_SHARE = 1e-12
+
+
+class CorrelationCost(Cost):
+    """1 - r, with r the correlation of two neurons over the observations of the batch.
+
+    Each neuron is centred by its own mean and by nothing else. A dead neuron costs 0 with a dead one and 1 with a live
+    one, and has no gradient.
+    """
+
+    min_observations = 3
+
+    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Count, first and second moments around ``reference``.
+
+        Around a given one all but the products of the two sides are in float64: they tell whether a neuron that is far
+        from the reference moves at all.
+        """
+        dtype = y.dtype
+        y, x = in_enough_digits(y, x)
+        y0, x0 = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
+        (y, yy), (x, xx) = _deviations(y, y0), _deviations(x, x0)
+        if reference is None:
+            return [count_of(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
+        (count, sum_y, yy), (_, sum_x, xx) = (_moments(*_centred_squares(side)).unbind(-1) for side in (y, x))
+        return [count[..., 0], sum_y, sum_x, yy, xx, (y @ x.mT).to(dtype)]
+
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """1 - r from the moments."""
+        count, y, x, yy, xx, yx = sums
+        count = count[..., None]
+        inverse_y, dead_y = _inverse_norm(_around_mean(count, y, yy).sqrt())
+        inverse_x, dead_x = _inverse_norm(_around_mean(count, x, xx).sqrt())
+        # What the means take off, the one, and what two dead neurons take off: three terms of rank one in one pass.
+        left = torch.stack((y * inverse_y / count, torch.ones_like(y), -dead_y), -1)
+        right = torch.stack((x * inverse_x, torch.ones_like(x), dead_x), -2)
+        inverse_y, inverse_x, left, right = (part.to(yx.dtype) for part in (inverse_y, inverse_x, left, right))
+        matrix = (yx * -inverse_y[..., None]).mul_(inverse_x[..., None, :])
+        return add_product(matrix, left, right).clamp_min_(0)
+
+    def accumulate(
+        self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
+    ) -> Sums:
+        """See :meth:`Cost.accumulate`; one matrix product that adds to the running one."""
+        if is_long(y) or running[-1].dtype != y.dtype or reference is None:
+            return super().accumulate(running, decay, y, x, reference)
+        (y, yy), (x, xx) = _deviations(y, reference[0]), _deviations(x, reference[1])
+        fits = torch.isfinite(yy.sum() + xx.sum())
+        y, x, yy, xx, count = only_if(fits, y, x, yy, xx, count_of(y))
+        decayed = torch.where(fits, y.new_full((), decay), 1.0)  # of two numbers it would be float32
+        torch._foreach_mul_(running, decayed)
+        torch._foreach_add_(running[:-1], [count, y.sum(-1), x.sum(-1), yy, xx])
+        add_product(running[-1], y, x.mT)
+        return running
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+        """Σ P - Σ_i ŷ_i·z_i - Σ_(dead, dead) P with z = P x̂; gradient -(z_i - (ŷ_i·z_i) ŷ_i) / ‖y_i - ȳ_i‖."""
+        if not shared:
+            return self._value_alone(y, x, plan)
+        mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        y, x = y - mean_y, x - mean_x
+        squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
+        # Moments are sent, not norms around the means of one process: in float64, where their cancellation is harmless.
+        count = y.shape[-1]
+        local = [_moments(count, mean_y, squares_y), _moments(count, mean_x, squares_x)]
+        total = yield local
+        if total is local:
+            squares_y = _without_rounding(squares_y, count, mean_y.squeeze(-1))
+            squares_x = _without_rounding(squares_x, count, mean_x.squeeze(-1))
+        else:
+            shift_y, squares_y = _recentre(total[0], mean_y)
+            shift_x, squares_x = _recentre(total[1], mean_x)
+            y, x = y + shift_y, x + shift_x
+        inverse_y, dead_y = _inverse_norm(squares_y.sqrt())
+        inverse_x, dead_x = _inverse_norm(squares_x.sqrt())
+        z = plan.matrix @ x.mul_(inverse_x[..., None])
+        y = y.mul_(inverse_y[..., None])
+        [products] = yield [torch.linalg.vecdot(y, z)]
+        dead = torch.linalg.vecdot((plan.matrix @ dead_x[..., None]).squeeze(-1), dead_y)
+        value = plan.student_mass.sum(-1) - products.sum(-1) - dead
+        return value, z.addcmul_(y, products[..., None], value=-1).mul_(-inverse_y[..., None])
+
+    @staticmethod
+    def _value_alone(y: Tensor, x: Tensor, plan: Plan) -> ValueAndGradient:
+        """The same in few passes: neurons are centred, and their norms are factors of rows."""
+        y, inverse_y = _centred(y)
+        x, inverse_x = _centred(x)
+        z = product(plan.matrix, x.mul_(inverse_x[..., None]), like=y)
+        products = torch.linalg.vecdot(y, z).mul_(inverse_y)
+        value = plan.student_mass.sub(products)
+        # Two dead neurons cost 0 instead of 1.
+        if not are_all(inverse_x):
+            value.sub_(matrix_vector(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
+        along = products.mul_(inverse_y).mul_(inverse_y)
+        return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
+
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """The rows ŷ_i·z_i from the moments; the gradient as in :meth:`value`."""
+        dtype = y.dtype
+        count, sum_y, sum_x, yy, xx, yx = sums
+        mean_y, mean_x = sum_y / count, sum_x / count
+        inverse_y, dead_y = _inverse_norm(_around_mean(count, sum_y, yy).sqrt())
+        inverse_x, dead_x = _inverse_norm(_around_mean(count, sum_x, xx).sqrt())
+        weights = plan.matrix.to(yx.dtype) * inverse_x.to(yx.dtype)
+        # Row products with the covariance times the count, whose mean part has rank one.
+        means = (weights @ mean_x.to(yx.dtype)).to(sum_y.dtype)
+        products = (torch.linalg.vecdot(weights, yx) - sum_y * means) * inverse_y
+        dead = torch.linalg.vecdot(plan.matrix @ dead_x.to(dtype), dead_y.to(dtype))
+        value = plan.student_mass.sum() - products.sum() - dead
+        y = (y - reference[0] - mean_y[:, None].to(dtype)).mul_(inverse_y[:, None].to(dtype))
+        z = weights.to(dtype) @ (x - reference[1] - mean_x[:, None].to(dtype))
+        gradient = z.addcmul_(y, products[:, None].to(dtype), value=-1).mul_(-inverse_y[:, None].to(dtype))
+        return value.to(dtype), gradient
+
+    def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The reference plus the mean deviation from it."""
+        y, x = ((part / sums[0])[..., None].to(reference[0].dtype) for part in sums[1:3])
+        return reference[0] + y, reference[1] + x
+
+
+def _inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / norm where a neuron is live and 0 where it is dead, and 1 where it is dead."""
+    mean = norm.mean(-1, keepdim=True)
+    norm = torch.add(norm, mean, alpha=0)  # NaN where one is infinite: else the others would count as dead
+    dead = norm <= DEAD_SHARE * mean
+    return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
+
+
+def _centred(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Neurons without their means, and 1 / norm where they are live and 0 where they are dead or rounding."""
+    mean = y.mean(-1, keepdim=True)
+    y = y - mean
+    norm = norms(y)
+    rounding = mean.squeeze(-1).abs_().mul_((ROUNDING_SHARE * y.shape[-1]) ** 0.5)
+    average = norm.mean(-1, keepdim=True)
+    norm = torch.add(norm, average, alpha=0)  # as in `_inverse_norm`
+    dead = norm <= torch.maximum(rounding, average.mul_(DEAD_SHARE))
+    return y, norm.reciprocal_().masked_fill_(dead, 0.0)
+
+
+def _centred_squares(y: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, means ``(..., N, 1)`` and sums of squares around them; zeros where there are no observations."""
+    mean = y.sum(-1, keepdim=True) / max(y.shape[-1], 1)
+    return y.shape[-1], mean, _without_rounding(norms(y - mean).square_(), y.shape[-1], mean.squeeze(-1))
+
+
+def _around_mean(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """Sums of squares around the means, from the moments around any point; 0 where they are rounding."""
+    mean = total / count
+    return _without_rounding(squares - total * mean, count, mean).clamp_min(0)
+
+
+def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
+    """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares, in float64 but on MPS."""
+    mean = mean.squeeze(-1)
+    mean = mean if mean.device.type == "mps" else mean.double()
+    return torch.stack((torch.full_like(mean, count), count * mean, count * mean**2 + squares), -1)
+
+
+def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """What to add to neurons centred by ``mean`` to centre them by the mean of all, and their centred squares."""
+    count, sums, squares = total.unbind(-1)
+    overall = sums / count
+    centred = (squares - count * overall**2).clamp_min(0).to(mean.dtype)
+    shift = (mean.double() - overall[..., None]).to(mean.dtype)
+    return shift, _without_rounding(centred, count.to(mean.dtype), overall.to(mean.dtype))
+
+
+def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviations from ``reference`` and their sums of squares, both 0 where they are rounding."""
+    y = y - reference
+    squares = _without_rounding(norms(y).square_(), y.shape[-1], reference.squeeze(-1))
+    if not are_all(squares):
+        # Not `masked_fill_`, which takes ten times as long.
+        y.mul_((squares != 0)[..., None])
+    return y, squares
+
+
+def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
+    """Centred squares, but 0 where they are the rounding of a constant: at unit norm that has huge gradients."""
+    # Less, not at most: where both overflow nothing is known to be rounding.
+    return torch.where(squares < ROUNDING_SHARE * count * mean**2, 0.0, squares)

@@ -1,0 +1,141 @@
+"""Squared and plain Euclidean costs in units of the teacher's mean square."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.tensors import (
+    add_product,
+    count_of,
+    dot,
+    in_enough_digits,
+    is_long,
+    norms,
+    only_if,
+    pulled,
+)
+
+__all__ = ["EuclideanCost", "SquaredEuclideanCost"]
+
+#: Share of the mean cost below which the gradient of a distance, 1/M, is no longer followed.
+DISTANCE_FLOOR = 1e-2
+
+
+class SquaredEuclideanCost(Cost):
+    """‖y - x‖² / (n s²), with s² the mean square of the raw teacher."""
+
+    scaled = True
+
+    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Count and squared distances; to be added to others, in the type of the neurons, however many there are."""
+        squared = _squared_distances(*_centre(*in_enough_digits(y, x)))
+        squared = squared if reference is None else squared.to(y.dtype)
+        return [count_of(y).to(squared.dtype), squared]
+
+    def accumulate(
+        self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
+    ) -> Sums:
+        """See :meth:`Cost.accumulate`; one matrix product that adds to the running one."""
+        if is_long(y) or running[-1].dtype != y.dtype:
+            return super().accumulate(running, decay, y, x, reference)
+        y, x = _centre(y, x)
+        yy, xx = norms(y).square_(), norms(x).square_()
+        fits = torch.isfinite(yy.sum() + xx.sum())
+        y, x, yy, xx, count = only_if(fits, y, x, yy, xx, count_of(y))
+        decayed = torch.where(fits, y.new_full((), decay), 1.0)  # of two numbers it would be float32
+        torch._foreach_mul_(running, decayed)
+        running[0].add_(count)
+        add_product(running[1].add_(yy[..., None]).add_(xx[..., None, :]), y, x.mT, alpha=-2)
+        return running
+
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """Mean squared distances over s²."""
+        count, squared = sums
+        return (squared / (count * _scale(energy))[..., None, None]).clamp_min_(0)
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+        """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
+        count = count_of(y)
+        y, x = _centre(y, x)
+        own = torch.linalg.vecdot(plan.student_mass, norms(y).square_())
+        pull = pulled(y * plan.student_mass[..., None], plan.matrix, x)
+        total = (2 * dot(y, pull)).sub_(own)
+        total = total.add_(torch.linalg.vecdot(plan.teacher_mass, norms(x).square_()))
+        total, count, energy = yield [total, count, energy]
+        scale = count * _scale(energy)
+        return total / scale, pull.mul_((2 / scale)[..., None, None])
+
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """Σ P_ij M_ij; the gradient as in :meth:`value`."""
+        value = (plan.matrix * self.matrix(sums, energy)).sum().to(y.dtype)
+        y, x = _centre(y, x)
+        pull = torch.addcmul(-(plan.matrix @ x), plan.student_mass[:, None], y)
+        return value, pull.mul_((2 / (sums[0] * _scale(energy))).to(y.dtype))
+
+
+class EuclideanCost(SquaredEuclideanCost):
+    """‖y - x‖ / (√n s), with s² the mean square of the raw teacher: the cost of the paper.
+
+    The gradient of a distance is a unit vector, whatever the distance; below 1e-2 of the mean cost it is shrunk to
+    zero, so that matched neurons come to rest. The value is not changed.
+    """
+
+    needs_matrix = True
+
+    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+        """Root of the mean squared distances over s."""
+        return super().matrix(sums, energy).sqrt_()
+
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+        """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
+        count = count_of(y)
+        y, x = _centre(y, x)
+        squared, count, energy = yield [_squared_distances(y, x), count, energy]
+        unit = (count * _scale(energy)).rsqrt_()
+        return self._follow(y, x, plan, squared.sqrt_(), unit, unit)
+
+    def value_of_sums(
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+    ) -> ValueAndGradient:
+        """The same from the squared distances of all."""
+        unit = (sums[0] * _scale(energy)).rsqrt_().to(y.dtype)
+        return self._follow(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True).sqrt_(), unit, unit)
+
+    def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
+        """The same from the distances over √n s."""
+        scale = count_of(y) * _scale(energy)
+        return self._follow(*_centre(y, x), plan, matrix, torch.ones_like(scale), scale.reciprocal())
+
+    @staticmethod
+    def _follow(
+        y: Tensor, x: Tensor, plan: Plan, distances: Tensor, unit: Tensor, gradient_unit: Tensor
+    ) -> ValueAndGradient:
+        """Value and gradient up to units, from distances, which are overwritten."""
+        value = dot(plan.matrix, distances) * unit
+        # Where all distances are zero so is the floor, and the gradient is zero times anything finite.
+        floor = (distances.mean((-2, -1), keepdim=True) * DISTANCE_FLOOR).clamp_min_(torch.finfo(y.dtype).tiny ** 0.5)
+        weights = torch.div(plan.matrix, torch.maximum(distances, floor, out=distances), out=distances)
+        pull = pulled(y * weights.sum(-1, keepdim=True), weights, x)
+        return value, pull.mul_(gradient_unit[..., None, None])
+
+
+def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the teacher's mean over neurons from both: distances stay, cancellation shrinks."""
+    centre = x.mean(-2, keepdim=True)
+    return y - centre, x - centre
+
+
+def _squared_distances(y: Tensor, x: Tensor) -> Tensor:
+    distances = norms(y).square_()[..., None] + norms(x).square_()[..., None, :]
+    return add_product(distances, y, x.mT, alpha=-2).clamp_min_(0)
+
+
+def _scale(energy: Tensor) -> Tensor:
+    """s²; a teacher that is zero throughout has no scale of its own."""
+    squares, count = energy.unbind(-1)
+    scale = squares / count
+    return torch.where(scale > 0, scale, 1.0)

@@ -1,0 +1,240 @@
+"""Figures show what they say, fit on their page and change nothing global."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_otrt import transport_distance
+from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan
+from lightning_otrt.transport.plans import random_plan, uniform_plan
+
+LONG_NAME = "student.backbone.encoder.layers.encoder_layer_11.mlp.3"
+LAYERS = [f"encoder.layers.encoder_layer_{index}.mlp" for index in range(12)]
+
+DRAWINGS: dict[str, Callable[..., tuple[Figure, Axes]]] = {
+    "plan": lambda **kwargs: plot_plan(random_plan(64, 64, 0), **kwargs),
+    "cost": lambda **kwargs: plot_cost(torch.rand(8, 12), **kwargs),
+    "distances": lambda **kwargs: plot_distances(torch.rand(3, 3), LAYERS[:3], LAYERS[:3], **kwargs),
+    "history": lambda **kwargs: plot_history({"loss": [2.0, 1.0]}, **kwargs),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_windows() -> Iterator[None]:
+    backend = matplotlib.get_backend()
+    pyplot.switch_backend("agg")
+    yield
+    pyplot.close("all")
+    pyplot.switch_backend(backend)
+
+
+def shown(axes: Axes) -> Tensor:
+    return torch.as_tensor(axes.images[0].get_array().filled(math.nan))
+
+
+def assert_fits(figure: Figure) -> None:
+    """Nothing is cut off at the edges of the page, and drawing it raises no warning."""
+    figure.canvas.draw()
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert box.x0 > -0.01
+    assert box.y0 > -0.01
+    assert box.x1 < width + 0.01
+    assert box.y1 < height + 0.01
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_returns_figure_and_axes_and_leaves_the_rest_alone(name: str) -> None:
+    before = dict(matplotlib.rcParams)
+    figure, axes = DRAWINGS[name]()
+    assert isinstance(figure, Figure)
+    assert isinstance(axes, Axes)
+    assert axes.figure is figure
+    assert_fits(figure)
+    assert dict(matplotlib.rcParams) == before
+    for kind in ("png", "pdf", "svg"):
+        file = io.BytesIO()
+        figure.savefig(file, format=kind)
+        assert file.tell() > 1000
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_draws_on_given_axes(name: str) -> None:
+    figure, (left, right) = pyplot.subplots(1, 2)
+    result = DRAWINGS[name](ax=right)
+    assert result == (figure, right)
+    assert not left.has_data()
+    assert right.has_data()
+    assert len(pyplot.get_fignums()) == 1
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_without_matplotlib(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(matplotlib, "pyplot")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        DRAWINGS[name]()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 256), (64, 128), (16, 256), (300, 4), (1, 1), (3, 2), (1500, 1500)])
+def test_plans_of_every_shape_fit(shape: tuple[int, int]) -> None:
+    figure, _ = plot_plan(random_plan(*shape, 0), student_label=LONG_NAME, teacher_label=LONG_NAME)
+    assert_fits(figure)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)])
+def test_order_brings_matches_to_the_diagonal(shape: tuple[int, int]) -> None:
+    plan = random_plan(*shape, 0)
+    _, axes = plot_plan(plan)
+    ordered = shown(axes)
+    row, column = torch.nonzero(ordered > 1e-3, as_tuple=True)
+    assert ((row + 0.5) / shape[0] - (column + 0.5) / shape[1]).abs().max() < 1 / min(shape)
+    _, axes = plot_plan(plan, order=False)
+    assert torch.equal(shown(axes), plan * max(shape))
+    assert torch.equal(shown(axes).flatten().sort().values, ordered.flatten().sort().values)
+
+
+def test_order_moves_the_wider_side_alone() -> None:
+    wide_teacher, wide_student = (plot_plan(random_plan(*shape, 0))[1] for shape in ((4, 8), (8, 4)))
+    assert wide_teacher.get_ylabel() == "student neuron"
+    assert wide_teacher.get_xlabel() == "teacher neuron\n(ordered by match)"
+    assert wide_student.get_ylabel() == "student neuron\n(ordered by match)"
+    assert wide_student.get_xlabel() == "teacher neuron"
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
+def test_plan_colours_are_shares_of_a_neuron(shape: tuple[int, int]) -> None:
+    _, axes = plot_plan(random_plan(*shape, 0))
+    side = "student" if shape[0] > shape[1] else "teacher"
+    assert shown(axes).max() == pytest.approx(1)
+    assert axes.images[0].get_clim()[0] == 0
+    assert axes.images[0].colorbar.ax.get_ylabel() == f"share of the {side} neuron's mass"
+    assert torch.allclose(shown(plot_plan(uniform_plan(*shape))[1]), torch.tensor(1 / min(shape)))
+
+
+def test_single_entries_of_large_plans_stay_visible() -> None:
+    plan = torch.eye(2048) / 2048
+    _, axes = plot_plan(plan)
+    assert shown(axes).shape == (512, 512)
+    assert torch.equal(shown(axes).diagonal(), torch.ones(512))
+    assert axes.images[0].colorbar.ax.get_ylabel().endswith("(largest of 4 × 4)")
+    assert axes.get_xlim() == (-0.5, 2047.5)
+
+
+def test_cost_is_ordered_as_its_plan() -> None:
+    teacher = torch.randn(12, 400)
+    result = transport_distance(teacher[torch.randperm(12)], teacher, plan="exact")
+    _, plain = plot_cost(result.cost)
+    _, ordered = plot_cost(result.cost, plan=result.plan)
+    assert torch.equal(shown(plain), result.cost)
+    assert shown(ordered).diagonal().max() < 1e-5
+    assert shown(ordered).argmin(1).tolist() == list(range(12))
+    assert plain.images[0].colorbar.ax.get_ylabel() == "cost"
+
+
+def test_layer_names_and_pairing() -> None:
+    distances = torch.rand(12, 12)
+    distances[3, 4] = math.nan
+    figure, axes = plot_distances(distances, LAYERS, LAYERS[::-1], pairing=zip(LAYERS[:2], LAYERS[5:7], strict=True))
+    assert_fits(figure)
+    assert [label.get_text() for label in axes.get_yticklabels()] == LAYERS
+    assert [label.get_text() for label in axes.get_xticklabels()] == LAYERS[::-1]
+    # The frames are drawn twice, white below black.
+    assert [patch.get_xy() for patch in axes.patches[::2]] == [(5.56, -0.44), (4.56, 0.56)]
+    assert axes.get_legend().get_texts()[0].get_text() == "paired"
+    texts = [text.get_text() for text in axes.texts]
+    assert len(texts) == 143
+    assert texts[0] == f"{distances[0, 0].item():.2f}"
+
+
+def test_many_layers_have_no_numbers() -> None:
+    names = [f"features.{index}" for index in range(40)]
+    figure, axes = plot_distances(torch.rand(40, 40), names, names, pairing={name: name for name in names})
+    assert_fits(figure)
+    assert not axes.texts
+
+
+@pytest.mark.parametrize("shape", [(1, 12), (12, 1), (1, 1), (3, 5)])
+def test_distances_of_every_shape_fit(shape: tuple[int, int]) -> None:
+    names = [f"{LONG_NAME}.{index}" for index in range(12)]
+    figure, _ = plot_distances(torch.rand(shape), names[: shape[0]], names[: shape[1]], pairing={names[0]: names[0]})
+    assert_fits(figure)
+
+
+def test_long_names_are_shortened_unless_they_become_the_same() -> None:
+    apart = [f"{LONG_NAME}.{index}" for index in range(2)]
+    alike = [f"encoder.layer.{index}.attention.output.dense.LayerNorm" for index in range(2)]
+    _, axes = plot_distances(torch.rand(2, 2), apart, alike)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "student.back…ncoder_layer_11.mlp.3.0",
+        "student.back…ncoder_layer_11.mlp.3.1",
+    ]
+    assert [label.get_text() for label in axes.get_xticklabels()] == alike
+
+
+def test_history_curves_differ_in_colour_and_line() -> None:
+    history = {f"curve {index}": [float(index), index + 1.0] for index in range(28)}
+    _, axes = plot_history(history, steps=[0, 100])
+    lines = axes.get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 28
+    assert all(a.get_linestyle() != b.get_linestyle() for a, b in pairwise(lines))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(history)
+    assert lines[3].get_xydata().tolist() == [[0, 3], [100, 4]]
+    luminances = [
+        sum(part * weight for part, weight in zip(to_rgb(line.get_color()), (0.21, 0.72, 0.07), strict=True))
+        for line in lines
+    ]
+    assert max(luminances) < 0.75, "a curve would be lost on white"
+
+
+def test_history_numbers_its_steps_and_shows_single_points() -> None:
+    figure, axes = plot_history({"loss": [3.0, math.nan, 1.0], "one": [2.0]})
+    assert_fits(figure)
+    assert axes.get_lines()[0].get_xdata().tolist() == [0, 1, 2]
+    assert axes.get_lines()[0].get_marker() == "None"
+    assert axes.get_lines()[1].get_marker() == "o"
+
+
+@pytest.mark.parametrize("values", [torch.eye(4, dtype=torch.bfloat16, requires_grad=True), torch.eye(4).tolist()])
+def test_accepts_whatever_holds_numbers(values: Any) -> None:
+    assert torch.equal(shown(plot_cost(values)[1]), torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("draw", "match"),
+    [
+        (lambda: plot_plan(torch.rand(2, 4, 4)), r"`plan` to be .* matrix, but got \(2, 4, 4\).*plan\[0\]"),
+        (lambda: plot_plan(torch.rand(4, 0)), r"`plan` to be a non-empty matrix, but got \(4, 0\)"),
+        (lambda: plot_cost(torch.rand(4)), r"`cost` to be a non-empty matrix, but got \(4,\)"),
+        (lambda: plot_cost(torch.rand(4, 4), plan=torch.rand(4, 5)), r"`cost` \(4, 4\) and `plan` \(4, 5\)"),
+        (lambda: plot_distances(torch.rand(2, 2), ["a"], ["b", "c"]), r"shape \(1, 2\) .* but got \(2, 2\)"),
+        (
+            lambda: plot_distances(torch.rand(1, 1), ["a"], ["b"], pairing={"a": "c"}),
+            r"names the teacher layer 'c', which is none of \['b'\]",
+        ),
+        (
+            lambda: plot_distances(torch.rand(1, 1), ["a"], ["b"], pairing=[("d", "b")]),
+            r"names the student layer 'd', which is none of \['a'\]",
+        ),
+        (lambda: plot_history({}), "`history` to hold at least one curve"),
+        (lambda: plot_history({"loss": [1.0]}, steps=[0, 1]), "curve 'loss' .* to have 2 values, .* but got 1"),
+    ],
+)
+def test_bad_arguments(draw: Callable[[], Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        draw()
+    assert not pyplot.get_fignums(), "no empty figure is left"

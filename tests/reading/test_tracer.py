@@ -1,0 +1,343 @@
+"""A traced forward leaves the model as it was, and knows along which axis neurons lie."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.layers.automatic import resolve_layers
+from lightning_otrt.layers.pairs import Trace
+from lightning_otrt.reading.tracer import format_pairs, named_layers, named_tensors, trace
+
+
+class Noisy(nn.Module):
+    """Draws random numbers, keeps statistics, replaces and adds buffers, in every mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm2d(3).eval()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.full((2,), torch.nan))
+        self.fails = False
+
+    def train(self, mode: bool = True) -> Noisy:
+        raise AssertionError("overridden `train` must not be called")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.last = x.mean((1, 2, 3))
+        self.register_buffer("added", torch.ones(()))
+        x = self.frozen(self.drop(self.norm(x + torch.randn_like(x))))
+        torch.set_grad_enabled(True)
+        if self.fails:
+            raise RuntimeError("fails on purpose")
+        return x
+
+
+def hook_count(model: nn.Module) -> int:
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_always_called) for m in model.modules()
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_changes(fails, grad):
+    torch.manual_seed(0)
+    model = Noisy()
+    model.fails = fails
+    before = copy.deepcopy(dict(model.named_buffers()))
+    objects = dict(model.named_buffers())
+    flags = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    with torch.set_grad_enabled(grad):
+        if fails:
+            with pytest.raises(RuntimeError, match="on purpose"):
+                trace(model, (torch.ones(2, 3, 4, 4),))
+        else:
+            trace(model, (torch.ones(2, 3, 4, 4),))
+        assert torch.is_grad_enabled() is grad
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
+    assert all(after[name] is objects[name] for name in before)
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert hook_count(model) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_pending_backward_survives():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 4, 4)
+    loss = model(x).square().sum()
+    trace(model, (x,))
+    loss.backward()
+    assert model[0].weight.grad is not None
+
+
+def test_outputs_are_those_of_evaluation_mode_and_hooks_of_users_stay():
+    seen = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.9))
+    handle = model[1].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    trace(model, (torch.randn(2, 4),))
+    assert seen == [False]
+    assert len(model[1]._forward_hooks) == 1
+    handle.remove()
+
+
+def test_order_calls_and_modules_that_did_not_run():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(4, 4)
+            self.second, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.second(self.relu(self.first(x))))
+
+    seen = trace(Branches(), (torch.randn(2, 4),))
+    assert [layer.name for layer in seen.layers] == ["", "unused", "second", "first", "relu"]
+    assert [(layer.calls, layer.order) for layer in seen.layers[1:4]] == [(0, None), (1, 2), (1, 0)]
+    assert seen.layer("relu").calls == 2
+    assert [layer.name for layer in seen.recordable()] == ["first", "second"]
+    assert (seen.layer("relu").producer, seen.layer("second").producer) == ("second", "relu")
+    assert seen.layer("unused").output_shape is None
+
+
+def test_root_and_inputs():
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
+            self.metric = nn.Linear(1, 1)
+
+    seen = trace(Task(), (), {"input": torch.randn(5, 3, 8, 6)}, root="net")
+    assert (seen.root, seen.batch_size, seen.image_size, seen.input_is_image) == ("net", 5, (8, 6), True)
+    assert seen.layer("net.1").gives_model_output
+    assert (seen.layer("").calls, seen.layer("metric").calls) == (0, 0)
+    tokens = trace(nn.Embedding(9, 4), (torch.randint(0, 9, (2, 3)),))
+    assert (tokens.input_is_image, tokens.image_size, tokens.batch_size) == (False, None, 2)
+    with pytest.raises(ValueError, match="No module 'nett' in Task to run. Its children: 'net', 'metric'"):
+        trace(Task(), (), root="nett")
+
+
+def test_names_without_wrappers_and_with_aliases():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = nn.Module()
+    model.net = nn.DataParallel(inner)
+    model.again = inner[0]
+    model.module = nn.ReLU()
+    assert list(named_layers(model)) == ["", "net", "net.0", "net.1", "again", "module"]
+    assert named_layers(model)["net"] is inner
+    assert named_tensors(model)["net.0.bias"] == "Parameter of shape (4,)"
+    assert list(named_layers(nn.Sequential(torch.compile(inner)))) == ["", "0", "0.0", "0.1"]
+    seen = trace(model, (torch.randn(2, 4),), root="net")
+    assert seen.aliases == (("again", "net.0"),)
+    assert seen.layer("again").name == "net.0"
+    assert trace(model, (torch.randn(2, 4),), root="again").root == "again"
+
+
+def test_a_compiled_part_is_watched():
+    compilations = []
+
+    def backend(graph, example_inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), backend=backend)
+    model = nn.Sequential(compiled, nn.Linear(4, 2))
+    x = torch.randn(2, 4)
+    model(x)
+    before = len(compilations)
+    assert [layer.name for layer in trace(model, (x,)).recordable()] == ["0.0", "0.1", "0", "1"]
+    assert len(compilations) == before > 0
+    torch.compiler.reset()
+
+
+def test_activations_are_not_kept():
+    alive = []
+
+    class Big(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            import weakref
+
+            alive.append(sum(reference() is not None for reference in references))
+            y = x + 1
+            references.append(weakref.ref(y))
+            return y
+
+    references: list = []
+    trace(nn.Sequential(Big(), Big(), Big(), Big()), (torch.randn(2, 2),))
+    assert max(alive) <= 1
+
+
+class Residual(nn.Module):
+    """A block whose output no module returns."""
+
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Permute(nn.Module):
+    """To channels-last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class Scale(nn.Module):
+    """A layer of unknown type that keeps the shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class ConvNext(nn.Module):
+    """A block in which both layouts occur."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """As in torchvision and timm: channels first in spite of its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+IMAGE = (2, 6, 8, 8)
+CUBE = (2, 8, 8, 8)
+AXES = [
+    (nn.Conv2d(6, 8, 1), IMAGE, "", 1),
+    (nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU()), IMAGE, "1", 1),
+    (nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU(inplace=True)), IMAGE, "1", 1),
+    (nn.Sequential(nn.Conv2d(6, 8, 1), nn.Dropout(), nn.Identity()), IMAGE, "2", 1),
+    (nn.Sequential(nn.Conv2d(6, 9, 1), Scale()), IMAGE, "1", 1),
+    (nn.Sequential(nn.Conv2d(6, 8, 1), Scale()), IMAGE, "1", None),
+    (nn.Sequential(nn.Conv2d(6, 8, 1), Permute()), IMAGE, "1", None),
+    (nn.Sequential(nn.Conv2d(6, 8, 1), Permute(), nn.LayerNorm(8)), IMAGE, "2", 3),
+    (nn.Sequential(nn.Conv2d(6, 8, 1), LayerNorm2d(8)), IMAGE, "1", 1),
+    (nn.GroupNorm(2, 6), IMAGE, "", 1),
+    (nn.MaxPool2d(2), IMAGE, "", 1),
+    (nn.LayerNorm([6, 8, 8]), IMAGE, "", None),
+    (nn.Sequential(nn.ReLU()), IMAGE, "", None),
+    (Residual(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()), IMAGE, "", 1),
+    (Residual(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), (2, 5, 8), "", 2),
+    (nn.Sequential(Residual(nn.Linear(8, 8)), nn.GELU()), (2, 5, 8), "1", 2),
+    (ConvNext(6), IMAGE, "", 1),
+    (ConvNext(8), CUBE, "", None),
+    (Residual(nn.Conv2d(8, 8, 3, padding=1)), CUBE, "", 1),
+    (Residual(nn.Linear(8, 8)), CUBE, "", 3),
+    (nn.Conv1d(6, 4, 3), (2, 6, 9), "", 1),
+    (nn.Conv3d(3, 4, 3), (2, 3, 5, 5, 5), "", 1),
+    (nn.LSTM(6, 8, batch_first=True), (2, 5, 6), "", 2),
+    (nn.Linear(6, 8), (2, 6), "", 1),
+    (nn.Sequential(nn.Flatten()), IMAGE, "0", 1),
+]
+
+
+@pytest.mark.parametrize(("model", "shape", "layer", "axis"), AXES, ids=[f"{i}" for i in range(len(AXES))])
+def test_neuron_axis(model, shape, layer, axis):
+    assert trace(model, (torch.randn(shape),)).layer(layer).neuron_axis == axis
+
+
+def test_neuron_axis_of_a_concatenation():
+    class Fire(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.a(x), self.b(x)], 1)
+
+    assert trace(Fire(), (torch.randn(IMAGE),)).layer("").neuron_axis == 1
+
+
+def test_neuron_axis_of_inputs():
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU()), nn.Dropout(), Permute(), Residual(nn.Linear(8, 8)), nn.ReLU()
+    )
+    seen = trace(model, (torch.randn(IMAGE),))
+    axes = {name: seen.layer(name).input_neuron_axis for name in ("0", "0.1", "1", "2", "3", "3.inner", "4")}
+    assert axes == {"0": 1, "0.1": 1, "1": 1, "2": 1, "3": 3, "3.inner": 3, "4": 3}
+
+
+class TimeFirst(nn.Module):
+    """A transformer of torch's default layout (T, B, C)."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.batch_first = batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        x = self.norm(self.encoder(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x.mean(1 if self.batch_first else 0)
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_batch_axis(batch_first, tokens):
+    seen = trace(TimeFirst(batch_first), (torch.randn(4, tokens, 8),))
+    expected = 0 if batch_first else 1
+    for name in ("encoder.layers.0", "encoder.layers.0.linear1", "encoder", "norm", "attention"):
+        assert (seen.layer(name).batch_axis, seen.layer(name).neuron_axis) == (expected, 2), name
+    assert seen.layer("attention").output_kind == "tuple(Tensor, None)"
+    assert [pair.student for pair in resolve_layers("blocks", seen, seen)] == ["encoder.layers.0", "encoder.layers.1"]
+
+
+def test_prefix_tokens():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+    model[0].reg_token = nn.Parameter(torch.zeros(1, 3, 4))
+    model[0].pos_embed = nn.Parameter(torch.zeros(1, 9, 4))
+    assert trace(model, (torch.randn(2, 4),)).prefix_tokens == 4
+
+
+def test_casts_of_a_trace_are_not_kept():
+    """Autocast of torch 2.6 gives a forward with gradient what one without gradient left in its cache."""
+    model = nn.Linear(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        trace(model, (torch.randn(2, 4),))
+        assert model(torch.randn(2, 4)).requires_grad
+        assert torch.is_autocast_cache_enabled()
+
+
+def test_format_pairs():
+    seen: Trace = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), (torch.randn(2, 3, 5, 5),))
+    table = format_pairs(resolve_layers(["0", "1:input"], seen, seen), seen, seen).splitlines()
+    assert len(table) == 3
+    assert table[1].split("  ")[0] == "0 (Conv2d)"
+    assert "(2, 4, 5, 5)" in table[1]
+    assert table[2].startswith("1:input (ReLU)")
+    assert table[2].endswith("0.5")
+    assert len({len(line) for line in table}) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_generator_is_forked_too():
+    model = Noisy().cuda()
+    state = torch.cuda.get_rng_state()
+    trace(model, (torch.ones(2, 3, 4, 4, device="cuda"),))
+    assert torch.equal(torch.cuda.get_rng_state(), state)
