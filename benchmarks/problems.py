@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.transport.cost import Cost, Plan
-from lightning_otrt.transport.distance import run_rounds
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.plans import exact_plan, sinkhorn_plan
 
@@ -61,8 +60,8 @@ class Problem:
         """Cosine of a gradient to that of the converged entropic plan at ``epsilon``."""
         if epsilon not in self.gradients:
             converged = sinkhorn_plan(self.matrix[None], epsilon, iterations=400).matrix[0]
-            rounds = self.rule.value(self.y, self.x, Plan.of(converged), self.rule.energy(self.x))
-            self.gradients[epsilon] = run_rounds([rounds])[0][1].flatten().double()
+            _, gradient = self.rule.value(self.y, self.x, Plan.of(converged), self.rule.energy(self.x))
+            self.gradients[epsilon] = gradient.flatten().double()
         return torch.nn.functional.cosine_similarity(gradient.flatten().double(), self.gradients[epsilon], 0).item()
 
 

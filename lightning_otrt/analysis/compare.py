@@ -175,8 +175,8 @@ def compare_representations(
         dataloader: Batches. A tensor is the input; of a tuple or list the first element is; a mapping holds keyword
             arguments.
         layers: ``"auto"`` (blocks and the blocks inside them, see
-            :func:`~lightning_otrt.layers.comparable.comparable_layers`), ``"all"`` (every layer that can be recorded), or
-            names, globs, ``"re:..."``, indices, ``"name:input"``, ``"blocks"`` and ``"penultimate"``, one or a list.
+            :func:`~lightning_otrt.layers.comparable.comparable_layers`), ``"all"`` (every layer that can be recorded),
+            or names, globs, ``"re:..."``, indices, ``"name:input"``, ``"blocks"`` and ``"penultimate"``, one or a list.
         teacher_layers: The same for the teacher; None: what ``layers`` says for both.
         cost: ``"correlation"``, ``"euclidean"`` or ``"sqeuclidean"``. Only the first is the same in all units, so that
             distances in different layers compare.

@@ -20,7 +20,6 @@ from lightning_otrt.transport.distance import (
     check_cost,
     common_dtype,
     fixed_plan,
-    run_rounds,
 )
 from lightning_otrt.transport.named_costs import CallableCost
 from lightning_otrt.transport.plans import TRAINING_ITERATIONS, WARM_ITERATIONS, exact_plan, sinkhorn_plan
@@ -174,7 +173,7 @@ class TransportEngine:
             y, x = batches[index][view]
             plan, energy, matrix = plans[index], self._energy(index), self._matrices.pop(index, None)
             if matrix is None:
-                results += run_rounds([self.cost.value(y, x, plan, energy, shared=False)])
+                results.append(self.cost.value(y, x, plan, energy))
             else:
                 results.append(self.cost.value_of_matrix(y, x, plan, matrix, energy))
         return results

@@ -1,7 +1,7 @@
 """The transport term of a batch whose samples lie on several processes: that of one process that has them all.
 
 A call that solves a plan makes one flat all-reduce for all pairs; its values follow from the same sums. Between
-solves a call makes the rounds of :meth:`Cost.value`. Nothing is communicated in the backward pass.
+solves a call makes the rounds of :meth:`Cost.shared_value`. Nothing is communicated in the backward pass.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class GlobalTransportEngine(TransportEngine):
                 new = _add(sums)
                 message["unfit"] = (~are_finite(new)).to(y.dtype)
         if state.plan is not None and not due:
-            rounds = [self.cost.value(y, x, state.plan, energy) for y, x in batch]
+            rounds = [self.cost.shared_value(y, x, state.plan, energy) for y, x in batch]
             self._known[index] = _Known(rounds=rounds)
             message["rounds"] = [next(generator) for generator in rounds]
         return message, new
@@ -201,7 +201,7 @@ class GlobalTransportEngine(TransportEngine):
             else:
                 begun = bool(known.rounds)
                 rounds[index, view] = (
-                    known.rounds[view] if begun else self.cost.value(y, x, plans[index], self._energy(index))
+                    known.rounds[view] if begun else self.cost.shared_value(y, x, plans[index], self._energy(index))
                 )
                 replies.append(known.replies[view] if begun else None)
         found = run_rounds(list(rounds.values()), self._others.sum, replies)

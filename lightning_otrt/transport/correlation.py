@@ -79,10 +79,21 @@ class CorrelationCost(Cost):
         add_product(running[-1], y, x.mT)
         return running
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
         """Σ P - Σ_i ŷ_i·z_i - Σ_(dead, dead) P with z = P x̂; gradient -(z_i - (ŷ_i·z_i) ŷ_i) / ‖y_i - ȳ_i‖."""
-        if not shared:
-            return self._value_alone(y, x, plan)
+        y, inverse_y = _centred(y)
+        x, inverse_x = _centred(x)
+        z = product(plan.matrix, x.mul_(inverse_x[..., None]), like=y)
+        products = torch.linalg.vecdot(y, z).mul_(inverse_y)
+        value = plan.student_mass.sub(products)
+        # Two dead neurons cost 0 instead of 1.
+        if not are_all(inverse_x):
+            value.sub_(matrix_vector(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
+        along = products.mul_(inverse_y).mul_(inverse_y)
+        return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
+
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """The same in two rounds: the moments of the neurons, then the products ŷ_i·z_i."""
         mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
         y, x = y - mean_y, x - mean_x
         squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
@@ -105,20 +116,6 @@ class CorrelationCost(Cost):
         dead = torch.linalg.vecdot((plan.matrix @ dead_x[..., None]).squeeze(-1), dead_y)
         value = plan.student_mass.sum(-1) - products.sum(-1) - dead
         return value, z.addcmul_(y, products[..., None], value=-1).mul_(-inverse_y[..., None])
-
-    @staticmethod
-    def _value_alone(y: Tensor, x: Tensor, plan: Plan) -> ValueAndGradient:
-        """The same in few passes: neurons are centred, and their norms are factors of rows."""
-        y, inverse_y = _centred(y)
-        x, inverse_x = _centred(x)
-        z = product(plan.matrix, x.mul_(inverse_x[..., None]), like=y)
-        products = torch.linalg.vecdot(y, z).mul_(inverse_y)
-        value = plan.student_mass.sub(products)
-        # Two dead neurons cost 0 instead of 1.
-        if not are_all(inverse_x):
-            value.sub_(matrix_vector(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
-        along = products.mul_(inverse_y).mul_(inverse_y)
-        return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]

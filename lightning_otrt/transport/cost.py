@@ -5,8 +5,8 @@ dimensions are a batch of pairs. Everything here runs without autograd and retur
 envelope theorem: the plan is a constant), so that no graph over a cost matrix is ever kept.
 
 What a cost needs of a mini-batch are sums over observations. They add over views, over steps (the running cost) and
-over processes (the global batch). A value is a generator: it *yields* the sums of this process and is *sent* those of
-all processes, once a round; its ``return`` is the pair (value, gradient for the student neurons of this process).
+over processes (the global batch). In one process :meth:`Cost.value` gives value and gradient; :meth:`Cost.shared_value`
+gives those of several processes that exchange their sums.
 """
 
 from __future__ import annotations
@@ -84,16 +84,32 @@ class Cost(ABC):
         return remember(running, decay, new, are_finite(new))
 
     @abstractmethod
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
-        """⟨P, M⟩ on these observations and its gradient for ``y``, the plan held fixed; see the module.
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
+        """⟨P, M⟩ on these observations and its gradient with respect to ``y``, the plan held fixed.
 
         Args:
-            y: Student neurons.
-            x: Teacher neurons.
+            y: Student neurons ``(..., N, n)``.
+            x: Teacher neurons ``(..., M, n)``.
             plan: The plan.
-            energy: See :meth:`energy`.
-            shared: Whether other processes have observations too. If not, rounds may be left out.
+            energy: The scale of the teacher; see :meth:`energy`.
+
+        Returns:
+            The value ``(...)`` and the gradient, of the shape of ``y``.
         """
+
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """:meth:`value` where several processes each hold a part of the observations.
+
+        A generator. It yields sums over the observations of this process, and has to be sent the same sums over those
+        of all processes. It returns the value over all observations, and the gradient with respect to ``y``.
+
+        Args:
+            y: Student neurons ``(..., N, n)`` of this process.
+            x: Teacher neurons ``(..., M, n)`` of this process.
+            plan: The plan, the same on all processes.
+            energy: :meth:`energy` of this process.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no sum over observations, so it has no global batch.")
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]

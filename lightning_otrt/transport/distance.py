@@ -141,7 +141,7 @@ def transport_distance(
         matrix = rule.matrix(rule.sums(y, x), energy).to(y.dtype)
         check_cost(matrix, cost)
         coupling = solve_plan(matrix, plan, epsilon, seed)
-        [(value, gradient)] = run_rounds([rule.value(y, x, Plan.of(coupling), energy, shared=False)])
+        value, gradient = rule.value(y, x, Plan.of(coupling), energy)
         if not batched:
             value, gradient, coupling, matrix = value[0], gradient[0], coupling[0], matrix[0]
     return TransportResult.of(attach_gradients(value, [student], [gradient]), coupling, matrix)
@@ -175,7 +175,7 @@ def run_rounds(
     reduce: Callable[[Sums], Sums] | None = None,
     replies: Sequence[Sums | None] | None = None,
 ) -> list[ValueAndGradient]:
-    """Run generators of :meth:`Cost.value` side by side, so that each of their rounds is one reduction for all.
+    """Run generators of :meth:`Cost.shared_value` side by side, so that each of their rounds is one reduction for all.
 
     Args:
         rounds: One generator a pair.

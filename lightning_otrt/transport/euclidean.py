@@ -55,17 +55,16 @@ class SquaredEuclideanCost(Cost):
         count, squared = sums
         return (squared / (count * _scale(energy))[..., None, None]).clamp_min_(0)
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
-        count = count_of(y)
-        y, x = _centre(y, x)
-        own = torch.linalg.vecdot(plan.student_mass, norms(y).square_())
-        pull = pulled(y * plan.student_mass[..., None], plan.matrix, x)
-        total = (2 * dot(y, pull)).sub_(own)
-        total = total.add_(torch.linalg.vecdot(plan.teacher_mass, norms(x).square_()))
-        total, count, energy = yield [total, count, energy]
-        scale = count * _scale(energy)
-        return total / scale, pull.mul_((2 / scale)[..., None, None])
+        total, half = _transported_squares(y, x, plan)
+        return _over(count_of(y) * _scale(energy), total, half)
+
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """The same in one round of three numbers."""
+        total, half = _transported_squares(y, x, plan)
+        total, count, energy = yield [total, count_of(y), energy]
+        return _over(count * _scale(energy), total, half)
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
@@ -90,8 +89,14 @@ class EuclideanCost(SquaredEuclideanCost):
         """Root of the mean squared distances over s."""
         return super().matrix(sums, energy).sqrt_()
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
         """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
+        unit = (count_of(y) * _scale(energy)).rsqrt_()
+        y, x = _centre(y, x)
+        return self._follow(y, x, plan, _squared_distances(y, x).sqrt_(), unit, unit)
+
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+        """The same in one round, of the squared distances ``(..., N, M)`` and two numbers."""
         count = count_of(y)
         y, x = _centre(y, x)
         squared, count, energy = yield [_squared_distances(y, x), count, energy]
@@ -121,6 +126,20 @@ class EuclideanCost(SquaredEuclideanCost):
         weights = torch.div(plan.matrix, torch.maximum(distances, floor, out=distances), out=distances)
         pull = pulled(y * weights.sum(-1, keepdim=True), weights, x)
         return value, pull.mul_(gradient_unit[..., None, None])
+
+
+def _transported_squares(y: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Σ P_ij ‖y_i - x_j‖², and half of its gradient with respect to ``y``, a_i y_i - z_i."""
+    y, x = _centre(y, x)
+    own = torch.linalg.vecdot(plan.student_mass, norms(y).square_())
+    half = pulled(y * plan.student_mass[..., None], plan.matrix, x)
+    total = (2 * dot(y, half)).sub_(own)
+    return total.add_(torch.linalg.vecdot(plan.teacher_mass, norms(x).square_())), half
+
+
+def _over(scale: Tensor, total: Tensor, half_gradient: Tensor) -> ValueAndGradient:
+    """Value and gradient in units of ``scale``; ``half_gradient`` is overwritten."""
+    return total / scale, half_gradient.mul_((2 / scale)[..., None, None])
 
 
 def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

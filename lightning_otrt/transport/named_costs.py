@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.transport.correlation import CorrelationCost
-from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums
+from lightning_otrt.transport.cost import Cost, Plan, Sums, ValueAndGradient
 from lightning_otrt.transport.euclidean import EuclideanCost, SquaredEuclideanCost
 
 __all__ = ["CallableCost", "get_cost"]
@@ -35,7 +35,7 @@ class CallableCost(Cost):
         """The average of the matrices, weighted by their observations."""
         return sums[1] / sums[0][..., None, None]
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor, *, shared: bool = True) -> Rounds:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
         """⟨P, M⟩ and its gradient by autograd through the user's function."""
         # Inference mode, in which Lightning validates, records no gradient, and none can be had of tensors born in it.
         with torch.inference_mode(False), torch.enable_grad():
@@ -49,7 +49,6 @@ class CallableCost(Cost):
                 )
             (gradient,) = torch.autograd.grad(value.sum(), y)
         return value.detach(), gradient
-        yield  # a generator without rounds
 
     def _matrix(self, y: Tensor, x: Tensor) -> Tensor:
         if y.dim() > 2:

@@ -100,7 +100,7 @@ def peak_floats(function: Callable[[], object]) -> float:
 
 def ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the paths of an accelerator, which is never asked for a value."""
-    for module in ("correlation", "engine", "operations"):
+    for module in ("transport.correlation", "transport.tensors", "steps.engine"):
         monkeypatch.setattr(f"lightning_otrt.{module}.are_all", lambda values: False)
 
 
@@ -241,7 +241,7 @@ def test_value_alone_is_that_of_rounds(cost: str, layout: str, kind: str) -> Non
         x = x.mT.contiguous().mT
     rule = get_cost(cost)
     arguments = y, x, Plan.of(plan), rule.energy(x)
-    results = [run_rounds([rule.value(*arguments, shared=shared)])[0] for shared in (True, False)]
+    results = [*run_rounds([rule.shared_value(*arguments)]), rule.value(*arguments)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-11)
     if rule.needs_matrix:
         matrix = rule.matrix(rule.sums(y, x), rule.energy(x))
@@ -349,7 +349,7 @@ def test_training_plan_is_accurate(cost: str) -> None:
     state, rule = engine.pairs[0], get_cost(cost)
     matrix = rule.matrix(rule.sums(y.detach(), x), rule.energy(x))
     converged = sinkhorn_plan(matrix[None], 0.01).matrix[0]
-    [(_, gradient)] = run_rounds([rule.value(y.detach(), x, Plan.of(converged), rule.energy(x))])
+    _, gradient = rule.value(y.detach(), x, Plan.of(converged), rule.energy(x))
     exact = (plans.exact_plan(matrix[None])[0] * matrix).sum()
     # Of the entropic plan itself the value is up to ε log N of the mean off.
     assert value.item() == pytest.approx(exact.item(), rel=0.02)

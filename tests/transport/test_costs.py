@@ -49,8 +49,7 @@ def matrix_of(cost: Cost, y: Tensor, x: Tensor) -> Tensor:
 
 
 def value_of(cost: Cost, y: Tensor, x: Tensor, plan: Tensor) -> ValueAndGradient:
-    [result] = run_rounds([cost.value(y, x, Plan.of(plan), cost.energy(x))])
-    return result
+    return cost.value(y, x, Plan.of(plan), cost.energy(x))
 
 
 def central_differences(function: Callable[[Tensor], float], y: Tensor, step: float = 1e-6) -> Tensor:
@@ -259,7 +258,7 @@ def test_callable_sums_weigh_matrices_by_observations() -> None:
 def over_processes(cost: Cost, y: Tensor, x: Tensor, plan: Tensor, sizes: tuple[int, ...]) -> list[ValueAndGradient]:
     """Run one generator a process in lockstep; each is sent new tensors that sum what all of them yielded."""
     parts = list(zip(y.split(sizes, -1), x.split(sizes, -1), strict=True))
-    rounds: list[Rounds] = [cost.value(a, b, Plan.of(plan), cost.energy(b)) for a, b in parts]
+    rounds: list[Rounds] = [cost.shared_value(a, b, Plan.of(plan), cost.energy(b)) for a, b in parts]
     results: list[ValueAndGradient] = []
     asked: list[Sums] = [next(process) for process in rounds]
     while True:
@@ -316,7 +315,7 @@ def test_run_rounds_reduces_all_pairs_at_once() -> None:
         calls.append(len(sums))
         return [2 * tensor for tensor in sums]
 
-    rounds = [cost.value(y, x, Plan.of(plan), cost.energy(x)) for cost, y, x in pairs]
+    rounds = [cost.shared_value(y, x, Plan.of(plan), cost.energy(x)) for cost, y, x in pairs]
     for (value, gradient), pair in zip(run_rounds(rounds, twice), pairs, strict=True):
         expected_value, expected_gradient = value_of(*pair, plan)
         torch.testing.assert_close(value, expected_value, rtol=1e-12, atol=0)
