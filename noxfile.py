@@ -67,7 +67,7 @@ def wheel(session: nox.Session) -> None:
     outside.mkdir()
     for name in ("tests", "examples", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, outside / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
-    for name in ("pyproject.toml", "noxfile.py", "README.md", "CHANGELOG.md", "SECURITY.md"):
+    for name in ("pyproject.toml", "noxfile.py", "conftest.py", "README.md", "CHANGELOG.md", "SECURITY.md"):
         shutil.copy(ROOT / name, outside)
     session.chdir(outside)
     session.run("python", "-c", "import lightning_otrt as o; assert 'site-packages' in o.__file__, o.__file__")

@@ -8,7 +8,7 @@ from collections import Counter
 
 #: What is counted: a name, and what the names of its tests begin with.
 COUNTED = {
-    "bad inputs and their defined outcomes": ["tests/test_bad_inputs.py"],
+    "bad inputs and their defined outcomes": ["tests/bad_inputs/"],
     "contexts of a fit": ["tests/test_contexts.py"],
     "strategies and distributed runs": ["tests/test_strategies.py", "tests/test_distributed.py"],
     "demo modules with callbacks of Lightning": ["tests/test_lightning_callbacks.py"],

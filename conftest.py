@@ -1,0 +1,39 @@
+"""What every test runs under: warnings are errors, fixed seeds, and autograd as the test found it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from expected_warnings import EXPECTED_WARNINGS
+
+#: Modules that hold assertions of several tests; pytest then shows the values in them, too.
+pytest.register_assert_rewrite("helpers", "bad_inputs.fits", "bad_inputs.messages", "bad_inputs.outcomes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make warnings errors, but for those of the inventory."""
+    config.addinivalue_line("filterwarnings", "error")
+    for line, _ in EXPECTED_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _autograd_left_on() -> Iterator[None]:
+    yield
+    enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    # Set back first: one culprit must not fail every test after it.
+    torch.set_grad_enabled(True)
+    assert enabled, "autograd was left switched off"
+    assert not inference, "inference mode was left switched on"

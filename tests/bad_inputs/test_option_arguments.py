@@ -1,0 +1,100 @@
+"""Wrong options of the term, its schedules and its layer pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_inputs.fits import INF, NAN, Error
+from bad_inputs.messages import assert_message
+from helpers import LAYERS, Net
+from torch import nn
+
+from lightning_otrt import CosineDecay, LayerPair, LinearWarmup, OTRTCallback
+
+
+def callback(**options: Any) -> OTRTCallback:
+    return OTRTCallback(Net(4), **{"layers": LAYERS, **options})
+
+
+ARGUMENTS: list[tuple[str, Callable[[Path], Any], Error, tuple[str, ...]]] = [
+    ("weight negative", lambda _: callback(weight=-1), ValueError, ("`weight`", "not negative", "-1")),
+    ("weight NaN", lambda _: callback(weight=NAN), ValueError, ("`weight`", "finite", "nan")),
+    ("weight a string", lambda _: callback(weight="8"), TypeError, ("`weight`", "number", "str")),
+    (
+        "epsilon zero",
+        lambda _: callback(epsilon=0),
+        ValueError,
+        ("`epsilon`", "between 0 and 1", "relative to the mean"),
+    ),
+    (
+        "epsilon negative",
+        lambda _: callback(epsilon=-0.1),
+        ValueError,
+        ("`epsilon`", "-0.1", "0.01 is close to an exact"),
+    ),
+    ("epsilon NaN", lambda _: callback(epsilon=NAN), ValueError, ("`epsilon`", "nan")),
+    (
+        "epsilon of a uniform plan",
+        lambda _: callback(epsilon=5.0),
+        ValueError,
+        ("`epsilon`", "at 1 the plan is uniform"),
+    ),
+    (
+        "plan unknown",
+        lambda _: callback(plan="emd"),
+        ValueError,
+        ("`plan`", "'sinkhorn', 'exact', 'identity'", "'emd'"),
+    ),
+    (
+        "cost unknown",
+        lambda _: callback(cost="cosine"),
+        ValueError,
+        ("`cost`", "'correlation', 'euclidean'", "'cosine'"),
+    ),
+    ("cost no function", lambda _: callback(cost=2), TypeError, ("`cost`", "a name or a callable", "int")),
+    ("memory of one", lambda _: callback(memory=1.0), ValueError, ("`memory`", "[0, 1)", '`plan="static"` keeps one')),
+    ("solve_every zero", lambda _: callback(solve_every=0), ValueError, ("`solve_every`", "positive integer", "0")),
+    ("grid zero", lambda _: callback(grid=0), ValueError, ("`grid`", "positive integer", "0")),
+    ("seed a string", lambda _: callback(seed="1"), TypeError, ("`seed`", "an integer", "'1'")),
+    ("strict a string", lambda _: callback(strict="no"), TypeError, ("`strict`", "True or False", "'no'")),
+    ("global_batch a string", lambda _: callback(global_batch="yes"), TypeError, ("`global_batch`", "'yes'")),
+    ("schedule no function", lambda _: callback(schedule=0.5), TypeError, ("`schedule`", "callable", "float")),
+    ("warm-up of no steps", lambda _: LinearWarmup(0), ValueError, ("`steps`", "at least 1")),
+    ("decay to NaN", lambda _: CosineDecay(5, final=NAN), ValueError, ("`final`", "finite", "nan")),
+    (
+        "adapter no function",
+        lambda _: callback(teacher_inputs=[1]),
+        TypeError,
+        ("`teacher_inputs`", "callable", "list"),
+    ),
+    ("teacher dtype", lambda _: callback(teacher_dtype="int8"), ValueError, ("`teacher_dtype`", "'bf16'", "'int8'")),
+    ("option misspelt", lambda _: callback(wieght=2), TypeError, ("unexpected keyword argument", "wieght")),
+    ("pair weight zero", lambda _: LayerPair("a", "b", 0), ValueError, ("`weight`", "'a' -> 'b'", "positive")),
+    (
+        "pair weight negative",
+        lambda _: LayerPair("a", "b", -2),
+        ValueError,
+        ("`weight`", "'a' -> 'b'", "positive", "-2"),
+    ),
+    ("pair weight infinite", lambda _: LayerPair("a", "b", INF), ValueError, ("'a' -> 'b'", "finite", "inf")),
+    (
+        "pair of a module",
+        lambda _: LayerPair(nn.Identity(), "b"),
+        TypeError,
+        ("`student`", "name of a layer", "Identity()"),
+    ),
+    ("pair axis", lambda _: LayerPair("a", "b", neuron_axis="1"), TypeError, ("`neuron_axis`", "'a' -> 'b'", "'1'")),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"), [case[1:] for case in ARGUMENTS], ids=[case[0] for case in ARGUMENTS]
+)
+def test_options(call: Callable[[Path], Any], error: Error, words: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(error) as raised:
+        call(tmp_path)
+    assert type(raised.value) is error
+    assert_message(raised.value, words)
