@@ -27,7 +27,7 @@ from benchmarks.steps import STAGES, Steps, TermAlone, engine_step
 from benchmarks.timing import Quartiles, wall_clock
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.plans import sinkhorn_plan
+from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 #: Largest relative error of a value, 1 - cosine of a gradient, and error of a plan relative to its largest entry.
 LIMITS = {"value": 1e-3, "gradient": 1e-4, "plan": 2e-2}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_otrt.transport.cost import Cost, Plan
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.plans import exact_plan, sinkhorn_plan
+from lightning_otrt.transport.plans import exact_plan
+from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 COSTS = ("euclidean", "sqeuclidean", "correlation")
 CLOUDS = ("permuted", "independent")

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.problems import EPSILON, Problem
 from lightning_otrt import transport_distance
 from lightning_otrt.steps.engine import TransportEngine
-from lightning_otrt.transport.plans import diagnose
+from lightning_otrt.transport.diagnostics import diagnose
 
 #: What a method returns: its value and the gradient for the student neurons.
 Solve = Callable[[], tuple[Tensor, Tensor]]

@@ -24,7 +24,7 @@ from benchmarks.sections import write_section
 from benchmarks.steps import Steps, TermAlone, correlation_by_hand, engine_step, resnet18_cifar
 from benchmarks.timing import Quartiles, processor_clock, ratios, rounds
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.plans import STAIRCASE, sinkhorn_plan
+from lightning_otrt.transport.sinkhorn import STAIRCASE, sinkhorn_plan
 
 HERE = Path(__file__).parent
 SOLVE_GATES = {(512, 512, 256): (4.0, 8.0), (512, 512, 1024): (2.8, 4.0), (2048, 2048, 256): (3.8, 5.0)}

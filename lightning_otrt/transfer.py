@@ -32,8 +32,8 @@ from lightning_otrt.steps.global_batch import GlobalTransportEngine
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import load_teacher
-from lightning_otrt.transport.distance import check_epsilon, check_plan
 from lightning_otrt.transport.named_costs import get_cost
+from lightning_otrt.transport.plans import check_epsilon, check_plan
 
 __all__ = ["RepresentationTransfer"]
 

@@ -24,7 +24,8 @@ from lightning_otrt.reading.pairing import Observer, can_be_compared
 from lightning_otrt.reading.tracer import in_evaluation, trace
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
-from lightning_otrt.transport.distance import TransportResult, check_finite
+from lightning_otrt.transport.distance import TransportResult
+from lightning_otrt.transport.tensor_checks import check_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

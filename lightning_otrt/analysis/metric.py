@@ -14,16 +14,10 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_otrt.checks import check_count, check_seed
 from lightning_otrt.transport.cost import Sums
-from lightning_otrt.transport.distance import (
-    PLANS,
-    TransportResult,
-    check_epsilon,
-    check_finite,
-    check_plan,
-    fixed_plan,
-    solve_plan,
-)
+from lightning_otrt.transport.distance import TransportResult
 from lightning_otrt.transport.named_costs import get_cost
+from lightning_otrt.transport.plans import ONE_BATCH_PLANS, check_epsilon, check_plan, fixed_plan, solve_plan
+from lightning_otrt.transport.tensor_checks import check_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +110,7 @@ class NeuronTransportDistance(Metric):
                 "and any other cost need not be such a sum. Use `transport_distance(student, teacher, cost=...)` on "
                 "all observations at once."
             )
-        check_plan(plan, allowed=PLANS[:-1])
+        check_plan(plan, allowed=ONE_BATCH_PLANS)
         check_epsilon(epsilon)
         check_seed("seed", seed)
         # A control that does not fit the widths is an error now, not at the end of an epoch.

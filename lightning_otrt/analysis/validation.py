@@ -14,22 +14,8 @@ from lightning_otrt.reading.neurons import match_positions
 from lightning_otrt.reading.recorder import Recorder, View, padding_mask
 from lightning_otrt.reading.tracer import named_layers
 from lightning_otrt.transfer import RepresentationTransfer
-from lightning_otrt.transport.correlation import CorrelationCost
-from lightning_otrt.transport.cost import Cost
-from lightning_otrt.transport.euclidean import EuclideanCost, SquaredEuclideanCost
 
-__all__ = ["ValidationDistances", "cost_name"]
-
-_NAMES: dict[type[Cost], str] = {
-    CorrelationCost: "correlation",
-    EuclideanCost: "euclidean",
-    SquaredEuclideanCost: "sqeuclidean",
-}
-
-
-def cost_name(cost: Cost) -> str | None:
-    """The name by which the metric knows a cost; None for a callable, which need not be a sum over observations."""
-    return _NAMES.get(type(cost))
+__all__ = ["ValidationDistances"]
 
 
 class ValidationDistances:
@@ -39,7 +25,7 @@ class ValidationDistances:
     not reach whoever runs the student: it ends the recording and is kept as :attr:`error`.
 
     Args:
-        transfer: Attached to ``student``, with its layers resolved and a distance of each pair.
+        transfer: Attached to ``student``, with its layers resolved, a distance of each pair and an additive cost.
         student: The student.
     """
 
@@ -81,14 +67,14 @@ class ValidationDistances:
 
     def _make_metrics(self) -> list[NeuronTransportDistance]:
         transfer = self.transfer
-        name = cost_name(transfer.cost)
-        assert name is not None
         plan = "sinkhorn" if transfer.plan == "static" else transfer.plan
         metrics = []
         for distance in transfer.distances:
             # A pair that was skipped for want of observations gets a metric too: all processes reduce the same ones.
             shape = (1, 1) if distance.plan is None else tuple(distance.plan.shape)
-            metric = NeuronTransportDistance(*shape, cost=name, plan=plan, epsilon=transfer.epsilon, seed=transfer.seed)
+            metric = NeuronTransportDistance(
+                *shape, cost=transfer.cost.name, plan=plan, epsilon=transfer.epsilon, seed=transfer.seed
+            )
             metrics.append(metric.to(distance.value.device))
         return metrics
 

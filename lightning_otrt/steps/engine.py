@@ -14,16 +14,13 @@ from torch import Tensor
 from lightning_otrt.steps.first_batch import inspect_batch, inspect_plan
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.transport.correlation import CorrelationCost
-from lightning_otrt.transport.cost import Cost, Plan, Sums, ValueAndGradient, are_finite
-from lightning_otrt.transport.distance import (
-    attach_gradients,
-    check_cost,
-    common_dtype,
-    fixed_plan,
-)
-from lightning_otrt.transport.named_costs import CallableCost
-from lightning_otrt.transport.plans import TRAINING_ITERATIONS, WARM_ITERATIONS, exact_plan, sinkhorn_plan
-from lightning_otrt.transport.tensors import are_all
+from lightning_otrt.transport.cost import Cost, Plan, Sums, ValueAndGradient, all_finite
+from lightning_otrt.transport.custom_cost import CustomCost
+from lightning_otrt.transport.gradient import attach_gradients
+from lightning_otrt.transport.plans import exact_plan, fixed_plan
+from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
+from lightning_otrt.transport.tensor_checks import check_cost
+from lightning_otrt.transport.tensors import all_nonzero, common_dtype
 
 __all__ = ["PairDistance", "TransportEngine"]
 
@@ -64,7 +61,7 @@ class TransportEngine:
         names: ``(student layer, teacher layer)`` of each pair.
         weights: Weight of each pair, summing to 1.
         cost: The ground cost.
-        plan: Kind of plan; see :data:`lightning_otrt.transport.distance.PLANS`.
+        plan: Kind of plan; see :data:`lightning_otrt.transport.plans.PLANS`.
         epsilon: Entropic regularisation relative to the mean cost.
         memory: Decay of the running cost, or ``"auto"``: 0.98 where a call has fewer samples than neurons, else 0.
         solve_every: Calls between two solves.
@@ -257,7 +254,7 @@ class TransportEngine:
                 means = (side.mean(-1, keepdim=True).nan_to_num_(0.0, 0.0, 0.0) for side in (y, x))
                 state.reference = next(means), next(means)
             sums = self.cost.sums(y, x, state.reference)
-            fits = are_finite(sums)
+            fits = all_finite(sums)
             state.sums = [torch.where(fits, part, 0.0) for part in sums]
         else:
             state.sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
@@ -278,7 +275,7 @@ class TransportEngine:
     def _solve(self, matrices: dict[int, Tensor]) -> None:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, matrix in matrices.items():
-            if self.calls == 0 and isinstance(self.cost, CallableCost):
+            if self.calls == 0 and isinstance(self.cost, CustomCost):
                 check_cost(matrix, self.cost.function)
             pays = matrix.is_cuda or matrix.numel() <= BATCHED_ENTRIES
             # A static plan has to have converged when it rests, which a start from an earlier batch can delay.
@@ -351,7 +348,7 @@ class TransportEngine:
         """Counters, plans, potentials and statistics: what a resumed run needs to go on as if it had not stopped."""
         return {
             "names": [list(name) for name in self.names],
-            "settings": {"cost": str(self.cost), "plan": self.plan, "memory": self.memory},
+            "settings": {"cost": self.cost.name, "plan": self.plan, "memory": self.memory},
             "calls": self.calls,
             "pairs": [state.state_dict() for state in self.pairs],
         }
@@ -369,7 +366,7 @@ class TransportEngine:
                 "Resume with the same `layers`, or load the weights alone."
             )
         settings = state.get("settings", {})
-        for name, own in (("cost", str(self.cost)), ("plan", self.plan)):
+        for name, own in (("cost", self.cost.name), ("plan", self.plan)):
             if settings.get(name, own) != own:
                 raise ValueError(
                     f"The checkpoint was saved with {name}={settings[name]!r}, but this run has {name}={own!r}, and "
@@ -389,7 +386,7 @@ class TransportEngine:
 
 def _where(fits: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
     """``new`` if it ``fits``, else ``old``, written over ``new``; `where` would take three times as long."""
-    if are_all(fits):
+    if all_nonzero(fits):
         return new
     old = old if isinstance(old, Tensor) else new.new_full((), old)
     return torch.lerp(old.expand_as(new), new.nan_to_num_(0.0, 0.0, 0.0), fits.to(new.dtype), out=new)

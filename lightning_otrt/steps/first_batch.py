@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_otrt.transport.correlation import DEAD_SHARE, CorrelationCost
 from lightning_otrt.transport.cost import Cost, Plan
-from lightning_otrt.transport.distance import check_values
-from lightning_otrt.transport.plans import diagnose
+from lightning_otrt.transport.diagnostics import diagnose
+from lightning_otrt.transport.tensor_checks import check_values
 from lightning_otrt.transport.tensors import norms
 
 __all__ = ["inspect_batch", "inspect_plan"]

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_otrt.steps.engine import MEMORY, PairDistance, TransportEngine
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.ranks import Ranks
-from lightning_otrt.transport.cost import Plan, Rounds, Sums, ValueAndGradient, are_finite, remember
-from lightning_otrt.transport.distance import common_dtype, run_rounds
-from lightning_otrt.transport.named_costs import CallableCost
+from lightning_otrt.transport.cost import Plan, Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
+from lightning_otrt.transport.custom_cost import CustomCost
+from lightning_otrt.transport.distance import run_rounds
+from lightning_otrt.transport.tensors import common_dtype
 
 __all__ = ["GlobalTransportEngine"]
 
@@ -63,7 +64,7 @@ class GlobalTransportEngine(TransportEngine):
         Raises:
             ValueError: If the cost is a user's function.
         """
-        if isinstance(self.cost, CallableCost):
+        if isinstance(self.cost, CustomCost):
             raise ValueError(
                 f"The cost {self.cost.function!r} is a function of raw neurons, which need not be a sum over samples, "
                 "so it has no global batch over processes. Pass global_batch=False for one term per process, or use "
@@ -147,7 +148,7 @@ class GlobalTransportEngine(TransportEngine):
                     message["running"] = state.sums
             else:
                 new = _add(sums)
-                message["unfit"] = (~are_finite(new)).to(y.dtype)
+                message["unfit"] = (~all_finite(new)).to(y.dtype)
         if state.plan is not None and not due:
             rounds = [self.cost.shared_value(y, x, state.plan, energy) for y, x in batch]
             self._known[index] = _Known(rounds=rounds)
@@ -172,7 +173,7 @@ class GlobalTransportEngine(TransportEngine):
         assert state.reference is not None
         self._known[index] = _Known(sums=got["sums"], energy=energy, reference=state.reference)
         total = _add(got["sums"])
-        fits = are_finite(total)
+        fits = all_finite(total)
         if state.memory:
             total = _fed(state, got.get("running"), total, fits)
             state.sums, self._is_pending = [part / size for part in total], False
@@ -223,7 +224,7 @@ class GlobalTransportEngine(TransportEngine):
             ],
             "forwards in a call": len(batches[0]),
             "calls so far": self.calls,
-            "cost": type(self.cost).__name__,
+            "cost": self.cost.name,
             "plan": (self.plan, self.epsilon, self.memory, self.solve_every, self.seed),
         }
         counts = [[y.shape[-1] for y, _ in batch] for batch in batches]
@@ -324,7 +325,9 @@ class GlobalTransportEngine(TransportEngine):
 def _fed(state: PairState, running: Sums | None, new: Sums, fits: Tensor) -> Sums:
     """The running sums with new ones, or those alone where there are none; what is not finite adds nothing."""
     assert state.memory is not None
-    return remember([torch.zeros_like(part) for part in new] if running is None else running, state.memory, new, fits)
+    return decay_and_add(
+        [torch.zeros_like(part) for part in new] if running is None else running, state.memory, new, fits
+    )
 
 
 def _add(sums: Sequence[Sums]) -> Sums:

@@ -15,14 +15,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_otrt.analysis.plots import plot_plan
-from lightning_otrt.analysis.validation import ValidationDistances, cost_name
+from lightning_otrt.analysis.validation import ValidationDistances
 from lightning_otrt.analysis.weight import GradientProbe
 from lightning_otrt.reading.recorder import View
 from lightning_otrt.trainer.log_figure import log_figure
 from lightning_otrt.trainer.monitor_warnings import Advice
 from lightning_otrt.trainer.training_step import add_term, remove_term
 from lightning_otrt.transfer import RepresentationTransfer
-from lightning_otrt.transport.plans import diagnose
+from lightning_otrt.transport.diagnostics import diagnose
 
 __all__ = ["Watch"]
 
@@ -142,7 +142,7 @@ class Watch:
         """Record validation forwards from now on."""
         if not self.transfer.distances or not self.transfer.is_attached or self._validation is not None:
             return
-        if cost_name(self.transfer.cost) is None:
+        if not self.transfer.cost.additive:
             self.advice.warn("cost", _NO_SUM)
             return
         self._validation = ValidationDistances(self.transfer, module)

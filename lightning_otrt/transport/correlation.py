@@ -8,14 +8,14 @@ from torch import Tensor
 from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.tensors import (
     add_product,
-    are_all,
-    count_of,
-    in_enough_digits,
+    all_nonzero,
     is_long,
     matrix_vector,
     norms,
-    only_if,
+    observation_count,
     product,
+    widen_if_long,
+    zero_unless,
 )
 
 __all__ = ["DEAD_SHARE", "CorrelationCost"]
@@ -34,6 +34,7 @@ class CorrelationCost(Cost):
     one, and has no gradient.
     """
 
+    name = "correlation"
     min_observations = 3
 
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
@@ -43,11 +44,11 @@ class CorrelationCost(Cost):
         from the reference moves at all.
         """
         dtype = y.dtype
-        y, x = in_enough_digits(y, x)
+        y, x = widen_if_long(y, x)
         y0, x0 = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
         (y, yy), (x, xx) = _deviations(y, y0), _deviations(x, x0)
         if reference is None:
-            return [count_of(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
+            return [observation_count(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
         (count, sum_y, yy), (_, sum_x, xx) = (_moments(*_centred_squares(side)).unbind(-1) for side in (y, x))
         return [count[..., 0], sum_y, sum_x, yy, xx, (y @ x.mT).to(dtype)]
 
@@ -72,7 +73,7 @@ class CorrelationCost(Cost):
             return super().accumulate(running, decay, y, x, reference)
         (y, yy), (x, xx) = _deviations(y, reference[0]), _deviations(x, reference[1])
         fits = torch.isfinite(yy.sum() + xx.sum())
-        y, x, yy, xx, count = only_if(fits, y, x, yy, xx, count_of(y))
+        y, x, yy, xx, count = zero_unless(fits, y, x, yy, xx, observation_count(y))
         decayed = torch.where(fits, y.new_full((), decay), 1.0)  # of two numbers it would be float32
         torch._foreach_mul_(running, decayed)
         torch._foreach_add_(running[:-1], [count, y.sum(-1), x.sum(-1), yy, xx])
@@ -87,7 +88,7 @@ class CorrelationCost(Cost):
         products = torch.linalg.vecdot(y, z).mul_(inverse_y)
         value = plan.student_mass.sub(products)
         # Two dead neurons cost 0 instead of 1.
-        if not are_all(inverse_x):
+        if not all_nonzero(inverse_x):
             value.sub_(matrix_vector(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
         along = products.mul_(inverse_y).mul_(inverse_y)
         return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
@@ -195,7 +196,7 @@ def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Deviations from ``reference`` and their sums of squares, both 0 where they are rounding."""
     y = y - reference
     squares = _without_rounding(norms(y).square_(), y.shape[-1], reference.squeeze(-1))
-    if not are_all(squares):
+    if not all_nonzero(squares):
         # Not `masked_fill_`, which takes ten times as long.
         y.mul_((squares != 0)[..., None])
     return y, squares

@@ -1,8 +1,8 @@
-"""Ground costs between neurons, and the value and gradient of their transport with the plan held fixed.
+"""The base class of ground costs between neurons, and the transport plan that they are evaluated with.
 
 Student neurons are the rows of ``y`` ``(..., N, n)``, teacher neurons those of ``x`` ``(..., M, n)``; leading
-dimensions are a batch of pairs. Everything here runs without autograd and returns gradients in closed form (the
-envelope theorem: the plan is a constant), so that no graph over a cost matrix is ever kept.
+dimensions are a batch of pairs. All methods run without autograd and return gradients in closed form (by the envelope
+theorem the plan is a constant), so that no graph over a cost matrix is ever kept.
 
 What a cost needs of a mini-batch are sums over observations. They add over views, over steps (the running cost) and
 over processes (the global batch). In one process :meth:`Cost.value` gives value and gradient; :meth:`Cost.shared_value`
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Cost", "Plan", "Rounds", "Sums", "ValueAndGradient", "are_finite", "remember"]
+__all__ = ["Cost", "Plan", "Rounds", "Sums", "ValueAndGradient", "all_finite", "decay_and_add"]
 
 Sums = list[Tensor]
 ValueAndGradient = tuple[Tensor, Tensor]
@@ -26,7 +26,7 @@ Rounds = Generator[Sums, Sums, ValueAndGradient]
 
 
 class Plan(NamedTuple):
-    """A transport plan with its own masses, which differ from 1/N and 1/M where the solver has not converged.
+    """A transport plan with its own masses, which differ from 1/N and 1/M if the solver has not converged.
 
     Attributes:
         matrix: ``(..., N, M)``.
@@ -40,23 +40,31 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Tensor) -> Plan:
-        """The plan with the masses that its matrix has."""
+        """The plan of a matrix, with the masses that the matrix has.
+
+        Example:
+            >>> Plan.of(torch.tensor([[0.5, 0.0], [0.25, 0.25]])).teacher_mass
+            tensor([0.7500, 0.2500])
+        """
         return cls(matrix, matrix.sum(-1), matrix.sum(-2))
 
 
 class Cost(ABC):
     """A ground cost M between student and teacher neurons."""
 
-    def __str__(self) -> str:
-        """The name of the cost, the same in every process and run."""
-        return type(self).__name__
-
+    #: The name of the cost, the same in every process and run.
+    name: str
+    #: Whether it is a function of sums over observations, which can be added over batches and processes.
+    additive: bool = True
     #: Whether the mean square of the teacher scales the cost (see :meth:`energy`).
     scaled: bool = False
-    #: Whether value and gradient need the cost matrix, so that one made for the plan saves work.
+    #: Whether value and gradient need the cost matrix, so that the matrix that was made for the plan saves work.
     needs_matrix: bool = False
-    #: Fewest observations from which the cost can be formed.
+    #: Fewest observations from which the cost can be computed.
     min_observations: int = 1
+
+    def __str__(self) -> str:
+        return self.name
 
     @abstractmethod
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
@@ -78,10 +86,10 @@ class Cost(ABC):
     ) -> Sums:
         """``decay`` times ``running`` plus :meth:`sums`; ``running`` may be overwritten.
 
-        A batch that is not finite adds nothing, without asking the device whether it is.
+        A batch that is not finite changes nothing. Whether it is finite is decided on the device.
         """
         new = self.sums(y, x, reference)
-        return remember(running, decay, new, are_finite(new))
+        return decay_and_add(running, decay, new, all_finite(new))
 
     @abstractmethod
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
@@ -108,45 +116,55 @@ class Cost(ABC):
             x: Teacher neurons ``(..., M, n)`` of this process.
             plan: The plan, the same on all processes.
             energy: :meth:`energy` of this process.
+
+        Raises:
+            NotImplementedError: If the cost is not :attr:`additive`.
         """
-        raise NotImplementedError(f"{type(self).__name__} is no sum over observations, so it has no global batch.")
+        raise NotImplementedError(f"The cost {self.name!r} is no sum over observations, so it has no global batch.")
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
-        """What :meth:`value` returns, without a round, where the sums of all processes are known.
+        """What :meth:`shared_value` returns, without any exchange, where the sums of all processes are known.
 
         Args:
             y: Student neurons ``(N, n)`` of this process.
             x: Teacher neurons ``(M, n)`` of this process.
             plan: The plan.
-            sums: :meth:`sums` of this batch around ``reference``, of all processes.
-            energy: The scale of the teacher, of all processes.
+            sums: :meth:`sums` of this batch around ``reference``, over all processes.
+            energy: :meth:`energy`, over all processes.
             reference: The points of :meth:`sums`.
+
+        Raises:
+            NotImplementedError: If the cost is not :attr:`additive`.
         """
-        raise NotImplementedError(f"{type(self).__name__} is no sum over observations, so it has no global batch.")
+        raise NotImplementedError(f"The cost {self.name!r} is no sum over observations, so it has no global batch.")
 
     def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
-        """What :meth:`value` returns, where the cost matrix of these observations is at hand; it is overwritten."""
-        raise NotImplementedError(f"{type(self).__name__} needs no cost matrix for its value.")
+        """What :meth:`value` returns, if the cost matrix of these observations is known; it is overwritten.
+
+        Raises:
+            NotImplementedError: If the cost does not set :attr:`needs_matrix`.
+        """
+        raise NotImplementedError(f"The cost {self.name!r} needs no cost matrix for its value.")
 
     def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The means of the neurons, the best ``reference`` of the next sums, where ``sums`` know them."""
+        """The best ``reference`` for the next sums: the neurons' means if ``sums`` contain them, else the old one."""
         return reference
 
     def energy(self, x: Tensor) -> Tensor:
-        """Sum of squares and count of the raw teacher, ``(..., 2)``: additive, their ratio is the scale s²."""
+        """Sum of squares and count of the raw teacher, ``(..., 2)``. Both are additive; their ratio is the scale s²."""
         total = torch.linalg.vecdot(x.flatten(-2), x.flatten(-2))
         return torch.stack((total, torch.full_like(total, x.shape[-1] * x.shape[-2])), -1)
 
 
-def are_finite(sums: Sums) -> Tensor:
-    """Whether all sums are finite in the type of the last of them, a scalar on their device."""
+def all_finite(sums: Sums) -> Tensor:
+    """Whether all sums are finite in the type of the last of them, a boolean scalar on their device."""
     return torch.stack([part.sum().to(sums[-1].dtype) for part in sums]).sum().isfinite()
 
 
-def remember(running: Sums, decay: float, new: Sums, fits: Tensor) -> Sums:
-    """``decay`` times ``running`` plus ``new`` where that ``fits``."""
-    # Rounded alike for sums of different types, whose means would else move apart.
-    rounded = running[-1].new_full((), decay)
-    return [torch.where(fits, rounded * old + part, old) for old, part in zip(running, new, strict=True)]
+def decay_and_add(running: Sums, decay: float, new: Sums, is_finite: Tensor) -> Sums:
+    """``decay`` times ``running`` plus ``new``, or ``running`` unchanged if the scalar ``is_finite`` is false."""
+    # One rounding of the decay for sums of all types: two would let their means drift apart.
+    factor = running[-1].new_full((), decay)
+    return [torch.where(is_finite, factor * old + part, old) for old, part in zip(running, new, strict=True)]

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.diagnostics import diagnose
+from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.plans import (
-    diagnose,
-    exact_plan,
-    identity_plan,
-    random_plan,
-    sinkhorn_plan,
-    uniform_plan,
-)
+from lightning_otrt.transport.plans import ONE_BATCH_PLANS, check_epsilon, check_plan, solve_plan
+from lightning_otrt.transport.tensor_checks import check_cost, check_values
+from lightning_otrt.transport.tensors import common_dtype
 
-__all__ = [
-    "PLANS",
-    "TransportResult",
-    "check_cost",
-    "check_epsilon",
-    "check_plan",
-    "check_values",
-    "fixed_plan",
-    "solve_plan",
-    "transport_distance",
-]
-
-#: The kinds of plan; "static" is only known to a training run, where it is a Sinkhorn plan that is kept.
-PLANS = ("sinkhorn", "exact", "identity", "uniform", "random", "static")
+__all__ = ["TransportResult", "transport_distance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +112,7 @@ def transport_distance(
         >>> result.value.backward()
     """
     rule = get_cost(cost)
-    check_plan(plan, allowed=PLANS[:-1])
+    check_plan(plan, allowed=ONE_BATCH_PLANS)
     check_epsilon(epsilon)
     _check_neurons(student, teacher, rule)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -147,27 +129,29 @@ def transport_distance(
     return TransportResult.of(attach_gradients(value, [student], [gradient]), coupling, matrix)
 
 
-def solve_plan(matrix: Tensor, plan: str, epsilon: float, seed: int) -> Tensor:
-    """Plans of a kind for costs ``(B, N, M)``, converged.
-
-    Raises:
-        RuntimeError: If an entropic plan does not converge.
-    """
-    coupling = fixed_plan(plan, *matrix.shape[1:], seed=seed)
-    if coupling is not None:
-        return coupling.to(matrix).expand_as(matrix)
-    return exact_plan(matrix) if plan == "exact" else sinkhorn_plan(matrix, epsilon).matrix
-
-
-def fixed_plan(plan: str, rows: int, columns: int, *, seed: int, where: str = "the pair") -> Tensor | None:
-    """The plan of a control that does not look at the cost, ``(N, M)``, or None for a plan that must be solved."""
-    if plan == "identity":
-        return identity_plan(rows, columns, where)
-    if plan == "uniform":
-        return uniform_plan(rows, columns)
-    if plan == "random":
-        return random_plan(rows, columns, seed)
-    return None
+def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"Expected argument `{name}` to be a floating-point tensor, but got {got}.")
+        if tensor.dim() not in (2, 3) or 0 in tensor.shape:
+            raise ValueError(
+                f"Expected argument `{name}` to have the non-empty shape (neurons, observations) or "
+                f"(batch, neurons, observations), but got {tuple(tensor.shape)}."
+            )
+    if student.shape[:-2] != teacher.shape[:-2] or student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"Expected `student` {tuple(student.shape)} and `teacher` {tuple(teacher.shape)} to agree in all but the "
+            "number of neurons (the second axis from the end): their observations are paired one to one."
+        )
+    if student.shape[-1] < rule.min_observations:
+        raise ValueError(
+            f"{student.shape[-1]} observations carry no correlation; at least {rule.min_observations} are needed."
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"`student` is on {student.device} but `teacher` on {teacher.device}; move one of them.")
+    for where, side in zip(("`student`", "`teacher`"), common_dtype(student.detach(), teacher.detach()), strict=True):
+        check_values(side, where)
 
 
 def run_rounds(
@@ -196,149 +180,3 @@ def run_rounds(
             asked = {index: [next(flat) for _ in sums] for index, sums in asked.items()}
         pending = dict(asked)
     return [result for result in results if result is not None]
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
-        raise RuntimeError(
-            "The transport distance can be differentiated only once: its plan is held fixed, so a second derivative "
-            "would be wrong. Leave it out of what is differentiated twice, such as a gradient penalty."
-        )
-
-
-class _WithGradients(torch.autograd.Function):
-    """A value computed beforehand together with its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factors: Sequence[float], *tensors: Tensor) -> Tensor:
-        count = len(factors)
-        ctx.save_for_backward(*tensors[count:])
-        ctx.factors, ctx.inputs = factors, [(tensor.shape, tensor.dtype) for tensor in tensors[:count]]
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        grads = []
-        count = len(ctx.inputs)
-        anchors, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        grad_value = grad_value.detach()
-        for anchor, gradient, factor, (shape, dtype) in zip(anchors, gradients, ctx.factors, ctx.inputs, strict=True):
-            scale = grad_value if factor == 1 else grad_value * factor
-            if scale.dim():
-                scale = scale.reshape(scale.shape + (1,) * (gradient.dim() - scale.dim()))
-            grad = (gradient * scale).to(dtype)
-            # Not always: a view would be copied where it is accumulated.
-            grad = grad if grad.shape == shape else grad.reshape(shape)
-            # Under `create_graph=True`. `once_differentiable` is silent where the incoming gradient is a constant.
-            grads.append(_Once.apply(grad, anchor) if torch.is_grad_enabled() else grad)
-        return (None, None, *grads, *[None] * (2 * count))
-
-
-def attach_gradients(
-    value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence[float] | None = None
-) -> Tensor:
-    """``value``, with ``gradients`` times ``factors`` as its derivatives for ``inputs``; differentiable once."""
-    # Empty tensors tie the gradients to the inputs, where a second derivative must raise, and keep no input alive.
-    anchors = [tensor[..., :0].clone() for tensor in inputs]
-    factors = [1.0] * len(inputs) if factors is None else factors
-    return _WithGradients.apply(value, factors, *inputs, *anchors, *gradients)
-
-
-def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
-    """Raise a ValueError unless ``plan`` is one of ``allowed``."""
-    if plan not in allowed:
-        raise ValueError(f"Expected argument `plan` to be one of {list(allowed)}, but got {plan!r}.")
-
-
-def check_epsilon(epsilon: float) -> None:
-    """Raise a ValueError unless ``epsilon`` can match anything."""
-    if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and 0 < epsilon < 1):
-        raise ValueError(
-            f"Expected argument `epsilon` to lie between 0 and 1, but got {epsilon!r}. It is relative to the mean "
-            "cost: 0.01 is close to an exact plan, from 0.2 on nothing is matched, at 1 the plan is uniform."
-        )
-
-
-def check_finite(tensor: Tensor, where: str) -> None:
-    """Raise a ValueError that names ``where`` if a value is NaN or infinite. Waits for the device."""
-    # A sum is far quicker than a look at each value; where it overflows that has to follow.
-    if not bool(tensor.sum().isfinite()) and (bad := int((~torch.isfinite(tensor)).sum())):
-        raise ValueError(
-            f"{where} has {bad} NaN or infinite values of {tensor.numel()} (shape {tuple(tensor.shape)}), so no "
-            "transport cost can be formed. Check its inputs and its weights."
-        )
-
-
-def check_values(tensor: Tensor, where: str) -> None:
-    """Raise a ValueError that names ``where`` if values are not finite or their squares leave the range of their type.
-
-    Waits for the device.
-    """
-    # One pass tells whether anything is wrong; which of these it is has to be told only then.
-    norm = torch.linalg.vector_norm(tensor)
-    if not bool(norm.isfinite()):
-        check_finite(tensor, where)
-        problem = "overflow"
-    elif bool(norm < (torch.finfo(tensor.dtype).tiny * tensor.numel()) ** 0.5) and bool(tensor.any()):
-        problem = "vanish in"
-    else:
-        return
-    raise ValueError(
-        f"{where} has values as large as {tensor.abs().max():.3g}, whose squares {problem} {tensor.dtype}, so no "
-        "transport cost can be formed. Normalise the activations, or pass them in float64."
-    )
-
-
-def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
-    for name, tensor in (("student", student), ("teacher", teacher)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"Expected argument `{name}` to be a floating-point tensor, but got {got}.")
-        if tensor.dim() not in (2, 3) or 0 in tensor.shape:
-            raise ValueError(
-                f"Expected argument `{name}` to have the non-empty shape (neurons, observations) or "
-                f"(batch, neurons, observations), but got {tuple(tensor.shape)}."
-            )
-    if student.shape[:-2] != teacher.shape[:-2] or student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
-            f"Expected `student` {tuple(student.shape)} and `teacher` {tuple(teacher.shape)} to agree in all but the "
-            "number of neurons (the second axis from the end): their observations are paired one to one."
-        )
-    if student.shape[-1] < rule.min_observations:
-        raise ValueError(
-            f"{student.shape[-1]} observations carry no correlation; at least {rule.min_observations} are needed."
-        )
-    if student.device != teacher.device:
-        raise ValueError(f"`student` is on {student.device} but `teacher` on {teacher.device}; move one of them.")
-    for where, side in zip(("`student`", "`teacher`"), common_dtype(student.detach(), teacher.detach()), strict=True):
-        check_values(side, where)
-
-
-def check_cost(matrix: Tensor, cost: object) -> None:
-    """Raise a ValueError if a cost is not finite or negative. Waits for the device."""
-    check_finite(matrix, f"The cost {cost!r}")
-    if not bool(matrix.mean((-2, -1)).isfinite().all()):
-        raise ValueError(
-            f"Expected the cost {cost!r} to have a finite mean, to which epsilon is relative, but its values go up to "
-            f"{matrix.max():.3g} and overflow {matrix.dtype}. Scale the cost."
-        )
-    if bool((matrix < 0).any()):
-        raise ValueError(
-            f"Expected the cost {cost!r} not to be negative, but its least value is {matrix.min():.3g}. Epsilon is "
-            "relative to the mean cost; add a constant."
-        )
-
-
-def common_dtype(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32, or in float64 if either is."""
-    if y.dtype == x.dtype == torch.float32:
-        return y, x
-    dtype = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
-    return y.to(dtype), x.to(dtype)

@@ -8,13 +8,13 @@ from torch import Tensor
 from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.tensors import (
     add_product,
-    count_of,
     dot,
-    in_enough_digits,
     is_long,
     norms,
-    only_if,
-    pulled,
+    observation_count,
+    subtract_product,
+    widen_if_long,
+    zero_unless,
 )
 
 __all__ = ["EuclideanCost", "SquaredEuclideanCost"]
@@ -26,13 +26,14 @@ DISTANCE_FLOOR = 1e-2
 class SquaredEuclideanCost(Cost):
     """‖y - x‖² / (n s²), with s² the mean square of the raw teacher."""
 
+    name = "sqeuclidean"
     scaled = True
 
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
         """Count and squared distances; to be added to others, in the type of the neurons, however many there are."""
-        squared = _squared_distances(*_centre(*in_enough_digits(y, x)))
+        squared = _squared_distances(*_centre(*widen_if_long(y, x)))
         squared = squared if reference is None else squared.to(y.dtype)
-        return [count_of(y).to(squared.dtype), squared]
+        return [observation_count(y).to(squared.dtype), squared]
 
     def accumulate(
         self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
@@ -43,7 +44,7 @@ class SquaredEuclideanCost(Cost):
         y, x = _centre(y, x)
         yy, xx = norms(y).square_(), norms(x).square_()
         fits = torch.isfinite(yy.sum() + xx.sum())
-        y, x, yy, xx, count = only_if(fits, y, x, yy, xx, count_of(y))
+        y, x, yy, xx, count = zero_unless(fits, y, x, yy, xx, observation_count(y))
         decayed = torch.where(fits, y.new_full((), decay), 1.0)  # of two numbers it would be float32
         torch._foreach_mul_(running, decayed)
         running[0].add_(count)
@@ -58,12 +59,12 @@ class SquaredEuclideanCost(Cost):
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
         total, half = _transported_squares(y, x, plan)
-        return _over(count_of(y) * _scale(energy), total, half)
+        return _over(observation_count(y) * _scale(energy), total, half)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
         """The same in one round of three numbers."""
         total, half = _transported_squares(y, x, plan)
-        total, count, energy = yield [total, count_of(y), energy]
+        total, count, energy = yield [total, observation_count(y), energy]
         return _over(count * _scale(energy), total, half)
 
     def value_of_sums(
@@ -83,6 +84,7 @@ class EuclideanCost(SquaredEuclideanCost):
     zero, so that matched neurons come to rest. The value is not changed.
     """
 
+    name = "euclidean"
     needs_matrix = True
 
     def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
@@ -91,13 +93,13 @@ class EuclideanCost(SquaredEuclideanCost):
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
         """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
-        unit = (count_of(y) * _scale(energy)).rsqrt_()
+        unit = (observation_count(y) * _scale(energy)).rsqrt_()
         y, x = _centre(y, x)
         return self._follow(y, x, plan, _squared_distances(y, x).sqrt_(), unit, unit)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
         """The same in one round, of the squared distances ``(..., N, M)`` and two numbers."""
-        count = count_of(y)
+        count = observation_count(y)
         y, x = _centre(y, x)
         squared, count, energy = yield [_squared_distances(y, x), count, energy]
         unit = (count * _scale(energy)).rsqrt_()
@@ -112,7 +114,7 @@ class EuclideanCost(SquaredEuclideanCost):
 
     def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
         """The same from the distances over √n s."""
-        scale = count_of(y) * _scale(energy)
+        scale = observation_count(y) * _scale(energy)
         return self._follow(*_centre(y, x), plan, matrix, torch.ones_like(scale), scale.reciprocal())
 
     @staticmethod
@@ -124,7 +126,7 @@ class EuclideanCost(SquaredEuclideanCost):
         # Where all distances are zero so is the floor, and the gradient is zero times anything finite.
         floor = (distances.mean((-2, -1), keepdim=True) * DISTANCE_FLOOR).clamp_min_(torch.finfo(y.dtype).tiny ** 0.5)
         weights = torch.div(plan.matrix, torch.maximum(distances, floor, out=distances), out=distances)
-        pull = pulled(y * weights.sum(-1, keepdim=True), weights, x)
+        pull = subtract_product(y * weights.sum(-1, keepdim=True), weights, x)
         return value, pull.mul_(gradient_unit[..., None, None])
 
 
@@ -132,7 +134,7 @@ def _transported_squares(y: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, Tens
     """Σ P_ij ‖y_i - x_j‖², and half of its gradient with respect to ``y``, a_i y_i - z_i."""
     y, x = _centre(y, x)
     own = torch.linalg.vecdot(plan.student_mass, norms(y).square_())
-    half = pulled(y * plan.student_mass[..., None], plan.matrix, x)
+    half = subtract_product(y * plan.student_mass[..., None], plan.matrix, x)
     total = (2 * dot(y, half)).sub_(own)
     return total.add_(torch.linalg.vecdot(plan.teacher_mass, norms(x).square_())), half
 

@@ -1,86 +1,39 @@
-"""The costs by name, and users' own."""
+"""From the name of a cost to the cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from lightning_otrt.transport.correlation import CorrelationCost
-from lightning_otrt.transport.cost import Cost, Plan, Sums, ValueAndGradient
+from lightning_otrt.transport.cost import Cost
+from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.euclidean import EuclideanCost, SquaredEuclideanCost
 
-__all__ = ["CallableCost", "get_cost"]
+__all__ = ["COSTS", "get_cost"]
 
-
-class CallableCost(Cost):
-    """A user's cost: a function of raw neurons ``(N, n)`` and ``(M, n)`` that gives a differentiable ``(N, M)``.
-
-    It need not be a sum over observations, so running costs average its matrices, and it has no global batch.
-    """
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.function = function
-
-    def __str__(self) -> str:
-        """The name of the function: its address would differ from run to run."""
-        return getattr(self.function, "__qualname__", type(self.function).__name__)
-
-    def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
-        """Count and the matrix times the count."""
-        return [y.new_full(y.shape[:-2], y.shape[-1]), self._matrix(y, x) * y.shape[-1]]
-
-    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
-        """The average of the matrices, weighted by their observations."""
-        return sums[1] / sums[0][..., None, None]
-
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
-        """⟨P, M⟩ and its gradient by autograd through the user's function."""
-        # Inference mode, in which Lightning validates, records no gradient, and none can be had of tensors born in it.
-        with torch.inference_mode(False), torch.enable_grad():
-            y, x, matrix = (t.clone() if t.is_inference() else t for t in (y, x, plan.matrix))
-            y = y.detach().requires_grad_()
-            value = (matrix * self._matrix(y, x)).sum((-2, -1))
-            if not value.requires_grad:
-                raise ValueError(
-                    f"The cost {self.function!r} does not depend on the student neurons in a differentiable way, so it "
-                    "has no gradient. Compute it with torch operations on its first argument."
-                )
-            (gradient,) = torch.autograd.grad(value.sum(), y)
-        return value.detach(), gradient
-
-    def _matrix(self, y: Tensor, x: Tensor) -> Tensor:
-        if y.dim() > 2:
-            return torch.stack([self._matrix(*pair) for pair in zip(y, x, strict=True)])
-        matrix = self.function(y, x)
-        expected = (y.shape[-2], x.shape[-2])
-        if not isinstance(matrix, Tensor) or tuple(matrix.shape) != expected:
-            got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise ValueError(
-                f"Expected the cost {self.function!r} to give a tensor of shape {expected}, but got {got}."
-            )
-        return matrix
+#: The costs that have a name.
+COSTS: dict[str, type[Cost]] = {cost.name: cost for cost in (CorrelationCost, EuclideanCost, SquaredEuclideanCost)}
 
 
 def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
-    """The cost of that name.
+    """The cost of that name, or a user's function as a cost.
 
     Raises:
         ValueError: If the name is unknown.
         TypeError: If it is neither a name nor callable.
+
+    Example:
+        >>> get_cost("sqeuclidean").name, list(COSTS)
+        ('sqeuclidean', ['correlation', 'euclidean', 'sqeuclidean'])
     """
-    named: dict[str, type[Cost]] = {
-        "correlation": CorrelationCost,
-        "euclidean": EuclideanCost,
-        "sqeuclidean": SquaredEuclideanCost,
-    }
     if isinstance(cost, Cost):
         return cost
     if isinstance(cost, str):
-        if cost not in named:
-            raise ValueError(f"Expected argument `cost` to be one of {list(named)} or a callable, but got {cost!r}.")
-        return named[cost]()
+        if cost not in COSTS:
+            raise ValueError(f"Expected argument `cost` to be one of {list(COSTS)} or a callable, but got {cost!r}.")
+        return COSTS[cost]()
     if callable(cost):
-        return CallableCost(cost)
+        return CustomCost(cost)
     raise TypeError(f"Expected argument `cost` to be a name or a callable, but got {type(cost).__name__}.")

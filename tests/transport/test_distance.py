@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lightning_otrt import transport_distance
-from lightning_otrt.transport.distance import check_epsilon, check_finite, check_plan, fixed_plan
-from lightning_otrt.transport.plans import random_plan, sinkhorn_plan
+from lightning_otrt.transport.plans import check_epsilon, check_plan, fixed_plan, random_plan
+from lightning_otrt.transport.sinkhorn import sinkhorn_plan
+from lightning_otrt.transport.tensor_checks import check_finite
 
 COSTS = ("correlation", "euclidean", "sqeuclidean")
 
@@ -230,7 +231,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cost": "cosine"}, ValueError, r"`cost` to be one of .*'sqeuclidean'\] or a callable, but got 'cosine'"),
     ({"cost": 3}, TypeError, "`cost` to be a name or a callable, but got int"),
     ({"cost": lambda y, x: torch.cdist(y, x).T}, ValueError, r"shape \(6, 5\), but got \(5, 6\)"),
-    ({"cost": lambda y, x: -torch.cdist(y, x)}, ValueError, "not to be negative, but its least value is -"),
+    ({"cost": lambda y, x: -torch.cdist(y, x)}, ValueError, "not to be negative, but its smallest value is -"),
     ({"cost": lambda y, x: torch.cdist(y, x) / 0}, ValueError, "The cost <function .* 30 NaN or infinite values of 30"),
     ({"cost": lambda y, x: torch.ones(6, 5)}, ValueError, "does not depend on the student neurons"),
     ({"plan": "static"}, ValueError, r"`plan` to be one of \['sinkhorn', .*'random'\], but got 'static'"),
