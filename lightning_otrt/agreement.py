@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
-from torch import nn
-
-from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.reading.tracer import named_layers
 from lightning_otrt.steps.ranks import Ranks
 
-__all__ = ["agree_on_pairs", "has_layers", "pairs_from_state", "pairs_to_state"]
-
-
-def pairs_to_state(pairs: Sequence[LayerPair]) -> list[tuple[Any, ...]]:
-    """Resolved pairs as plain data, which ``torch.load`` reads with ``weights_only=True``.
-
-    Example:
-        >>> pairs_to_state([LayerPair("a", "b", neuron_axis=(1, 1))])
-        [('a', 'b', 1.0, (1, 1), None)]
-    """
-    return [astuple(pair) for pair in pairs]
-
-
-def pairs_from_state(state: Sequence[Sequence[Any]]) -> tuple[LayerPair, ...]:
-    """The pairs of :func:`pairs_to_state`.
-
-    Example:
-        >>> pairs_from_state([("a", "b", 1.0, (1, 1), None)])
-        (LayerPair(student='a', teacher='b', weight=1.0, neuron_axis=(1, 1), select=None),)
-    """
-    return tuple(LayerPair(*pair) for pair in state)
-
-
-def has_layers(student: nn.Module, pairs: Sequence[LayerPair]) -> bool:
-    """Whether the student has all student layers of the pairs."""
-    return {pair.student.removesuffix(INPUT) for pair in pairs} <= named_layers(student).keys()
+__all__ = ["agree_on_pairs"]
 
 
 def agree_on_pairs(ranks: Ranks | None, layers: str, choose: Callable[[], Pairing]) -> Pairing:

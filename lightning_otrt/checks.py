@@ -7,7 +7,21 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["check_callable", "check_count", "check_decay", "check_flag", "check_module", "check_number", "check_seed"]
+__all__ = [
+    "check_callable",
+    "check_count",
+    "check_decay",
+    "check_flag",
+    "check_module",
+    "check_number",
+    "check_seed",
+    "is_int",
+]
+
+
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is an integer. A boolean is not one here."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: Any) -> None:
@@ -22,7 +36,7 @@ def check_count(name: str, value: Any, *, optional: bool = False) -> None:
     """Raise a ValueError unless ``value`` is a positive integer, or None where it is ``optional``."""
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_int(value) or value < 1:
         or_none = " or None" if optional else ""
         raise ValueError(f"Expected argument `{name}` to be a positive integer{or_none}, but got {value!r}.")
 
@@ -35,7 +49,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_seed(name: str, value: Any) -> None:
     """Raise a TypeError unless ``value`` is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_int(value):
         raise TypeError(f"Expected argument `{name}` to be an integer, but got {value!r}.")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.agreement import agree_on_pairs, has_layers, pairs_from_state, pairs_to_state
+from lightning_otrt.agreement import agree_on_pairs
 from lightning_otrt.checks import (
     check_callable,
     check_count,
@@ -21,11 +21,12 @@ from lightning_otrt.checks import (
     check_number,
     check_seed,
 )
-from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.layers.names import has_layers, named_layers
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pairs_from_state, pairs_to_state
+from lightning_otrt.reading.masks import padding_mask
 from lightning_otrt.reading.pairing import Pairing, can_be_root, check_layers, pair_layers
-from lightning_otrt.reading.recorder import Recorder, View, padding_mask
-from lightning_otrt.reading.tracer import named_layers
-from lightning_otrt.reading.views import NoTermError, matched_neurons, trained
+from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.views import NoTermError, View, matched_neurons, trained_views
 from lightning_otrt.schedules import Schedule, weight_at
 from lightning_otrt.steps.engine import PairDistance, TransportEngine
 from lightning_otrt.steps.global_batch import GlobalTransportEngine
@@ -291,7 +292,7 @@ class RepresentationTransfer:
     @property
     def recorded_samples(self) -> int:
         """Number of samples in the forwards that :meth:`loss` would take."""
-        return sum(view.samples for view in trained(self._recorder.views))
+        return sum(view.samples for view in trained_views(self._recorder.views))
 
     @property
     def has_views(self) -> bool:
@@ -321,7 +322,7 @@ class RepresentationTransfer:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._asked = True
         weight = self.current_weight
-        views = trained(self._recorder.take())
+        views = trained_views(self._recorder.take())
         if not reevaluation:
             self.step += 1
         self._open_or_close()

@@ -48,7 +48,7 @@ def main(folder: Path, count: int) -> None:
         settings.write_text(settings.read_text() + SETTINGS)
     for name in FILES:
         if not (folder / f"mutants/lightning_otrt/{name}.py.meta").exists():
-            mutate(folder, ["lightning_otrt.reading.recorder.x_padding_mask*"])  # writes the list of all mutants
+            mutate(folder, ["lightning_otrt.reading.masks.x_padding_mask*"])  # writes the list of all mutants
         mutants = sorted(noted(folder, name))
         chosen = mutants if not count else random.Random(0).sample(mutants, min(count, len(mutants)))
         mutate(folder, [mutant for mutant in chosen if noted(folder, name)[mutant] is None] or chosen[:1])

@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.analysis.plots import plot_distances
 from lightning_otrt.checks import check_count, check_module
-from lightning_otrt.layers.comparable import LayerChoice, choose_layers, match_in_order
-from lightning_otrt.reading.neurons import match_positions
-from lightning_otrt.reading.pairing import Observer, can_be_compared
-from lightning_otrt.reading.tracer import in_evaluation, trace
+from lightning_otrt.layers.comparable import LayerChoice, choose_layers
+from lightning_otrt.layers.order import match_in_order
+from lightning_otrt.reading.evaluation import in_evaluation
+from lightning_otrt.reading.observer import Observer
+from lightning_otrt.reading.positions import can_be_compared, match_positions
+from lightning_otrt.reading.tracer import trace
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
 from lightning_otrt.transport.distance import TransportResult
@@ -71,7 +73,7 @@ class RepresentationComparison:
         """Pairs ``(student layer, teacher layer)`` of least total distance, in order and each layer used once.
 
         Every layer of the side that has fewer gets a partner where there is one; see
-        :func:`lightning_otrt.layers.comparable.match_in_order`.
+        :func:`lightning_otrt.layers.order.match_in_order`.
         """
         return tuple((self.student_layers[i], self.teacher_layers[j]) for i, j in match_in_order(self.distances))
 
@@ -183,7 +185,7 @@ def compare_representations(
             distances in different layers compare.
         plan: Kind of transport plan.
         epsilon: Entropic regularisation, relative to the mean cost.
-        grid: Positions kept along each axis of a feature map; see :func:`~lightning_otrt.reading.neurons`.
+        grid: Positions kept along each axis of a feature map; see :func:`~lightning_otrt.reading.neurons.neurons`.
         inputs: From a batch to the student's inputs: a tensor, a tuple of positional or a dictionary of keyword
             arguments. None does as described for ``dataloader``.
         teacher_inputs: From the student's inputs to those of the teacher, returned in the same forms.

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.analysis.metric import NeuronTransportDistance
-from lightning_otrt.reading.neurons import match_positions
-from lightning_otrt.reading.recorder import Recorder, View, padding_mask
-from lightning_otrt.reading.tracer import named_layers
+from lightning_otrt.layers.names import named_layers
+from lightning_otrt.reading.masks import padding_mask
+from lightning_otrt.reading.positions import match_positions
+from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.views import View
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["ValidationDistances"]

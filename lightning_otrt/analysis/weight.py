@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.checks import check_count, check_module
+from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT, LayerPair
-from lightning_otrt.reading.neurons import select_tensor
-from lightning_otrt.reading.recorder import View
-from lightning_otrt.reading.tracer import named_layers, unchanged
+from lightning_otrt.reading.evaluation import state_restored
+from lightning_otrt.reading.outputs import select_tensor
+from lightning_otrt.reading.views import View
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["GradientProbe", "WeightSuggestion", "suggest_weight"]
@@ -227,7 +228,7 @@ def suggest_weight(
     found: list[tuple[Tensor, Tensor]] = []
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(unchanged(student))
+        stack.enter_context(state_restored(student))
         stack.enter_context(_at_weight_one(transfer))
         stack.enter_context(transfer.attached(student))
         probe: GradientProbe | None = None

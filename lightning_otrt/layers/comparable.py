@@ -1,22 +1,19 @@
-"""Which layers of two networks are worth comparing, and which of them belong together by distance and order.
-
-Everything here is plain data. Distances are measured in ``analysis/compare.py`` and ``reading/pairing.py``.
-"""
+"""Which layers of a network are worth comparing with those of another one."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from torch import Tensor
+from lightning_otrt.checks import is_int
+from lightning_otrt.layers.automatic import adds_nothing, classification_head
+from lightning_otrt.layers.pairs import INPUT
+from lightning_otrt.layers.resolve import select_layers
+from lightning_otrt.layers.trace import Trace, TracedLayer
 
-from lightning_otrt.layers.automatic import classification_head, is_idle, select_layers
-from lightning_otrt.layers.pairs import INPUT, Trace, TracedLayer
-
-__all__ = ["LayerChoice", "choose_layers", "comparable_layers", "match_in_order"]
+__all__ = ["LayerChoice", "choose_layers", "comparable_layers"]
 
 #: A choice of layers of one network; see :func:`choose_layers`.
 LayerChoice: TypeAlias = str | int | Sequence[str | int]
@@ -59,7 +56,7 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     found: dict[str, TracedLayer] = {}
     level = [trace.root]
     while level:
-        inside = [_stand_ins(children[name], usable, known) for name in level]
+        inside = [_representatives(children[name], usable, known) for name in level]
         new = {
             name: usable[name]
             for name in (name for names in inside for name in names)
@@ -86,7 +83,7 @@ def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]
         ValueError: If a name is unknown, or there is no layer.
     """
     selectors = list(choice) if isinstance(choice, Sequence) and not isinstance(choice, str) else [choice]
-    if not all(isinstance(name, (str, int)) and not isinstance(name, bool) for name in selectors):
+    if not all(isinstance(name, str) or is_int(name) for name in selectors):
         raise TypeError(
             f"Expected the layers of the {side} to be a name, an index or a list of these, but got {choice!r}. "
             "`layers` and `teacher_layers` are two lists, not pairs."
@@ -110,50 +107,6 @@ def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]
     return found
 
 
-def match_in_order(distances: Tensor) -> list[tuple[int, int]]:
-    r"""The pairing of rows and columns, both in order and each used once, with the least sum of distances.
-
-    As many pairs as possible are formed, so that of two networks every layer of the shallower one has a partner. Among
-    all such pairings :math:`i_1 < i_2 < \dots`, :math:`j_1 < j_2 < \dots` dynamic programming finds the one of least
-    :math:`\sum_k D_{i_k j_k}` in :math:`O(S T)`.
-
-    Args:
-        distances: D, ``(S, T)``; entries that are not finite cannot be paired.
-
-    Returns:
-        Pairs ``(row, column)`` in order.
-
-    Example:
-        >>> import torch
-        >>> from lightning_otrt.layers.comparable import match_in_order
-        >>> match_in_order(torch.tensor([[0.3, 0.1, 0.9], [0.0, 0.8, 0.2]]))
-        [(0, 1), (1, 2)]
-    """
-    table = distances.tolist()
-    rows, columns = len(table), len(table[0]) if table else 0
-    # Fewest pairs left out first, then the distance: tuples compare so.
-    best = [[(0, 0.0)] * (columns + 1) for _ in range(rows + 1)]
-    for i in range(1, rows + 1):
-        for j in range(1, columns + 1):
-            choices = [best[i - 1][j], best[i][j - 1]]
-            distance = table[i - 1][j - 1]
-            if math.isfinite(distance):
-                count, total = best[i - 1][j - 1]
-                choices.append((count - 1, total + distance))
-            best[i][j] = min(choices)
-    pairs = []
-    i, j = rows, columns
-    while i and j:
-        if best[i][j] == best[i - 1][j]:
-            i -= 1
-        elif best[i][j] == best[i][j - 1]:
-            j -= 1
-        else:
-            i, j = i - 1, j - 1
-            pairs.append((i, j))
-    return pairs[::-1]
-
-
 def _children(trace: Trace) -> dict[str, list[str]]:
     """Children of each module in order of completion; those of a container that is never called are its parent's."""
     called = {layer.name for layer in trace.layers if layer.calls} | {trace.root}
@@ -175,10 +128,10 @@ def _is_usable(layer: TracedLayer, trace: Trace) -> bool:
         return False
     if head is not None and (layer.order or 0) >= (head.order or 0):
         return False
-    return tensor.shape[tensor.batch_axis] == trace.batch_size and not is_idle(layer)
+    return tensor.shape[tensor.batch_axis] == trace.batch_size and not adds_nothing(layer)
 
 
-def _stand_ins(names: list[str], usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> Iterator[str]:
+def _representatives(names: list[str], usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> Iterator[str]:
     """Of siblings all containers, and the last of each group of layers without children."""
     group: str | None = None
     for name in names:
@@ -198,7 +151,9 @@ def _stand_ins(names: list[str], usable: dict[str, TracedLayer], known: dict[str
 
 def _is_handed_on(layer: TracedLayer, found: dict[str, TracedLayer]) -> bool:
     """Whether a parent that is taken gives the very same tensor."""
-    return any(layer.name.startswith(f"{name}.") and layer.maker == outer.maker for name, outer in found.items())
+    return any(
+        layer.name.startswith(f"{name}.") and layer.output_from == outer.output_from for name, outer in found.items()
+    )
 
 
 def _is_opened(layer: TracedLayer, usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> bool:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_otrt.checks import check_count
+from lightning_otrt.reading.outputs import select_tensor
+from lightning_otrt.reading.pooling import pool, pool_valid, widened_copy
+from lightning_otrt.reading.positions import as_matrix
 
-__all__ = ["NeuronReader", "as_matrix", "match_positions", "neurons", "select_tensor"]
-
-#: Maps of so many positions are pooled by one matrix product, which takes a third of the time of sums there.
-SMALL_MAP = 64
+__all__ = ["NeuronReader", "neurons"]
 
 
 def neurons(
@@ -122,13 +120,21 @@ class NeuronReader:
     select: str | int | None = None
 
     def __call__(self, output: Any, mask: Tensor | None = None) -> Tensor:
-        """Read one output; ``mask`` is ``(B, T)`` and only used for a sequence of tokens."""
+        """Read one output.
+
+        Args:
+            output: See :func:`neurons`.
+            mask: ``(B, T)``, true where a token is not padding; used for a sequence of tokens only.
+
+        Returns:
+            ``(B, C, *positions)``, a tensor of its own.
+        """
         x = select_tensor(output, self.select, where=self.layer)
         if hasattr(x, "device_mesh"):
             raise TypeError(
-                f"{self.layer} gives a DTensor, whose neurons are spread over processes (tensor parallel), and a term "
-                "of a part of them would be wrong. Choose a layer whose output is a plain tensor, such as one with "
-                "`output_layouts=Replicate()` and `use_local_output=True`."
+                f"{self.layer} gives a DTensor, whose neurons are spread over processes (tensor parallel). A term of "
+                "one process' part of them would be wrong. Choose a layer whose output is a plain tensor, such as one "
+                "with `output_layouts=Replicate()` and `use_local_output=True`."
             )
         axis = self._axis(x)
         if any(size == 0 for number, size in enumerate(x.shape) if number != self.batch_axis):
@@ -141,8 +147,7 @@ class NeuronReader:
         if is_tokens:
             return self._pool_tokens(x, mask)
         if x.dim() == 2:
-            # A layer that is overwritten in place by the next one must not change what was recorded.
-            return _wide(x).clone() if x.dtype == _wide(x).dtype else _wide(x)
+            return widened_copy(x)
         return pool(x, self._sizes(x.shape[2:]))
 
     def _axis(self, x: Tensor) -> int:
@@ -204,141 +209,4 @@ class NeuronReader:
                 f"Expected the padding mask for {self.layer} to have shape {(x.shape[0], tokens)}, "
                 f"but got {tuple(mask.shape)}."
             )
-        return _pool_valid(x, mask, self._sizes((tokens,))[0])
-
-
-def pool(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Average-pool the positions of ``(B, C, *positions)`` to ``sizes``, in float32 or wider.
-
-    The windows are those of adaptive average pooling. Reshapes and matrix products take its place, because its backward
-    is not deterministic on CUDA.
-    """
-    shape = tuple(x.shape[2:])
-    if shape == tuple(sizes):
-        # The layer's output may be overwritten in place later.
-        return _wide(x).clone() if _wide(x) is x else _wide(x)
-    if math.prod(shape) <= SMALL_MAP:
-        x = _wide(x)
-        windows = functools.reduce(torch.kron, [_windows(*ends, x) for ends in zip(shape, sizes, strict=True)])
-        return _product(x.flatten(2), windows).view(*x.shape[:2], *sizes)
-    if any(size % target for size, target in zip(shape, sizes, strict=True)):
-        x = _wide(x)
-        for axis, target in enumerate(sizes, start=2):
-            if x.shape[axis] != target:
-                windows = _windows(x.shape[axis], target, x)
-                x = _product(x.movedim(axis, -1), windows).movedim(-1, axis)
-        return x
-    count = math.prod(x.shape[2:]) // math.prod(sizes)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # One axis after the other, the outer ones first, each put back together at once: so the backward pass spreads the
-    # gradient over the small axes first. Sums and one division at the end, since the backward of a mean divides a
-    # gradient of the size of the whole map.
-    for axis, target in enumerate(sizes, start=2):
-        if x.shape[axis] != target:
-            before, after = x.shape[:axis], x.shape[axis + 1 :]
-            x = x.reshape(*before, target, x.shape[axis] // target, *after).sum(axis + 1, dtype=wide)
-    return x / count
-
-
-def _product(x: Tensor, windows: Tensor) -> Tensor:
-    """``x @ windows`` in the precision that both have, where autocast would take a lower one."""
-    with torch.autocast(x.device.type, enabled=False):
-        return x @ windows
-
-
-def _windows(size: int, target: int, like: Tensor) -> Tensor:
-    """``(size, target)`` matrix of adaptive average pooling, built on the device to avoid a copy from the host."""
-    cell = torch.arange(target, device=like.device)
-    start, stop = cell * size // target, ((cell + 1) * size + target - 1) // target
-    position = torch.arange(size, device=like.device)[:, None]
-    inside = ((position >= start) & (position < stop)).to(like.dtype)
-    return inside / inside.sum(0)
-
-
-def _pool_valid(x: Tensor, mask: Tensor, target: int) -> Tensor:
-    """Pool ``(B, C, T)`` to ``target`` segments of each sample's own valid tokens."""
-    x = _wide(x)
-    valid = mask.to(torch.bool)
-    length = valid.sum(1, keepdim=True).clamp_min(1)
-    rank = (valid.cumsum(1) - 1)[:, :, None]
-    cell = torch.arange(target, device=x.device)
-    start, stop = cell * length // target, ((cell + 1) * length + target - 1) // target
-    inside = ((rank >= start[:, None]) & (rank < stop[:, None]) & valid[:, :, None]).to(x.dtype)
-    return _product(x.masked_fill(~valid[:, None], 0.0), inside / inside.sum(1, keepdim=True).clamp_min(1))
-
-
-def match_positions(student: Tensor, teacher: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """Bring two readings ``(B, C, *positions)`` to the same positions: the smaller of the two along each axis.
-
-    Args:
-        student: ``(B, N, *positions)``.
-        teacher: ``(B, M, *positions)``. A vector ``(B, M)`` counts as a single position.
-        where: How errors name the pair.
-
-    Returns:
-        Neuron matrices ``(N, n)`` and ``(M, n)`` whose columns are the same observations.
-
-    Raises:
-        ValueError: If the samples differ in number or the positions cannot be paired.
-    """
-    shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} as (batch, neurons, *positions)"
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"{where}: the batch sizes differ ({shapes}). Observations are paired one to one, so teacher and student "
-            "must see the same samples. Check `teacher_inputs` and layers that fold positions into the batch."
-        )
-    if student.shape[2:] == teacher.shape[2:]:
-        return as_matrix(student), as_matrix(teacher)
-    if student.dim() == 2 or teacher.dim() == 2:
-        spatial = teacher if student.dim() == 2 else student
-        pooled = pool(spatial, (1,) * (spatial.dim() - 2)).flatten(1)
-        student, teacher = (student, pooled) if student.dim() == 2 else (pooled, teacher)
-        return as_matrix(student), as_matrix(teacher)
-    if student.dim() != teacher.dim():
-        raise ValueError(
-            f"{where}: the positions cannot be paired ({shapes}): one side is a map and the other a sequence. "
-            "Pair layers of the same kind, or 'penultimate', which has no positions."
-        )
-    sizes = tuple(map(min, student.shape[2:], teacher.shape[2:]))
-    return as_matrix(pool(student, sizes)), as_matrix(pool(teacher, sizes))
-
-
-def as_matrix(reading: Tensor) -> Tensor:
-    """``(B, C, *positions)`` to ``(C, B * positions)``."""
-    return reading.movedim(1, 0).flatten(1)
-
-
-def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
-    """The floating-point tensor that an output is or holds; see ``select`` of :func:`neurons`."""
-    if select is not None and not isinstance(output, Tensor):
-        try:
-            output = output[select]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{where}: its output has no {select!r}; {_contents(output)}.") from error
-    if isinstance(output, Mapping):
-        raise TypeError(f"{where}: its output is a mapping; {_contents(output)}. Choose one with `select=`.")
-    if isinstance(output, (tuple, list)):
-        tensors = [item for item in output if isinstance(item, Tensor)]
-        if len(tensors) != 1 or any(not (item is None or isinstance(item, Tensor)) for item in output):
-            raise TypeError(f"{where}: its output is not one tensor; {_contents(output)}. Choose one with `select=`.")
-        output = tensors[0]
-    if not isinstance(output, Tensor):
-        raise TypeError(f"{where}: expected its output to be a tensor, but got {type(output).__name__}.")
-    if not output.is_floating_point():
-        raise TypeError(
-            f"{where}: expected a floating-point output, but got {output.dtype} of shape {tuple(output.shape)}. "
-            "Indices, masks and complex values are no activations; choose another layer."
-        )
-    return output
-
-
-def _contents(output: Any) -> str:
-    if isinstance(output, Mapping):
-        return f"it holds the keys {list(output)}"
-    if isinstance(output, (tuple, list)):
-        return f"it is a {type(output).__name__} of {[type(item).__name__ for item in output]}"
-    return f"it is a {type(output).__name__}"
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        return pool_valid(x, mask, self._sizes((tokens,))[0])

@@ -1,24 +1,53 @@
-"""From recorded forwards to the neurons of each pair of layers, or the reason why there are none."""
+"""What one forward of the student gave, and from it the neurons of each pair of layers, or the reason for none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.reading.neurons import match_positions
-from lightning_otrt.reading.recorder import View
+from lightning_otrt.reading.positions import match_positions
 
-__all__ = ["NoTermError", "matched_neurons", "trained"]
+__all__ = ["NoTermError", "View", "matched_neurons", "trained_views"]
+
+
+@dataclass
+class View:
+    """What was recorded in one forward of the student: readings ``(B, C, *positions)`` by key, in order of the calls.
+
+    Attributes:
+        root: Name of the module whose forward it was.
+        student: Readings of the student, part of the autograd graph.
+        teacher: Readings of the teacher, without graph.
+        student_mask: Padding mask ``(B, T)`` of the student's input, true where a token is valid.
+        teacher_mask: The same for the teacher.
+    """
+
+    root: str
+    student: dict[str, list[Tensor]] = field(default_factory=dict)
+    teacher: dict[str, list[Tensor]] = field(default_factory=dict)
+    student_mask: Tensor | None = None
+    teacher_mask: Tensor | None = None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether it trains the student. It does not where the parameters are frozen for this step, as in GANs."""
+        return any(reading.requires_grad for readings in self.student.values() for reading in readings)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples, 0 if nothing was recorded."""
+        return next((readings[0].shape[0] for readings in self.student.values()), 0)
 
 
 class NoTermError(Exception):
-    """Why no term could be formed in this call."""
+    """No term can be formed in this call; the message says why."""
 
 
-def trained(views: list[View]) -> list[View]:
-    """The views with gradient; all of them where none has one, so that the reason can be told."""
+def trained_views(views: list[View]) -> list[View]:
+    """The views with gradient. If none has one, all of them, so that the error can say why."""
     return [view for view in views if view.has_gradient] or views
 
 
@@ -27,9 +56,13 @@ def matched_neurons(
 ) -> tuple[list[list[tuple[Tensor, Tensor]]], list[str]]:
     """The neurons of each view and pair.
 
+    Args:
+        views: What was recorded; the key of a pair is its number.
+        pairs: The pairs.
+
     Returns:
         For each view, student ``(N, n)`` and teacher ``(M, n)`` of each pair; and the names of the student layers that
-        no gradient reaches.
+        get no gradient.
 
     Raises:
         NoTermError: If a layer did not run or ran more than once, or no layer gets a gradient.
@@ -52,7 +85,7 @@ def _match(index: int, pair: LayerPair, view: View) -> tuple[Tensor, Tensor]:
     found = []
     for side, name, readings in (("student", pair.student, view.student), ("teacher", pair.teacher, view.teacher)):
         calls = readings.get(f"{index}", [])
-        # Not those without gradient, in which another recorder of this student traces its layers.
+        # Another transfer may trace this student inside the recorded forward; those readings have no gradient.
         calls = [reading for reading in calls if reading.requires_grad] or calls
         if len(calls) != 1:
             how = "did not run" if not calls else f"ran {len(calls)} times"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_otrt.reading.recorder import View
-from lightning_otrt.reading.tracer import named_layers
+from lightning_otrt.layers.names import named_layers
+from lightning_otrt.reading.views import View
 from lightning_otrt.steps.first_batch import BLURRING_EPSILON
 from lightning_otrt.transfer import RepresentationTransfer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_otrt.analysis.plots import plot_plan
 from lightning_otrt.analysis.validation import ValidationDistances
 from lightning_otrt.analysis.weight import GradientProbe
-from lightning_otrt.reading.recorder import View
+from lightning_otrt.reading.views import View
 from lightning_otrt.trainer.log_figure import log_figure
 from lightning_otrt.trainer.monitor_warnings import Advice
 from lightning_otrt.trainer.training_step import add_term, remove_term

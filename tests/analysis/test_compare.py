@@ -17,7 +17,8 @@ from torch import nn
 
 from lightning_otrt import RepresentationTransfer, transport_distance
 from lightning_otrt.analysis.compare import batch_inputs, compare_representations
-from lightning_otrt.layers.comparable import comparable_layers, match_in_order
+from lightning_otrt.layers.comparable import comparable_layers
+from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.reading.neurons import neurons
 from lightning_otrt.reading.tracer import trace
 

@@ -92,14 +92,14 @@ MISTAKES = [
     Fit(
         "container never called",
         ValueError,
-        ("'net.parts' (ModuleList)", "a container that is never called", "Hook a child: 'net.parts.0'"),
+        ("'net.parts' (ModuleList)", "a container that is never called", "Name a child: 'net.parts.0'"),
         layers=named("net.parts"),
         task=special(),
     ),
     Fit(
         "layer that does not run",
         ValueError,
-        ("'net.unused' (Linear)", "did not run in this forward", "Likely causes", "Hook a layer that runs"),
+        ("'net.unused' (Linear)", "did not run in this forward", "Likely causes", "Name a layer that runs"),
         layers=named("net.unused"),
         task=special(),
     ),
@@ -120,7 +120,7 @@ MISTAKES = [
         "layer outside the root",
         ValueError,
         (
-            "'net.unused' (Linear) did not run: the forward of 'net.parts.0' was traced, and it lies outside",
+            "'net.unused' (Linear) did not run: the forward of 'net.parts.0' was traced, and the layer is not inside",
             "`student_root`",
         ),
         layers=named("net.unused", "0"),

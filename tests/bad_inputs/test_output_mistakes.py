@@ -20,14 +20,19 @@ def kind_of(output: str, make: Callable[[Tensor], Any], *words: str) -> Fit:
 
 
 MISTAKES = [
-    kind_of("a tuple", lambda y: (y, y), "tuple(Tensor, Tensor)", "LayerPair(..., select=0)", "[0, 1]"),
-    kind_of("a dictionary", lambda y: {"a": y, "b": 1}, "dict(a, b)", "LayerPair(..., select='a')"),
+    kind_of("a tuple", lambda y: (y, y), "tuple(float32 (8, 4, 8, 8), float32", "LayerPair(..., select=0)", "[0, 1]"),
+    kind_of(
+        "a dictionary",
+        lambda y: {"a": y, "b": 1},
+        "dict(a: float32 (8, 4, 8, 8), b: int)",
+        "LayerPair(..., select='a')",
+    ),
     kind_of("a list of boxes", lambda y: [{"boxes": y}], "list(dict)", "holds no tensor to record"),
     kind_of("a string", lambda y: "words", "returns str", "holds no tensor to record"),
     kind_of("integers", lambda y: y.argmax(1), "int64 of shape (8, 8, 8)", "a real floating-point tensor"),
     kind_of("booleans", lambda y: y > 0, "bool of shape (8, 4, 8, 8)", "a real floating-point tensor"),
     kind_of("complex", lambda y: torch.complex(y, y), "complex64 of shape (8, 4, 8, 8)", "a real floating-point"),
-    kind_of("0-D", lambda y: y.mean(), "float32 of shape ()", "(batch, neurons, ...)", "Hook an earlier layer"),
+    kind_of("0-D", lambda y: y.mean(), "float32 of shape ()", "(batch, neurons, ...)", "Name an earlier layer"),
     kind_of("1-D", lambda y: y.mean((1, 2, 3)), "float32 of shape (8,)", "(batch, neurons, ...)"),
     Fit(
         "teacher output of integers",
@@ -39,7 +44,7 @@ MISTAKES = [
     Fit(
         "teacher output of a dictionary",
         ValueError,
-        ("Teacher layer 'special' (Special)", "dict(a)", "LayerPair(..., select='a')"),
+        ("Teacher layer 'special' (Special)", "dict(a: float32 (8, 4, 8, 8))", "LayerPair(..., select='a')"),
         layers=named("net.block1", "special"),
         teacher=lambda task: seeded(1, SpecialNet, lambda y: {"a": y}),
     ),

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.layers.automatic import resolve_layers
-from lightning_otrt.layers.grammar import check_names, parse_layers
-from lightning_otrt.layers.pairs import LayerPair, LayerSpec, Trace, TracedLayer, TracedTensor
-from lightning_otrt.reading.tracer import named_layers, named_tensors, trace
+from lightning_otrt.layers.grammar import parse_layers
+from lightning_otrt.layers.lookup import LayerNames, check_names
+from lightning_otrt.layers.names import named_layers, named_tensors
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.layers.resolve import resolve_layers
+from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
+from lightning_otrt.reading.tracer import trace
 
 # Its name until 4.37; the newer versions deprecate that.
 auto_cli = jsonargparse.auto_cli if hasattr(jsonargparse, "auto_cli") else jsonargparse.CLI
@@ -143,8 +146,8 @@ def test_grammar(spec, expected, student, teacher):
     assert sum(pair.weight for pair in pairs) == pytest.approx(1)
     assert all(pair.weight == pytest.approx(1 / len(pairs)) for pair in pairs)
     assert {pair.neuron_axis for pair in pairs} == {(1, 1)}
-    check_names(spec, student.names(), teacher.names(), "net")
-    check_names(spec, student.names(), teacher.names(), None)
+    for root in ("net", None):
+        check_names(spec, LayerNames("student", student.names(), root), LayerNames("teacher", teacher.names()))
 
 
 def test_weights_are_relative_and_shared_by_every_layer_of_a_pattern(student, teacher):
@@ -228,7 +231,11 @@ NAME_ERRORS = [
 def test_name_errors_come_before_any_forward_and_at_resolve(spec, words, student, teacher):
     task, net = Task(), Net(8)
     with pytest.raises(ValueError) as early:
-        check_names(spec, list(named_layers(task)), list(named_layers(net)), "net", student_tensors=named_tensors(task))
+        check_names(
+            spec,
+            LayerNames("student", tuple(named_layers(task)), "net", tensors=named_tensors(task)),
+            LayerNames("teacher", tuple(named_layers(net))),
+        )
     assert all(word in str(early.value) for word in words), str(early.value)
     with pytest.raises(ValueError) as late:
         resolve_layers(spec, student, teacher)
@@ -238,13 +245,14 @@ def test_name_errors_come_before_any_forward_and_at_resolve(spec, words, student
 
 def test_long_lists_of_names_are_cut():
     with pytest.raises(ValueError, match="'layer19' and 11 more"):
-        check_names("x*", [f"layer{i}" for i in range(31)], ["x"])
+        check_names("x*", LayerNames("student", tuple(f"layer{i}" for i in range(31))), LayerNames("teacher", ("x",)))
 
 
 def test_unknown_root_accepts_names_below_a_child(teacher):
-    check_names("layer?", list(named_layers(Task())), teacher.names(), None)
+    names = tuple(named_layers(Task()))
+    check_names("layer?", LayerNames("student", names, None), LayerNames("teacher", teacher.names()))
     with pytest.raises(ValueError, match="No layer 'layer4' in the student. Did you mean 'net.layer4'"):
-        check_names("layer4", list(named_layers(Task())), teacher.names(), "")
+        check_names("layer4", LayerNames("student", names), LayerNames("teacher", teacher.names()))
 
 
 FORM_ERRORS = [
@@ -288,12 +296,19 @@ def test_layer_pair_validates(fields, error, words):
 
 
 RESOLVE_ERRORS = [
-    ("unused", ["Student layer 'unused' (Linear) did not run", "branch", "Hook a layer that runs"]),
+    ("unused", ["Student layer 'unused' (Linear) did not run", "branch", "Name a layer that runs"]),
     ([("fc", "unused")], ["Teacher layer 'unused' (Linear) did not run"]),
-    ("stack", ["'stack' (ModuleList) is a container that is never called", "Hook a child: 'stack.0', 'stack.1'"]),
+    ("stack", ["'stack' (ModuleList) is a container that is never called", "Name a child: 'stack.0', 'stack.1'"]),
     ("twice", ["'twice' (ReLU) ran 2 times"]),
-    ("mapping", ["returns dict(hidden, pooled), not one tensor", "select='hidden'", "['hidden', 'pooled']"]),
-    ("two", ["returns tuple(Tensor, Tensor), not one tensor", "select=0"]),
+    (
+        "mapping",
+        [
+            "returns dict(hidden: float32 (4, 5), pooled: float32 (4,)), not one tensor",
+            "select='hidden'",
+            "['hidden', 'pooled']",
+        ],
+    ),
+    ("two", ["returns tuple(float32 (4, 5), float32 (4, 5)), not one tensor", "select=0"]),
     (LayerPair("mapping", "fc", select="x"), ["without a tensor at select='x'", "['hidden', 'pooled']"]),
     (LayerPair("fc", "fc", select=0), ["select=0 chooses nothing for 'fc' -> 'fc'", "Remove `select`"]),
     ("boxes", ["returns list(str), which holds no tensor"]),
@@ -320,7 +335,7 @@ def test_layers_that_give_no_representation(spec, words, odd):
 
 
 def test_layer_outside_of_the_traced_root(student, teacher):
-    with pytest.raises(ValueError, match="'criterion' .* the forward of 'net' was traced, and it lies outside"):
+    with pytest.raises(ValueError, match="'criterion' .* the forward of .net. was traced, .* not inside it"):
         resolve_layers({"criterion": "fc"}, student, teacher)
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_otrt.layers.automatic import resolve_layers
-from lightning_otrt.layers.pairs import Trace
-from lightning_otrt.reading.tracer import format_pairs, trace
+from lightning_otrt.layers.resolve import resolve_layers
+from lightning_otrt.layers.table import format_pairs
+from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.tracer import trace
 
 models = pytest.importorskip("torchvision.models")
 

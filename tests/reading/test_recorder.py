@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_otrt.reading.masks import padding_mask
 from lightning_otrt.reading.neurons import NeuronReader
-from lightning_otrt.reading.recorder import Recorder, View, padding_mask
+from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.views import View
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 

@@ -47,7 +47,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_otrt import CosineDecay, LinearWarmup, OTRTCallback, OTRTModule
-from lightning_otrt.reading.recorder import View
+from lightning_otrt.reading.views import View
 
 
 def make_callback(teacher: nn.Module | None = None, **options: Any) -> OTRTCallback:

@@ -1,0 +1,121 @@
+"""Names of the modules of a model, as users write them: without the prefixes that wrappers add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lightning_otrt.layers.pairs import INPUT, LayerPair
+
+__all__ = [
+    "child_names",
+    "has_layers",
+    "is_inside",
+    "join_names",
+    "named_layers",
+    "named_tensors",
+    "primary_names",
+    "unwrapped_name",
+]
+
+#: Names under which wrappers (torch.compile, FSDP, activation checkpointing) hold the module that they wrap.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: Wrappers that hold it as ``module``. Other models may have a child of that name, so their type has to be known.
+_WRAPPERS = {"AveragedModel", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that users write, in order of definition.
+
+    Prefixes of wrappers (DDP, torch.compile, FSDP, activation checkpointing) are left out: the name is that of the
+    wrapped module. A module that is registered twice has two names.
+
+    Example:
+        >>> from torch import nn
+        >>> list(named_layers(nn.Sequential(nn.DataParallel(nn.Sequential(nn.ReLU())))))
+        ['', '0', '0.0']
+    """
+    found: dict[str, nn.Module] = {}
+    users_names: dict[str, str] = {}
+    parents: dict[str, nn.Module] = {}
+    for full_name, module in model.named_modules(remove_duplicate=False):
+        parent, _, child = full_name.rpartition(".")
+        if full_name == "":
+            name = ""
+        elif _is_wrapped(parents[parent], child):
+            name = users_names[parent]
+        else:
+            name = join_names(users_names[parent], child)
+        users_names[full_name], parents[full_name] = name, module
+        found[name] = module
+    return found
+
+
+def named_tensors(model: nn.Module) -> dict[str, str]:
+    """Parameters and buffers by name, each with a description, to recognise one that is given in place of a layer.
+
+    Example:
+        >>> from torch import nn
+        >>> named_tensors(nn.Linear(2, 3))
+        {'weight': 'Parameter of shape (3, 2)', 'bias': 'Parameter of shape (3,)'}
+    """
+    found = {}
+    for name, module in named_layers(model).items():
+        for key, parameter in module.named_parameters(recurse=False):
+            found[join_names(name, key)] = f"Parameter of shape {tuple(parameter.shape)}"
+        for key, buffer in module.named_buffers(recurse=False):
+            found[join_names(name, key)] = f"buffer of shape {tuple(buffer.shape)}"
+    return found
+
+
+def primary_names(modules: Mapping[str, nn.Module], root: str) -> dict[int, str]:
+    """One name for each module, by its ``id``: the first one inside ``root``, else the first one.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.ReLU())
+        >>> model.again = model[0]
+        >>> primary_names(named_layers(model), "")[id(model.again)]
+        '0'
+    """
+    primary: dict[int, str] = {}
+    for name, module in sorted(modules.items(), key=lambda item: not is_inside(item[0], root)):
+        primary.setdefault(id(module), name)
+    return primary
+
+
+def has_layers(model: nn.Module, pairs: Sequence[LayerPair]) -> bool:
+    """Whether a student has all student layers of the pairs."""
+    return {pair.student.removesuffix(INPUT) for pair in pairs} <= named_layers(model).keys()
+
+
+def child_names(model: nn.Module) -> list[str]:
+    """Names of the direct children."""
+    return [name for name in named_layers(model) if name and "." not in name]
+
+
+def is_inside(name: str, root: str) -> bool:
+    """Whether a name is that of ``root`` or of a module inside it."""
+    return not root or name == root or name.startswith(f"{root}.")
+
+
+def join_names(parent: str, child: str) -> str:
+    """The qualified name of a child."""
+    return f"{parent}.{child}" if parent else child
+
+
+def unwrapped_name(name: str) -> str:
+    """A name without what wrappers add to it.
+
+    Example:
+        >>> unwrapped_name("_orig_mod.net.module.layer4")
+        'net.layer4'
+    """
+    return ".".join(part for part in name.split(".") if part not in ("module", *_WRAPPED))
+
+
+def _is_wrapped(parent: nn.Module, child: str) -> bool:
+    if child == "module":
+        return not _WRAPPERS.isdisjoint(base.__name__ for base in type(parent).__mro__)
+    return child in _WRAPPED

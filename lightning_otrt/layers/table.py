@@ -1,0 +1,39 @@
+"""The chosen pairs as a table for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.layers.trace import Trace
+
+__all__ = ["format_pairs"]
+
+
+def format_pairs(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> str:
+    """The pairs as a table with types, shapes and neuron axes.
+
+    Example:
+        >>> from lightning_otrt.layers.trace import TracedLayer, TracedTensor
+        >>> trace = Trace((TracedLayer("fc", "Linear", calls=1, output=TracedTensor((4, 5), neuron_axis=1)),))
+        >>> print(format_pairs([LayerPair("fc", "fc", neuron_axis=(1, 1))], trace, trace))
+        student       shape  axis  teacher       shape  axis  weight
+        fc (Linear)  (4, 5)     1  fc (Linear)  (4, 5)     1       1
+    """
+    rows = [["student", "shape", "axis", "teacher", "shape", "axis", "weight"]]
+    for pair in pairs:
+        cells: list[str] = []
+        for name, trace, axis in ((pair.student, student, pair.axes[0]), (pair.teacher, teacher, pair.axes[1])):
+            tensor = trace.tensor(name, pair.select)
+            shown = tensor.neuron_axis if axis is None and tensor else axis
+            cells += [f"{name} ({trace.layer(name).kind})", str(tensor.shape if tensor else "?"), str(shown)]
+        rows.append([*cells, f"{pair.weight:.3g}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in (0, 3) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(lines)

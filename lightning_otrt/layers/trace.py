@@ -1,0 +1,166 @@
+"""What one traced forward shows of a model. Plain data; ``reading/tracer.py`` makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_otrt.layers.pairs import INPUT
+
+__all__ = ["Trace", "TracedLayer", "TracedTensor"]
+
+
+@dataclass(frozen=True)
+class TracedTensor:
+    """A tensor that entered or left a layer.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype without the ``torch.``, such as ``"float32"``.
+        is_floating: Whether the dtype is a real floating-point type.
+        neuron_axis: Non-negative axis of the neurons, None where it is ambiguous.
+        batch_axis: Axis of the samples: 0, or 1 for ``(T, B, C)``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    is_floating: bool = True
+    neuron_axis: int | None = None
+    batch_axis: int = 0
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Sizes of the axes that are neither samples nor neurons."""
+        return tuple(n for axis, n in enumerate(self.shape) if axis not in (self.batch_axis, self.neuron_axis))
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """What one forward showed of one module.
+
+    Args:
+        name: Qualified name, without the prefixes of wrappers.
+        kind: Type name.
+        order: Place in the order of completion; None if the module did not run.
+        calls: How often it ran.
+        is_container: Whether it has child modules.
+        role: ``"linear"``, ``"pointwise"`` (1x1 convolution), ``"conv"``, ``"pool"``, ``"dropout"``, ``"passive"`` (may
+            follow a classification head) or ``""``.
+        input: First positional tensor input.
+        output: The output, where it is one tensor or a tuple with exactly one.
+        output_kind: The output in words, such as ``"float32 (4, 6)"``; ``""`` if the module did not run.
+        parts: ``(key or index, tensor)`` where the output is a mapping or tuple: what ``select`` can choose.
+        input_from: Name of the layer whose output tensor is the input of this one.
+        output_from: Name of the layer that made the output: a child where a container returns what this child made.
+        gives_model_output: Whether its output tensor is (one of) the tensors that the whole model returns.
+    """
+
+    name: str
+    kind: str = "Module"
+    order: int | None = None
+    calls: int = 0
+    is_container: bool = False
+    role: str = ""
+    input: TracedTensor | None = None
+    output: TracedTensor | None = None
+    output_kind: str = ""
+    parts: tuple[tuple[str | int, TracedTensor], ...] = ()
+    input_from: str | None = None
+    output_from: str | None = None
+    gives_model_output: bool = False
+
+    @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Shape of the first positional tensor input."""
+        return self.input.shape if self.input else None
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """Shape of the output, None if it is not one tensor."""
+        return self.output.shape if self.output else None
+
+    @property
+    def neuron_axis(self) -> int | None:
+        """Axis of the neurons in the output, None if ambiguous."""
+        return self.output.neuron_axis if self.output else None
+
+    @property
+    def input_neuron_axis(self) -> int | None:
+        """Axis of the neurons in the input, None if ambiguous."""
+        return self.input.neuron_axis if self.input else None
+
+    @property
+    def batch_axis(self) -> int:
+        """Axis of the samples in the output."""
+        return self.output.batch_axis if self.output else 0
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether the output can be a representation: one call, one floating-point tensor of two or more axes."""
+        return self.calls == 1 and self.output is not None and self.output.is_floating and len(self.output.shape) >= 2
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward showed of a model.
+
+    Args:
+        layers: All modules of the model in the order of their definition, also those that did not run.
+        root: Name of the module whose forward was traced, ``""`` for the whole model.
+        aliases: ``(other name, name)`` of modules that are registered under several names.
+        output_shapes: Shapes of the tensors that the root returned.
+        batch_size: Size of the first axis of the first tensor input.
+        input_is_image: Whether the first tensor input is a floating-point tensor of four axes.
+        image_size: Height and width of that image.
+        prefix_tokens: Number of class, distillation and register tokens that the model declares.
+    """
+
+    layers: tuple[TracedLayer, ...]
+    root: str = ""
+    aliases: tuple[tuple[str, str], ...] = ()
+    output_shapes: tuple[tuple[int, ...], ...] = ()
+    batch_size: int = 0
+    input_is_image: bool = False
+    image_size: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+
+    def layer(self, name: str) -> TracedLayer:
+        """The layer of that name or alias; ``":input"`` is ignored.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        name = name.removesuffix(INPUT)
+        name = dict(self.aliases).get(name, name)
+        return {layer.name: layer for layer in self.layers}[name]
+
+    def tensor(self, name: str, select: str | int | None = None) -> TracedTensor | None:
+        """What a recording of ``name`` or ``"name:input"`` reads; None where that is not one tensor."""
+        layer = self.layer(name)
+        if name.endswith(INPUT):
+            return layer.input
+        if select is not None and layer.parts:
+            return dict(layer.parts).get(select)
+        return layer.output
+
+    def recordable(self) -> tuple[TracedLayer, ...]:
+        """The layers that an index counts, in order of completion.
+
+        Left out are the root and a container that holds every other layer. So a LightningModule around a network has
+        the same indices as the network alone.
+        """
+        ran = [layer for layer in self.layers if layer.calls and layer.name != self.root]
+        containers = [f"{layer.name}." for layer in ran if layer.is_container]
+
+        def holds_all(layer: TracedLayer) -> bool:
+            inside = f"{layer.name}."
+            around = {container for container in containers if inside.startswith(container)}
+            return layer.is_container and all(
+                other.name.startswith(inside) or f"{other.name}." in around for other in ran
+            )
+
+        found = [layer for layer in ran if layer.is_recordable and not holds_all(layer)]
+        return tuple(sorted(found, key=lambda layer: layer.order or 0))
+
+    def names(self) -> tuple[str, ...]:
+        """All names a user may write, aliases included."""
+        return (*(layer.name for layer in self.layers), *(alias for alias, _ in self.aliases))

@@ -1,0 +1,98 @@
+"""The pairs of "matched": blocks of the student with the closest layers of the teacher on one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.layers.comparable import comparable_layers
+from lightning_otrt.layers.order import match_in_order
+from lightning_otrt.layers.resolve import select_layers
+from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.evaluation import in_evaluation
+from lightning_otrt.reading.observer import Observer
+from lightning_otrt.reading.pooling import pool
+from lightning_otrt.reading.positions import can_be_compared, match_positions
+from lightning_otrt.transport.distance import transport_distance
+
+__all__ = ["match_layers"]
+
+#: Positions along each axis of a map at which layers are compared.
+_GRID = 4
+
+
+def match_layers(
+    traces: tuple[Trace, Trace],
+    models: tuple[nn.Module, nn.Module],
+    runs: tuple[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]], ...],
+) -> list[tuple[str, str]]:
+    """The blocks of the student with those layers of the teacher that are closest to them on one batch, in order.
+
+    Distances are those of the correlation cost, in evaluation mode; the pairing is that of :func:`match_in_order`.
+
+    Args:
+        traces: Traces of student and teacher.
+        models: The two networks.
+        runs: For each, the module to run with its positional and keyword arguments.
+
+    Raises:
+        ValueError: If no student layer can be compared with a teacher layer.
+    """
+    student, teacher = traces
+    candidates = [name for name in comparable_layers(teacher) if _positions(teacher, name) > 1]
+    layers = select_layers(["blocks"], student, "student"), select_layers(candidates, teacher, "teacher")
+    readings = [
+        _readings(side, model, trace, chosen, run)
+        for side, model, trace, chosen, run in zip(("student", "teacher"), models, traces, layers, runs, strict=True)
+    ]
+    ys, xs = _at_same_positions(*readings)
+    distances = torch.full((len(ys), len(xs)), math.nan)
+    for row, y in enumerate(ys):
+        for column, x in enumerate(xs):
+            if can_be_compared(y, x):
+                distances[row, column] = transport_distance(*match_positions(y, x, "matched")).value
+    pairs = match_in_order(distances)
+    names = [list(chosen) for chosen in layers]
+    if not pairs:
+        raise ValueError(
+            f'"matched" found no pair: none of the student layers {names[0]} can be compared with one of the teacher '
+            f"layers {names[1]}. Name the pairs."
+        )
+    return [(names[0][row], names[1][column]) for row, column in pairs]
+
+
+def _readings(
+    side: str,
+    model: nn.Module,
+    trace: Trace,
+    layers: Mapping[str, int],
+    run: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]],
+) -> list[Tensor]:
+    """Readings of the layers in the order of ``layers``."""
+    module, args, kwargs = run
+    observer = Observer(side, model, trace, layers, _GRID)
+    try:
+        with in_evaluation(module):
+            found = observer(module, args, kwargs)
+    finally:
+        observer.remove()
+    return [found[name] for name in layers]
+
+
+def _at_same_positions(student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The readings pooled to the smallest size along each axis: distances over fewer observations are smaller."""
+    sizes: dict[int, tuple[int, ...]] = {}
+    for reading in (*student, *teacher):
+        own = tuple(reading.shape[2:])
+        sizes[reading.dim()] = tuple(map(min, sizes.get(reading.dim(), own), own))
+    pooled = [[pool(reading, sizes[reading.dim()]) for reading in side] for side in (student, teacher)]
+    return pooled[0], pooled[1]
+
+
+def _positions(trace: Trace, name: str) -> int:
+    tensor = trace.tensor(name)
+    return math.prod(tensor.positions) if tensor is not None else 0

@@ -1,0 +1,94 @@
+"""A forward in evaluation mode that leaves a model and the random number generators as they were."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.reading.torch_internals import all_buffers
+
+__all__ = ["in_evaluation", "state_restored"]
+
+
+@contextmanager
+def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Evaluation mode without gradient inside the block; see :func:`state_restored` for what is restored after it.
+
+    Args:
+        model: The model that runs in the block.
+        inputs: Its inputs; the random number generators of their devices are restored too.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+        >>> with in_evaluation(net):
+        ...     net.training, net[0].training
+        (False, False)
+        >>> net.training
+        True
+    """
+    with ExitStack() as stack:
+        stack.enter_context(state_restored(model, inputs))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_without_autocast_cache())
+        if "torch._dynamo" in sys.modules:
+            # Code compiled earlier would skip new hooks. If Dynamo was never imported, nothing is compiled.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Flags are set one by one: `train` and `eval` may be overridden, to keep parts frozen or to merge weights.
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Restore training flags, buffers and random number generators after the block, also where it raises.
+
+    Args:
+        model: The model that runs in the block.
+        inputs: Its inputs; the random number generators of their devices are restored too.
+    """
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    buffers = [
+        {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in all_buffers(module).items()}
+        for module in modules
+    ]
+    tensors = [*inputs, *model.parameters(), *model.buffers()]
+    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, flag, saved in zip(modules, flags, buffers, strict=True):
+                    module.training = flag
+                    _restore_buffers(module, saved)
+
+
+def _restore_buffers(module: nn.Module, saved: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
+    for name in all_buffers(module).keys() - saved.keys():
+        delattr(module, name)
+    now = all_buffers(module)
+    for name, (buffer, value) in saved.items():
+        # Autograd checks the version of a tensor, which every write raises. So only changed values are written.
+        if buffer is not None and value is not None and not torch.equal(buffer, value):
+            buffer.copy_(value)
+        if name not in now:
+            module.register_buffer(name, buffer)
+        elif now[name] is not buffer:
+            setattr(module, name, buffer)
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Let autocast keep no cast weights: torch 2.6 would reuse those made without gradient in the training step."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -1,0 +1,130 @@
+"""The forward hooks that are put on a user's modules: each belongs to one recorder and fills its current view."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_otrt.reading.masks import padding_mask
+from lightning_otrt.reading.neurons import NeuronReader
+from lightning_otrt.reading.torch_internals import is_in_backward
+from lightning_otrt.reading.views import View
+
+if TYPE_CHECKING:
+    from lightning_otrt.reading.recorder import Recorder
+
+__all__ = ["CloseView", "OpenView", "ReadInput", "ReadOutput"]
+
+
+class _Hook:
+    """A hook that belongs to one recorder.
+
+    Copies and pickles of a hooked module (weight averaging, checkpoints of whole modules) get a hook that does nothing:
+    they must not record, and must not copy the teacher.
+    """
+
+    recorder: Recorder | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self).__new__(type(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object.__new__, (type(self),)
+
+
+class OpenView(_Hook):
+    """Forward pre-hook of a module that may be the student's root: opens a view if the forward counts."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open a view, unless one is open or the forward is no training forward."""
+        recorder = self.recorder
+        if recorder is None or not recorder.enabled:
+            return
+        if recorder.current is not None:
+            recorder.nested += recorder.current.root == self.name
+            return
+        if not torch.is_grad_enabled() or is_in_backward():
+            return
+        recorder.current = View(self.name, student_mask=padding_mask(args, kwargs))
+        recorded = False
+        try:
+            recorded = recorder.on_forward(self.name, args, kwargs)
+        finally:
+            if not recorded:
+                recorder.current = None
+
+
+class CloseView(_Hook):
+    """Forward hook of the same module: closes the view and keeps it."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Close the view of this forward."""
+        recorder = self.recorder
+        # Not enabled: a forward inside the recorded one, such as the one that traces the layers.
+        if recorder is None or not recorder.enabled or recorder.current is None or recorder.current.root != self.name:
+            return
+        if recorder.nested:
+            recorder.nested -= 1
+            return
+        if output is not None:  # it is None where the forward raised
+            recorder.views.append(recorder.current)
+        recorder.current = None
+
+
+class _Read(_Hook):
+    def __init__(self, recorder: Recorder, side: str, key: str, reader: NeuronReader) -> None:
+        self.recorder, self.side, self.key, self.reader = recorder, side, key, reader
+
+    def read(self, value: Any) -> None:
+        """Add the reading of a layer's value to the current view."""
+        recorder = self.recorder
+        # In the backward pass activation checkpointing runs layers and their hooks again.
+        if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
+            return
+        if self.side == "teacher" and not recorder.runs_teacher:
+            return
+        view = recorder.current
+        readings, mask = (
+            (view.student, view.student_mask) if self.side == "student" else (view.teacher, view.teacher_mask)
+        )
+        with _uncounted_saved_tensors():
+            reading = self.reader(value, mask)
+        readings.setdefault(self.key, []).append(reading)
+
+
+class ReadOutput(_Read):
+    """Forward hook that reads the output of a layer."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Read the output."""
+        self.read(output)
+
+
+class ReadInput(_Read):
+    """Forward pre-hook that reads the first tensor that enters a layer."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the input."""
+        self.read(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
+
+
+def _uncounted_saved_tensors() -> AbstractContextManager[Any]:
+    """Keep the tensors that a reading saves out of the count that activation checkpointing compares.
+
+    The recomputation in the backward pass makes no reading, so that the two counts would differ.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else saved_tensors_hooks(_unchanged, _unchanged)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,65 @@
+"""Reads layers of one network in forwards that are not part of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_otrt.layers.names import named_layers
+from lightning_otrt.layers.pairs import INPUT
+from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.masks import padding_mask
+from lightning_otrt.reading.readers import layer_reader
+from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.views import View
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Runs a network and returns the readings of its layers; :meth:`remove` removes the hooks.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        model: The network.
+        trace: Trace of the network.
+        layers: Names with their neuron axes.
+        grid: See :func:`~lightning_otrt.reading.neurons.neurons`.
+    """
+
+    def __init__(self, side: str, model: nn.Module, trace: Trace, layers: Mapping[str, int], grid: int | None) -> None:
+        modules = named_layers(model)
+        self.side, self.names = side, tuple(layers)
+        self._recorder = Recorder(lambda *_: False)
+        self._recorder.watch_student(
+            {
+                name: (name, modules[name.removesuffix(INPUT)], layer_reader(side, trace, name, axis, grid))
+                for name, axis in layers.items()
+            }
+        )
+
+    def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Readings ``(B, C, *positions)`` by name of the forward ``run(*args, **kwargs)``.
+
+        Raises:
+            ValueError: If a layer does not run exactly once.
+        """
+        self._recorder.current = view = View("", student_mask=padding_mask(args, kwargs))
+        try:
+            run(*args, **kwargs)
+        finally:
+            self._recorder.current = None
+        for name in self.names:
+            calls = len(view.student.get(name, ()))
+            if calls != 1:
+                raise ValueError(
+                    f"The {self.side} layer {name!r} ran {calls} times in this forward, but once in the first one. A "
+                    "representation is one call; leave the layer out, or name its parent."
+                )
+        return {name: calls[0] for name, calls in view.student.items()}
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        self._recorder.remove()

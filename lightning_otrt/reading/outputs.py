@@ -1,0 +1,90 @@
+"""What modules return: the tensors in it, the one that is recorded, and a description for errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["all_tensors", "describe", "output_items", "select_tensor"]
+
+
+def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
+    """The floating-point tensor that an output is or holds.
+
+    Args:
+        output: What a module returned.
+        select: Key or index of the tensor. None: the output is a tensor, or a tuple with exactly one.
+        where: How errors name the layer.
+
+    Raises:
+        ValueError: If the output has nothing at ``select``.
+        TypeError: If it is not one floating-point tensor.
+    """
+    if select is not None and not isinstance(output, Tensor):
+        try:
+            output = output[select]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{where}: its output has no {select!r}; it is {describe(output)}.") from error
+    if isinstance(output, (Mapping, tuple, list)):
+        tensors = [item for item in _values(output) if isinstance(item, Tensor)]
+        others = [item for item in _values(output) if item is not None and not isinstance(item, Tensor)]
+        if isinstance(output, Mapping) or len(tensors) != 1 or others:
+            raise TypeError(f"{where}: its output is not one tensor but {describe(output)}. Choose one with `select=`.")
+        output = tensors[0]
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{where}: expected its output to be a tensor, but got {type(output).__name__}.")
+    if not output.is_floating_point():
+        raise TypeError(
+            f"{where}: expected a floating-point output, but got {describe(output)}. Indices, masks and complex values "
+            "are no activations; choose another layer."
+        )
+    return output
+
+
+def output_items(output: Any) -> list[tuple[str | int, Any]]:
+    """Keys or indices of an output with what they hold; a value that is no container has the index 0."""
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if isinstance(output, (tuple, list)):
+        return list(enumerate(output))
+    return [(0, output)]
+
+
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, tuples and lists, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in _values(value):
+            yield from all_tensors(item)
+
+
+def describe(value: Any) -> str:
+    """A value in words: dtype and shape of tensors, also of those in a mapping or tuple, and types of the others.
+
+    Example:
+        >>> import torch
+        >>> describe(torch.zeros(2, 3))
+        'float32 (2, 3)'
+        >>> describe({"hidden": torch.zeros(2, 3), "pooled": None})
+        'dict(hidden: float32 (2, 3), pooled: None)'
+    """
+    if isinstance(value, Mapping):
+        items = [f"{key}: {_describe_item(item)}" for key, item in value.items()]
+    elif isinstance(value, (tuple, list)):
+        items = [_describe_item(item) for item in value]
+    else:
+        return _describe_item(value)
+    return f"{type(value).__name__}({', '.join(items)})"
+
+
+def _describe_item(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return "None" if value is None else type(value).__name__
+
+
+def _values(container: Any) -> Iterator[Any]:
+    return iter(container.values() if isinstance(container, Mapping) else container)
