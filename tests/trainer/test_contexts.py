@@ -1,4 +1,8 @@
-"""The three ways in and two hand-written losses give the same weights, to the last bit, in every context of a fit."""
+"""In every context of a fit the three ways in give the same weights to the last bit, and those of hand-written losses.
+
+A loss by hand takes other operations, which round differently from processor to processor. It is compared in float64
+wherever the context leaves the precision open, and else with a tolerance that is that of the number format.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from helpers import (
     Net,
     Task,
     ValidatedTask,
+    assert_agree,
     assert_same,
     differ,
     forwards,
@@ -182,13 +187,18 @@ class Context:
     trainer: Callable[[], dict[str, Any]] = dict
     options: dict[str, Any] = field(default_factory=dict)
     late: bool = False
+    #: Of the weights by hand, as a part of the effect of the term.
+    tolerance: float = 1e-6
 
     def make(self) -> Task:
         return make_task(self.task, **self.options)
 
     def fit(self, model: Any, **extra: Any) -> None:
         torch.manual_seed(7)
-        make_trainer(**self.trainer(), **extra).fit(model, loader())
+        options = self.trainer()
+        if "precision" not in options and "plugins" not in options:
+            options["precision"] = "64-true"
+        make_trainer(**options, **extra).fit(model, loader())
 
 
 def scaled_mixed_precision() -> dict[str, Any]:
@@ -196,17 +206,20 @@ def scaled_mixed_precision() -> dict[str, Any]:
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)], "max_steps": 8}
 
 
+#: Rounding after a few steps, as a part of the effect of the term.
+IN_FLOAT32, IN_FP16, IN_BF16 = 1e-4, 1e-2, 5e-2
+
 CONTEXTS = {
     "plain": Context(),
+    "32-true": Context(trainer=lambda: {"precision": "32-true"}, tolerance=IN_FLOAT32),
     "accumulation": Context(trainer=lambda: {"accumulate_grad_batches": 4, "max_epochs": 2}),
     "clipping by norm": Context(trainer=lambda: {"gradient_clip_val": 0.1}),
     "clipping by value": Context(trainer=lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
-    "bf16-mixed": Context(trainer=lambda: {"precision": "bf16-mixed"}),
-    "bf16-true": Context(trainer=lambda: {"precision": "bf16-true"}),
-    "64-true": Context(trainer=lambda: {"precision": "64-true"}),
-    "16-mixed with a scaler that skips": Context(trainer=scaled_mixed_precision),
+    "bf16-mixed": Context(trainer=lambda: {"precision": "bf16-mixed"}, tolerance=IN_BF16),
+    "bf16-true": Context(trainer=lambda: {"precision": "bf16-true"}, tolerance=IN_BF16),
+    "16-mixed with a scaler that skips": Context(trainer=scaled_mixed_precision, tolerance=IN_FP16),
     "manual": Context(Manual),
-    "manual in bf16-mixed": Context(Manual, trainer=lambda: {"precision": "bf16-mixed"}),
+    "manual in bf16-mixed": Context(Manual, trainer=lambda: {"precision": "bf16-mixed"}, tolerance=IN_BF16),
     "dictionary": Context(Dictionary),
     "dictionary with accumulation": Context(
         Dictionary, trainer=lambda: {"accumulate_grad_batches": 4, "max_epochs": 2}
@@ -261,12 +274,11 @@ def without(context: Context) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_every_way_in_gives_the_same_weights(name):
     context = CONTEXTS[name]
-    expected = by_hand(context)
-    assert differ(expected, without(context)), "the term has no effect here, so that nothing is tested"
-    assert_same(by_callback(context), expected)
-    assert_same(by_wrapper(context), expected)
+    found = by_callback(context)
+    assert_same(by_wrapper(context), found)
     if not context.late:
-        assert_same(by_transfer(context), expected)
+        assert_same(by_transfer(context), found)
+    assert_agree(found, by_hand(context), without(context), context.tolerance)
 
 
 # Crosses: each value of a factor with each value of every other
@@ -392,9 +404,6 @@ def test_crosses_of_contexts(row: dict[str, Any], tmp_path: Path) -> None:
         context.fit(task, callbacks=callbacks())
         return weights(task)
 
-    expected = fit(term=True)
-    assert differ(expected, fit(term=False)), "the term has no effect here, so that nothing is tested"
-
     task, teacher = context.make(), make_teacher()
     start = weights(task)
     if row["compiled"]:
@@ -412,7 +421,8 @@ def test_crosses_of_contexts(row: dict[str, Any], tmp_path: Path) -> None:
     task.load_state_dict(dict(zip(task.state_dict(), start.values(), strict=True)))
     context.fit(model, callbacks=[*added, *callbacks(), *([Copying(teacher)] if beside == "copies" else [])])
     assert not hooks(task, teacher)
-    assert_same(by_name(weights(task)), expected)
+    tolerance = {"32-true": IN_FLOAT32, "64-true": 1e-6, "16-mixed": IN_FP16}.get(row["precision"], IN_BF16)
+    assert_agree(by_name(weights(task)), fit(term=True), fit(term=False), tolerance)
 
 
 # Values that are not finite
@@ -463,11 +473,11 @@ def test_anomalies_in_the_student_are_detected():
 @pytest.mark.parametrize(
     ("name", "accumulate", "clip", "autocast", "dtype"),
     [
-        ("plain", 1, None, False, torch.float32),
-        ("accumulation", 4, None, False, torch.float32),
-        ("clipping by norm", 1, 0.1, False, torch.float32),
+        ("plain", 1, None, False, torch.float64),
+        ("32-true", 1, None, False, torch.float32),
+        ("accumulation", 4, None, False, torch.float64),
+        ("clipping by norm", 1, 0.1, False, torch.float64),
         ("bf16-mixed", 1, None, True, torch.float32),
-        ("64-true", 1, None, False, torch.float64),
     ],
 )
 def test_a_loop_without_lightning_gives_the_same_weights(name, accumulate, clip, autocast, dtype):
@@ -630,9 +640,9 @@ def test_paused_forwards_are_left_out(monkeypatch):
     hand = context.make()
     hand.term = HandMade(hand, make_teacher())
     context.fit(hand)
-    assert differ(weights(hand), plain)
     for found in results:
-        assert_same(found, weights(hand))
+        assert_same(found, results[0])
+    assert_agree(results[0], weights(hand), plain)
 
 
 class TwoPlayers(Task):
@@ -690,10 +700,9 @@ class CriticFirst(TwoPlayers):
 def test_a_manual_step_of_two_players(kind, toggle):
     """A forward of the student that is not trained on, its parameters frozen or without gradient, has no term."""
     context = Context(kind, trainer=lambda: {"max_epochs": 1}, options={"toggle": toggle})
-    expected = by_hand(context)
-    assert differ(expected, without(context))
-    assert_same(by_callback(context, NothingLeft()), expected)
-    assert_same(by_wrapper(context), expected)
+    found = by_callback(context, NothingLeft())
+    assert_same(by_wrapper(context), found)
+    assert_agree(found, by_hand(context), without(context))
 
 
 @pytest.mark.parametrize("from_inside", [False, True])
@@ -790,7 +799,6 @@ SOME_COMPILED = [
 def test_compiled(compiled, ran_before, way):
     """Hooks put on code that ran compiled before would never fire, silently."""
     context = Context(Called)
-    expected = by_hand(context)
     task = context.make()
     fitted = task if way == "callback" else OTRTModule(task, make_teacher(), **EXACT)
     fitted = compiled(fitted, backend="eager")
@@ -802,7 +810,7 @@ def test_compiled(compiled, ran_before, way):
         task.zero_grad()
         task.load_state_dict(before)
     context.fit(fitted, callbacks=[OTRTCallback(make_teacher(), **EXACT)] if way == "callback" else [])
-    assert_same(by_name(weights(task)), expected)
+    assert_agree(by_name(weights(task)), by_hand(context), without(context))
     assert not hooks(task)
 
 
@@ -812,7 +820,7 @@ def test_compiled_as_one_graph(compiled):
     context = Context()
     task = compiled(context.make(), backend="eager", fullgraph=True)
     context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
-    assert_same(by_name(weights(task)), by_hand(context))
+    assert_agree(by_name(weights(task)), by_hand(context), without(context))
 
 
 @pytest.mark.slow
@@ -842,9 +850,7 @@ def test_longer_fits_compile_no_more():
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_by_inductor():
-    context = Context()
+    context = CONTEXTS["32-true"]
     task = submodule(context.make())
     context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
-    expected = by_hand(context)
-    for name, value in by_name(weights(task)).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+    assert_agree(by_name(weights(task)), by_hand(context), without(context), context.tolerance)
