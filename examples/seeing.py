@@ -15,8 +15,15 @@ from torch.utils.data import DataLoader
 from examples import report
 from examples.glyphs import glyphs
 from examples.networks import STUDENT_WIDTHS, Classifier, ConvNet
-from lightning_otrt import OTRTCallback, OTRTMonitor, compare_representations, suggest_weight
-from lightning_otrt.analysis.plots import plot_distances, plot_history, plot_plan
+from lightning_otrt import (
+    OTRTCallback,
+    OTRTMonitor,
+    compare_representations,
+    plot_distances,
+    plot_history,
+    plot_plan,
+    suggest_weight,
+)
 
 BLOCKS = [f"blocks.{block}" for block in range(3)]
 

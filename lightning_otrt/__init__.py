@@ -1,7 +1,9 @@
 """Representation transfer by optimal transport (arXiv 2007.06737) for PyTorch Lightning."""
 
-from lightning_otrt.analysis.compare import RepresentationComparison, compare_representations
+from lightning_otrt.analysis.compare import compare_representations
+from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
+from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan
 from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.neurons import neurons
@@ -30,6 +32,10 @@ __all__ = [
     "compare_representations",
     "load_teacher",
     "neurons",
+    "plot_cost",
+    "plot_distances",
+    "plot_history",
+    "plot_plan",
     "suggest_weight",
     "transport_distance",
 ]

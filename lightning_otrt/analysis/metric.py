@@ -1,4 +1,4 @@
-"""The transport distance over a whole data set, as a metric."""
+"""The transport distance over a whole data set, as a metric of torchmetrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from lightning_otrt.checks import check_count, check_seed
 from lightning_otrt.transport.cost import Sums
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NeuronTransportDistance"]
 
-#: Observations that are widened to float64 at a time, so that one large batch does not triple its memory.
+#: Number of observations converted to float64 at a time. A whole batch at once would triple its memory.
 _CHUNK = 16_384
 
 
@@ -34,31 +35,32 @@ class NeuronTransportDistance(Metric):
 
     .. math:: \Omega(T, S) = \langle P^*, M\rangle = \min_{P \in \Pi(a, b)} \sum_{ij} P_{ij} M_{ij}
 
-    with uniform masses (arXiv 2007.06737, equation 2). The cost M between the neurons is that of all observations seen
-    since the last reset, on all processes: not an average of the distances of batches. Only sums over observations are
-    kept, so memory is that of one ``(N, M)`` matrix, whatever the size of the data.
+    with uniform masses (arXiv 2007.06737, equation 2). The cost M is that of all observations since the last reset, on
+    all processes; the result is not an average over batches. Only sums over observations are kept, so the metric needs
+    the memory of one ``(N, M)`` matrix, whatever the size of the data.
 
-    The functional twin is :func:`~lightning_otrt.transport_distance`: on all observations at once its ``value`` is that
-    of ``compute``.
+    The same as a function is :func:`~lightning_otrt.transport_distance`: its ``value`` on all observations at once
+    equals ``compute``.
 
     As input to ``forward`` and ``update`` the metric accepts the following input:
 
     - ``student`` (:class:`~torch.Tensor`): Student neurons ``(N, n)``: rows are neurons, columns observations.
       :func:`~lightning_otrt.reading.neurons.neurons` makes them from the output of a layer.
-    - ``teacher`` (:class:`~torch.Tensor`): Teacher neurons ``(M, n)`` on the same observations. ``n`` may differ from
-      batch to batch and be zero.
+    - ``teacher`` (:class:`~torch.Tensor`): Teacher neurons ``(M, n)`` on the same observations. ``n`` may differ
+      between batches, and may be zero.
 
     As output of ``forward`` and ``compute`` the metric returns the following output:
 
-    - ``distance`` (:class:`~torch.Tensor`): A scalar, not negative; NaN, with a warning, where too few observations
-      have been seen (none, or fewer than 3 for the correlation).
+    - ``distance`` (:class:`~torch.Tensor`): A scalar, not negative; NaN, with a warning, if there were too few
+      observations (none, or fewer than 3 for the correlation).
 
-    The statistics stay in float64 whatever ``set_dtype``, ``half`` or a Trainer's precision ask for; ``dtype`` is that
-    of the value, and entropic plans are solved in float64 where it is float64. ``forward`` solves one more plan for
-    each batch: call ``update`` where its value is not needed.
+    The statistics stay in float64, also after ``set_dtype`` or ``half`` and under a Trainer's precision. ``dtype`` is
+    the type of the value; if it is float64, entropic plans are solved in float64, else in float32. ``forward`` solves a
+    plan for each batch: call ``update`` instead where the value of the batch is not needed.
 
     Args:
-        num_student_neurons: N. The widths come first, so that a process without data takes part in the reduction.
+        num_student_neurons: N. The widths are arguments because a process without data needs them, too: it takes part
+            in the sum over processes.
         num_teacher_neurons: M.
         cost: ``"correlation"`` (1 - r), ``"euclidean"`` or ``"sqeuclidean"`` (both in units of the teacher's root mean
             square activation and per observation).
@@ -68,7 +70,7 @@ class NeuronTransportDistance(Metric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If an argument is out of range, or ``plan="identity"`` is asked for different widths.
+        ValueError: If an argument is out of range, or ``plan="identity"`` is used with different widths.
         TypeError: If ``cost`` is not a name or ``seed`` not an integer.
 
     Example:
@@ -106,14 +108,14 @@ class NeuronTransportDistance(Metric):
         check_count("num_teacher_neurons", num_teacher_neurons)
         if not isinstance(cost, str):
             raise TypeError(
-                f"Expected argument `cost` to be a name, but got {cost!r}: the metric adds up sums over observations, "
-                "and any other cost need not be such a sum. Use `transport_distance(student, teacher, cost=...)` on "
+                f"Expected argument `cost` to be a name, but got {cost!r}. The metric adds up sums over observations, "
+                "and a cost of your own may not be such a sum. Use `transport_distance(student, teacher, cost=...)` on "
                 "all observations at once."
             )
         check_plan(plan, allowed=ONE_BATCH_PLANS)
         check_epsilon(epsilon)
         check_seed("seed", seed)
-        # A control that does not fit the widths is an error now, not at the end of an epoch.
+        # Raises now, not at the end of an epoch, if a control plan does not fit the widths.
         fixed_plan(plan, num_student_neurons, num_teacher_neurons, seed=seed, where="the metric")
         self.num_student_neurons = num_student_neurons
         self.num_teacher_neurons = num_teacher_neurons
@@ -128,9 +130,9 @@ class NeuronTransportDistance(Metric):
             torch.zeros(num_teacher_neurons, 0, dtype=torch.float64),
         )
         self._shapes = [tensor.shape for tensor in nothing]
-        # In the class, TorchScript would read this annotation, and it does not understand a postponed one.
+        # Not in the body of the class: TorchScript reads annotations there, and fails on postponed ones.
         self.sums: Tensor
-        # One flat state, since torchmetrics gathers each state by a collective of its own.
+        # One flat tensor, because torchmetrics runs one collective for each state.
         self.add_state("sums", default=_flatten(nothing), dist_reduce_fx="sum")
 
     def update(self, student: Tensor, teacher: Tensor) -> None:
@@ -175,7 +177,7 @@ class NeuronTransportDistance(Metric):
     def transport(self) -> TransportResult:
         """The plan, the cost and the diagnostics behind ``compute``, in float64.
 
-        After ``compute`` this takes no further communication, so that a single process may draw the plan.
+        After ``compute`` it needs no communication, so a single process may call it, to draw the plan for example.
 
         Raises:
             ValueError: If too few observations have been seen.
@@ -198,10 +200,10 @@ class NeuronTransportDistance(Metric):
         return self._transport
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure | None, Axes]:
-        """Plot one or several values of the metric; :func:`~lightning_otrt.analysis.plots.plot_plan` draws its plan.
+        """Plot one or several values of the metric. To draw its plan use :func:`~lightning_otrt.plot_plan`.
 
         Args:
-            val: A result of ``forward`` or ``compute``, or a list of them. None plots that of ``compute``.
+            val: A result of ``forward`` or ``compute``, or a list of them. None plots the result of ``compute``.
             ax: Axes to draw on.
 
         Returns:
@@ -216,7 +218,14 @@ class NeuronTransportDistance(Metric):
             >>> metric = NeuronTransportDistance(8, 8)
             >>> figure, axes = metric.plot([metric(torch.randn(8, 50), torch.randn(8, 50)) for _ in range(3)])
         """
-        return cast("tuple[Figure | None, Axes]", self._plot(val, ax))
+        drawn = plot_single_or_multi_val(
+            self.compute() if val is None else val,
+            ax=ax,
+            higher_is_better=self.higher_is_better,
+            lower_bound=self.plot_lower_bound,
+            name=type(self).__name__,
+        )
+        return cast("tuple[Figure | None, Axes]", drawn)
 
     def reset(self) -> None:
         """Forget all observations."""
@@ -231,15 +240,15 @@ class NeuronTransportDistance(Metric):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        # `set_dtype`, and `to` of a module that holds the metric, would take the digits that the moments live on. `to`
-        # moves and casts at once: only the move is followed.
+        # torchmetrics overrides this method of `nn.Module` too; its `exclude_state` leaves a state to the subclass.
+        # `set_dtype`, or `to` of a module that holds the metric, would cast the sums to a type with too few digits.
+        # `fn` may move and cast at once: only the move is applied here. `reset` takes the device from the state.
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(fn, exclude_state=(*exclude_state, "sums"))
         self.sums = move(self.sums)
-        self._defaults["sums"] = move(cast(Tensor, self._defaults["sums"]))
         if self._transport is not None:
             self._transport = replace(
                 self._transport, **{name: move(tensor) for name, tensor in vars(self._transport).items()}
@@ -259,10 +268,10 @@ class NeuronTransportDistance(Metric):
         check_finite(neurons, f"`{name}`")
 
     def _sums_of(self, y: Tensor, x: Tensor) -> Sums:
-        """Sums of float64 neurons, with those that scale the cost last."""
-        # Moments around zero: a reference taken from the data would differ between processes, and moments around
-        # different points do not add. In float64 they need none. Over 2,000 batches cancellation moves 1 - r by 5e-9
-        # at mean / std = 1e3 and by 4e-7 at 1e4; float32 activations have lost 4e-7 and 7e-6 to their own rounding.
+        """Sums of float64 neurons; the last one scales the cost."""
+        # Moments around zero. Moments around a reference taken from the data could not be added up, because each
+        # process has other data. In float64 no reference is needed: over 2,000 batches cancellation changes 1 - r by
+        # 5e-9 at mean / std = 1e3 and by 4e-7 at 1e4. The rounding of float32 activations changes it by 4e-7 and 7e-6.
         zeros = y.new_zeros(y.shape[0], 1), x.new_zeros(x.shape[0], 1)
         return [*self._rule.sums(y, x, reference=zeros), self._rule.energy(x)]
 
@@ -271,7 +280,8 @@ class NeuronTransportDistance(Metric):
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _solve(self, matrix: Tensor) -> TransportResult:
-        # An entropic plan has the same five digits in float32, in half the time; exact ones are vertices.
+        # In float32 an entropic plan has the same five digits and takes half the time. An exact plan is a vertex of the
+        # set of plans, and rounding of the cost may select another vertex.
         precise = self.plan != "sinkhorn" or self.dtype == torch.float64
         cost = matrix if precise else matrix.float()
         coupling = solve_plan(cost[None], self.plan, self.epsilon, self.seed)[0].to(matrix)

@@ -1,41 +1,41 @@
 """Figures: transport plans and costs, distances between layers, training curves. Needs matplotlib.
 
-Each function returns the figure and its axes, as torchmetrics does, and leaves showing, saving and closing to the
-caller. Fonts and sizes that are not set here are the user's own; nothing global is changed.
+Each function returns the figure and its axes, as torchmetrics does. Showing, saving and closing the figure is up to
+the caller. What is not set here (fonts, sizes) follows the user's settings; no global setting is changed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, islice
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from lightning_otrt.analysis.neuron_order import matched_order
+from lightning_otrt.analysis.plot_style import (
+    COST_COLOURS,
+    CURVE_COLOURS,
+    CURVE_LINES,
+    LONG_SIDE,
+    MAX_CELLS,
+    MAX_NUMBERED,
+    PLAN_COLOURS,
+    SHORT_SIDE,
+    add_colour_bar,
+    draw_frames,
+    new_axes,
+    shorten,
+    tick_integers,
+    write_numbers,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = ["plot_cost", "plot_distances", "plot_history", "plot_plan"]
-
-#: Okabe and Ito's colours, told apart with every kind of colour vision; without yellow, which is lost on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-#: As many line styles as make each of 28 curves different in print without colours, since 4 and 7 share no factor.
-_LINES = ("-", "--", "-.", ":")
-#: Perceptually uniform maps; plans are mostly empty, which is best left light on paper.
-_PLAN_COLOURS, _COST_COLOURS = "magma_r", "viridis"
-_DPI = 200
-#: Cells along one side above which a figure has fewer dots than the matrix has entries.
-_CELLS = 512
-#: Layers along one side above which numbers no longer fit into the cells.
-_NUMBERED = 16
-_NAME_LENGTH = 36
-#: Side of an axes in inches: enough for the label of a colour bar, little enough for a page.
-_SHORT, _LONG = 3.0, 4.2
 
 
 def plot_plan(
@@ -48,13 +48,14 @@ def plot_plan(
 ) -> tuple[Figure, Axes]:
     r"""Heat map of a transport plan.
 
-    Colours show :math:`P_{ij} \max(N, M)`: the share of a neuron's mass, of the student for :math:`N \ge M` and of the
-    teacher otherwise, that this pair carries. A clean matching is a line of ones; a plan that matches nothing is even.
+    Colours show :math:`P_{ij} \max(N, M)`: the share of a neuron's mass that goes to this partner. The neuron is that
+    of the student for :math:`N \ge M`, else that of the teacher. A one-to-one matching shows as a line of ones, a plan
+    that matches nothing as one even colour.
 
     Args:
         plan: P, ``(N, M)``: rows are student neurons, columns teacher neurons.
-        order: Order the wider side by the partner that takes most of each neuron's mass, so that matched neurons lie on
-            the diagonal. Ranks then take the place of the indices of that side.
+        order: Reorder the wider side by the partner that takes most of each neuron's mass, so that matched neurons lie
+            on the diagonal. The axis of that side then counts positions in the new order, not indices of neurons.
         student_label: Label of the rows, such as the name of the student's layer.
         teacher_label: Label of the columns.
         ax: Axes to draw on. None makes a figure.
@@ -68,7 +69,7 @@ def plot_plan(
 
     Example:
         >>> import torch
-        >>> from lightning_otrt.analysis.plots import plot_plan
+        >>> from lightning_otrt import plot_plan
         >>> figure, axes = plot_plan(torch.eye(32)[torch.randperm(32)] / 32, student_label="layer4")
         >>> axes.get_ylabel()
         'layer4'
@@ -77,12 +78,12 @@ def plot_plan(
     rows, columns = matrix.shape
     side = "student" if rows >= columns else "teacher"
     if order:
-        row_order, column_order = _matched_order(matrix)
+        row_order, column_order = matched_order(matrix)
         matrix = matrix[row_order][:, column_order]
     return _heat_map(
         matrix * max(rows, columns),
         ax=ax,
-        colours=_PLAN_COLOURS,
+        colours=PLAN_COLOURS,
         labels=_neuron_labels(student_label, teacher_label, matrix, ordered=order),
         bar=f"share of the {side} neuron's mass",
         lowest=0.0,
@@ -101,7 +102,7 @@ def plot_cost(
 
     Args:
         cost: M, ``(N, M)``: rows are student neurons, columns teacher neurons.
-        plan: ``(N, M)``; orders the neurons as :func:`plot_plan` does. None keeps their order.
+        plan: P, ``(N, M)``. The neurons are then ordered as in :func:`plot_plan`. None keeps their order.
         student_label: Label of the rows, such as the name of the student's layer.
         teacher_label: Label of the columns.
         ax: Axes to draw on. None makes a figure.
@@ -115,8 +116,7 @@ def plot_cost(
 
     Example:
         >>> import torch
-        >>> from lightning_otrt import transport_distance
-        >>> from lightning_otrt.analysis.plots import plot_cost
+        >>> from lightning_otrt import plot_cost, transport_distance
         >>> result = transport_distance(torch.randn(16, 200), torch.randn(24, 200))
         >>> figure, axes = plot_cost(result.cost, plan=result.plan)
     """
@@ -125,12 +125,13 @@ def plot_cost(
         coupling = _as_matrix(plan, "plan")
         if coupling.shape != matrix.shape:
             raise ValueError(
-                f"Expected arguments `cost` {tuple(matrix.shape)} and `plan` {tuple(coupling.shape)} to have one shape."
+                f"Expected arguments `cost` {tuple(matrix.shape)} and `plan` {tuple(coupling.shape)} to have the "
+                "same shape."
             )
-        row_order, column_order = _matched_order(coupling)
+        row_order, column_order = matched_order(coupling)
         matrix = matrix[row_order][:, column_order]
     labels = _neuron_labels(student_label, teacher_label, matrix, ordered=plan is not None)
-    return _heat_map(matrix, ax=ax, colours=_COST_COLOURS, labels=labels, bar="cost")
+    return _heat_map(matrix, ax=ax, colours=COST_COLOURS, labels=labels, bar="cost")
 
 
 def plot_distances(
@@ -147,7 +148,7 @@ def plot_distances(
         distances: ``(S, T)``, NaN where two layers cannot be compared.
         student_layers: Names of the S rows.
         teacher_layers: Names of the T columns.
-        pairing: Pairs ``student layer -> teacher layer``, marked by frames.
+        pairing: Pairs ``student layer -> teacher layer`` to draw a frame around.
         ax: Axes to draw on. None makes a figure that is large enough for the names.
 
     Returns:
@@ -159,11 +160,10 @@ def plot_distances(
 
     Example:
         >>> import torch
-        >>> from lightning_otrt.analysis.plots import plot_distances
+        >>> from lightning_otrt import plot_distances
         >>> layers = ["layer1", "layer2", "layer3"]
         >>> figure, axes = plot_distances(torch.rand(3, 3), layers, layers, pairing={"layer3": "layer2"})
     """
-    pyplot = _pyplot()
     matrix = _as_matrix(distances, "distances")
     rows, columns = matrix.shape
     if (rows, columns) != (len(student_layers), len(teacher_layers)):
@@ -172,25 +172,25 @@ def plot_distances(
             f"student's and the teacher's layers, but got {(rows, columns)}."
         )
     pairs = _pair_indices(pairing, student_layers, teacher_layers)
-    names = [_shorten(student_layers), _shorten(teacher_layers)]
+    names = [shorten(student_layers), shorten(teacher_layers)]
     if ax is None:
-        cell = 0.25 if max(rows, columns) > _NUMBERED else min(max(_SHORT / min(rows, columns), 0.5), 0.8)
+        cell = 0.25 if max(rows, columns) > MAX_NUMBERED else min(max(SHORT_SIDE / min(rows, columns), 0.5), 0.8)
         margins = [0.07 * max(map(len, side)) for side in names]
-        size = (1.08 * cell * columns + margins[0] + 1.5, max(cell * rows, _SHORT / 2) + margins[1] + 0.8)
-        _, ax = pyplot.subplots(figsize=size, dpi=_DPI, layout="constrained")
-    image = ax.imshow(matrix.numpy(), cmap=_COST_COLOURS, interpolation="nearest")
-    # A distance that does not exist must not look like a small one.
+        size = (1.08 * cell * columns + margins[0] + 1.5, max(cell * rows, SHORT_SIDE / 2) + margins[1] + 0.8)
+        ax = new_axes(*size)
+    image = ax.imshow(matrix.numpy(), cmap=COST_COLOURS, interpolation="nearest")
+    # Grey for NaN: the white background would look like a value of the colour map.
     ax.set_facecolor("0.85")
     ax.set_xticks(range(columns), names[1], rotation=90, fontsize="small")
     ax.set_yticks(range(rows), names[0], fontsize="small")
     ax.tick_params(length=0)
     ax.set_xlabel("teacher layer")
     ax.set_ylabel("student layer")
-    if max(rows, columns) <= _NUMBERED:
-        _write_numbers(ax, image, matrix)
+    if max(rows, columns) <= MAX_NUMBERED:
+        write_numbers(ax, image, matrix)
     if pairs:
-        _frame(ax, pairs)
-    return _with_bar(ax, image, "transport distance")
+        draw_frames(ax, pairs, "paired")
+    return add_colour_bar(ax, image, "transport distance")
 
 
 def plot_history(
@@ -199,7 +199,7 @@ def plot_history(
     *,
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """Training curves, told apart by colour and by line.
+    """Training curves. Each has its own colour and line style.
 
     Args:
         history: Values by the name of the curve. NaN leaves a gap.
@@ -210,19 +210,18 @@ def plot_history(
         The figure and its axes.
 
     Raises:
-        ValueError: If there is no curve, or a curve has not as many values as there are steps.
+        ValueError: If there is no curve, or the length of a curve differs from that of ``steps``.
         ModuleNotFoundError: If matplotlib is not installed.
 
     Example:
-        >>> from lightning_otrt.analysis.plots import plot_history
+        >>> from lightning_otrt import plot_history
         >>> curves = {"train/loss": [2.3, 1.9, 1.4], "train/otrt": [0.61, 0.44, 0.37]}
         >>> figure, axes = plot_history(curves, steps=[0, 50, 100])
         >>> axes.get_xlabel()
         'step'
     """
-    pyplot = _pyplot()
     if not history:
-        raise ValueError("Expected argument `history` to hold at least one curve, but it is empty.")
+        raise ValueError("Expected argument `history` to contain at least one curve, but it is empty.")
     for name, values in history.items():
         if steps is not None and len(values) != len(steps):
             raise ValueError(
@@ -230,28 +229,21 @@ def plot_history(
                 f"but got {len(values)}."
             )
     if ax is None:
-        _, ax = pyplot.subplots(figsize=(6.0, 3.6), dpi=_DPI, layout="constrained")
-    for (name, values), colour, line in zip(history.items(), cycle(_COLOURS), cycle(_LINES), strict=False):
+        ax = new_axes(6.0, 3.6)
+    for (name, values), colour, line in zip(history.items(), cycle(CURVE_COLOURS), cycle(CURVE_LINES), strict=False):
         marker = "o" if len(values) == 1 else None
         ax.plot(range(len(values)) if steps is None else steps, values, line, color=colour, marker=marker, label=name)
     ax.set_xlabel("step")
-    _tick_integers(ax.xaxis)
+    tick_integers(ax.xaxis)
     ax.grid(visible=True, color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    # Beside the curves a long legend hides nothing; `handlelength` shows a whole period of each dash.
+    # A long legend goes beside the curves, where it hides none of them.
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(history) > 4 else {"loc": "best"}
+    # 3.0 shows a full period of each line style.
     ax.legend(frameon=False, fontsize="small", handlelength=3.0, **beside)
     return cast("Figure", ax.figure), ax
-
-
-def _pyplot() -> ModuleType:
-    try:
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Figures need matplotlib: pip install matplotlib.") from error
-    return pyplot
 
 
 def _as_matrix(values: Any, name: str) -> Tensor:
@@ -262,27 +254,8 @@ def _as_matrix(values: Any, name: str) -> Tensor:
     return matrix
 
 
-def _matched_order(plan: Tensor) -> tuple[Tensor, Tensor]:
-    """Orders of rows and columns that bring the large entries of a plan to the diagonal.
-
-    Only the wider side moves: the other one keeps the indices that its network gives it.
-    """
-    rows, columns = plan.shape
-    if columns >= rows:
-        return torch.arange(rows), _by_partner(plan.T)
-    return _by_partner(plan), torch.arange(columns)
-
-
-def _by_partner(shares: Tensor) -> Tensor:
-    """Order of the rows by the column of their largest entry, those of one column by the mean of their columns."""
-    partner = shares.argmax(1)
-    mean = shares @ torch.arange(shares.shape[1], dtype=shares.dtype) / shares.sum(1)
-    order = mean.argsort(stable=True)
-    return order[partner[order].argsort(stable=True)]
-
-
 def _neuron_labels(student: str, teacher: str, matrix: Tensor, *, ordered: bool) -> tuple[str, str]:
-    student, teacher = (_shorten([label])[0] for label in (student, teacher))
+    student, teacher = (shorten([label])[0] for label in (student, teacher))
     if ordered and matrix.shape[1] >= matrix.shape[0]:
         teacher += "\n(ordered by match)"
     elif ordered:
@@ -300,14 +273,13 @@ def _heat_map(
     lowest: float | None = None,
 ) -> tuple[Figure, Axes]:
     rows, columns = matrix.shape
-    pyplot = _pyplot()
     if ax is None:
-        scale = _LONG / max(rows, columns)
-        size = (max(scale * columns, _SHORT) + 1.9, max(scale * rows, _SHORT) + 0.7)
-        _, ax = pyplot.subplots(figsize=size, dpi=_DPI, layout="constrained")
-    stride = -(-max(rows, columns) // _CELLS)
+        scale = LONG_SIDE / max(rows, columns)
+        size = (max(scale * columns, SHORT_SIDE) + 1.9, max(scale * rows, SHORT_SIDE) + 0.7)
+        ax = new_axes(*size)
+    stride = -(-max(rows, columns) // MAX_CELLS)
     if stride > 1:
-        # A figure has too few dots for every entry. Averaging would fade single entries out, so the largest is shown.
+        # There are more entries than pixels. Shown is the largest of each block: its mean would hide single entries.
         matrix = torch.nn.functional.max_pool2d(matrix[None, None], stride, ceil_mode=True)[0, 0]
         bar += f" (largest of {stride} × {stride})"
     image = ax.imshow(
@@ -316,49 +288,13 @@ def _heat_map(
         vmin=lowest,
         interpolation="nearest",
         extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
-        # Square cells would leave a thin strip of a layer and one many times as wide.
-        aspect="equal" if max(rows, columns) * _SHORT <= min(rows, columns) * _LONG else "auto",
+        # With very different widths, square cells would make the map a thin strip.
+        aspect="equal" if max(rows, columns) * SHORT_SIDE <= min(rows, columns) * LONG_SIDE else "auto",
     )
     ax.set_ylabel(labels[0])
     ax.set_xlabel(labels[1])
-    _tick_integers(ax.xaxis, ax.yaxis)
-    return _with_bar(ax, image, bar)
-
-
-def _tick_integers(*axes: Axis) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in axes:
-        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-
-
-def _with_bar(ax: Axes, image: Any, label: str) -> tuple[Figure, Axes]:
-    figure = cast("Figure", ax.figure)
-    # Within the axes' own coordinates the bar is as high as the map, which a bar beside axes of fixed aspect is not.
-    figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.05, 1)), label=label)
-    return figure, ax
-
-
-def _write_numbers(ax: Axes, image: Any, matrix: Tensor) -> None:
-    for row, values in enumerate(matrix.tolist()):
-        for column, value in enumerate(values):
-            if math.isfinite(value):
-                red, green, blue, _ = image.cmap(image.norm(value))
-                light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
-                colour = "black" if light else "white"
-                ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-
-
-def _frame(ax: Axes, pairs: Iterable[tuple[int, int]]) -> None:
-    """Frame cells, dark on light so that the frame is seen on every colour."""
-    from matplotlib.patches import Rectangle
-
-    shape: dict[str, Any] = {"width": 0.88, "height": 0.88, "fill": False}
-    for row, column in pairs:
-        for colour, width in (("white", 3.5), ("black", 1.5)):
-            ax.add_patch(Rectangle((column - 0.44, row - 0.44), edgecolor=colour, linewidth=width, **shape))
-    frame = Rectangle((0, 0), edgecolor="black", linewidth=1.5, label="paired", **shape)
-    ax.legend(handles=[frame], loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small")
+    tick_integers(ax.xaxis, ax.yaxis)
+    return add_colour_bar(ax, image, bar)
 
 
 def _pair_indices(
@@ -374,12 +310,3 @@ def _pair_indices(
                 )
         indices.append((students.index(student), teachers.index(teacher)))
     return indices
-
-
-def _shorten(names: Sequence[str]) -> list[str]:
-    """Names with their middle left out where they are long, unless they could no longer be told apart."""
-    head = _NAME_LENGTH // 3
-    short = [
-        name if len(name) <= _NAME_LENGTH else f"{name[:head]}…{name[head + 1 - _NAME_LENGTH :]}" for name in names
-    ]
-    return short if len(set(short)) == len(set(names)) else list(names)

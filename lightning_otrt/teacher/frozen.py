@@ -1,19 +1,20 @@
-"""Anything a user has as a teacher -> a network that runs frozen, in evaluation mode, outside the student's state."""
+"""A teacher that runs frozen: in evaluation mode, without gradient, and outside the student's state."""
 
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from lightning_otrt.teacher.borrowed import BorrowedModule
+from lightning_otrt.teacher.fingerprint import fingerprint
 from lightning_otrt.teacher.load import wrong_form
+from lightning_otrt.teacher.separate import check_separate
 
 __all__ = ["Teacher"]
 
@@ -23,38 +24,27 @@ _DTYPES = {
     **dict.fromkeys(("float32", "fp32", "float", "32", "32-true"), torch.float32),
     **dict.fromkeys(("float64", "fp64", "double", "64", "64-true"), torch.float64),
 }
-#: Where the `forward` that only raises is defined.
+#: Modules that define the `forward` which only raises. By name, since this floor does not import lightning.
 _NO_FORWARD = ("torch.nn.modules.module", "lightning.pytorch.core.module", "pytorch_lightning.core.module")
 
 
-@dataclass
-class _Loan:
-    """The module that runs, and how the user's was before."""
-
-    module: nn.Module
-    flags: list[tuple[nn.Module, bool]] = field(default_factory=list)
-    switched: bool = False
-    device: torch.device | None = None
-    homes: list[tuple[nn.Module, str, torch.device]] = field(default_factory=list)
-
-
 class Teacher:
-    """A network that runs on the student's inputs, without gradient and in evaluation mode, on loan from the user.
+    """A user's network that runs on the student's inputs, without gradient and in evaluation mode.
 
-    It is no ``nn.Module``, so that nothing which holds it takes the teacher into its state dict, optimizer or mode. Its
-    parameters and buffers keep their values and ``requires_grad``; :meth:`release` gives back devices and modes. A deep
-    copy is the teacher itself.
+    It is not an ``nn.Module``, so a module that holds it does not take the teacher into its state dict, optimizer or
+    modes. Parameters and buffers keep their values and ``requires_grad``; :meth:`release` restores devices and modes.
+    ``copy.deepcopy`` of a teacher is the teacher itself.
 
     Args:
         module: The network, with a ``forward``.
-        inputs: Adapter (``teacher_inputs``): called with the inputs of the student's root, it returns those of the
-            teacher: a tensor, a tuple of positional arguments or a dict of keywords. None passes them on.
+        inputs: Function (``teacher_inputs``) from the inputs of the student's root to those of the teacher: a tensor, a
+            tuple of positional arguments or a dict of keyword arguments. None passes the student's inputs on.
         dtype: Type to run in (``teacher_dtype``), such as ``torch.bfloat16`` or ``"bf16-true"``. A module of another
-            type runs as a deep copy. None keeps the module's own, or follows :meth:`prepare`.
-        role: What errors call it.
+            type runs as a deep copy. None keeps the module's own type, or the type given to :meth:`prepare`.
+        role: What error messages call it.
 
     Raises:
-        TypeError: If ``module`` is no module or has no ``forward``, or ``inputs`` cannot be called.
+        TypeError: If ``module`` is not a module or has no ``forward``, or ``inputs`` cannot be called.
         ValueError: If ``dtype`` is unknown.
 
     Example:
@@ -89,150 +79,103 @@ class Teacher:
             raise TypeError(f"Expected `teacher_inputs` to be a function of the student's inputs, but got {inputs!r}.")
         self._own = module
         self._inputs = inputs
-        self._given = None if dtype is None else _parse_dtype(dtype)
-        self._dtype = self._given
-        self._loan: _Loan | None = None
+        self._given_dtype = None if dtype is None else _parse_dtype(dtype)
+        self._dtype = self._given_dtype
+        self._borrowed: BorrowedModule | None = None
 
     @property
     def module(self) -> nn.Module:
-        """The module that runs: the user's own, or a deep copy where the type asked for differs from its own."""
+        """The module that runs: the user's own, or a deep copy if it runs in another type."""
         return self._borrow().module
 
-    def prepare(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        """Bring the module to a device and into evaluation mode; cheap where it is.
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that the module is run in; None for its own."""
+        return self._dtype
 
-        Belongs before every forward of the student, outside of what is compiled: it does nothing while
-        ``torch.compile`` traces.
+    def prepare(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Move the module to a device and put it into evaluation mode. Cheap if nothing has to be done.
+
+        Call it before every forward of the student, outside of compiled code: it does nothing while ``torch.compile``
+        traces.
 
         Args:
             device: Device of the student.
-            dtype: Type of the student's parameters, where a precision plugin changed it; ``dtype`` of the constructor
-                goes first. It may replace :attr:`module`, so hooks belong after.
+            dtype: Type of the student's parameters, if a precision plugin changed it. The ``dtype`` of the constructor
+                takes precedence. A new type replaces :attr:`module`, so register hooks after this call.
         """
         if torch.compiler.is_compiling():
             return
-        wanted = self._given or dtype
+        wanted = self._given_dtype or dtype
         if wanted != self._dtype:
             self.release()
             self._dtype = wanted
-        loan = self._borrow()
-        _switch_to_evaluation(loan)
-        device = torch.device(device)
-        # The first tensor tells of a user who moved the module since, without a walk over all of them.
-        first = next(chain(loan.module.parameters(), loan.module.buffers()), None)
-        if loan.device != device or (first is not None and not _is_on(first, device)):
-            _move(loan, device)
+        borrowed = self._borrow()
+        borrowed.set_evaluation_mode()
+        borrowed.move_to(device)
 
     def inputs_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The teacher's inputs for those of the student's root: through the adapter, in the teacher's type.
+        """The teacher's inputs for those of the student's root: through ``inputs``, in the teacher's type.
 
         Raises:
-            TypeError: If the adapter returns anything but a tensor, a tuple or a dict.
+            TypeError: If ``inputs`` returns anything but a tensor, a tuple or a dict.
         """
-        inputs = args, dict(kwargs)
+        given = args, dict(kwargs)
         with torch.no_grad():
             if self._inputs is not None:
-                inputs = _as_arguments(self._inputs(*args, **kwargs))
+                given = _as_arguments(self._inputs(*args, **kwargs))
             if self._dtype is not None:
-                inputs = tree_map_only(Tensor, self._cast, inputs)
-        return inputs
+                given = apply_to_collection(given, Tensor, _cast, self._dtype)
+        return given
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run on inputs that :meth:`inputs_for` gave, under the autocast that is active."""
-        loan = self._borrow()
+        """Run on inputs of :meth:`inputs_for`, under the autocast of the caller."""
+        borrowed = self._borrow()
         if not torch.compiler.is_compiling():
-            _switch_to_evaluation(loan)
-        # Not inference mode: its activations cannot be saved for the backward of the transfer term.
+            borrowed.set_evaluation_mode()
+        # Not inference mode: the backward of the transfer term could not save tensors made there.
         with torch.no_grad():
-            return loan.module(*args, **kwargs)
+            return borrowed.module(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the inputs of the student's root.
 
         Raises:
-            TypeError: If the adapter returns anything but a tensor, a tuple or a dict.
+            TypeError: If ``inputs`` returns anything but a tensor, a tuple or a dict.
         """
         return self.run(*self.inputs_for(args, kwargs))
 
     def release(self) -> None:
-        """Give the user's module back on the devices and in the modes it came with; drop a copy."""
-        loan, self._loan, self._dtype = self._loan, None, self._given
-        if loan is None or loan.module is not self._own:
-            return
-        # What this teacher did not change is not its to give back: another one may run the same module.
-        if loan.switched:
-            for module, flag in loan.flags:
-                if getattr(module, "training", flag) != flag:
-                    module.training = flag
-        if loan.homes:
-            # Through `to`, which also tells a LightningModule its device; the rest is for homes on several devices.
-            loan.module.to(loan.homes[0][2])
-            for owner, name, home in loan.homes:
-                tensor = owner._parameters.get(name, owner._buffers.get(name))
-                if tensor is not None and tensor.device != home:
-                    tensor.data = tensor.data.to(home)
+        """Restore the devices and modes of the user's module, and drop a copy in another type."""
+        borrowed, self._borrowed, self._dtype = self._borrowed, None, self._given_dtype
+        if borrowed is not None and borrowed.module is self._own:
+            borrowed.give_back()
 
     def fingerprint(self) -> str:
-        """Type and a checksum of the first values of each parameter: it tells teachers of one architecture apart."""
-        checksum = 0
-        for parameter in self._own.parameters():
-            if not parameter.is_meta and not nn.parameter.is_lazy(parameter):
-                values = parameter.detach().flatten()[:16].double().cpu()
-                checksum = zlib.crc32(values.numpy().tobytes(), checksum)
-        return f"{type(self._own).__name__}-{checksum:08x}"
+        """A text that tells teachers of one architecture apart, see :func:`lightning_otrt.teacher.fingerprint`."""
+        return fingerprint(self._own)
 
     def check_against(self, student: nn.Module) -> None:
-        """Check that nothing of the teacher is the student's.
+        """Check that training the student cannot change the teacher.
 
         Raises:
-            ValueError: If one is or holds the other, they share a parameter or buffer, or the teacher has no values.
+            ValueError: If they share a module, parameter or buffer, or the teacher has no values.
         """
-        teacher = self._own
-        # A task and its wrapper are two objects with one dictionary.
-        if teacher is student or vars(teacher) is vars(student):
-            raise ValueError(
-                "The teacher is the student itself: it would change with it, and the term would stay 0. For a student "
-                "that starts as its teacher use copy.deepcopy(student) as the teacher."
-            )
-        for a, inner, b, outer in (("teacher", teacher, "student", student), ("student", student, "teacher", teacher)):
-            name = next((name for name, module in outer.named_modules() if module is inner), None)
-            if name is not None:
-                raise ValueError(
-                    f"The {a} is the submodule {name!r} of the {b}, so that they share weights and mode. Keep the two "
-                    "apart, or use copy.deepcopy(teacher) as the teacher."
-                )
-        taken = {
-            key: name
-            for name, tensor in chain(student.named_parameters(), student.named_buffers())
-            for key in _identities(tensor)
-        }
-        for name, tensor in chain(teacher.named_parameters(), teacher.named_buffers()):
-            if tensor.is_meta or nn.parameter.is_lazy(tensor):
-                what = "on the meta device" if tensor.is_meta else "not initialised"
-                raise ValueError(f"{name!r} of the teacher is {what}: materialise the teacher first, with its weights.")
-            shared = next((taken[key] for key in _identities(tensor) if key in taken), None)
-            if shared is not None:
-                raise ValueError(
-                    f"The teacher shares {name!r} with the student, where it is {shared!r}: training would change "
-                    "both. Use copy.deepcopy(teacher) as the teacher."
-                )
+        check_separate(self._own, student)
 
-    def _borrow(self) -> _Loan:
-        if self._loan is None:
-            self._loan = _Loan(self._own if self._dtype is None else _in_dtype(self._own, self._dtype))
-        return self._loan
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+    def _borrow(self) -> BorrowedModule:
+        if self._borrowed is None:
+            self._borrowed = BorrowedModule(self._own if self._dtype is None else _in_dtype(self._own, self._dtype))
+        return self._borrowed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """The teacher itself, so that a copy of a task, such as a moving average, does not copy the network."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but a copy in another type, which is made anew."""
-        own = self._loan is not None and self._loan.module is self._own
-        return {**self.__dict__, "_loan": self._loan if own else None}
+        """All but a copy in another type, which is made again when it is needed."""
+        is_own = self._borrowed is not None and self._borrowed.module is self._own
+        return {**self.__dict__, "_borrowed": self._borrowed if is_own else None}
 
 
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -249,54 +192,22 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     tensors = chain(module.parameters(), module.buffers())
     if all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point()):
         return module
-    # The user's own is never cast: from bfloat16 there is no way back.
+    # A copy, because a cast loses digits: from bfloat16 the user's float32 values cannot be restored.
     return copy.deepcopy(module).to(dtype)
 
 
-def _switch_to_evaluation(loan: _Loan) -> None:
-    if not loan.flags:
-        loan.flags = [(module, getattr(module, "training", False)) for module in loan.module.modules()]
-    # A frozen script has no flag. Flags are set one by one: `eval` may be overridden, to merge weights for example.
-    training = [module for module, _ in loan.flags if getattr(module, "training", False)]
-    for module in training:
-        module.training = False
-    loan.switched = loan.switched or bool(training)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _is_on(tensor: Tensor, device: torch.device) -> bool:
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index or 0)
-
-
-def _move(loan: _Loan, device: torch.device) -> None:
-    tensors = [
-        (module, name, tensor)
-        for module in loan.module.modules()
-        for name, tensor in chain(module._parameters.items(), module._buffers.items())
-        if tensor is not None
-    ]
-    if not all(_is_on(tensor, device) for _, _, tensor in tensors):
-        loan.homes = loan.homes or [(module, name, tensor.device) for module, name, tensor in tensors]
-        loan.module.to(device)
-    loan.device = device
-
-
-def _as_arguments(adapted: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(adapted, Tensor):
-        return (adapted,), {}
-    if isinstance(adapted, tuple):
-        return adapted, {}
-    if isinstance(adapted, Mapping):
-        return (), dict(adapted)
+def _as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
     raise TypeError(
         "Expected `teacher_inputs` to return a tensor, a tuple of positional arguments or a dict of keywords, but got "
-        f"{type(adapted).__name__}. A list is one argument of the teacher: return it in a tuple, `(images,)`."
+        f"{type(inputs).__name__}. A list is one argument of the teacher: return it in a tuple, `(images,)`."
     )
-
-
-def _identities(tensor: Tensor) -> tuple[object, ...]:
-    """What two tensors have in common if they are one object or lie in one piece of memory."""
-    try:
-        memory = tensor.untyped_storage().data_ptr()
-    except (RuntimeError, ValueError):  # sparse, lazy or sharded tensors have none to compare
-        memory = 0
-    return (("object", id(tensor)), ("memory", memory)) if memory else (("object", id(tensor)),)

@@ -1,4 +1,4 @@
-"""A teacher by the name of a torchvision model or from a checkpoint, opened without unpickling any object."""
+"""Load a teacher: a module as it is, a torchvision model by name, or a checkpoint, which is read without unpickling."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ def load_teacher(
     model_class: Callable[..., nn.Module] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Make a teacher of a module, the name of a torchvision model or a checkpoint.
+    """A teacher from a module, the name of a torchvision model or a checkpoint.
 
     Args:
         source: An ``nn.Module``, returned as it is; a torchvision model, ``"name"`` or ``"name:WEIGHTS"``; the path of
-            a checkpoint (a file, or a name in ``.ckpt``, ``.pt``, ``.pth``); ``(name, weights)`` or ``(path, class)``.
+            a checkpoint (an existing file, or a path that ends in ``.ckpt``, ``.pt`` or ``.pth``); ``(name, weights)``;
+            ``(path, class)``.
         weights: Weights of the torchvision model: their name, a member of its enum, or None for an untrained network.
-        model_class: Class of the network in the checkpoint, or a function that builds it. A LightningModule reads the
-            checkpoint itself; any other gets the state dict in the file, which may lie under ``"state_dict"``.
+        model_class: Class of the network in the checkpoint, or a function that builds it. A LightningModule is loaded
+            with its ``load_from_checkpoint``. Any other network gets the state dict of the file, either the whole file
+            or its entry ``"state_dict"``.
         **kwargs: Arguments of the torchvision model, of ``load_from_checkpoint`` or of ``model_class``.
 
     Returns:
-        The teacher; one that is loaded is on the CPU.
+        The teacher. A loaded teacher is on the CPU.
 
     Raises:
-        TypeError: If ``source`` is none of these, or comes with an argument that has no meaning for it.
+        TypeError: If ``source`` has none of these forms, or an argument has no meaning for it.
         ValueError: If a model or its weights are unknown, or the weights in a file do not fit the class.
         FileNotFoundError: If there is no such checkpoint.
         RuntimeError: If a file cannot be read as tensors (``weights_only=True``).
@@ -86,8 +88,8 @@ def _reject(source: Any, **arguments: Any) -> None:
 
 
 def wrong_form(source: Any) -> TypeError:
-    """The error for what can be no teacher."""
-    # The home of a type tells objects of `lightning` and of `pytorch_lightning` apart.
+    """The error for an object that cannot be a teacher."""
+    # With its module, since `lightning` and `pytorch_lightning` have types of the same names.
     got = f"{source!r} of type {type(source).__module__}.{type(source).__qualname__}"
     if isinstance(source, type):
         got = f"the class {source.__name__} (pass an instance)"

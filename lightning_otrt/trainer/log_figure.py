@@ -30,7 +30,7 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
         >>> import os, tempfile
         >>> from lightning.pytorch.loggers import CSVLogger
         >>> from lightning_otrt.trainer.log_figure import log_figure
-        >>> from lightning_otrt.analysis.plots import plot_history
+        >>> from lightning_otrt import plot_history
         >>> logger = CSVLogger(tempfile.mkdtemp())
         >>> log_figure(logger, "otrt/curve", plot_history({"loss": [2.0, 1.0]})[0], step=7)
         >>> os.listdir(os.path.join(logger.log_dir, "otrt", "curve"))

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.analysis.plots import plot_plan
-from lightning_otrt.analysis.validation import ValidationDistances
-from lightning_otrt.analysis.weight import GradientProbe
+from lightning_otrt.analysis.validation_distances import ValidationDistances
 from lightning_otrt.reading.views import View
 from lightning_otrt.trainer.log_figure import log_figure
 from lightning_otrt.trainer.monitor_warnings import Advice

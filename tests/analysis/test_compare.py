@@ -16,7 +16,8 @@ from helpers import LAYERS, Task, assert_same, hooks, loader, make_task, make_te
 from torch import nn
 
 from lightning_otrt import RepresentationTransfer, transport_distance
-from lightning_otrt.analysis.compare import batch_inputs, compare_representations
+from lightning_otrt.analysis.batches import batch_inputs
+from lightning_otrt.analysis.compare import compare_representations
 from lightning_otrt.layers.comparable import comparable_layers
 from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.reading.neurons import neurons

@@ -220,7 +220,10 @@ def test_accepts_whatever_holds_numbers(values: Any) -> None:
         (lambda: plot_plan(torch.rand(2, 4, 4)), r"`plan` to be .* matrix, but got \(2, 4, 4\).*plan\[0\]"),
         (lambda: plot_plan(torch.rand(4, 0)), r"`plan` to be a non-empty matrix, but got \(4, 0\)"),
         (lambda: plot_cost(torch.rand(4)), r"`cost` to be a non-empty matrix, but got \(4,\)"),
-        (lambda: plot_cost(torch.rand(4, 4), plan=torch.rand(4, 5)), r"`cost` \(4, 4\) and `plan` \(4, 5\)"),
+        (
+            lambda: plot_cost(torch.rand(4, 4), plan=torch.rand(4, 5)),
+            r"`cost` \(4, 4\) and `plan` \(4, 5\)",
+        ),
         (lambda: plot_distances(torch.rand(2, 2), ["a"], ["b", "c"]), r"shape \(1, 2\) .* but got \(2, 2\)"),
         (
             lambda: plot_distances(torch.rand(1, 1), ["a"], ["b"], pairing={"a": "c"}),
@@ -230,7 +233,7 @@ def test_accepts_whatever_holds_numbers(values: Any) -> None:
             lambda: plot_distances(torch.rand(1, 1), ["a"], ["b"], pairing=[("d", "b")]),
             r"names the student layer 'd', which is none of \['a'\]",
         ),
-        (lambda: plot_history({}), "`history` to hold at least one curve"),
+        (lambda: plot_history({}), "`history` to contain at least one curve"),
         (lambda: plot_history({"loss": [1.0]}, steps=[0, 1]), "curve 'loss' .* to have 2 values, .* but got 1"),
     ],
 )

@@ -596,12 +596,12 @@ class TestCheckAgainst:
         task = Lit()
         task.teacher = net
         expected = (
-            "The teacher is the submodule 'teacher' of the student, so that they share weights and mode. Keep the two "
-            "apart, or use copy.deepcopy(teacher) as the teacher."
+            "The teacher is the submodule 'teacher' of the student, so they share weights and modes. Use "
+            "copy.deepcopy(teacher) as the teacher, or keep it outside the student."
         )
         with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
             Teacher(net).check_against(task)
-        with pytest.raises(ValueError, match=r"^The student is the submodule 'net' of the teacher, so that they share"):
+        with pytest.raises(ValueError, match=r"^The student is the submodule 'net' of the teacher, so they share"):
             Teacher(task).check_against(task.net)
         with pytest.raises(ValueError, match=r"^The teacher is the submodule '_orig_mod' of the student"):
             Teacher(net).check_against(torch.compile(net))

@@ -137,7 +137,7 @@ def test_from_yaml(tmp_path, name):
         assert found.trainer.callback_metrics["otrt/weight"] == 2.0
     if name == "a teacher in half precision":
         assert callback.transfer.teacher.module.head.weight.dtype in (torch.float32, torch.bfloat16)
-        assert callback.transfer.teacher._given == torch.bfloat16
+        assert callback.transfer.teacher.dtype == torch.bfloat16
     if name == "everything":
         transfer = callback.transfer
         given = {key: options[key] for key in ("weight", "plan", "epsilon", "memory", "solve_every", "grid", "seed")}

@@ -338,7 +338,7 @@ class TestFigures:
         def missing():
             raise ModuleNotFoundError("Figures need matplotlib: pip install matplotlib.")
 
-        monkeypatch.setattr("lightning_otrt.analysis.plots._pyplot", missing)
+        monkeypatch.setattr("lightning_otrt.analysis.plot_style.pyplot", missing)
         with pytest.warns(UserWarning, match=r"draws no plans\. Figures need matplotlib"):
             self.run(CSVLogger(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Transport distances on data that is not trained on: exact over all of it, from forwards that someone else runs."""
+"""Transport distances over a whole validation set, from the forwards that the validation loop runs anyway."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["ValidationDistances"]
 
 
 class ValidationDistances:
-    """Feeds one metric for each pair with every forward of the student's root, until :meth:`close`.
+    """Updates one metric for each pair at every forward of the student's root, until :meth:`close`.
 
-    Recording for the training term ignores forwards without gradient; this has hooks of its own. An error in them does
-    not reach whoever runs the student: it ends the recording and is kept as :attr:`error`.
+    It has hooks of its own, because the recorder of the training term ignores forwards without gradient. An error in a
+    hook does not stop the validation: it stops the recording, and is stored as :attr:`error`.
 
     Args:
-        transfer: Attached to ``student``, with its layers resolved, a distance of each pair and an additive cost.
+        transfer: The transfer, attached to ``student``, after its first training step. Its cost has to be additive.
         student: The student.
     """
 
     def __init__(self, transfer: RepresentationTransfer, student: nn.Module) -> None:
         self.transfer = transfer
-        #: Why recording ended early, or a distance is missing.
+        #: Why the recording stopped, or why a distance is NaN.
         self.error: Exception | None = None
         self.metrics = self._make_metrics()
         self._recorder = Recorder(lambda *_: False)
@@ -48,14 +48,14 @@ class ValidationDistances:
         ]
 
     def compute(self) -> list[Tensor]:
-        """The distance of each pair over all forwards and processes; NaN where there were none. A collective.
+        """The distance of each pair over all forwards of all processes. All processes have to call it.
 
-        A plan that is not found gives NaN too, and is kept as :attr:`error`.
+        It is NaN for a pair without data, and for a plan that is not found, whose error is stored as :attr:`error`.
         """
         return [self._distance(metric) for metric in self.metrics]
 
     def close(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._recorder.remove()
@@ -72,7 +72,8 @@ class ValidationDistances:
         plan = "sinkhorn" if transfer.plan == "static" else transfer.plan
         metrics = []
         for distance in transfer.distances:
-            # A pair that was skipped for want of observations gets a metric too: all processes reduce the same ones.
+            # A pair without a plan yet (too few observations so far) gets a metric too: all processes have to reduce
+            # the same metrics.
             shape = (1, 1) if distance.plan is None else tuple(distance.plan.shape)
             metric = NeuronTransportDistance(
                 *shape, cost=transfer.cost.name, plan=plan, epsilon=transfer.epsilon, seed=transfer.seed
@@ -96,7 +97,7 @@ class ValidationDistances:
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         view, self._recorder.current = self._recorder.current, None
-        if view is None or output is None:  # the forward raised
+        if view is None or output is None:  # None: the forward raised an error
             return
         try:
             with torch.no_grad():
@@ -105,7 +106,8 @@ class ValidationDistances:
                     where = f"{pair.student!r} -> {pair.teacher!r}"
                     if [len(side) for side in calls] != [1, 1]:
                         raise ValueError(
-                            f"{where}: the layers ran {len(calls[0])} and {len(calls[1])} times, not once."
+                            f"{where}: the layers ran {len(calls[0])} and {len(calls[1])} times in one forward, but a "
+                            "distance needs one call of each."
                         )
                     y, x = match_positions(calls[0][0], calls[1][0], where)
                     if metric.num_student_neurons == len(y) and metric.num_teacher_neurons == len(x):
