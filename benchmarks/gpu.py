@@ -65,7 +65,7 @@ def _calls(
     y.requires_grad_()
     for _ in range(2):
         y.grad = None
-        value = engine([[(y, x)]], shape[2])[0]
+        value = engine.term([[(y, x)]], shape[2])[0]
         value.backward()
     plan = engine.pairs[0].plan
     assert plan is not None

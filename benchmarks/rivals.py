@@ -61,7 +61,7 @@ def ours(problem: Problem, epsilon: float = EPSILON) -> tuple[Solve, TransportEn
 
     def solve() -> tuple[Tensor, Tensor]:
         engine.reset()
-        return _with_backward(problem, lambda y: engine([[(y, problem.x)]], problem.shape[2])[0])
+        return _with_backward(problem, lambda y: engine.term([[(y, problem.x)]], problem.shape[2])[0])
 
     return solve, engine
 

@@ -29,7 +29,7 @@ from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.views import NoTermError, View, matched_neurons, trained_views
 from lightning_otrt.schedules import Schedule, weight_at
 from lightning_otrt.steps.engine import PairDistance, TransportEngine
-from lightning_otrt.steps.global_batch import GlobalTransportEngine
+from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import load_teacher
@@ -339,7 +339,7 @@ class RepresentationTransfer:
             self.distances = []
             return self._give_up(reason)
         assert self.engine is not None  # views exist only once layers are resolved
-        term, self.distances = self.engine(matched, sum(view.samples for view in views), reevaluation=reevaluation)
+        term, self.distances = self.engine.term(matched, sum(view.samples for view in views), reevaluation=reevaluation)
         if self.engine is not None and self.engine.calls % self.check_every == 0:
             self.check_finite()
         return weight * term
@@ -514,7 +514,7 @@ class RepresentationTransfer:
 
         A collective: call it on all processes before :meth:`state_dict`. The callbacks do.
         """
-        if isinstance(self.engine, GlobalTransportEngine):
+        if self.engine is not None:
             self.engine.synchronize()
 
     def _watch_teacher(self) -> None:

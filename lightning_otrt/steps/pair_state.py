@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_otrt.transport.cost import Plan, Sums
+from lightning_otrt.transport.tensors import all_nonzero
 
-__all__ = ["PairState"]
+__all__ = ["PairState", "Solved"]
+
+
+class Solved(NamedTuple):
+    """A new plan for one pair.
+
+    Attributes:
+        plan: The plan.
+        potential: Where the next solve may start, ``(M,)``; None for a solver that always starts from nothing.
+        is_finite: Scalar; false where cost or plan have values that are not finite. It stays on the device.
+    """
+
+    plan: Plan
+    potential: Tensor | None
+    is_finite: Tensor
 
 
 @dataclass
@@ -23,7 +39,7 @@ class PairState:
         sums: Decayed sums of the running cost.
         reference: Points near the neurons' means around which the sums are taken.
         energy: Decayed sum of squares and count of the teacher.
-        memory: Decay of the running cost, once chosen.
+        memory: Decay of the running cost; None until the first call has chosen it.
         samples: Finite samples behind a static plan, which is final once there are enough of them.
     """
 
@@ -35,14 +51,49 @@ class PairState:
     memory: float | None = None
     samples: int = 0
 
+    def keep(self, solved: Solved) -> None:
+        """Take a new plan. If it is not finite, keep the old one, or start with the uniform plan."""
+        plan, potential, is_finite = solved
+        rows, columns = plan.matrix.shape
+        older: Sequence[Tensor | float] = self.plan or (1 / (rows * columns), 1 / rows, 1 / columns)
+        self.plan = Plan(*(_where(is_finite, new, old) for new, old in zip(plan, older, strict=True)))
+        if potential is not None:
+            self.potential = _where(is_finite, potential, 0.0 if self.potential is None else self.potential)
+
+    def check_plan(self, y: Tensor, x: Tensor, where: str) -> None:
+        """Take the precision of this batch, which may be new after a resume, and compare the plan's shape with it.
+
+        Args:
+            y: Student neurons ``(N, n)``.
+            x: Teacher neurons ``(M, n)``.
+            where: The layers, for the error.
+
+        Raises:
+            ValueError: If the plan is not ``(N, M)``.
+        """
+        if self.plan is None:
+            return
+        if self.plan.matrix.shape != (y.shape[0], x.shape[0]):
+            raise ValueError(
+                f"{where} has {y.shape[0]} student and {x.shape[0]} teacher neurons, but its plan, from earlier "
+                f"calls or from a checkpoint, has the shape {tuple(self.plan.matrix.shape)}. Use the networks of that "
+                "run, or call `reset()` to start anew."
+            )
+        if self.plan.matrix.dtype != y.dtype:
+            self.plan = Plan(*(part.to(y.dtype) for part in self.plan))
+            if self.potential is not None:
+                self.potential = self.potential.to(y.dtype)
+            if self.reference is not None:
+                self.reference = self.reference[0].to(y.dtype), self.reference[1].to(y.dtype)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, lists and numbers, which :func:`torch.load` reads with ``weights_only=True``."""
         return {
             "plan": None if self.plan is None else self.plan.matrix,
-            # Not summed again, since they would differ in the last bits.
+            # Saved, not computed again from the matrix: that would change their last bits.
             "masses": None if self.plan is None else list(self.plan[1:]),
             "potential": self.potential,
-            # A copy: the running sums go on in place.
+            # A copy: later calls add to the running sums in place.
             "sums": None if self.sums is None else [value.clone() for value in self.sums],
             "reference": None if self.reference is None else list(self.reference),
             "energy": self.energy,
@@ -61,10 +112,18 @@ class PairState:
         return cls(
             plan=None if plan is None else Plan(*(part.to(device) for part in (plan, *saved["masses"]))),
             potential=here(saved["potential"]),
-            # A copy, again: they are added to in place. Without memory nothing would add to them.
+            # A copy, for the same reason. Without memory nothing would add to the sums, so they are dropped.
             sums=None if sums is None or not memory else [value.to(device, copy=True) for value in sums],
             reference=None if reference is None else tuple(value.to(device) for value in reference),
             energy=here(saved["energy"]),
             memory=memory,
             samples=saved["samples"],
         )
+
+
+def _where(is_finite: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new`` if it is finite, else ``old``, in place of ``new``: ``torch.where`` would take three times as long."""
+    if all_nonzero(is_finite):
+        return new
+    old = old if isinstance(old, Tensor) else new.new_full((), old)
+    return torch.lerp(old.expand_as(new), new.nan_to_num_(0.0, 0.0, 0.0), is_finite.to(new.dtype), out=new)

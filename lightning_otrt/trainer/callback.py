@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.schedules import Schedule
-from lightning_otrt.steps.global_batch import GlobalTransportEngine
 from lightning_otrt.trainer.strategies import shared_batch
 from lightning_otrt.trainer.training_step import add_term, leaves_of, remove_term
 from lightning_otrt.transfer import RepresentationTransfer
@@ -146,8 +145,8 @@ class TransferCallback(pl.Callback):
         self.transfer.detach()
         # Process groups end with the strategy, and would keep the callback from being pickled.
         self.transfer.process_group = None
-        if isinstance(self.transfer.engine, GlobalTransportEngine):
-            self.transfer.engine.ranks = None
+        if self.transfer.engine is not None:
+            self.transfer.engine.release_ranks()
         self._module = self._trainer = None
         self._resumed = False
 

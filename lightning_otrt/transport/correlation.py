@@ -52,7 +52,7 @@ class CorrelationCost(Cost):
         (count, sum_y, yy), (_, sum_x, xx) = (_moments(*_centred_squares(side)).unbind(-1) for side in (y, x))
         return [count[..., 0], sum_y, sum_x, yy, xx, (y @ x.mT).to(dtype)]
 
-    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+    def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """1 - r from the moments."""
         count, y, x, yy, xx, yx = sums
         count = count[..., None]
@@ -80,7 +80,7 @@ class CorrelationCost(Cost):
         add_product(running[-1], y, x.mT)
         return running
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ P - Σ_i ŷ_i·z_i - Σ_(dead, dead) P with z = P x̂; gradient -(z_i - (ŷ_i·z_i) ŷ_i) / ‖y_i - ȳ_i‖."""
         y, inverse_y = _centred(y)
         x, inverse_x = _centred(x)
@@ -93,7 +93,7 @@ class CorrelationCost(Cost):
         along = products.mul_(inverse_y).mul_(inverse_y)
         return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
 
-    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in two rounds: the moments of the neurons, then the products ŷ_i·z_i."""
         mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
         y, x = y - mean_y, x - mean_x
@@ -119,7 +119,7 @@ class CorrelationCost(Cost):
         return value, z.addcmul_(y, products[..., None], value=-1).mul_(-inverse_y[..., None])
 
     def value_of_sums(
-        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor | None, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
         """The rows ŷ_i·z_i from the moments; the gradient as in :meth:`value`."""
         dtype = y.dtype

@@ -78,7 +78,7 @@ class Cost(ABC):
         """
 
     @abstractmethod
-    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+    def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """The cost matrix ``(..., N, M)`` of the observations behind ``sums``."""
 
     def accumulate(
@@ -92,20 +92,20 @@ class Cost(ABC):
         return decay_and_add(running, decay, new, all_finite(new))
 
     @abstractmethod
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """⟨P, M⟩ on these observations and its gradient with respect to ``y``, the plan held fixed.
 
         Args:
             y: Student neurons ``(..., N, n)``.
             x: Teacher neurons ``(..., M, n)``.
             plan: The plan.
-            energy: The scale of the teacher; see :meth:`energy`.
+            energy: The scale of the teacher; see :meth:`energy`. None for a cost that is not :attr:`scaled`.
 
         Returns:
             The value ``(...)`` and the gradient, of the shape of ``y``.
         """
 
-    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """:meth:`value` where several processes each hold a part of the observations.
 
         A generator. It yields sums over the observations of this process, and has to be sent the same sums over those
@@ -123,7 +123,7 @@ class Cost(ABC):
         raise NotImplementedError(f"The cost {self.name!r} is no sum over observations, so it has no global batch.")
 
     def value_of_sums(
-        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor | None, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
         """What :meth:`shared_value` returns, without any exchange, where the sums of all processes are known.
 
@@ -140,7 +140,9 @@ class Cost(ABC):
         """
         raise NotImplementedError(f"The cost {self.name!r} is no sum over observations, so it has no global batch.")
 
-    def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
+    def value_of_matrix(
+        self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor | None
+    ) -> ValueAndGradient:
         """What :meth:`value` returns, if the cost matrix of these observations is known; it is overwritten.
 
         Raises:

@@ -36,11 +36,11 @@ class CustomCost(Cost):
         """Count and the matrix times the count."""
         return [y.new_full(y.shape[:-2], y.shape[-1]), self._matrix(y, x) * y.shape[-1]]
 
-    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+    def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """The average of the matrices, weighted by their observations."""
         return sums[1] / sums[0][..., None, None]
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """⟨P, M⟩ and its gradient by autograd through the user's function.
 
         Raises:

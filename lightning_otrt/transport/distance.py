@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.cost import Cost, Plan
 from lightning_otrt.transport.diagnostics import diagnose
 from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.named_costs import get_cost
@@ -152,31 +152,3 @@ def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
         raise ValueError(f"`student` is on {student.device} but `teacher` on {teacher.device}; move one of them.")
     for where, side in zip(("`student`", "`teacher`"), common_dtype(student.detach(), teacher.detach()), strict=True):
         check_values(side, where)
-
-
-def run_rounds(
-    rounds: Sequence[Rounds],
-    reduce: Callable[[Sums], Sums] | None = None,
-    replies: Sequence[Sums | None] | None = None,
-) -> list[ValueAndGradient]:
-    """Run generators of :meth:`Cost.shared_value` side by side, so that each of their rounds is one reduction for all.
-
-    Args:
-        rounds: One generator a pair.
-        reduce: Sums a list of tensors over all processes; None for a single process, which is sent its own sums back.
-        replies: What to send to generators whose first round is done; None for one that has not begun.
-    """
-    results: list[ValueAndGradient | None] = [None] * len(rounds)
-    pending: dict[int, Sums | None] = dict(enumerate(replies or [None] * len(rounds)))
-    while pending:
-        asked: dict[int, Sums] = {}
-        for index, reply in pending.items():
-            try:
-                asked[index] = next(rounds[index]) if reply is None else rounds[index].send(reply)
-            except StopIteration as stop:
-                results[index] = stop.value
-        if reduce is not None and asked:
-            flat = iter(reduce([tensor for sums in asked.values() for tensor in sums]))
-            asked = {index: [next(flat) for _ in sums] for index, sums in asked.items()}
-        pending = dict(asked)
-    return [result for result in results if result is not None]

@@ -51,24 +51,25 @@ class SquaredEuclideanCost(Cost):
         add_product(running[1].add_(yy[..., None]).add_(xx[..., None, :]), y, x.mT, alpha=-2)
         return running
 
-    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+    def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """Mean squared distances over s²."""
         count, squared = sums
         return (squared / (count * _scale(energy))[..., None, None]).clamp_min_(0)
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
         total, half = _transported_squares(y, x, plan)
         return _over(observation_count(y) * _scale(energy), total, half)
 
-    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in one round of three numbers."""
+        assert energy is not None
         total, half = _transported_squares(y, x, plan)
         total, count, energy = yield [total, observation_count(y), energy]
         return _over(count * _scale(energy), total, half)
 
     def value_of_sums(
-        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor | None, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
         """Σ P_ij M_ij; the gradient as in :meth:`value`."""
         value = (plan.matrix * self.matrix(sums, energy)).sum().to(y.dtype)
@@ -87,18 +88,19 @@ class EuclideanCost(SquaredEuclideanCost):
     name = "euclidean"
     needs_matrix = True
 
-    def matrix(self, sums: Sums, energy: Tensor) -> Tensor:
+    def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """Root of the mean squared distances over s."""
         return super().matrix(sums, energy).sqrt_()
 
-    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> ValueAndGradient:
+    def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
         unit = (observation_count(y) * _scale(energy)).rsqrt_()
         y, x = _centre(y, x)
         return self._follow(y, x, plan, _squared_distances(y, x).sqrt_(), unit, unit)
 
-    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor) -> Rounds:
+    def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in one round, of the squared distances ``(..., N, M)`` and two numbers."""
+        assert energy is not None
         count = observation_count(y)
         y, x = _centre(y, x)
         squared, count, energy = yield [_squared_distances(y, x), count, energy]
@@ -106,13 +108,15 @@ class EuclideanCost(SquaredEuclideanCost):
         return self._follow(y, x, plan, squared.sqrt_(), unit, unit)
 
     def value_of_sums(
-        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor, reference: tuple[Tensor, Tensor]
+        self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor | None, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
         """The same from the squared distances of all."""
         unit = (sums[0] * _scale(energy)).rsqrt_().to(y.dtype)
         return self._follow(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True).sqrt_(), unit, unit)
 
-    def value_of_matrix(self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor) -> ValueAndGradient:
+    def value_of_matrix(
+        self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor | None
+    ) -> ValueAndGradient:
         """The same from the distances over √n s."""
         scale = observation_count(y) * _scale(energy)
         return self._follow(*_centre(y, x), plan, matrix, torch.ones_like(scale), scale.reciprocal())
@@ -155,8 +159,9 @@ def _squared_distances(y: Tensor, x: Tensor) -> Tensor:
     return add_product(distances, y, x.mT, alpha=-2).clamp_min_(0)
 
 
-def _scale(energy: Tensor) -> Tensor:
+def _scale(energy: Tensor | None) -> Tensor:
     """s²; a teacher that is zero throughout has no scale of its own."""
+    assert energy is not None  # always there for a cost that is scaled
     squares, count = energy.unbind(-1)
     scale = squares / count
     return torch.where(scale > 0, scale, 1.0)

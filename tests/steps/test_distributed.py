@@ -261,7 +261,7 @@ def test_bytes() -> None:
 
 def quarrel() -> tuple[str, Any]:
     """Rank 1 solves another plan than rank 0."""
-    import lightning_otrt.steps.engine as engine
+    import lightning_otrt.steps.coupling as engine
 
     solve = engine.sinkhorn_plan
 

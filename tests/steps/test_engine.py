@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_otrt.steps import engine as engine_module
-from lightning_otrt.steps.engine import EARLY_SOLVES, TransportEngine
-from lightning_otrt.steps.global_batch import GlobalTransportEngine
+from lightning_otrt.steps import coupling as engine_module
+from lightning_otrt.steps.coupling import EARLY_SOLVES
+from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.global_engine import GlobalTransportEngine
+from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport import sinkhorn
 from lightning_otrt.transport.cost import Plan
 from lightning_otrt.transport.diagnostics import diagnose
-from lightning_otrt.transport.distance import run_rounds
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.plans import exact_plan
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
@@ -47,7 +48,7 @@ def draw(rows: int = 12, columns: int = 9, observations: int = 40, seed: int = 0
 
 
 def call(engine: TransportEngine, *pairs: tuple[Tensor, Tensor], **options: Any) -> Tensor:
-    return engine([list(pairs)], pairs[0][0].shape[1], **options)[0]
+    return engine.term([list(pairs)], pairs[0][0].shape[1], **options)[0]
 
 
 def same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def peak_floats(function: Callable[[], object]) -> float:
 
 def ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the paths of an accelerator, which is never asked for a value."""
-    for module in ("transport.correlation", "transport.tensors", "steps.engine"):
+    for module in ("transport.correlation", "transport.tensors", "steps.pair_state"):
         monkeypatch.setattr(f"lightning_otrt.{module}.all_nonzero", lambda values: False)
 
 
@@ -244,7 +245,7 @@ def test_value_alone_is_that_of_rounds(cost: str, layout: str, kind: str) -> Non
         x = x.mT.contiguous().mT
     rule = get_cost(cost)
     arguments = y, x, Plan.of(plan), rule.energy(x)
-    results = [*run_rounds([rule.shared_value(*arguments)]), rule.value(*arguments)]
+    results = [*run_rounds([rule.shared_value(*arguments)], lambda sums: sums), rule.value(*arguments)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-11)
     if rule.needs_matrix:
         matrix = rule.matrix(rule.sums(y, x), rule.energy(x))
@@ -417,7 +418,7 @@ def test_memory_is_chosen_by_the_number_of_samples() -> None:
     for samples, expected in ((8, 0.98), (11, 0.98), (12, 0.0), (40, 0.0)):
         engine = make(memory="auto")
         # Four positions of each: they are observations, but not independent ones.
-        engine([[draw(observations=4 * samples)]], samples)
+        engine.term([[draw(observations=4 * samples)]], samples)
         assert engine.pairs[0].memory == expected
         assert (engine.pairs[0].sums is None) == (expected == 0)
 
@@ -695,8 +696,8 @@ def test_static_plan_has_converged_when_it_rests() -> None:
 class OneRank:
     size, rank = 1, 0
 
-    def sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [tensor.clone() for tensor in tensors]
+    def sum(self, message: Any) -> Any:
+        return copy.deepcopy(message)
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -814,16 +815,6 @@ def test_state_of_another_cost_or_plan_is_refused(option: dict[str, Any]) -> Non
     name = f"{name}='{value}'"
     with pytest.raises(ValueError, match=name):
         make().load_state_dict(saved.state_dict(), torch.device("cpu"))
-
-
-def test_state_of_an_earlier_version_goes_on() -> None:
-    saved = make(memory=0.9)
-    call(saved, draw())
-    state = saved.state_dict()
-    del state["settings"]
-    resumed = make(memory=0.9)
-    resumed.load_state_dict(state, torch.device("cpu"))
-    assert torch.equal(resumed.pairs[0].plan.matrix, saved.pairs[0].plan.matrix)
 
 
 def test_state_of_other_layers_is_refused() -> None:

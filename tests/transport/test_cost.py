@@ -11,7 +11,6 @@ from torch import Tensor
 from transport_problems import NAMES, OBSERVATIONS, draw, draw_plan, matrix_of, oracle, over_processes, value_of
 
 from lightning_otrt.transport.cost import Cost, Plan, Sums, decay_and_add
-from lightning_otrt.transport.distance import run_rounds
 from lightning_otrt.transport.named_costs import get_cost
 
 WIDTHS = ((3, 7), (6, 6), (8, 5), (1, 4), (4, 1))
@@ -117,24 +116,6 @@ def test_three_processes_are_the_big_batch(name: str, sizes: tuple[int, ...], ba
     for (own_value, own_gradient), expected in zip(results, gradient.split(sizes, -1), strict=True):
         torch.testing.assert_close(own_value, value, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(own_gradient, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_run_rounds_reduces_all_pairs_at_once() -> None:
-    """Two processes that see the same: the value of one, and half its gradient each. Costs of 1 and 2 rounds mix."""
-    pairs = [(get_cost(name), draw(4, 12, seed=3 * k), draw(5, 12, seed=3 * k + 1)) for k, name in enumerate(NAMES)]
-    plan = draw_plan(4, 5)
-    calls: list[int] = []
-
-    def twice(sums: Sums) -> Sums:
-        calls.append(len(sums))
-        return [2 * tensor for tensor in sums]
-
-    rounds = [cost.shared_value(y, x, Plan.of(plan), cost.energy(x)) for cost, y, x in pairs]
-    for (value, gradient), pair in zip(run_rounds(rounds, twice), pairs, strict=True):
-        expected_value, expected_gradient = value_of(*pair, plan)
-        torch.testing.assert_close(value, expected_value, rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradient, expected_gradient / 2, rtol=1e-10, atol=1e-14)
-    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

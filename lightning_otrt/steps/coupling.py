@@ -1,0 +1,295 @@
+"""Couplings: when the plan of a pair is solved, from which statistics, and how.
+
+A coupling is one object for all pairs of a run; what it keeps of a pair is in that pair's :class:`PairState`. The
+engine calls :meth:`Coupling.observe` with a batch, :meth:`Coupling.solve` with the cost matrices that this returns, and
+:meth:`Coupling.value` with the batch and its plan. A new kind of plan is a subclass. If it also has statistics and
+values of its own, it brings its own :class:`Cost`, which the engine takes from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.steps.first_batch import inspect_plan
+from lightning_otrt.steps.pair_state import PairState, Solved
+from lightning_otrt.transport.cost import Cost, Plan, Sums, ValueAndGradient, all_finite
+from lightning_otrt.transport.plans import exact_plan, fixed_plan
+from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
+
+__all__ = ["MEMORY", "Coupling", "EntropicCoupling", "ExactCoupling", "FixedCoupling", "StaticCoupling", "get_coupling"]
+
+#: Calls that solve whatever ``solve_every`` is: a student from scratch changes fastest at the start.
+EARLY_SOLVES = (0, 1, 2, 4, 8)
+#: Decay of the running cost that ``memory="auto"`` chooses, and of the running scale s² of the teacher.
+MEMORY = 0.98
+#: Samples behind a static plan, and updates of its solves, which have to converge: no later solve improves the last.
+STATIC_SAMPLES = 256
+STATIC_ITERATIONS = 200
+
+
+class Coupling(ABC):
+    """How student neurons are matched to teacher neurons during training.
+
+    Args:
+        cost: The ground cost: statistics, cost matrix and value.
+        memory: Decay of the running cost, or ``"auto"``: 0.98 where a call has fewer samples than neurons, else 0.
+        solve_every: Calls between two solves.
+    """
+
+    def __init__(self, cost: Cost, memory: float | str = 0.0, solve_every: int = 1) -> None:
+        self.cost, self.memory, self.solve_every = cost, memory, solve_every
+
+    def prepare(self, state: PairState, y: Tensor, x: Tensor, where: str, index: int) -> None:
+        """Check the state of a pair against a batch, before anything is fed.
+
+        Args:
+            state: The state of the pair.
+            y: Student neurons ``(N, n)``.
+            x: Teacher neurons ``(M, n)``.
+            where: The layers, for errors.
+            index: Place of the pair among all pairs.
+
+        Raises:
+            ValueError: If there are other numbers of neurons than before.
+        """
+        state.check_plan(y, x, where)
+
+    def is_due(self, state: PairState, calls: int) -> bool:
+        """Whether a plan is solved in the call that comes after so many others."""
+        return state.plan is None or calls in EARLY_SOLVES or calls % self.solve_every == 0
+
+    def remembers(self, state: PairState) -> bool:
+        """Whether calls that solve nothing feed the running cost."""
+        return bool(state.memory)
+
+    def choose_memory(self, samples: int, neurons: int) -> float:
+        """Decay of the running cost of a pair with so many neurons on its wider side."""
+        if self.memory == "auto":
+            # Samples, not observations: positions of one image say much the same. Plans of all blocks that were solved
+            # from eight images and kept for ten steps cost students some five points (benchmarks/efficiency).
+            return MEMORY if samples < neurons else 0.0
+        return float(self.memory)
+
+    def resumed_memory(self, saved: float | None, setting: float | str) -> float | None:
+        """Decay with which a saved pair goes on; None if it has to be chosen again.
+
+        Args:
+            saved: Decay of the pair in the saved run.
+            setting: The ``memory`` that the saved run was given.
+        """
+        if self.memory != "auto":
+            return float(self.memory)
+        return saved if setting == "auto" else None
+
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Tensor | None:
+        """Feed the statistics of a pair with a batch of one process.
+
+        Args:
+            state: The state of the pair.
+            y: Student neurons ``(N, n)``.
+            x: Teacher neurons ``(M, n)``.
+            samples: Samples of the batch, each of which has one or more observations.
+            calls: Number of calls before this one.
+
+        Returns:
+            The cost matrix ``(N, M)`` to solve a plan from, or None if no plan is due.
+        """
+        if self.cost.scaled:
+            energy = self.cost.energy(x)
+            before = torch.zeros_like(energy) if state.energy is None else state.energy
+            is_finite = (energy[0] - energy[0]) == 0  # in two operations; `isfinite` takes four
+            state.energy = torch.where(is_finite, torch.add(energy, before, alpha=MEMORY), before)
+        due = self.is_due(state, calls)
+        if state.memory is None:
+            state.memory = self.choose_memory(samples, max(y.shape[0], x.shape[0]))
+        if not due and not self.remembers(state):
+            return None
+        sums = self._feed(state, y, x)
+        return self.cost.matrix(sums, state.energy).to(y.dtype) if due else None
+
+    def _feed(self, state: PairState, y: Tensor, x: Tensor) -> Sums:
+        """The running sums with this batch, or those of the batch alone without memory."""
+        if not state.memory:
+            return self.cost.sums(y, x)
+        if state.sums is not None and state.reference is not None:
+            state.sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
+            return state.sums
+        if state.reference is None:
+            # The first call refuses values that are not finite, but a pair that it skipped may begin with some.
+            means = (side.mean(-1, keepdim=True).nan_to_num_(0.0, 0.0, 0.0) for side in (y, x))
+            state.reference = next(means), next(means)
+        sums = self.cost.sums(y, x, state.reference)
+        is_finite = all_finite(sums)
+        state.sums = [torch.where(is_finite, part, 0.0) for part in sums]
+        return state.sums
+
+    def count(self, state: PairState, samples: int | Tensor, is_finite: Tensor) -> None:  # noqa: B027 - optional
+        """Count the samples behind a plan, for a coupling that stops solving once there are enough."""
+
+    def start(self, state: PairState) -> Tensor | None:
+        """Potential ``(M,)`` from which the next solve starts; None for a start from nothing."""
+        return state.potential
+
+    @abstractmethod
+    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+        """Plans of a batch of pairs.
+
+        Args:
+            costs: ``(B, N, M)``. Values that are not finite are allowed.
+            start: Potentials ``(B, M)`` of earlier solves, or None.
+
+        Returns:
+            The plans, with a leading dimension B in every part.
+        """
+
+    def inspect(self, names: tuple[str, str], plan: Plan) -> Iterator[str]:
+        """What to warn of after the first solve of a pair."""
+        yield from ()
+
+    def value(self, state: PairState, y: Tensor, x: Tensor, matrix: Tensor | None = None) -> ValueAndGradient:
+        """⟨P, M⟩ of a batch of one process, and its gradient with respect to the student neurons.
+
+        Args:
+            state: The state of the pair, with a plan.
+            y: Student neurons ``(N, n)``.
+            x: Teacher neurons ``(M, n)``.
+            matrix: The cost matrix of this batch, where there is one that saves work. It is overwritten.
+        """
+        assert state.plan is not None
+        if matrix is None:
+            return self.cost.value(y, x, state.plan, state.energy)
+        return self.cost.value_of_matrix(y, x, state.plan, matrix, state.energy)
+
+
+class EntropicCoupling(Coupling):
+    """Sinkhorn plans.
+
+    Args:
+        cost: See :class:`Coupling`.
+        epsilon: Entropic regularisation relative to the mean cost.
+        memory: See :class:`Coupling`.
+        solve_every: See :class:`Coupling`.
+    """
+
+    def __init__(self, cost: Cost, epsilon: float, memory: float | str = 0.0, solve_every: int = 1) -> None:
+        super().__init__(cost, memory, solve_every)
+        self.epsilon = epsilon
+
+    def iterations(self, is_warm: bool) -> int:
+        """Updates of a solve, which nothing may stop earlier: that would wait for the device."""
+        return WARM_ITERATIONS if is_warm else TRAINING_ITERATIONS
+
+    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+        """See :meth:`Coupling.solve`."""
+        mean = costs.mean((1, 2))
+        iterations = self.iterations(start is not None)
+        entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=iterations, mean=mean)
+        # Sinkhorn's last update is that of the rows, so the student's masses are exact.
+        student_mass = costs.new_full(costs.shape[:2], 1 / costs.shape[1])
+        is_finite = torch.isfinite(mean) & torch.isfinite(entropic.marginal_error)
+        return Solved(Plan(entropic.matrix, student_mass, entropic.teacher_mass), entropic.potential, is_finite)
+
+    def inspect(self, names: tuple[str, str], plan: Plan) -> Iterator[str]:
+        """See :func:`inspect_plan`."""
+        return inspect_plan(names, plan, self.epsilon)
+
+
+class StaticCoupling(EntropicCoupling):
+    """A Sinkhorn plan that is solved until 256 samples stand behind it, from all of them, and then kept."""
+
+    def __init__(self, cost: Cost, epsilon: float) -> None:
+        super().__init__(cost, epsilon, memory=1.0)
+
+    def is_due(self, state: PairState, calls: int) -> bool:
+        """Until there are enough samples."""
+        return state.plan is None or state.samples < STATIC_SAMPLES
+
+    def remembers(self, state: PairState) -> bool:
+        """Never: once a call solves nothing, the plan is final."""
+        return False
+
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Tensor | None:
+        """See :meth:`Coupling.observe`. Until the plan is final this waits for the device."""
+        matrix = super().observe(state, y, x, samples, calls)
+        if matrix is not None:
+            norms = torch.linalg.vector_norm(y) + torch.linalg.vector_norm(x)
+            self.count(state, samples, norms.square().isfinite())
+        return matrix
+
+    def count(self, state: PairState, samples: int | Tensor, is_finite: Tensor) -> None:
+        """Finite samples only: a plan that rests on others would never be improved."""
+        if bool(is_finite):
+            state.samples += int(samples)
+
+    def start(self, state: PairState) -> Tensor | None:
+        """Always from nothing: from the potential of fewer samples a solve may need more updates than it gets."""
+        return None
+
+    def iterations(self, is_warm: bool) -> int:
+        """See :data:`STATIC_ITERATIONS`."""
+        return STATIC_ITERATIONS
+
+
+class ExactCoupling(Coupling):
+    """Optimal plans, solved on the CPU."""
+
+    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+        """See :meth:`Coupling.solve`."""
+        is_finite = torch.isfinite(costs.mean((1, 2)))
+        return Solved(Plan.of(exact_plan(torch.where(is_finite[:, None, None], costs, 1.0))), None, is_finite)
+
+
+class FixedCoupling(Coupling):
+    """The controls, whose plans follow from the numbers of neurons alone and are never solved.
+
+    Args:
+        cost: See :class:`Coupling`.
+        kind: ``"identity"``, ``"uniform"`` or ``"random"``.
+        seed: Seed of random plans; each pair has another one.
+    """
+
+    def __init__(self, cost: Cost, kind: str, seed: int) -> None:
+        super().__init__(cost)
+        self.kind, self.seed = kind, seed
+
+    def prepare(self, state: PairState, y: Tensor, x: Tensor, where: str, index: int) -> None:
+        """See :meth:`Coupling.prepare`; sets the plan in the first call."""
+        super().prepare(state, y, x, where, index)
+        if state.plan is None:
+            matrix = fixed_plan(self.kind, y.shape[0], x.shape[0], seed=self.seed + index, where=where)
+            assert matrix is not None
+            state.plan = Plan.of(matrix.to(y))
+
+    def is_due(self, state: PairState, calls: int) -> bool:
+        """Never."""
+        return False
+
+    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+        """Never called, since no plan is ever due."""
+        raise NotImplementedError("A fixed plan is not solved.")
+
+
+def get_coupling(
+    plan: str, cost: Cost, *, epsilon: float, memory: float | str, solve_every: int, seed: int
+) -> Coupling:
+    """The coupling for a kind of plan.
+
+    Args:
+        plan: One of :data:`lightning_otrt.transport.plans.PLANS`.
+        cost: The ground cost.
+        epsilon: Entropic regularisation relative to the mean cost.
+        memory: Decay of the running cost, or ``"auto"``.
+        solve_every: Calls between two solves.
+        seed: Seed of random plans.
+    """
+    if plan == "sinkhorn":
+        return EntropicCoupling(cost, epsilon, memory, solve_every)
+    if plan == "static":
+        return StaticCoupling(cost, epsilon)
+    if plan == "exact":
+        return ExactCoupling(cost, memory, solve_every)
+    return FixedCoupling(cost, plan, seed)

@@ -1,0 +1,363 @@
+"""The transport term of a batch whose samples lie on several processes, as one process with all of them has it.
+
+A call that solves a plan makes one exchange for all pairs, and its values follow from the same sums. Between solves the
+values take a few rounds of exchanges; see :meth:`Cost.shared_value`. Nothing is sent in the backward pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.steps.coupling import MEMORY
+from lightning_otrt.steps.engine import Batch, TransportEngine
+from lightning_otrt.steps.pair_state import PairState
+from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.steps.rounds import run_rounds
+from lightning_otrt.transport.cost import Plan, Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
+
+__all__ = ["GlobalTransportEngine"]
+
+
+class Message(NamedTuple):
+    """What one pair of a process tells the others in a call. They receive the sum over processes of every tensor.
+
+    Attributes:
+        counts: Observations of each view.
+        energy: The share of this process in the running scale of the teacher.
+        sums: For a due plan: the sums of each view.
+        samples: For a due plan: the samples of the call.
+        running: For a due plan with memory: the share of this process in the running sums.
+        not_finite: For sums that feed the running ones and stay here: 1 if they are not finite, else 0.
+        rounds: Without a due plan: the first round of the value of each view.
+    """
+
+    counts: Tensor
+    energy: Tensor | None
+    sums: list[Sums]
+    samples: Tensor | None
+    running: Sums | None
+    not_finite: Tensor | None
+    rounds: list[Sums]
+
+
+@dataclass
+class Observed:
+    """What the exchange of a call leaves for the values of a pair: the sums of all processes, or begun rounds.
+
+    Attributes:
+        sums: The sums of each view over all processes.
+        energy: The scale of the teacher over all processes.
+        reference: The points around which the sums were taken.
+        rounds: For each view a generator that waits for the answer to its first round.
+        replies: Those answers.
+    """
+
+    sums: list[Sums] = field(default_factory=list)
+    energy: Tensor | None = None
+    reference: tuple[Tensor, Tensor] | None = None
+    rounds: list[Rounds] = field(default_factory=list)
+    replies: list[Sums] = field(default_factory=list)
+
+
+class GlobalTransportEngine(TransportEngine):
+    """A :class:`TransportEngine` whose batch is that of all processes together.
+
+    Running sums and the scale of the teacher are kept as shares, which add up to the global ones. Every process makes
+    the same calls with as many views. Pairs may have other numbers of observations on each, but not none.
+
+    Args:
+        ranks: The processes.
+        arguments: Arguments of :class:`TransportEngine`.
+        options: Options of :class:`TransportEngine`.
+
+    Raises:
+        ValueError: If the cost is not additive over observations, as a user's function need not be.
+    """
+
+    def __init__(self, *arguments: Any, ranks: Ranks, **options: Any) -> None:
+        self._ranks: Ranks | None = ranks
+        self._active: list[int] = []
+        self._is_agreed = self._is_compared = self._sends_plans = self._is_pending = False
+        super().__init__(*arguments, **options)
+        self.processes = ranks.size
+        if not self.cost.additive:
+            raise ValueError(
+                f"The cost {self.cost.name!r} is a function of raw neurons, which need not be a sum over samples, so "
+                "it has no global batch over processes. Pass global_batch=False for one term per process, or use one "
+                "of the named costs."
+            )
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes.
+
+        Raises:
+            RuntimeError: After :meth:`release_ranks`.
+        """
+        if self._ranks is None:
+            raise RuntimeError("The process group of this engine has been released. Attach the transfer again.")
+        return self._ranks
+
+    def release_ranks(self) -> None:
+        """Let go of the process group, which may be about to end and would keep the engine from being pickled."""
+        self._ranks = None
+
+    def reset(self) -> None:
+        """Forget plans, statistics and counters."""
+        super().reset()
+        self._is_pending = False
+
+    def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> dict[int, list[ValueAndGradient]]:
+        """Value and gradient of each pair that has any, for each view: exchange, solve, evaluate.
+
+        Raises:
+            ValueError: On all processes, if they have other layers or settings, or on the first call, if one of them
+                has a value that is not finite or there are too few observations on all of them together.
+        """
+        if self.calls == 0 or not self._is_agreed:
+            self._agree(batches, samples)
+        observed = {index: Observed() for index in self._active}
+        if is_new:
+            problems, observed = self._exchange(batches, samples)
+            self._active = list(observed)
+            solved = list(problems)
+            self._solve(problems)
+            if solved:
+                self._compare_plans([self.pairs[index] for index in solved])
+            self.calls += 1
+        return self._evaluate(batches, observed)
+
+    def _exchange(self, batches: Sequence[Batch], samples: int) -> tuple[dict[int, Tensor], dict[int, Observed]]:
+        """Sum over processes once, and feed the statistics.
+
+        Returns:
+            The cost matrices of the pairs whose plans are due, and what each pair that has a term knows of its value.
+        """
+        local = [self._message(index, batch, samples) for index, batch in enumerate(batches)]
+        received = self.ranks.sum([message for message, _, _ in local])
+        problems, observed = {}, {}
+        for index, (got, (_, rounds, unsent)) in enumerate(zip(received, local, strict=True)):
+            # With enough observations of its own a process knows that all have enough together. Others have to read
+            # the total, which waits for the device.
+            count = min(y.shape[-1] for y, _ in batches[index])
+            if count < self.cost.min_observations:
+                count = int(got.counts.min())
+            if not self._has_enough(index, count):
+                continue
+            observed[index], matrix = self._feed(self.pairs[index], got, unsent)
+            observed[index].rounds = rounds
+            if matrix is not None:
+                problems[index] = matrix.to(batches[index][0][0].dtype)
+        return problems, observed
+
+    def _message(self, index: int, batch: Batch, samples: int) -> tuple[Message, list[Rounds], Sums]:
+        """What a pair sends, its begun rounds, and sums that feed the running ones without being sent."""
+        state = self.pairs[index]
+        y, x = batch[0]
+        self.coupling.prepare(state, y, x, self._where(index), index)
+        energy = None
+        if self.cost.scaled:
+            energy = torch.stack([self.cost.energy(view) for _, view in batch]).sum(0)
+            energy = energy if state.energy is None else MEMORY * state.energy + energy
+        due = self.coupling.is_due(state, self.calls)
+        sums: list[Sums] = []
+        if due or self.coupling.remembers(state):
+            sums = [self.cost.sums(y, x, state.reference) for y, x in batch]
+        unsent = [] if due or not sums else _add(sums)
+        rounds: list[Rounds] = []
+        if state.plan is not None and not due:
+            rounds = [self.cost.shared_value(y, x, state.plan, energy) for y, x in batch]
+        message = Message(
+            counts=torch.stack([y.new_full((), view.shape[-1]) for view, _ in batch]),
+            energy=energy,
+            sums=sums if due else [],
+            samples=y.new_full((), samples) if due else None,
+            running=state.sums if due and state.memory else None,
+            not_finite=(~all_finite(unsent)).to(y.dtype) if unsent else None,
+            rounds=[next(generator) for generator in rounds],
+        )
+        return message, rounds, unsent
+
+    def _feed(self, state: PairState, got: Message, unsent: Sums) -> tuple[Observed, Tensor | None]:
+        """Feed the statistics of a pair with the message of all; returns the cost matrix, too, if a plan is due."""
+        energy, size = got.energy, self.ranks.size
+        if energy is not None:
+            if state.energy is not None:
+                energy = torch.where(torch.isfinite(energy[0]), energy, state.energy * size)
+            state.energy = energy / size
+        if got.not_finite is not None:
+            state.sums, self._is_pending = _fed(state, state.sums, unsent, got.not_finite == 0), True
+        if not got.sums:
+            return Observed(replies=got.rounds), None
+        assert state.reference is not None
+        observed = Observed(sums=got.sums, energy=energy, reference=state.reference)
+        total = _add(got.sums)
+        is_finite = all_finite(total)
+        if state.memory:
+            total = _fed(state, got.running, total, is_finite)
+            state.sums, self._is_pending = [part / size for part in total], False
+            assert got.samples is not None
+            self.coupling.count(state, got.samples, is_finite)
+        else:
+            better = self.cost.means(total, state.reference)
+            y, x = (torch.where(is_finite, *sides) for sides in zip(better, state.reference, strict=True))
+            state.reference = y, x
+        return observed, self.cost.matrix(total, energy)
+
+    def _evaluate(self, batches: Sequence[Batch], observed: dict[int, Observed]) -> dict[int, list[ValueAndGradient]]:
+        """Value and gradient of each pair that has a plan, for each view, from sums or by further rounds."""
+        values: dict[int, list[ValueAndGradient]] = {}
+        waiting: list[int] = []
+        rounds: list[Rounds] = []
+        replies: list[Sums | None] = []
+        for index, known in observed.items():
+            batch, state = batches[index], self.pairs[index]
+            if state.plan is None:
+                continue
+            if known.sums:
+                assert known.reference is not None
+                values[index] = [
+                    self.cost.value_of_sums(y, x, state.plan, sums, known.energy, known.reference)
+                    for (y, x), sums in zip(batch, known.sums, strict=True)
+                ]
+                continue
+            waiting.append(index)
+            rounds += known.rounds or [self.cost.shared_value(y, x, state.plan, state.energy) for y, x in batch]
+            replies += known.replies or [None] * len(batch)
+        found = iter(run_rounds(rounds, self.ranks.sum, replies))
+        values.update({index: [next(found) for _ in batches[index]] for index in waiting})
+        return {index: values[index] for index in observed if index in values}
+
+    def _agree(self, batches: Sequence[Batch], samples: int) -> None:
+        """Compare layers and settings, check the first batch of all, and choose what depends on its size."""
+        problem = ""
+        if self.calls == 0:
+            try:
+                self._inspect(batches)
+            except ValueError as error:
+                problem = str(error)
+        mine = {
+            "layers": [
+                (*names, weight, batch[0][0].shape[0], batch[0][1].shape[0], str(batch[0][0].dtype))
+                for names, weight, batch in zip(self.names, self.weights, batches, strict=True)
+            ],
+            "forwards in a call": len(batches[0]),
+            "calls so far": self.calls,
+            "cost": self.cost.name,
+            "plan": (self.plan, self.epsilon, self.memory, self.solve_every, self.seed),
+        }
+        counts = [[y.shape[-1] for y, _ in batch] for batch in batches]
+        gathered = self.ranks.gather((mine, problem, counts, samples))
+        for rank, (theirs, *_) in enumerate(gathered):
+            for what, value in gathered[0][0].items():
+                if theirs[what] != value:
+                    raise ValueError(
+                        f"The processes of the global batch disagree on the {what} of the transfer term: process 0 has "
+                        f"{value}, but process {rank} has {theirs[what]}. Build model, teacher and options alike on "
+                        "all of them, or pass global_batch=False."
+                    )
+        for rank, (_, theirs, *_) in enumerate(gathered):
+            if theirs:
+                raise ValueError(f"Process {rank} of {self.ranks.size}: {theirs}")
+        self._is_agreed = True
+        # After a resume with another memory, "auto" has to choose, too.
+        if self.calls == 0 or any(state.memory is None for state in self.pairs):
+            self._choose_memories(batches, [each[2] for each in gathered], sum(each[3] for each in gathered))
+        if any(state.reference is None for state in self.pairs):
+            self._choose_references(batches)
+
+    def _choose_memories(self, batches: Sequence[Batch], counts: Sequence[list[list[int]]], samples: int) -> None:
+        """Check the observations of all processes (process, pair, view), and choose what depends on their samples."""
+        for index, batch in enumerate(batches):
+            views = [sum(process[index][view] for process in counts) for view in range(len(batch))]
+            self._has_enough(index, min(views))
+            neurons = max(side.shape[0] for side in batch[0])
+            self.pairs[index].memory = self.coupling.choose_memory(samples, neurons)
+
+    def _choose_references(self, batches: Sequence[Batch]) -> None:
+        """Take the means of the first batch of all processes as the points around which they take their sums."""
+        sums = [
+            [torch.stack([y.new_full((), y.shape[-1], dtype=torch.float64) for y, _ in batch]).sum()]
+            + [torch.stack([pair[side].sum(-1, dtype=torch.float64) for pair in batch]).sum(0) for side in (0, 1)]
+            for batch in batches
+        ]
+        for state, batch, (count, y, x) in zip(self.pairs, batches, self.ranks.sum(sums), strict=True):
+            if state.reference is not None:
+                continue  # from a checkpoint, whose running sums were taken around it
+            like = batch[0][0]
+            # After a resume this batch is not checked. Zero is as good a reference as any.
+            y, x = ((side / count).nan_to_num_(0.0, 0.0, 0.0)[:, None].to(like.dtype) for side in (y, x))
+            state.reference = y, x
+
+    def _compare_plans(self, states: Sequence[PairState]) -> None:
+        """Check that all processes solved the same plans. If they differ, as by rounding, use those of process 0."""
+        plans = [state.plan.matrix for state in states if state.plan is not None]
+        potentials = [state.potential for state in states]
+        if not self._is_compared:
+            self._is_compared = True
+            self._sends_plans = not self.ranks.have_same(plans + [each for each in potentials if each is not None])
+            if self._sends_plans:
+                warnings.warn(
+                    "The processes solved transport plans from the same sums that differ in some bits, as on unlike "
+                    "devices. From now on all use those of process 0, at the price of one broadcast for each solve.",
+                    stacklevel=2,
+                )
+        if self._sends_plans:
+            plans, potentials = self.ranks.broadcast((plans, potentials))
+            for state, plan, potential in zip(states, plans, potentials, strict=True):
+                state.plan, state.potential = Plan.of(plan), potential
+
+    def synchronize(self) -> None:
+        """Share the running sums that each process kept to itself since the last solve. A collective."""
+        if not self._is_pending:
+            return
+        for state, total in zip(self.pairs, self.ranks.sum([state.sums for state in self.pairs]), strict=True):
+            state.sums = None if total is None else [part / self.ranks.size for part in total]
+        self._is_pending = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the global batch, the same on all processes. Any number of processes can resume from it."""
+        if self._is_pending:
+            warnings.warn(
+                "The running cost is saved with the samples of this process for those of all since the last solve. "
+                "Call `synchronize()` on all processes first; Lightning's checkpoints do.",
+                stacklevel=3,
+            )
+        return _scaled(super().state_dict(), self.processes)
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore :meth:`state_dict`, or that of a single process."""
+        super().load_state_dict(_scaled(state, 1 / self.processes), device)
+        self._is_pending = self._is_agreed = self._is_compared = False
+
+
+def _fed(state: PairState, running: Sums | None, new: Sums, is_finite: Tensor) -> Sums:
+    """The running sums with new ones, or those alone at the start. Sums that are not finite add nothing."""
+    assert state.memory is not None
+    running = [torch.zeros_like(part) for part in new] if running is None else running
+    return decay_and_add(running, state.memory, new, is_finite)
+
+
+def _add(sums: Sequence[Sums]) -> Sums:
+    """The sums of several views as one."""
+    return [torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] for parts in zip(*sums, strict=True)]
+
+
+def _scaled(state: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The state of an engine with its additive statistics times ``factor``."""
+
+    def scale(pair: dict[str, Any]) -> dict[str, Any]:
+        sums, energy = pair["sums"], pair["energy"]
+        return {
+            **pair,
+            "sums": None if sums is None else [part * factor for part in sums],
+            "energy": None if energy is None else energy * factor,
+        }
+
+    return {**state, "pairs": [scale(pair) for pair in state["pairs"]]}
