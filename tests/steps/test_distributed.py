@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_problem import LAYERS, TOLERANCE, assert_close, batch, net
 from processes import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,28 +24,8 @@ COSTS = ("correlation", "euclidean", "sqeuclidean")
 EVEN = {2: (6, 6), 4: (3, 3, 3, 3)}
 #: One sample carries no correlation of its own; the last has more than all others together.
 UNEVEN = {2: (1, 11), 4: (1, 2, 1, 8)}
-LAYERS = {"0": "0", "3": "3"}
 ACCUMULATE = 2
 STEPS = 5
-TOLERANCE = 1e-10
-
-
-def net(width: int, seed: int) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(36 * width, 2 * width),
-            nn.Linear(2 * width, 3),
-        ).double()
-
-
-def batch(call: int, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(call)
-    x = torch.randn(sum(sizes), 1, 6, 6, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (sum(sizes),), generator=generator)
 
 
 def train(options: dict[str, Any], sizes: Sequence[int], distributed: bool) -> dict[str, Any]:
@@ -82,10 +63,6 @@ def train(options: dict[str, Any], sizes: Sequence[int], distributed: bool) -> d
 
 def train_all(settings: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
     return [train(options, sizes, distributed=True) for options in settings]
-
-
-def assert_close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def settings(**options: Any) -> list[dict[str, Any]]:

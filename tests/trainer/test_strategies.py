@@ -15,12 +15,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from distributed_problem import LAYERS, assert_close, batch, net
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from packaging.version import Version
 from processes import free_port, run_processes
-from test_distributed import LAYERS, assert_close, batch, net
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import hooks
-from test_model_zoo import CASES
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo import CASES
 
 from lightning_otrt import RepresentationTransfer
 
