@@ -23,8 +23,9 @@ from benchmarks.rivals import ACCURACY, COSINE, MARGINAL, OURS, tune_all
 from benchmarks.sections import write_section
 from benchmarks.steps import Steps, TermAlone, correlation_by_hand, engine_step, resnet18_cifar
 from benchmarks.timing import Quartiles, processor_clock, ratios, rounds
+from lightning_otrt.transport.geomloss_loop import annealing
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.sinkhorn import STAIRCASE, sinkhorn_plan
+from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 HERE = Path(__file__).parent
 SOLVE_GATES = {(512, 512, 256): (4.0, 8.0), (512, 512, 1024): (2.8, 4.0), (2048, 2048, 256): (3.8, 5.0)}
@@ -114,7 +115,7 @@ def measure_warm_start() -> list[dict[str, Any]]:
                 errors = (sinkhorn_plan(cost, 0.01, potential=start, iterations=count) for count in range(1, 200))
                 return next(count for count, plan in enumerate(errors, 1) if plan.marginal_error.item() <= 1e-2)
 
-            cold = needed(None) + sum(count for _, count in STAIRCASE)
+            cold = needed(None) + len(annealing(0.01))
             found.append({"cloud": cloud, "cost": name, "cold": cold, "warm": needed(potential)})
     return found
 

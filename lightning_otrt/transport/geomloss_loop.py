@@ -1,4 +1,9 @@
-"""GeomLoss' annealed Sinkhorn loop on our own softmin. The only file that imports GeomLoss."""
+"""The start of an entropic plan: GeomLoss' annealed Sinkhorn loop on our own softmin. No other file imports GeomLoss.
+
+GeomLoss' loop is symmetric: each iteration moves both potentials halfway to their updates, at an ε that falls from a
+large value (J. Feydy, Geometric data analysis, beyond convolutions, 2020, algorithm 3.5). It takes any softmin. Ours is
+a matrix-vector product on a kernel with absorbed potentials, several times faster than exponentials of the whole cost.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +14,70 @@ import torch
 from geomloss.ot import solve_batch
 from torch import Tensor
 
+from lightning_otrt.transport.tensors import matrix_vector
+
 try:
-    # A private module: the loop takes a softmin of our own. If a release of GeomLoss moves it, the public solver is
-    # used instead.
+    # Private modules, the only way to pass a softmin. If a release of GeomLoss moves them, its public solver is used.
     from geomloss._typing import CostMatrices, DescentParameters, SinkhornPotentials
     from geomloss.ot._abstract_solvers.sinkhorn_ot import sinkhorn_loop
 except ImportError:  # pragma: no cover - only with a GeomLoss that the contract test has not seen
     sinkhorn_loop = None
 
-__all__ = ["ScalingSoftmin", "annealed_potential", "run_geomloss_loop"]
+__all__ = ["EXPONENT_LIMIT", "ScalingSoftmin", "annealed_potential", "annealing", "run_geomloss_loop"]
 
-_TINY = 1e-30
-_RANGE = 40.0
+#: The loop starts at this ε, in units of the mean cost, and divides it by this factor until it reaches the last ε. Each
+#: new ε costs a pass of exponentials over the cost matrix, so that several iterations share one.
+START = 0.2
+FACTOR = 5.0
+ITERATIONS = 4
+#: Exponents beyond which scalings and kernels are clamped: e^±40 squared stays within float32.
+EXPONENT_LIMIT = 40.0
 
 
-def annealed_potential(cost: Tensor, epsilons: Sequence[float]) -> Tensor:
-    """Teacher-side potential after GeomLoss' symmetric loop over ``epsilons``; ``cost`` has a mean of 1."""
+def annealing(epsilon: float) -> list[float]:
+    """ε of each iteration of the loop: what comes before the updates at the last ``epsilon``.
+
+    Example:
+        >>> annealing(0.01)
+        [0.2, 0.2, 0.2, 0.2, 0.04, 0.04, 0.04, 0.04]
+        >>> annealing(0.5)
+        [0.5, 0.5, 0.5, 0.5]
+    """
+    stages = [max(START, epsilon)]
+    while stages[-1] / FACTOR > epsilon:
+        stages.append(stages[-1] / FACTOR)
+    return [stage for stage in stages for _ in range(ITERATIONS)]
+
+
+def annealed_potential(cost: Tensor, epsilon: float, inverse: Tensor) -> Tensor:
+    """Potential on the teacher's side ``(B, M)`` after the annealed loop, in units of the mean cost.
+
+    With GeomLoss' private loop nothing waits for the device; its public solver does.
+
+    Args:
+        cost: ``(B, N, M)``.
+        epsilon: The ε at which iterations will go on, in units of the mean cost.
+        inverse: 1 / mean of each cost, ``(B, 1, 1)``.
+    """
+    epsilons = annealing(epsilon)
     if sinkhorn_loop is None:
-        return solve_batch(cost, reg=epsilons[-1], max_iter=len(epsilons)).potential_b.to(cost.dtype)
-    return run_geomloss_loop(cost, epsilons, ScalingSoftmin(cost)).g_ab
+        # It raises if a cost is not finite. That pair gets no plan anyway, and must not take those of others with it.
+        finite = (cost * inverse).nan_to_num_(1.0, 1.0, 1.0)
+        return solve_batch(finite, reg=epsilons[-1], max_iter=len(epsilons)).potential_b.to(cost.dtype)
+    return run_geomloss_loop(cost, epsilons, ScalingSoftmin(cost, inverse)).g_ab
 
 
 def run_geomloss_loop(
     cost: Tensor, epsilons: Sequence[float], softmin: Callable[[float, Tensor, object, Tensor], Tensor]
 ) -> SinkhornPotentials:
-    """GeomLoss' loop on uniform masses; ``softmin`` is asked with the costs ``"xy"`` and ``"yx"``."""
+    """GeomLoss' loop between uniform masses.
+
+    Args:
+        cost: ``(B, N, M)``; only its shape, type and device matter.
+        epsilons: ε of each iteration.
+        softmin: Is called with ε, log weights, ``"xy"`` (student's side) or ``"yx"`` (teacher's side) in place of the
+            cost, and the potential of the other side.
+    """
     batch, rows, columns = cost.shape
     return sinkhorn_loop(
         softmin=softmin,
@@ -49,36 +93,46 @@ def run_geomloss_loop(
 
 
 class ScalingSoftmin:
-    """The softmin that GeomLoss' loop asks for, as a matrix-vector product on a kernel with absorbed potentials.
+    """The softmin that GeomLoss' loop calls, for uniform masses: a matrix-vector product.
 
-    At each new ε the loop asks for the student's side first: the kernel is rebuilt there from the teacher's potential,
-    with rows whose largest entry is 1. Until the next ε only the change of the potentials is exponentiated.
+    At each new ε the loop calls it for the student's side first. There the kernel exp((f + g - C) / ε) is rebuilt with
+    the teacher's potential g, and with f such that the largest entry of each row is 1. Until the next ε only the change
+    of the potentials from f and g is exponentiated.
+
+    Args:
+        cost: ``(B, N, M)``.
+        inverse: Factor of each cost, ``(B, 1, 1)``.
     """
 
-    def __init__(self, cost: Tensor) -> None:
-        self.cost = cost
+    def __init__(self, cost: Tensor, inverse: Tensor) -> None:
+        self.cost, self.inverse = cost, inverse
         self.epsilon = math.nan
-        self.kernel = self.f = self.g = cost
+        self.kernel = cost
+        #: For each side the potential that the kernel has absorbed, and the logarithm of the other side's scaling at a
+        #: potential of zero.
+        self.absorbed: dict[object, Tensor] = {}
+        self.shift: dict[object, Tensor] = {}
 
     def __call__(self, epsilon: float, log_weights: Tensor, side: object, potential: Tensor) -> Tensor:
-        """-ε log Σ_j exp(log b_j + (g_j - C_ij) / ε), for ``side`` "xy"; the same over i for "yx"."""
+        """-ε log Σ_j exp((g_j - C_ij) / ε) / M for ``side`` "xy"; the same over i with f and N for "yx"."""
         if epsilon == math.inf:
-            return self.cost.mean(2 if side == "xy" else 1)
+            return self.cost.mean(2 if side == "xy" else 1).mul_(self.inverse.squeeze(2))
         if epsilon != self.epsilon:
-            self.epsilon, self.g = epsilon, potential
-            self.kernel, top = _kernel_and_top(self.cost, potential, epsilon)
-            self.f = top.squeeze(2).mul_(-epsilon)
-        own, other = (self.f, self.g) if side == "xy" else (self.g, self.f)
-        kernel = self.kernel if side == "xy" else self.kernel.mT
-        # Clamped, a scaling that has run too far is taken up by the next rebuild; unclamped it would end the plan.
-        scaling = (potential - other).div_(epsilon).add_(log_weights).clamp_(-_RANGE, _RANGE).exp_()
-        mass = (kernel @ scaling[..., None]).squeeze(-1).clamp_min_(_TINY)
-        return torch.sub(own, mass.log_(), alpha=epsilon)
+            self._rebuild(epsilon, potential)
+        # A clamped scaling is corrected when the kernel is rebuilt; an infinite one would spoil the plan.
+        scaling = torch.add(self.shift[side], potential, alpha=1 / epsilon)
+        scaling = scaling.clamp_(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp_()
+        mass = matrix_vector(self.kernel if side == "xy" else self.kernel.mT, scaling)
+        return torch.sub(self.absorbed[side], mass.log_(), alpha=epsilon)
 
-
-def _kernel_and_top(cost: Tensor, potential: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """exp((f_i + g_j - C_ij) / ε) with f such that the largest entry of each row is 1: no row can underflow."""
-    exponent = torch.sub(potential[:, None, :], cost).div_(epsilon)
-    top = exponent.amax(2, keepdim=True)
-    # Without the clamp the products are denormal numbers, which cost a CPU ten times the time of others.
-    return exponent.sub_(top).clamp_min_(-_RANGE).exp_(), top
+    def _rebuild(self, epsilon: float, potential: Tensor) -> None:
+        rows, columns = self.cost.shape[1:]
+        self.epsilon = epsilon
+        self.kernel = self.cost  # frees the old kernel before the new one is made
+        exponent = torch.addcmul((potential / epsilon)[:, None], self.cost, self.inverse, value=-1 / epsilon)
+        largest = exponent.amax(2, keepdim=True)
+        # Without the clamp there are denormal numbers, which slow a CPU down ten times.
+        self.kernel = exponent.sub_(largest).clamp_min_(-EXPONENT_LIMIT).exp_()
+        largest = largest.squeeze(2)
+        self.absorbed = {"xy": largest * -epsilon, "yx": potential}
+        self.shift = {"xy": potential.mul(-1 / epsilon).sub_(math.log(columns)), "yx": largest.sub_(math.log(rows))}

@@ -1,7 +1,12 @@
-r"""Entropic transport plans between uniform masses: the minimisers of ⟨P, M⟩ + ε KL(P, a bᵀ), by Sinkhorn's algorithm.
+r"""Entropic transport plans between uniform masses: minimisers of ⟨P, M⟩ + ε KL(P, a bᵀ), by Sinkhorn's algorithm.
 
-Everything iterates on a kernel with absorbed potentials, the scaling form: an iteration is two matrix-vector products
-instead of two passes of exponentials over the cost matrix.
+A solve without a potential, such as the first one of a pair, starts with GeomLoss' annealed loop (see
+:mod:`~lightning_otrt.transport.geomloss_loop`). From its potential, or from that of an earlier solve, alternating
+updates go on at the last ε. They converge about twice as fast there as GeomLoss' symmetric ones, and end on the
+student's side, whose masses are then exact.
+
+All updates use a kernel with absorbed potentials, the scaling form: an iteration is two matrix-vector products instead
+of two passes of exponentials over the cost matrix.
 
 Nothing here is differentiable: a plan is a constant of the backward pass.
 """
@@ -14,31 +19,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.geomloss_loop import annealed_potential
+from lightning_otrt.transport.geomloss_loop import EXPONENT_LIMIT, annealed_potential
+from lightning_otrt.transport.tensors import matrix_vector
 
-__all__ = ["EntropicPlan", "sinkhorn_plan"]
+__all__ = ["TRAINING_ITERATIONS", "WARM_ITERATIONS", "EntropicPlan", "sinkhorn_plan"]
 
-#: ε of GeomLoss' annealing iterations in units of the mean cost, since each new ε costs a pass of exponentials.
-ANNEALING: tuple[float, ...] = (0.3, 0.3, 0.06, 0.06, 0.06, 0.06)
-#: The staircase of a training step, as (multiple of the last ε, updates), and its updates at the last ε, where nothing
-#: may wait for the device to report the error.
-STAIRCASE: tuple[tuple[int, int], ...] = ((20, 2), (5, 3))
-TRAINING_ITERATIONS = 8
-#: The same where a solve starts from the potential of an earlier one, which the network and the batch have left behind.
+#: Updates of a training step at the last ε, where nothing may wait for the device to report the error: after the
+#: annealed loop, and from the potential of an earlier solve, since when the network and the batch have changed.
+TRAINING_ITERATIONS = 14
 WARM_ITERATIONS = 20
-#: Iterations between two absorptions of the potentials; float32 scalings overflow after many more.
+#: Updates between two absorptions of the potentials; float32 scalings overflow after many more.
 BLOCK = 10
 #: Marginal error (L1, of a total mass of 1) at which the iterations stop, and the one above which they have failed.
 TOLERANCE = 1e-3
 FAILURE = 1e-2
 MAX_ITERATIONS = 5_000
-_TINY = 1e-30
-#: Exponents beyond which scalings and kernels are cut: e^±40 squared stays within float32.
-_RANGE = 40.0
+#: The smallest mass that a scaling is divided by.
+SMALLEST_MASS = 1e-30
 
 
 class EntropicPlan(NamedTuple):
-    """An entropic plan with what the next solve starts from.
+    """Entropic plans of a batch, with what the next solve starts from.
 
     Attributes:
         matrix: ``(B, N, M)``; rows sum to 1/N exactly.
@@ -66,64 +67,69 @@ def sinkhorn_plan(
     Args:
         cost: ``(B, N, M)``, finite, non-negative, float32 or float64.
         epsilon: Regularisation relative to the mean of each cost matrix.
-        potential: Potential of an earlier solve ``(B, M)`` to start from. It is better than any larger ε before: those
-            undo what it knows.
+        potential: Potential of an earlier solve ``(B, M)`` to start from, instead of GeomLoss' annealed loop.
         iterations: Alternating updates at the last ε, without any wait for the device. None iterates until the marginal
             error is below 1e-3.
-        mean: Mean of each cost ``(B,)``, where it is known.
+        mean: Mean of each cost ``(B,)``, if it is known.
 
     Raises:
         RuntimeError: With ``iterations=None``, if the marginal error stays above 1e-2.
+
+    Example:
+        >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+        >>> sinkhorn_plan(cost, 0.1).matrix.round(decimals=3)
+        tensor([[[0.5000, 0.0000],
+                 [0.0000, 0.5000]]])
     """
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         mean = (cost.mean((1, 2)) if mean is None else mean)[:, None, None]
         inverse = 1 / torch.where(mean > 0, mean, 1.0)
-        if iterations is not None:
-            if potential is None:
-                # From here every column is within reach of the row that is nearest to it.
-                potential = cost.amin(1).mul_(inverse.squeeze(2))
-                for multiple, count in STAIRCASE:
-                    potential = _potential(cost, potential, multiple * epsilon, count, inverse)
-            else:
-                potential = _reach(cost, potential, epsilon, inverse)
-            return _alternate(cost, potential, epsilon, iterations, inverse)
         if potential is None:
-            potential = annealed_potential(cost * inverse, [max(step, epsilon) for step in ANNEALING])
-        spent = 0
-        while True:
-            result = _alternate(cost, _reach(cost, potential, epsilon, inverse), epsilon, BLOCK, inverse)
-            spent += BLOCK
-            error = result.marginal_error.max().item()
-            if error <= TOLERANCE or not spent < MAX_ITERATIONS:
-                break
-            potential = result.potential
-        # What the floor of the kernel holds up is no plan: without it the columns tell.
-        result = _without_floor(cost, result.potential, epsilon, inverse)
+            potential = annealed_potential(cost, epsilon, inverse)
+        if iterations is None:
+            return _converge(cost, potential, epsilon, inverse)
+        return _alternate(cost, _raise_unreachable(cost, potential, epsilon, inverse), epsilon, iterations, inverse)
+
+
+def _converge(cost: Tensor, potential: Tensor, epsilon: float, inverse: Tensor) -> EntropicPlan:
+    """Alternating updates until the marginal error is below the tolerance; each block waits for the device."""
+    spent = 0
+    while True:
+        start = _raise_unreachable(cost, potential, epsilon, inverse)
+        result = _alternate(cost, start, epsilon, BLOCK, inverse)
+        spent += BLOCK
         error = result.marginal_error.max().item()
-        while not error <= TOLERANCE and spent < MAX_ITERATIONS:
-            potential = _logarithmic(cost, result.potential, epsilon, BLOCK, inverse)
-            result = _without_floor(cost, potential, epsilon, inverse)
-            spent += BLOCK
-            error = result.marginal_error.max().item()
-        if not error <= FAILURE:
-            raise RuntimeError(
-                f"The transport plan for a cost of shape {tuple(cost.shape[1:])} did not converge: after {spent} "
-                f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at "
-                f"epsilon={epsilon:g} of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
-                'Use a larger `epsilon` or `plan="exact"`.'
-            )
-        return result
+        if error <= TOLERANCE or not spent < MAX_ITERATIONS:
+            break
+        potential = result.potential
+    # The floor of the kernel can hold up masses that the true plan does not have. Without it the error shows them.
+    result = _without_floor(cost, result.potential, epsilon, inverse)
+    error = result.marginal_error.max().item()
+    while not error <= TOLERANCE and spent < MAX_ITERATIONS:
+        potential = _logarithmic_updates(cost, result.potential, epsilon, BLOCK, inverse)
+        result = _without_floor(cost, potential, epsilon, inverse)
+        spent += BLOCK
+        error = result.marginal_error.max().item()
+    if not error <= FAILURE:
+        raise RuntimeError(
+            f"The transport plan for a cost of shape {tuple(cost.shape[1:])} did not converge: after {spent} "
+            f"iterations its marginal error is {error:.2g} (at most {FAILURE:g} is accepted) at "
+            f"epsilon={epsilon:g} of the mean cost, with costs between {cost.min():.3g} and {cost.max():.3g}. "
+            'Use a larger `epsilon` or `plan="exact"`.'
+        )
+    return result
 
 
-def _reach(cost: Tensor, potential: Tensor, epsilon: float, inverse: Tensor) -> Tensor:
-    """The potential, raised where a column is out of reach of every row, up to where it is not.
+def _raise_unreachable(cost: Tensor, potential: Tensor, epsilon: float, inverse: Tensor) -> Tensor:
+    """The potential, raised for each column that is out of reach of every row, until one row reaches it.
 
-    Else all entries of such a column are the floor of the kernel, which the updates fill from all rows alike, with
-    marginals as right as they are meaningless. No converged plan has a column that would be raised.
+    Otherwise all entries of such a column are the floor of the kernel. The updates then fill the column from all rows
+    evenly: a false fixed point, whose marginals are right although it is no plan. No converged plan has a column that
+    would be raised.
     """
     slack = torch.addcmul(potential[:, None], cost, -inverse)
     nearest = slack.sub_(slack.amax(2, keepdim=True)).amax(1)
-    return potential - nearest.add_(_RANGE / 2 * epsilon).clamp_max_(0)
+    return potential - nearest.add_(EXPONENT_LIMIT / 2 * epsilon).clamp_max_(0)
 
 
 def _without_floor(cost: Tensor, potential: Tensor, epsilon: float, inverse: Tensor) -> EntropicPlan:
@@ -134,8 +140,8 @@ def _without_floor(cost: Tensor, potential: Tensor, epsilon: float, inverse: Ten
     return EntropicPlan(matrix, potential, teacher_mass, (teacher_mass - 1 / columns).abs_().sum(1))
 
 
-def _logarithmic(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> Tensor:
-    """The potential after alternating updates of logarithms: slow, and right whatever the costs span."""
+def _logarithmic_updates(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> Tensor:
+    """The potential after alternating updates of logarithms: slow, and right whatever range the costs span."""
     rows, columns = cost.shape[1:]
     scaled = cost * (inverse / -epsilon)
     potential = potential / epsilon
@@ -146,45 +152,36 @@ def _logarithmic(cost: Tensor, potential: Tensor, epsilon: float, iterations: in
 
 
 def _alternate(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> EntropicPlan:
-    """Alternating updates of the two potentials; ``inverse`` ``(B, 1, 1)`` is 1 / mean of the costs."""
+    """The plan after alternating updates of the two potentials; ``inverse`` ``(B, 1, 1)`` is 1 / mean of the costs."""
     rows, columns = cost.shape[1:]
     while iterations > BLOCK:
-        potential = _potential(cost, potential, epsilon, BLOCK, inverse)
+        potential = _absorb(potential, _updates(cost, potential, epsilon, BLOCK, inverse)[1], epsilon)
         iterations -= BLOCK
     kernel, v = _updates(cost, potential, epsilon, iterations, inverse)
     potential = _absorb(potential, v, epsilon)
-    u = _times(kernel, v).reciprocal_().div_(rows)
-    teacher_mass = torch.bmm(kernel.mT, u).mul_(v).squeeze(2)
-    matrix = kernel.mul_(u).mul_(v.mT)
+    u = matrix_vector(kernel, v).reciprocal_().div_(rows)
+    teacher_mass = matrix_vector(kernel.mT, u).mul_(v)
+    matrix = kernel.mul_(u[..., None]).mul_(v[:, None])
     return EntropicPlan(matrix, potential, teacher_mass, (teacher_mass - 1 / columns).abs_().sum(1))
-
-
-def _potential(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> Tensor:
-    """The potential after alternating updates, without its plan."""
-    return _absorb(potential, _updates(cost, potential, epsilon, iterations, inverse)[1], epsilon)
 
 
 def _updates(
     cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A kernel around ``potential`` and the scaling v of its columns ``(B, M, 1)`` after some updates of both sides."""
+    """A kernel around ``potential``, and the scaling v of its columns ``(B, M)`` after updates of both sides."""
     kernel = torch.softmax(torch.addcmul((potential / epsilon)[:, None], cost, inverse / -epsilon), 2)
-    # The floor keeps every column within reach, and products off denormal numbers, which are slow on a CPU.
-    kernel = kernel.clamp_min_(math.exp(-_RANGE))
+    # The floor keeps every column within reach, and products off denormal numbers, which slow a CPU down ten times.
+    kernel = kernel.clamp_min_(math.exp(-EXPONENT_LIMIT))
     # The softmax is the first update of the rows; constant factors of u and v cancel.
-    v = kernel.sum(1).reciprocal_()[..., None]
+    v = kernel.sum(1).reciprocal_()
     for _ in range(iterations - 1):
-        u = _times(kernel, v).reciprocal_()
-        v = torch.bmm(kernel.mT, u).clamp_min_(_TINY).reciprocal_()
+        u = matrix_vector(kernel, v).reciprocal_()
+        v = matrix_vector(kernel.mT, u).clamp_min_(SMALLEST_MASS).reciprocal_()
     return kernel, v
 
 
-def _times(kernel: Tensor, v: Tensor) -> Tensor:
-    """``kernel @ v``; for a batch of one ``mv`` takes half as long as ``bmm``."""
-    return kernel[0].mv(v[0, :, 0])[None, :, None] if kernel.shape[0] == 1 else torch.bmm(kernel, v)
-
-
 def _absorb(potential: Tensor, v: Tensor, epsilon: float) -> Tensor:
-    step = v.squeeze(2).log()
-    # The potentials are known up to a constant, which the row update absorbs; centred they stay of order one.
+    """The potential with the scaling ``v`` of the columns in it."""
+    step = v.log()
+    # Potentials are known up to a constant, which the update of the rows absorbs. Centred they stay of order one.
     return torch.add(potential, step - step.mean(1, keepdim=True), alpha=epsilon)

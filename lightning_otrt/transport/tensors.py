@@ -73,8 +73,12 @@ def product(matrix: Tensor, x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
-    """``matrix @ vector`` for each of a batch. ``mv`` and ``bmm`` are five times faster than ``matmul`` here."""
-    return matrix.mv(vector) if matrix.dim() == 2 else torch.bmm(matrix, vector[..., None]).squeeze(-1)
+    """``matrix @ vector`` for each of a batch, with ``mv`` wherever it will do: it takes half the time of ``bmm``."""
+    if matrix.dim() == 2:
+        return matrix.mv(vector)
+    if matrix.shape[0] == 1:
+        return matrix[0].mv(vector[0])[None]
+    return torch.bmm(matrix, vector[..., None]).squeeze(-1)
 
 
 def norms(y: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def test_contract_same_potentials_as_the_dense_softmin_of_geomloss(rows: int, co
         return softmin_dense(epsilon, log_weights, cost if side == "xy" else cost.mT, potential)
 
     matrices = []
-    for softmin in (dense, ScalingSoftmin(cost)):
+    for softmin in (dense, ScalingSoftmin(cost, torch.ones(3, 1, 1))):
         found = run_geomloss_loop(cost, epsilons, softmin)
         assert found.f_ba.shape == (3, rows)
         assert found.g_ab.shape == (3, columns)
@@ -39,7 +39,7 @@ def test_contract_same_potentials_as_the_dense_softmin_of_geomloss(rows: int, co
 
 
 def test_contract_order_of_the_calls() -> None:
-    """ScalingSoftmin rebuilds its kernel on the "xy" call of a new ε: so that call must come first, with g of then."""
+    """ScalingSoftmin rebuilds its kernel at a new ε from the potential of the "xy" call, which has to come first."""
     cost = random_cost(6, 9)
     calls: list[tuple[float, str, tuple[int, ...], float]] = []
 
@@ -51,7 +51,7 @@ def test_contract_order_of_the_calls() -> None:
     # One pair a step, then the last, parallel update at the last ε.
     expected = [step for epsilon in (math.inf, 0.3, 0.3, 0.1, 0.1) for step in ((epsilon, "xy"), (epsilon, "yx"))]
     assert [call[:2] for call in calls] == expected
-    # "xy" is asked with the teacher's potential and weights, "yx" with the student's; the weights sum to 1.
+    # "xy" comes with the teacher's potential and weights, "yx" with the student's; the weights sum to 1.
     assert {call[1:3] for call in calls} == {("xy", (1, 9)), ("yx", (1, 6))}
     assert [call[3] for call in calls] == pytest.approx([1.0] * len(calls))
 
@@ -84,13 +84,15 @@ def test_softmin_at_infinity_is_that_of_geomloss() -> None:
     for side, matrix in (("xy", cost), ("yx", cost.mT)):
         weights = cost.new_full((1, matrix.shape[2]), -math.log(matrix.shape[2]))
         expected = softmin_dense(math.inf, weights, matrix, 0 * weights)
-        torch.testing.assert_close(ScalingSoftmin(cost)(math.inf, weights, side, 0 * weights), expected)
+        torch.testing.assert_close(
+            ScalingSoftmin(cost, torch.ones(1, 1, 1))(math.inf, weights, side, 0 * weights), expected
+        )
 
 
 def test_softmin_of_a_far_potential_stays_finite() -> None:
-    """Its exponential overflows float32; cut, it is taken up when the next ε rebuilds the kernel."""
+    """Its exponential would overflow float32."""
     cost = random_cost(6, 9)
-    softmin = ScalingSoftmin(cost)
+    softmin = ScalingSoftmin(cost, torch.ones(1, 1, 1))
     weights = [cost.new_full((1, size), -math.log(size)) for size in (6, 9)]
     near = softmin(0.01, weights[1], "xy", torch.zeros(1, 9))
     for distance in (-100.0, 100.0):
@@ -102,7 +104,7 @@ def test_contract_autograd_mode_is_restored(enabled: bool, solver: str) -> None:
     cost = random_cost(6, 9).requires_grad_()
     with torch.set_grad_enabled(enabled):
         if solver == "loop":
-            run_geomloss_loop(cost.detach(), [0.3, 0.1], ScalingSoftmin(cost.detach()))
+            run_geomloss_loop(cost.detach(), [0.3, 0.1], ScalingSoftmin(cost.detach(), torch.ones(1, 1, 1)))
             assert torch.is_grad_enabled() == enabled
         result = sinkhorn_plan(cost, 0.01)
         assert torch.is_grad_enabled() == enabled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import ot
@@ -11,10 +12,12 @@ import pytest
 import torch
 from geomloss.ot import solve_batch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transport_problems import SHAPES, check_plan, cloud, cost_between, oracle_sinkhorn, random_cost
 
 from lightning_otrt.transport import geomloss_loop, sinkhorn
 from lightning_otrt.transport.diagnostics import diagnose
+from lightning_otrt.transport.geomloss_loop import ScalingSoftmin
 from lightning_otrt.transport.plans import exact_plan
 from lightning_otrt.transport.sinkhorn import FAILURE, TOLERANCE, sinkhorn_plan
 
@@ -256,8 +259,8 @@ def test_training_solve_is_accurate_enough() -> None:
         assert result.marginal_error.item() <= 3e-2
 
 
-def test_first_training_solve_needs_its_staircase() -> None:
-    """From a potential of zero the few updates of a training step leave masses of rectified neurons far off."""
+def test_first_training_solve_needs_the_annealed_loop() -> None:
+    """From a potential of zero as many updates leave the masses of rectified neurons further off."""
     scales = [torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows)).exp() for rows in (256, 128)]
     y, x = (cloud(len(scale), 64, seed=3 + k).relu() * scale for k, scale in enumerate(scales))
     cost = cost_between(y, x)[None]
@@ -271,7 +274,9 @@ def test_first_training_solve_needs_its_staircase() -> None:
 def test_kernel_holds_no_denormal_number() -> None:
     """They cost a CPU ten times the time of others, and hard costs are full of them."""
     cost = 100 * torch.rand(2, 32, 24)
-    loop, _ = geomloss_loop._kernel_and_top(cost, torch.zeros(2, 24), 0.005)
+    softmin = ScalingSoftmin(cost, torch.ones(2, 1, 1))
+    softmin(0.005, torch.zeros(2, 24), "xy", torch.zeros(2, 24))
+    loop = softmin.kernel
     assert (loop.amax(2) == 1).all()
     updates, _ = sinkhorn._updates(cost, torch.zeros(2, 24), 0.005, 5, torch.ones(2, 1, 1))
     for kernel in (loop, updates):
@@ -291,3 +296,40 @@ def test_default_solves_agree_with_the_converged_public_solver(kind: str, is_per
     for iterations in (None, sinkhorn.TRAINING_ITERATIONS):
         found = (sinkhorn_plan(cost, 0.01, iterations=iterations).matrix * cost).sum().item()
         assert found == pytest.approx(expected, rel=5e-3)
+
+
+def test_a_given_number_of_iterations_never_waits_for_the_device() -> None:
+    """A fake tensor has no values: whatever asks for one raises."""
+    with FakeTensorMode():
+        cost = torch.rand(2, 8, 6)
+        cold = sinkhorn_plan(cost, 0.01, iterations=sinkhorn.TRAINING_ITERATIONS)
+        sinkhorn_plan(cost, 0.01, potential=cold.potential, iterations=sinkhorn.WARM_ITERATIONS)
+        with pytest.raises(DataDependentOutputException):
+            sinkhorn_plan(cost, 0.01)
+
+
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_geomloss_starts_what_has_no_potential(iterations: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of its loop for a whole batch, and none with a potential of an earlier solve."""
+    calls: list[torch.Size] = []
+    loop = geomloss_loop.run_geomloss_loop
+
+    def counted(cost: Tensor, *args: Any) -> Any:
+        calls.append(cost.shape)
+        return loop(cost, *args)
+
+    monkeypatch.setattr(geomloss_loop, "run_geomloss_loop", counted)
+    cost = random_cost(24, 16, batch=3)
+    potential = sinkhorn_plan(cost, 0.05, iterations=iterations).potential
+    assert calls == [(3, 24, 16)]
+    sinkhorn_plan(cost, 0.05, iterations=iterations, potential=potential)
+    assert len(calls) == 1
+
+
+def test_a_cost_that_is_not_finite_leaves_the_others_of_its_batch_alone(solver: str) -> None:
+    cost = random_cost(24, 16, batch=2)
+    alone = sinkhorn_plan(cost[:1], 0.05, iterations=60)
+    cost[1, 3, 5] = math.nan
+    together = sinkhorn_plan(cost, 0.05, iterations=60)
+    torch.testing.assert_close(together.matrix[0], alone.matrix[0], rtol=0, atol=1e-3 * alone.matrix.max().item())
+    assert together.marginal_error[1].isnan()
