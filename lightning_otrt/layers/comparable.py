@@ -18,24 +18,24 @@ __all__ = ["LayerChoice", "choose_layers", "comparable_layers"]
 #: A choice of layers of one network; see :func:`choose_layers`.
 LayerChoice: TypeAlias = str | int | Sequence[str | int]
 
-#: More layers than this are the insides of blocks rather than blocks.
+#: A network seldom has more blocks than this; more layers are parts of blocks.
 _AT_MOST = 40
 _LINEAR = ("linear", "pointwise", "conv")
 
 
 def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ...]:
-    """The layers of a network whose comparison with those of another one tells something: blocks, not every operation.
+    """The layers of a network that are worth comparing with those of another one: blocks, not every operation.
 
     Starting from the whole network, containers are opened level by level: sequences, and modules that hold numbered
-    blocks of one class, each of several linear maps. The levels are taken as long as there are at most ``at_most``
-    layers. Layers without children stand for themselves together with what follows up to the next linear map: of
-    convolution, normalisation and activation the activation is taken. Left out are the classification head and what
-    comes after it, layers that run more than once, layers without a known neuron axis, what does nothing in evaluation
-    mode, and children whose output their parent hands on.
+    blocks of one type, each with several linear maps. A level is added as long as there are at most ``at_most`` layers
+    in all. Of layers without children, the last one before the next linear map is taken: of a convolution, its
+    normalisation and its activation it is the activation. Left out are the classification head and what comes after
+    it, layers that run more than once, layers without a known neuron axis, layers that add nothing in evaluation mode,
+    and children whose output their parent returns unchanged.
 
     Args:
         trace: One forward of the network.
-        at_most: Largest number of layers; more only where the first level that has any holds more.
+        at_most: Largest number of layers. There may be more if the first level with any layer has more.
 
     Returns:
         Names in the order of completion.
@@ -43,7 +43,6 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from lightning_otrt.layers.comparable import comparable_layers
         >>> from lightning_otrt.reading.tracer import trace
         >>> hidden = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh()]
         >>> net = nn.Sequential(*hidden, nn.Linear(6, 3))
@@ -51,7 +50,8 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
         ('2', '4')
     """
     children = _children(trace)
-    usable = {layer.name: layer for layer in trace.layers if _is_usable(layer, trace)}
+    head = classification_head(trace)
+    usable = {layer.name: layer for layer in trace.layers if _is_usable(layer, trace, head)}
     known = {layer.name: layer for layer in trace.layers}
     found: dict[str, TracedLayer] = {}
     level = [trace.root]
@@ -60,7 +60,7 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
         new = {
             name: usable[name]
             for name in (name for names in inside for name in names)
-            if not _is_handed_on(usable[name], found)
+            if not _is_output_of_parent(usable[name], found)
         }
         if found and len(found) + len(new) > at_most:
             break
@@ -69,13 +69,13 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     return tuple(sorted(found, key=lambda name: found[name].order or 0))
 
 
-def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]:
+def choose_layers(choice: LayerChoice, trace: Trace, side: str) -> dict[str, int]:
     """The layers of one network that a choice stands for, with their neuron axes, in the order of the network.
 
     Args:
         choice: ``"auto"`` (:func:`comparable_layers`), ``"all"`` (all that can be recorded), names, globs,
             ``"re:..."``, indices, ``"name:input"``, ``"blocks"`` or ``"penultimate"``; one or a list of them.
-        seen: One forward of the network.
+        trace: One forward of the network.
         side: ``"student"`` or ``"teacher"``, for errors.
 
     Raises:
@@ -91,16 +91,16 @@ def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]
     names: list[str | int] = []
     for selector in selectors:
         if selector == "auto":
-            names += comparable_layers(seen)
+            names += comparable_layers(trace)
         elif selector == "all":
-            names += [layer.name for layer in seen.recordable() if layer.neuron_axis is not None]
+            names += [layer.name for layer in trace.recordable() if layer.neuron_axis is not None]
         elif selector == "matched":
             raise ValueError('"matched" pairs layers; here they are all compared. Use "auto" or "blocks".')
         else:
             names.append(selector)
-    found = select_layers(names, seen, side)
-    # In the order of the network, on which the pairing relies; what enters a layer is there before what leaves it.
-    found = dict(sorted(found.items(), key=lambda item: (seen.layer(item[0]).order or 0, not item[0].endswith(INPUT))))
+    found = select_layers(names, trace, side)
+    # The pairing relies on the order of the network, in which the input of a layer comes before its output.
+    found = dict(sorted(found.items(), key=lambda item: (trace.layer(item[0]).order or 0, not item[0].endswith(INPUT))))
     if not found:
         option = "layers" if side == "student" else "teacher_layers"
         raise ValueError(f"No layer of the {side} can be compared. Name its layers, such as {option}=['fc:input'].")
@@ -108,7 +108,7 @@ def choose_layers(choice: LayerChoice, seen: Trace, side: str) -> dict[str, int]
 
 
 def _children(trace: Trace) -> dict[str, list[str]]:
-    """Children of each module in order of completion; those of a container that is never called are its parent's."""
+    """Modules that ran, by the next module around them that ran, in order of completion."""
     called = {layer.name for layer in trace.layers if layer.calls} | {trace.root}
     children: dict[str, list[str]] = {layer.name: [] for layer in trace.layers}
     for layer in sorted(trace.layers, key=lambda layer: layer.order or 0):
@@ -121,8 +121,7 @@ def _children(trace: Trace) -> dict[str, list[str]]:
     return children
 
 
-def _is_usable(layer: TracedLayer, trace: Trace) -> bool:
-    head = classification_head(trace)
+def _is_usable(layer: TracedLayer, trace: Trace, head: TracedLayer | None) -> bool:
     tensor = layer.output
     if not layer.is_recordable or layer.name == trace.root or tensor is None or tensor.neuron_axis is None:
         return False
@@ -133,24 +132,24 @@ def _is_usable(layer: TracedLayer, trace: Trace) -> bool:
 
 def _representatives(names: list[str], usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> Iterator[str]:
     """Of siblings all containers, and the last of each group of layers without children."""
-    group: str | None = None
+    last: str | None = None
     for name in names:
         layer = known[name]
         starts = layer.is_container or layer.role in _LINEAR or "Embedding" in layer.kind
-        if starts and group is not None:
-            yield group
-            group = None
+        if starts and last is not None:
+            yield last
+            last = None
         if name in usable:
             if layer.is_container:
                 yield name
             else:
-                group = name
-    if group is not None:
-        yield group
+                last = name
+    if last is not None:
+        yield last
 
 
-def _is_handed_on(layer: TracedLayer, found: dict[str, TracedLayer]) -> bool:
-    """Whether a parent that is taken gives the very same tensor."""
+def _is_output_of_parent(layer: TracedLayer, found: dict[str, TracedLayer]) -> bool:
+    """Whether a module around the layer was found already and returns the very same tensor."""
     return any(
         layer.name.startswith(f"{name}.") and layer.output_from == outer.output_from for name, outer in found.items()
     )
@@ -161,7 +160,7 @@ def _is_opened(layer: TracedLayer, usable: dict[str, TracedLayer], known: dict[s
         return False
     if layer.name not in usable or layer.kind == "Sequential":
         return True
-    # A convolution with its normalisation is numbered too; a block holds more than one linear map.
+    # A numbered module with one linear map, such as a convolution with its normalisation, is no block.
     inside = [known[name] for name in known if name.startswith(f"{layer.name}.")]
     blocks = [block for block in inside if block.is_container and _linear_maps(block, inside) > 1]
     return max(Counter((re.sub(r"\d+", "#", block.name), block.kind) for block in blocks).values(), default=0) > 1

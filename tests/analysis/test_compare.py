@@ -12,16 +12,13 @@ import lightning.pytorch as pl
 import matplotlib as mpl
 import pytest
 import torch
-from helpers import LAYERS, Task, assert_same, hooks, loader, make_task, make_teacher, seeded, weights
+from helpers import LAYERS, assert_same, hooks, loader, make_task, make_teacher, weights
 from torch import nn
 
 from lightning_otrt import RepresentationTransfer, transport_distance
 from lightning_otrt.analysis.batches import batch_inputs
 from lightning_otrt.analysis.compare import compare_representations
-from lightning_otrt.layers.comparable import comparable_layers
-from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.reading.neurons import neurons
-from lightning_otrt.reading.tracer import trace
 
 mpl.use("Agg")
 
@@ -300,137 +297,6 @@ class TestBatchInputs:
     def test_errors(self, batch):
         with pytest.raises(TypeError, match="Pass `inputs=`"):
             batch_inputs(batch)
-
-
-class TestComparableLayers:
-    def names(self, net, *shape):
-        return comparable_layers(trace(net, (torch.randn(2, *shape),)))
-
-    def test_resnet(self):
-        assert self.names(small_resnet(), 3, 64, 64) == (
-            *("maxpool", "layer1.0", "layer1", "layer2.0", "layer2"),
-            *("layer3", "layer4", "avgpool"),
-        )
-
-    def test_mobilenet_has_its_blocks_and_not_what_is_in_them(self):
-        from torchvision.models import mobilenet_v3_small
-
-        blocks = [f"features.{block}" for block in range(12)]
-        assert self.names(mobilenet_v3_small(), 3, 64, 64) == (*blocks, "features", "avgpool", "classifier.1")
-
-    def test_plain_stack(self):
-        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Conv2d(4, 4, 3), nn.ReLU()]
-        assert self.names(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3)), 1, 8, 8) == ("2", "6")
-
-    def test_inside_a_lightning_module(self):
-        assert self.names(Task(), 1, 8, 8) == ("net.block1", "net.block2")
-
-    def test_at_most(self):
-        seen = trace(small_resnet(), (torch.randn(2, 3, 64, 64),))
-        assert comparable_layers(seen, at_most=6) == ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
-        deep = nn.Sequential(*[nn.Linear(4, 4) for _ in range(60)])
-        assert len(self.names(deep, 4)) > 40
-
-
-class TestMatchInOrder:
-    @pytest.mark.parametrize("shape", [(3, 3), (2, 5), (5, 2), (1, 4), (4, 1)])
-    def test_is_the_best_of_all(self, shape):
-        for _ in range(20):
-            distances = torch.rand(shape)
-            pairs = match_in_order(distances)
-            assert len(pairs) == min(shape)
-            assert sum(distances[i, j] for i, j in pairs) == pytest.approx(self.brute_force(distances), abs=1e-6)
-
-    @staticmethod
-    def brute_force(distances):
-        rows, columns = distances.shape
-        count = min(rows, columns)
-        return min(
-            float(distances[list(i), list(j)].sum())
-            for i in itertools.combinations(range(rows), count)
-            for j in itertools.combinations(range(columns), count)
-        )
-
-    def test_pairs_that_do_not_exist(self):
-        distances = torch.tensor([[math.nan, 0.1], [0.2, math.nan]])
-        assert match_in_order(distances) == [(0, 1)]
-        assert match_in_order(torch.full((2, 2), math.nan)) == []
-        assert match_in_order(torch.zeros(0, 3)) == []
-
-
-class TestMatched:
-    def pairs(self, student, teacher, layers="matched", x=None):
-        transfer = RepresentationTransfer(teacher, layers)
-        with transfer.attached(student):
-            student(torch.randn(16, 1, 8, 8) if x is None else x)
-            transfer.loss()
-        assert hooks(student, transfer.teacher.module) == []
-        return [(pair.student, pair.teacher) for pair in transfer.pairs]
-
-    def test_follows_distance_rather_than_depth(self):
-        """The student has the first and the last of three equal maps of its teacher, but not the one in the middle."""
-        teacher = nn.Sequential(*(seeded(i, conv_block, 4 if i else 1) for i in range(3)), nn.AvgPool2d(2), Head(64))
-        student = nn.Sequential(copy.deepcopy(teacher[0]), nn.AvgPool2d(2), Head(64))
-        assert self.pairs(student, teacher, "auto")[0][1] == "2"
-        assert self.pairs(student, teacher)[0] == ("0", "0")
-
-    def test_does_not_change_the_student(self):
-        task = make_task(dropout=0.5)
-        before, state = weights(task), torch.get_rng_state()
-        x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        transfer = RepresentationTransfer(make_teacher(), "matched")
-        with transfer.attached(task.eval()):
-            task(x)
-            transfer.loss()
-        assert_same(weights(task), before)
-        assert torch.equal(torch.get_rng_state(), state)
-
-    def test_mixes_with_other_words(self):
-        found = self.pairs(make_task().net, make_teacher(), ["matched", "penultimate"])
-        assert found == [("block1", "block1"), ("block2", "block2"), ("dropout:input", "dropout:input")]
-
-    def test_is_penultimate_where_there_are_no_blocks(self):
-        nets = [nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2)) for width in (3, 5)]
-        assert self.pairs(*nets, x=torch.randn(8, 4)) == [("2:input", "2:input")]
-
-    def test_nothing_to_compare(self):
-        with pytest.raises(ValueError, match='"matched" found no pair'):
-            self.pairs(Maps(), Tokens())
-
-    def test_on_one_side(self):
-        with pytest.raises(ValueError, match='Use "matched" by itself'):
-            RepresentationTransfer(make_teacher(), {"matched": "block1"}).attach(make_task())
-
-
-def conv_block(channels):
-    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.Tanh())
-
-
-class Head(nn.Linear):
-    def __init__(self, features) -> None:
-        super().__init__(features, 3)
-
-    def forward(self, x):
-        return super().forward(x.flatten(1))
-
-
-class Maps(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-
-    def forward(self, x):
-        return self.conv(x).mean((1, 2, 3))
-
-
-class Tokens(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)]
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x):
-        return self.blocks(x[:, 0, :6]).mean((1, 2))
 
 
 def test_two_torchvision_models():

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import nn
 from zoo import CASES, RESNET, VIT, Case, timm_model
 
 from lightning_otrt.layers.resolve import resolve_layers
 from lightning_otrt.layers.table import format_pairs
-from lightning_otrt.reading.tracer import trace
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,22 +59,8 @@ def test_across_architectures(student, teacher, expected):
     assert (pair.student, pair.teacher) == (CASES[student].penultimate, CASES[teacher].penultimate)
 
 
-def test_auto_without_positions_is_penultimate():
-    mlp = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 3))
-    seen = trace(mlp, (torch.randn(4, 6),))
-    assert [pair.student for pair in resolve_layers("auto", seen, seen)] == ["2:input"]
-    resnet = CASES["resnet18"].trace()
-    assert [pair.student for pair in resolve_layers("auto", resnet, seen)] == ["fc:input"]
-
-
 def test_a_network_without_head_has_blocks_alone():
     seen = Case(timm_model("resnet10t", num_classes=0), [], "").trace()
     assert [pair.student for pair in resolve_layers("auto", seen, seen)][-1] == "layer4"
     with pytest.raises(ValueError, match=r"No classification head was found in the student \(ResNet\)"):
         resolve_layers("penultimate", seen, seen)
-
-
-def test_dense_prediction_never_matches_its_own_output():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
-    seen = trace(nn.Sequential(net), (torch.randn(2, 3, 16, 16),))
-    assert [pair.student for pair in resolve_layers("blocks", seen, seen)] == ["0.2"]

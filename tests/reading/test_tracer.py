@@ -1,86 +1,14 @@
-"""A traced forward leaves the model as it was, and knows along which axis neurons lie."""
+"""What a traced forward notes: order, calls, where tensors come from, and the axes of neurons and samples."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_otrt.layers.names import named_layers, named_tensors
 from lightning_otrt.layers.resolve import resolve_layers
-from lightning_otrt.layers.table import format_pairs
-from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.tracer import trace
-
-
-class Noisy(nn.Module):
-    """Draws random numbers, keeps statistics, replaces and adds buffers, in every mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-        self.drop = nn.Dropout(0.5)
-        self.frozen = nn.BatchNorm2d(3).eval()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("last", torch.full((2,), torch.nan))
-        self.fails = False
-
-    def train(self, mode: bool = True) -> Noisy:
-        raise AssertionError("overridden `train` must not be called")
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        self.last = x.mean((1, 2, 3))
-        self.register_buffer("added", torch.ones(()))
-        x = self.frozen(self.drop(self.norm(x + torch.randn_like(x))))
-        torch.set_grad_enabled(True)
-        if self.fails:
-            raise RuntimeError("fails on purpose")
-        return x
-
-
-def hook_count(model: nn.Module) -> int:
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_always_called) for m in model.modules()
-    )
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-def test_nothing_changes(fails, grad):
-    torch.manual_seed(0)
-    model = Noisy()
-    model.fails = fails
-    before = copy.deepcopy(dict(model.named_buffers()))
-    objects = dict(model.named_buffers())
-    flags = {name: module.training for name, module in model.named_modules()}
-    state = torch.get_rng_state()
-    with torch.set_grad_enabled(grad):
-        if fails:
-            with pytest.raises(RuntimeError, match="on purpose"):
-                trace(model, (torch.ones(2, 3, 4, 4),))
-        else:
-            trace(model, (torch.ones(2, 3, 4, 4),))
-        assert torch.is_grad_enabled() is grad
-    after = dict(model.named_buffers())
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
-    assert all(after[name] is objects[name] for name in before)
-    assert {name: module.training for name, module in model.named_modules()} == flags
-    assert torch.equal(torch.get_rng_state(), state)
-    assert hook_count(model) == 0
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_pending_backward_survives():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    x = torch.randn(2, 3, 4, 4)
-    loss = model(x).square().sum()
-    trace(model, (x,))
-    loss.backward()
-    assert model[0].weight.grad is not None
 
 
 def test_outputs_are_those_of_evaluation_mode_and_hooks_of_users_stay():
@@ -130,20 +58,42 @@ def test_root_and_inputs():
         trace(Task(), (), root="nett")
 
 
-def test_names_without_wrappers_and_with_aliases():
-    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+def test_a_module_with_two_names_is_traced_once():
     model = nn.Module()
-    model.net = nn.DataParallel(inner)
-    model.again = inner[0]
-    model.module = nn.ReLU()
-    assert list(named_layers(model)) == ["", "net", "net.0", "net.1", "again", "module"]
-    assert named_layers(model)["net"] is inner
-    assert named_tensors(model)["net.0.bias"] == "Parameter of shape (4,)"
-    assert list(named_layers(nn.Sequential(torch.compile(inner)))) == ["", "0", "0.0", "0.1"]
+    model.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.again = model.net[0]
     seen = trace(model, (torch.randn(2, 4),), root="net")
     assert seen.aliases == (("again", "net.0"),)
-    assert seen.layer("again").name == "net.0"
+    assert (seen.layer("again").name, seen.layer("again").calls) == ("net.0", 1)
     assert trace(model, (torch.randn(2, 4),), root="again").root == "again"
+
+
+def test_what_a_container_returns_comes_from_its_last_child():
+    seen = trace(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Identity()), (torch.randn(2, 4),))
+    assert {layer.name: layer.output_from for layer in seen.layers} == {
+        "": "1",
+        "0": "0.1",
+        "0.0": "0.0",
+        "0.1": "0.1",
+        "1": "1",
+    }
+
+
+def test_recomputation_in_a_backward_inside_the_forward_is_no_second_call():
+    class Penalised(nn.Module):
+        """Takes a gradient in its forward, as networks that follow an energy do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = checkpoint(self.layer, x, use_reentrant=False)
+                return torch.autograd.grad(y.square().sum(), x)[0]
+
+    assert trace(Penalised(), (torch.randn(2, 4),)).layer("layer").calls == 1
 
 
 def test_a_compiled_part_is_watched():
@@ -315,31 +265,3 @@ def test_prefix_tokens():
     model[0].reg_token = nn.Parameter(torch.zeros(1, 3, 4))
     model[0].pos_embed = nn.Parameter(torch.zeros(1, 9, 4))
     assert trace(model, (torch.randn(2, 4),)).prefix_tokens == 4
-
-
-def test_casts_of_a_trace_are_not_kept():
-    """Autocast of torch 2.6 gives a forward with gradient what one without gradient left in its cache."""
-    model = nn.Linear(4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        trace(model, (torch.randn(2, 4),))
-        assert model(torch.randn(2, 4)).requires_grad
-        assert torch.is_autocast_cache_enabled()
-
-
-def test_format_pairs():
-    seen: Trace = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), (torch.randn(2, 3, 5, 5),))
-    table = format_pairs(resolve_layers(["0", "1:input"], seen, seen), seen, seen).splitlines()
-    assert len(table) == 3
-    assert table[1].split("  ")[0] == "0 (Conv2d)"
-    assert "(2, 4, 5, 5)" in table[1]
-    assert table[2].startswith("1:input (ReLU)")
-    assert table[2].endswith("0.5")
-    assert len({len(line) for line in table}) == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_generator_is_forked_too():
-    model = Noisy().cuda()
-    state = torch.cuda.get_rng_state()
-    trace(model, (torch.ones(2, 3, 4, 4, device="cuda"),))
-    assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -1,0 +1,82 @@
+"""The rules behind "blocks" and "penultimate" on small networks; ``test_model_zoo.py`` has them on well-known ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_otrt.layers.automatic import adds_nothing, classification_head, evenly_spaced, penultimate_names
+from lightning_otrt.layers.resolve import resolve_layers
+from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
+from lightning_otrt.reading.tracer import trace
+
+
+def test_blocks_are_paired_by_depth():
+    def chain(count: int) -> Trace:
+        layers = [
+            TracedLayer(f"b{i}", order=i, calls=1, output=TracedTensor((2, 4, 2 ** (9 - i)), neuron_axis=1))
+            for i in range(count)
+        ]
+        return Trace((TracedLayer("", order=count, calls=1, is_container=True), *layers), batch_size=2)
+
+    def teachers(n_student: int, n_teacher: int) -> list[str]:
+        return [pair.teacher for pair in resolve_layers("blocks", chain(n_student), chain(n_teacher))]
+
+    assert teachers(3, 3) == ["b0", "b1", "b2"]
+    assert teachers(1, 4) == ["b3"]
+    assert teachers(3, 5) == ["b0", "b2", "b4"]
+    assert teachers(5, 2) == ["b0", "b0", "b0", "b1", "b1"]
+    assert teachers(3, 1) == ["b0", "b0", "b0"]
+
+
+def test_auto_without_positions_on_one_side_is_penultimate(student):
+    mlp = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 3))
+    seen = trace(mlp, (torch.randn(4, 6),))
+    assert [pair.student for pair in resolve_layers("auto", seen, seen)] == ["2:input"]
+    assert [pair.student for pair in resolve_layers("auto", student, seen)] == ["net.fc:input"]
+
+
+def test_dense_prediction_never_matches_its_own_output():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
+    seen = trace(nn.Sequential(net), (torch.randn(2, 3, 16, 16),))
+    assert [pair.student for pair in resolve_layers("blocks", seen, seen)] == ["0.2"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "head"),
+    [
+        ([nn.Flatten(), nn.Linear(64, 3)], "3"),
+        ([nn.Flatten(), nn.Linear(64, 3), nn.Softmax(1)], "3"),
+        ([nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()], "2"),
+        ([nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3)], None),
+        ([nn.Flatten()], None),
+        ([], None),
+    ],
+)
+def test_classification_head(tail, head):
+    seen = trace(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), *tail), (torch.randn(2, 1, 4, 4),))
+    found = classification_head(seen)
+    assert (found.name if found else None) == head
+    assert penultimate_names(seen) == ([f"{head}:input"] if head else [])
+
+
+def test_a_dropout_before_the_head_is_left_out():
+    seen = trace(nn.Sequential(nn.Linear(6, 5), nn.Dropout(), nn.Linear(5, 3)), (torch.randn(4, 6),))
+    assert penultimate_names(seen) == ["1:input"]
+
+
+def test_evenly_spaced_names_start_with_the_first_and_end_with_the_last():
+    assert evenly_spaced(4, "abcd") == list("abcd")
+    assert evenly_spaced(2, "abcd") == ["a", "d"]
+    assert evenly_spaced(4, "ab") == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "expected"),
+    [(nn.MaxPool2d(2), 8, False), (nn.AdaptiveAvgPool2d(7), 2, True), (nn.Dropout(), 8, True)]
+    + [(nn.Identity(), 8, True), (nn.ReLU(), 8, False)],
+)
+def test_adds_nothing(layer, size, expected):
+    seen = trace(nn.Sequential(nn.Conv2d(1, 2, 1), layer), (torch.randn(2, 1, size, size),))
+    assert adds_nothing(seen.layer("1")) is expected

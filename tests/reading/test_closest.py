@@ -1,0 +1,87 @@
+"""The pairs of "matched"."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same, hooks, make_task, make_teacher, seeded, weights
+from torch import nn
+
+from lightning_otrt import RepresentationTransfer
+
+
+class TestMatched:
+    def pairs(self, student, teacher, layers="matched", x=None):
+        transfer = RepresentationTransfer(teacher, layers)
+        with transfer.attached(student):
+            student(torch.randn(16, 1, 8, 8) if x is None else x)
+            transfer.loss()
+        assert hooks(student, transfer.teacher.module) == []
+        return [(pair.student, pair.teacher) for pair in transfer.pairs]
+
+    def test_follows_distance_rather_than_depth(self):
+        """The student has the first and the last of three equal maps of its teacher, but not the one in the middle."""
+        teacher = nn.Sequential(*(seeded(i, conv_block, 4 if i else 1) for i in range(3)), nn.AvgPool2d(2), Head(64))
+        student = nn.Sequential(copy.deepcopy(teacher[0]), nn.AvgPool2d(2), Head(64))
+        assert self.pairs(student, teacher, "auto")[0][1] == "2"
+        assert self.pairs(student, teacher)[0] == ("0", "0")
+
+    def test_does_not_change_the_student(self):
+        task = make_task(dropout=0.5)
+        before, state = weights(task), torch.get_rng_state()
+        x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        transfer = RepresentationTransfer(make_teacher(), "matched")
+        with transfer.attached(task.eval()):
+            task(x)
+            transfer.loss()
+        assert_same(weights(task), before)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_mixes_with_other_words(self):
+        found = self.pairs(make_task().net, make_teacher(), ["matched", "penultimate"])
+        assert found == [("block1", "block1"), ("block2", "block2"), ("dropout:input", "dropout:input")]
+
+    def test_is_penultimate_where_there_are_no_blocks(self):
+        nets = [nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2)) for width in (3, 5)]
+        assert self.pairs(*nets, x=torch.randn(8, 4)) == [("2:input", "2:input")]
+
+    def test_nothing_to_compare(self):
+        with pytest.raises(ValueError, match='"matched" found no pair'):
+            self.pairs(Maps(), Tokens())
+
+    def test_on_one_side(self):
+        with pytest.raises(ValueError, match='Use "matched" by itself'):
+            RepresentationTransfer(make_teacher(), {"matched": "block1"}).attach(make_task())
+
+
+def conv_block(channels):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.Tanh())
+
+
+class Head(nn.Linear):
+    def __init__(self, features) -> None:
+        super().__init__(features, 3)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+class Maps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((1, 2, 3))
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        return self.blocks(x[:, 0, :6]).mean((1, 2))

@@ -1,0 +1,69 @@
+"""What types of modules tell; ``test_tracer.py`` has the axes of whole networks."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, role_of
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """As in torchvision and timm: channels-first although its base is channels-last."""
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """As in ConvNeXt of Hugging Face."""
+
+    data_format = "channels_first"
+
+
+@pytest.mark.parametrize(
+    ("module", "dims", "axis"),
+    [
+        (nn.Conv1d(1, 1, 1), 3, 1),
+        (nn.ConvTranspose3d(1, 1, 1), 5, 1),
+        (nn.SyncBatchNorm(1), 4, 1),
+        (nn.GroupNorm(1, 1), 3, 1),
+        (nn.AdaptiveMaxPool2d(1), 4, 1),
+        (nn.PixelShuffle(2), 4, 1),
+        (LayerNorm2d(3), 4, 1),
+        (ChannelsFirst(3), 4, 1),
+        (nn.Linear(1, 1), 4, 3),
+        (nn.LayerNorm(3), 4, 3),
+        (nn.LayerNorm((3, 3)), 4, None),
+        (nn.RMSNorm(3), 3, 2),
+        (nn.Embedding(2, 2), 3, 2),
+        (nn.MultiheadAttention(2, 1), 3, 2),
+        (nn.TransformerDecoderLayer(2, 1), 3, 2),
+        (nn.GRU(2, 2), 3, 2),
+        (nn.ReLU(), 4, None),
+        (nn.ReLU(), 2, 1),
+        (nn.Linear(1, 1), 1, None),
+    ],
+)
+def test_axis_of_type(module, dims, axis):
+    assert axis_of_type(module, dims) == axis
+
+
+@pytest.mark.parametrize(
+    ("module", "role"),
+    [
+        (nn.Linear(1, 1), "linear"),
+        (nn.Conv2d(1, 1, 1), "pointwise"),
+        (nn.Conv2d(1, 1, (1, 3)), "conv"),
+        (nn.AlphaDropout(), "dropout"),
+        (nn.AdaptiveAvgPool1d(1), "pool"),
+        (nn.LogSoftmax(1), "passive"),
+        (nn.BatchNorm1d(1), ""),
+    ],
+)
+def test_role_of(module, role):
+    assert role_of(module) == role
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"), [(nn.GELU(), True), (nn.Dropout2d(), True), (nn.Identity(), True), (nn.Linear(1, 1), False)]
+)
+def test_is_elementwise(module, expected):
+    assert is_elementwise(module) is expected

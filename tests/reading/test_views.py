@@ -1,0 +1,71 @@
+"""From views to the neurons of pairs, and why there are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.reading.views import NoTermError, View, matched_neurons, trained_views
+
+PAIRS = [LayerPair("a", "x"), LayerPair("b", "y")]
+
+
+def recorded(*students: list[Tensor]) -> View:
+    teacher = {str(index): [torch.ones(5, 7)] for index in range(len(students))}
+    return View("", {str(index): readings for index, readings in enumerate(students)}, teacher)
+
+
+def reading(trained: bool = True) -> Tensor:
+    return torch.randn(5, 3, requires_grad=trained)
+
+
+def test_gradient_of_a_view() -> None:
+    view = View("")
+    assert not view.has_gradient
+    view.student = {"a": [torch.zeros(1)], "b": [torch.zeros(1), torch.zeros(1, requires_grad=True)]}
+    assert view.has_gradient
+    view.student["b"].pop()
+    view.teacher = {"t": [torch.zeros(1, requires_grad=True)]}
+    assert not view.has_gradient
+
+
+def test_samples_of_a_view() -> None:
+    assert View("").samples == 0
+    assert recorded([reading()]).samples == 5
+
+
+def test_views_without_gradient_are_left_out_unless_all_are() -> None:
+    trained, frozen = recorded([reading()]), recorded([reading(False)])
+    assert trained_views([frozen, trained]) == [trained]
+    assert trained_views([frozen]) == [frozen]
+    assert trained_views([]) == []
+
+
+def test_neurons_of_each_view_and_pair() -> None:
+    views = [recorded([reading()], [reading(False)]) for _ in range(2)]
+    matched, constant = matched_neurons(views, PAIRS)
+    assert constant == ["b"]
+    assert {(tuple(y.shape), tuple(x.shape)) for view in matched for y, x in view} == {((3, 5), (7, 5))}
+    assert [len(view) for view in matched] == [2, 2]
+    assert torch.equal(matched[1][0][0], views[1].student["0"][0].T)
+
+
+def test_a_reading_without_gradient_beside_one_with_is_from_a_trace() -> None:
+    view = recorded([reading(False), reading()])
+    assert torch.equal(matched_neurons([view], PAIRS[:1])[0][0][0][0], view.student["0"][1].T)
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [
+        (recorded([]), "The student layer 'a' did not run in this forward"),
+        (recorded([reading(), reading()]), "The student layer 'a' ran 2 times"),
+        (View("", {"0": [reading()]}), "The teacher layer 'x' did not run"),
+        (recorded([reading(False)]), r"The transfer term is constant: the outputs of the student layers \['a'\]"),
+    ],
+)
+def test_why_there_is_no_term(view: View, words: str) -> None:
+    with pytest.raises(NoTermError, match=words):
+        matched_neurons([view], PAIRS[:1])
