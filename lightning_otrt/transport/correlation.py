@@ -1,4 +1,8 @@
-"""The correlation cost, from moments that tell a live neuron from rounding."""
+"""The correlation cost.
+
+The difficulty is a neuron that is constant on the batch. Its correlation is 0 / 0, and what rounding leaves of its
+variance must not be taken for activity. The code therefore carries moments that tell the two apart.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ __all__ = ["DEAD_SHARE", "CorrelationCost"]
 
 #: A neuron whose centred norm is below this share of its layer's mean norm carries no correlation: it is *dead*.
 DEAD_SHARE = 1e-3
-#: Share of the squared mean below which a variance is rounding: a bound for a batch in float32, and for raw
+#: Share of the squared mean below which a variance is rounding error: a bound for a batch in float32, and for raw
 #: moments that are added up in float64 over thousands of batches.
 ROUNDING_SHARE = 1e-12
 
@@ -40,8 +44,8 @@ class CorrelationCost(Cost):
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
         """Count, first and second moments around ``reference``.
 
-        Around a given one all but the products of the two sides are in float64: they tell whether a neuron that is far
-        from the reference moves at all.
+        Around a given reference all of them but the products of the two sides are in float64, which shows whether a
+        neuron that is far from its reference varies at all.
         """
         dtype = y.dtype
         y, x = widen_if_long(y, x)
@@ -58,7 +62,7 @@ class CorrelationCost(Cost):
         count = count[..., None]
         inverse_y, dead_y = _inverse_norm(_around_mean(count, y, yy).sqrt())
         inverse_x, dead_x = _inverse_norm(_around_mean(count, x, xx).sqrt())
-        # What the means take off, the one, and what two dead neurons take off: three terms of rank one in one pass.
+        # Three terms of rank one in one pass: the means, the constant 1, and -1 between dead neurons.
         left = torch.stack((y * inverse_y / count, torch.ones_like(y), -dead_y), -1)
         right = torch.stack((x * inverse_x, torch.ones_like(x), dead_x), -2)
         inverse_y, inverse_x, left, right = (part.to(yx.dtype) for part in (inverse_y, inverse_x, left, right))
@@ -72,12 +76,13 @@ class CorrelationCost(Cost):
         if is_long(y) or running[-1].dtype != y.dtype or reference is None:
             return super().accumulate(running, decay, y, x, reference)
         (y, yy), (x, xx) = _deviations(y, reference[0]), _deviations(x, reference[1])
-        fits = torch.isfinite(yy.sum() + xx.sum())
-        y, x, yy, xx, count = zero_unless(fits, y, x, yy, xx, observation_count(y))
-        decayed = torch.where(fits, y.new_full((), decay), 1.0)  # of two numbers it would be float32
-        torch._foreach_mul_(running, decayed)
-        torch._foreach_add_(running[:-1], [count, y.sum(-1), x.sum(-1), yy, xx])
-        add_product(running[-1], y, x.mT)
+        is_finite = torch.isfinite(yy.sum() + xx.sum())
+        y, x, yy, xx, count = zero_unless(is_finite, y, x, yy, xx, observation_count(y))
+        factor = torch.where(is_finite, y.new_full((), decay), 1.0)  # two Python numbers would give float32
+        *moments, products = running
+        for total, new in zip(moments, (count, y.sum(-1), x.sum(-1), yy, xx), strict=True):
+            total.mul_(factor).add_(new)
+        add_product(products.mul_(factor), y, x.mT)
         return running
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
@@ -98,21 +103,16 @@ class CorrelationCost(Cost):
         mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
         y, x = y - mean_y, x - mean_x
         squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
-        # Moments are sent, not norms around the means of one process: in float64, where their cancellation is harmless.
+        # Processes have different means, so moments are exchanged: in float64, where their cancellation is harmless.
         count = y.shape[-1]
-        local = [_moments(count, mean_y, squares_y), _moments(count, mean_x, squares_x)]
-        total = yield local
-        if total is local:
-            squares_y = _without_rounding(squares_y, count, mean_y.squeeze(-1))
-            squares_x = _without_rounding(squares_x, count, mean_x.squeeze(-1))
-        else:
-            shift_y, squares_y = _recentre(total[0], mean_y)
-            shift_x, squares_x = _recentre(total[1], mean_x)
-            y, x = y + shift_y, x + shift_x
+        all_y, all_x = yield [_moments(count, mean_y, squares_y), _moments(count, mean_x, squares_x)]
+        shift_y, squares_y = _recentre(all_y, mean_y)
+        shift_x, squares_x = _recentre(all_x, mean_x)
+        y, x = y.add_(shift_y), x.add_(shift_x)
         inverse_y, dead_y = _inverse_norm(squares_y.sqrt())
         inverse_x, dead_x = _inverse_norm(squares_x.sqrt())
         z = plan.matrix @ x.mul_(inverse_x[..., None])
-        y = y.mul_(inverse_y[..., None])
+        y.mul_(inverse_y[..., None])
         [products] = yield [torch.linalg.vecdot(y, z)]
         dead = torch.linalg.vecdot((plan.matrix @ dead_x[..., None]).squeeze(-1), dead_y)
         value = plan.student_mass.sum(-1) - products.sum(-1) - dead
@@ -121,14 +121,14 @@ class CorrelationCost(Cost):
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor | None, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
-        """The rows ŷ_i·z_i from the moments; the gradient as in :meth:`value`."""
+        """The products ŷ_i·z_i follow from the moments; the gradient is that of :meth:`value`."""
         dtype = y.dtype
         count, sum_y, sum_x, yy, xx, yx = sums
         mean_y, mean_x = sum_y / count, sum_x / count
         inverse_y, dead_y = _inverse_norm(_around_mean(count, sum_y, yy).sqrt())
         inverse_x, dead_x = _inverse_norm(_around_mean(count, sum_x, xx).sqrt())
         weights = plan.matrix.to(yx.dtype) * inverse_x.to(yx.dtype)
-        # Row products with the covariance times the count, whose mean part has rank one.
+        # Row by row, products of the plan with the covariance; the means make a term of rank one.
         means = (weights @ mean_x.to(yx.dtype)).to(sum_y.dtype)
         products = (torch.linalg.vecdot(weights, yx) - sum_y * means) * inverse_y
         dead = torch.linalg.vecdot(plan.matrix @ dead_x.to(dtype), dead_y.to(dtype))
@@ -145,21 +145,22 @@ class CorrelationCost(Cost):
 
 
 def _inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / norm where a neuron is live and 0 where it is dead, and 1 where it is dead."""
+    """Two tensors: 1 / norm of live neurons and 0 of dead ones; 1 for dead neurons and 0 for live ones."""
     mean = norm.mean(-1, keepdim=True)
-    norm = torch.add(norm, mean, alpha=0)  # NaN where one is infinite: else the others would count as dead
+    # If one norm is infinite this makes all of them NaN. Otherwise all other neurons would count as dead.
+    norm = torch.add(norm, mean, alpha=0)
     dead = norm <= DEAD_SHARE * mean
     return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
 
 
 def _centred(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Neurons without their means, and 1 / norm where they are live and 0 where they are dead or rounding."""
+    """Neurons without their means, and 1 / norm of live neurons and 0 of those that are dead or constant."""
     mean = y.mean(-1, keepdim=True)
     y = y - mean
     norm = norms(y)
     rounding = mean.squeeze(-1).abs_().mul_((ROUNDING_SHARE * y.shape[-1]) ** 0.5)
     average = norm.mean(-1, keepdim=True)
-    norm = torch.add(norm, average, alpha=0)  # as in `_inverse_norm`
+    norm = torch.add(norm, average, alpha=0)  # see `_inverse_norm`
     dead = norm <= torch.maximum(rounding, average.mul_(DEAD_SHARE))
     return y, norm.reciprocal_().masked_fill_(dead, 0.0)
 
@@ -171,20 +172,20 @@ def _centred_squares(y: Tensor) -> tuple[int, Tensor, Tensor]:
 
 
 def _around_mean(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    """Sums of squares around the means, from the moments around any point; 0 where they are rounding."""
+    """Sums of squares around the means, from the moments around any point; 0 if they are rounding error."""
     mean = total / count
     return _without_rounding(squares - total * mean, count, mean).clamp_min(0)
 
 
 def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
-    """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares, in float64 but on MPS."""
+    """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares; in float64, which MPS lacks."""
     mean = mean.squeeze(-1)
     mean = mean if mean.device.type == "mps" else mean.double()
     return torch.stack((torch.full_like(mean, count), count * mean, count * mean**2 + squares), -1)
 
 
 def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """What to add to neurons centred by ``mean`` to centre them by the mean of all, and their centred squares."""
+    """The shift from neurons centred by ``mean`` to neurons centred by the mean of all, and their centred squares."""
     count, sums, squares = total.unbind(-1)
     overall = sums / count
     centred = (squares - count * overall**2).clamp_min(0).to(mean.dtype)
@@ -193,16 +194,16 @@ def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Deviations from ``reference`` and their sums of squares, both 0 where they are rounding."""
+    """Deviations from ``reference`` and their sums of squares, both 0 if they are rounding error."""
     y = y - reference
     squares = _without_rounding(norms(y).square_(), y.shape[-1], reference.squeeze(-1))
     if not all_nonzero(squares):
-        # Not `masked_fill_`, which takes ten times as long.
+        # `masked_fill_` takes ten times as long.
         y.mul_((squares != 0)[..., None])
     return y, squares
 
 
 def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
-    """Centred squares, but 0 where they are the rounding of a constant: at unit norm that has huge gradients."""
-    # Less, not at most: where both overflow nothing is known to be rounding.
+    """Centred squares, with 0 for a constant neuron: scaled to unit norm, its rounding error has huge gradients."""
+    # Strictly less: if both sides overflow, nothing says that the squares are rounding error.
     return torch.where(squares < ROUNDING_SHARE * count * mean**2, 0.0, squares)

@@ -30,7 +30,10 @@ class SquaredEuclideanCost(Cost):
     scaled = True
 
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
-        """Count and squared distances; to be added to others, in the type of the neurons, however many there are."""
+        """Count and squared distances.
+
+        With a ``reference``, that is, to be added to others, they have the type of the neurons, however many there are.
+        """
         squared = _squared_distances(*_centre(*widen_if_long(y, x)))
         squared = squared if reference is None else squared.to(y.dtype)
         return [observation_count(y).to(squared.dtype), squared]
@@ -43,12 +46,12 @@ class SquaredEuclideanCost(Cost):
             return super().accumulate(running, decay, y, x, reference)
         y, x = _centre(y, x)
         yy, xx = norms(y).square_(), norms(x).square_()
-        fits = torch.isfinite(yy.sum() + xx.sum())
-        y, x, yy, xx, count = zero_unless(fits, y, x, yy, xx, observation_count(y))
-        decayed = torch.where(fits, y.new_full((), decay), 1.0)  # of two numbers it would be float32
-        torch._foreach_mul_(running, decayed)
-        running[0].add_(count)
-        add_product(running[1].add_(yy[..., None]).add_(xx[..., None, :]), y, x.mT, alpha=-2)
+        is_finite = torch.isfinite(yy.sum() + xx.sum())
+        y, x, yy, xx, count = zero_unless(is_finite, y, x, yy, xx, observation_count(y))
+        factor = torch.where(is_finite, y.new_full((), decay), 1.0)  # two Python numbers would give float32
+        total, squared = running
+        total.mul_(factor).add_(count)
+        add_product(squared.mul_(factor).add_(yy[..., None]).add_(xx[..., None, :]), y, x.mT, alpha=-2)
         return running
 
     def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
@@ -58,31 +61,31 @@ class SquaredEuclideanCost(Cost):
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
-        total, half = _transported_squares(y, x, plan)
-        return _over(observation_count(y) * _scale(energy), total, half)
+        total, half_gradient = _transported_squares(y, x, plan)
+        return _in_units_of(observation_count(y) * _scale(energy), total, half_gradient)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in one round of three numbers."""
         assert energy is not None
-        total, half = _transported_squares(y, x, plan)
+        total, half_gradient = _transported_squares(y, x, plan)
         total, count, energy = yield [total, observation_count(y), energy]
-        return _over(count * _scale(energy), total, half)
+        return _in_units_of(count * _scale(energy), total, half_gradient)
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor | None, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
-        """Σ P_ij M_ij; the gradient as in :meth:`value`."""
+        """Σ P_ij M_ij from the squared distances of all; the gradient is that of :meth:`value`."""
         value = (plan.matrix * self.matrix(sums, energy)).sum().to(y.dtype)
         y, x = _centre(y, x)
-        pull = torch.addcmul(-(plan.matrix @ x), plan.student_mass[:, None], y)
-        return value, pull.mul_((2 / (sums[0] * _scale(energy))).to(y.dtype))
+        half_gradient = torch.addcmul(-(plan.matrix @ x), plan.student_mass[:, None], y)
+        return value, half_gradient.mul_((2 / (sums[0] * _scale(energy))).to(y.dtype))
 
 
 class EuclideanCost(SquaredEuclideanCost):
     """‖y - x‖ / (√n s), with s² the mean square of the raw teacher: the cost of the paper.
 
-    The gradient of a distance is a unit vector, whatever the distance; below 1e-2 of the mean cost it is shrunk to
-    zero, so that matched neurons come to rest. The value is not changed.
+    The gradient of a distance has the same norm at any distance. Below 1e-2 of the mean cost it is scaled down to zero,
+    so that neurons that match stop moving. The value is not changed.
     """
 
     name = "euclidean"
@@ -96,7 +99,7 @@ class EuclideanCost(SquaredEuclideanCost):
         """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
         unit = (observation_count(y) * _scale(energy)).rsqrt_()
         y, x = _centre(y, x)
-        return self._follow(y, x, plan, _squared_distances(y, x).sqrt_(), unit, unit)
+        return _from_distances(y, x, plan, _squared_distances(y, x).sqrt_(), unit, unit)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in one round, of the squared distances ``(..., N, M)`` and two numbers."""
@@ -105,51 +108,51 @@ class EuclideanCost(SquaredEuclideanCost):
         y, x = _centre(y, x)
         squared, count, energy = yield [_squared_distances(y, x), count, energy]
         unit = (count * _scale(energy)).rsqrt_()
-        return self._follow(y, x, plan, squared.sqrt_(), unit, unit)
+        return _from_distances(y, x, plan, squared.sqrt_(), unit, unit)
 
     def value_of_sums(
         self, y: Tensor, x: Tensor, plan: Plan, sums: Sums, energy: Tensor | None, reference: tuple[Tensor, Tensor]
     ) -> ValueAndGradient:
         """The same from the squared distances of all."""
         unit = (sums[0] * _scale(energy)).rsqrt_().to(y.dtype)
-        return self._follow(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True).sqrt_(), unit, unit)
+        return _from_distances(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True).sqrt_(), unit, unit)
 
     def value_of_matrix(
         self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor | None
     ) -> ValueAndGradient:
         """The same from the distances over √n s."""
         scale = observation_count(y) * _scale(energy)
-        return self._follow(*_centre(y, x), plan, matrix, torch.ones_like(scale), scale.reciprocal())
+        return _from_distances(*_centre(y, x), plan, matrix, torch.ones_like(scale), scale.reciprocal())
 
-    @staticmethod
-    def _follow(
-        y: Tensor, x: Tensor, plan: Plan, distances: Tensor, unit: Tensor, gradient_unit: Tensor
-    ) -> ValueAndGradient:
-        """Value and gradient up to units, from distances, which are overwritten."""
-        value = dot(plan.matrix, distances) * unit
-        # Where all distances are zero so is the floor, and the gradient is zero times anything finite.
-        floor = (distances.mean((-2, -1), keepdim=True) * DISTANCE_FLOOR).clamp_min_(torch.finfo(y.dtype).tiny ** 0.5)
-        weights = torch.div(plan.matrix, torch.maximum(distances, floor, out=distances), out=distances)
-        pull = subtract_product(y * weights.sum(-1, keepdim=True), weights, x)
-        return value, pull.mul_(gradient_unit[..., None, None])
+
+def _from_distances(
+    y: Tensor, x: Tensor, plan: Plan, distances: Tensor, unit: Tensor, gradient_unit: Tensor
+) -> ValueAndGradient:
+    """Value, in ``unit``, and gradient, in ``gradient_unit``, of plain distances, which are overwritten."""
+    value = dot(plan.matrix, distances) * unit
+    # If all distances are zero so is their mean; with a floor above zero the gradient is then zero, not NaN.
+    floor = (distances.mean((-2, -1), keepdim=True) * DISTANCE_FLOOR).clamp_min_(torch.finfo(y.dtype).tiny ** 0.5)
+    weights = torch.div(plan.matrix, torch.maximum(distances, floor, out=distances), out=distances)
+    gradient = subtract_product(y * weights.sum(-1, keepdim=True), weights, x)
+    return value, gradient.mul_(gradient_unit[..., None, None])
 
 
 def _transported_squares(y: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Σ P_ij ‖y_i - x_j‖², and half of its gradient with respect to ``y``, a_i y_i - z_i."""
     y, x = _centre(y, x)
     own = torch.linalg.vecdot(plan.student_mass, norms(y).square_())
-    half = subtract_product(y * plan.student_mass[..., None], plan.matrix, x)
-    total = (2 * dot(y, half)).sub_(own)
-    return total.add_(torch.linalg.vecdot(plan.teacher_mass, norms(x).square_())), half
+    half_gradient = subtract_product(y * plan.student_mass[..., None], plan.matrix, x)
+    total = (2 * dot(y, half_gradient)).sub_(own)
+    return total.add_(torch.linalg.vecdot(plan.teacher_mass, norms(x).square_())), half_gradient
 
 
-def _over(scale: Tensor, total: Tensor, half_gradient: Tensor) -> ValueAndGradient:
+def _in_units_of(scale: Tensor, total: Tensor, half_gradient: Tensor) -> ValueAndGradient:
     """Value and gradient in units of ``scale``; ``half_gradient`` is overwritten."""
     return total / scale, half_gradient.mul_((2 / scale)[..., None, None])
 
 
 def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtract the teacher's mean over neurons from both: distances stay, cancellation shrinks."""
+    """Both sides without the teacher's mean over neurons, which leaves distances unchanged and reduces cancellation."""
     centre = x.mean(-2, keepdim=True)
     return y - centre, x - centre
 
@@ -160,8 +163,8 @@ def _squared_distances(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _scale(energy: Tensor | None) -> Tensor:
-    """s²; a teacher that is zero throughout has no scale of its own."""
-    assert energy is not None  # always there for a cost that is scaled
+    """s²; 1 for a teacher that is zero everywhere."""
+    assert energy is not None  # a cost that is scaled always gets it
     squares, count = energy.unbind(-1)
     scale = squares / count
     return torch.where(scale > 0, scale, 1.0)

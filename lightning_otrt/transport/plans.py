@@ -42,7 +42,7 @@ def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
 
 
 def check_epsilon(epsilon: float) -> None:
-    """Raise a ValueError unless ``epsilon`` can match anything."""
+    """Raise a ValueError unless ``epsilon`` is a number between 0 and 1."""
     if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and 0 < epsilon < 1):
         raise ValueError(
             f"Expected argument `epsilon` to lie between 0 and 1, but got {epsilon!r}. It is relative to the mean "
