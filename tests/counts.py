@@ -10,7 +10,7 @@ from collections import Counter
 COUNTED = {
     "bad inputs and their defined outcomes": ["tests/bad_inputs/"],
     "contexts of a fit": ["tests/test_contexts.py"],
-    "strategies and distributed runs": ["tests/test_strategies.py", "tests/test_distributed.py"],
+    "strategies and distributed runs": ["tests/trainer/test_strategies.py", "tests/steps/test_global"],
     "demo modules with callbacks of Lightning": ["tests/test_lightning_callbacks.py"],
     "soak": ["tests/test_soak.py"],
     "chains of killed runs": ["tests/test_kills.py"],

@@ -22,7 +22,7 @@ source_paths = ["lightning_otrt"]
 only_mutate = {[f"lightning_otrt/{name}.py" for name in FILES]}
 also_copy = ["SECURITY.md", "conftest.py", "examples"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-m", "not slow", "--override-ini=addopts=",
-    "--deselect=tests/test_engine.py::test_peak_memory"]
+    "--deselect=tests/steps/test_engine_work.py::test_peak_memory"]
 pytest_add_cli_args_test_selection = {[f"tests/test_{name}.py" for name in TESTS]}
 """
 #: What mutmut notes of a mutant that no test noticed; a time limit or a crash is noticed.
