@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from expected_warnings import EXPECTED_WARNINGS
-from processes import set_threads
 
 #: Modules that hold assertions of several tests; pytest then shows the values in them, too.
 pytest.register_assert_rewrite("helpers", "bad_inputs.fits", "bad_inputs.messages", "bad_inputs.outcomes")
@@ -20,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     for line, _ in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
-    set_threads()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_otrt import transport_distance
+from lightning_otrt.analysis.neuron_order import matched_order
 from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan
 from lightning_otrt.transport.plans import random_plan, uniform_plan
 
@@ -90,25 +91,20 @@ def test_without_matplotlib(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         DRAWINGS[name]()
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (512, 256), (64, 128), (16, 256), (300, 4), (1, 1), (3, 2), (1500, 1500)])
+@pytest.mark.parametrize("shape", [(64, 64), (512, 256), (16, 256), (300, 4), (1, 1), (1500, 1500)])
 def test_plans_of_every_shape_fit(shape: tuple[int, int]) -> None:
     figure, _ = plot_plan(random_plan(*shape, 0), student_label=LONG_NAME, teacher_label=LONG_NAME)
     assert_fits(figure)
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)])
-def test_order_brings_matches_to_the_diagonal(shape: tuple[int, int]) -> None:
-    plan = random_plan(*shape, 0)
-    _, axes = plot_plan(plan)
-    ordered = shown(axes)
-    row, column = torch.nonzero(ordered > 1e-3, as_tuple=True)
-    assert ((row + 0.5) / shape[0] - (column + 0.5) / shape[1]).abs().max() < 1 / min(shape)
-    _, axes = plot_plan(plan, order=False)
-    assert torch.equal(shown(axes), plan * max(shape))
-    assert torch.equal(shown(axes).flatten().sort().values, ordered.flatten().sort().values)
+def test_plans_are_shown_in_matched_order_unless_it_is_switched_off() -> None:
+    plan = random_plan(48, 24, 0)
+    rows, columns = matched_order(plan)
+    assert torch.equal(shown(plot_plan(plan)[1]), plan[rows][:, columns] * 48)
+    assert torch.equal(shown(plot_plan(plan, order=False)[1]), plan * 48)
 
 
-def test_order_moves_the_wider_side_alone() -> None:
+def test_the_label_tells_which_side_is_ordered() -> None:
     wide_teacher, wide_student = (plot_plan(random_plan(*shape, 0))[1] for shape in ((4, 8), (8, 4)))
     assert wide_teacher.get_ylabel() == "student neuron"
     assert wide_teacher.get_xlabel() == "teacher neuron\n(ordered by match)"

@@ -1,0 +1,98 @@
+"""The gradient is split into the parts of task and term, whatever the loss is multiplied by."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import pytest
+import torch
+from analysis.gradients_by_hand import NET_LAYERS, norms_by_hand
+from helpers import hooks, loader, make_task, make_teacher
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_otrt import RepresentationTransfer, suggest_weight
+from lightning_otrt.analysis.gradient_share import GradientProbe
+from lightning_otrt.layers.pairs import LayerPair
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_splits_any_multiple_of_the_loss(scale):
+    student, teacher = make_task().net, make_teacher()
+    batch = next(iter(loader(batch_size=16)))
+    transfer = RepresentationTransfer(teacher, NET_LAYERS, weight=8.0)
+    expected = norms_by_hand(student, transfer, batch)
+    transfer.reset()
+    with transfer.attached(student):
+        student(batch[0])
+        transfer.discard()
+        probe = GradientProbe(student, transfer.pairs)
+        with probe.watching():
+            task = F.cross_entropy(student(batch[0]), batch[1])
+        views = list(transfer.views)
+        norms = probe.split(scale * (task + transfer.loss()), views)
+        probe.remove()
+    assert probe.names == ("block1", "block2")
+    for found, wanted in zip(norms, expected, strict=True):
+        assert [value / scale for value in found.tolist()] == pytest.approx(wanted, rel=1e-4)
+    assert hooks(student, teacher) == []
+
+
+def test_is_not_fooled_by_in_place_operations():
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(1, 4, 3), nn.ReLU(inplace)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.relu(self.conv(x)).mean((2, 3)))
+
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        student, teacher = Net(inplace), Net(False)
+        batch = next(iter(loader(batch_size=16)))
+        transfer = RepresentationTransfer(teacher, {"conv": "conv"})
+        found.append(suggest_weight(student, transfer, [batch], loss_fn=F.cross_entropy))
+    assert found[1].transfer_norms == pytest.approx(found[0].transfer_norms, rel=1e-5)
+    assert found[1].task_norms == pytest.approx(found[0].task_norms, rel=1e-5)
+    assert found[0].weight > 0
+
+
+def test_keeps_no_activation():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 3)
+            self.outputs = []
+
+        def forward(self, x):
+            y = self.body(x)
+            self.outputs.append(weakref.ref(y))
+            return y + 1  # an operation that needs no activation for its gradient
+
+    net = Net()
+    probe = GradientProbe(net, [LayerPair("body", "body")])
+    with probe.watching():
+        loss = net(torch.randn(2, 4)).sum()
+    assert probe.has_outputs
+    assert net.outputs[0]() is None
+    assert [norm.tolist() for norm in probe.split(loss, [])] == [[pytest.approx(math.sqrt(6))], [0.0]]
+    probe.remove()
+    assert hooks(net) == []
+
+
+def test_sees_only_what_runs_with_gradient_inside_the_block():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    probe = GradientProbe(net, [LayerPair("0", "0"), LayerPair("1:input", "0")])
+    net(torch.randn(2, 4))
+    with probe.watching(), torch.no_grad():
+        net(torch.randn(2, 4))
+    assert not probe.has_outputs
+    with probe.watching():
+        net(torch.randn(2, 4))
+    assert probe.has_outputs
+    probe.remove()
+    assert not probe.has_outputs

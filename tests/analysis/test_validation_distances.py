@@ -1,0 +1,106 @@
+"""Distances over a validation set: those of a comparison of the same layers, whatever goes wrong in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import loader, make_task, make_teacher
+from torch import nn
+
+from lightning_otrt import RepresentationTransfer, compare_representations
+from lightning_otrt.analysis.validation_distances import ValidationDistances
+
+LAYERS = {"block1": "block1", "block2": "block2"}
+
+
+@pytest.fixture
+def student() -> nn.Module:
+    return make_task().net
+
+
+@pytest.fixture
+def transfer(student: nn.Module) -> Iterator[RepresentationTransfer]:
+    """Attached, after a first training step."""
+    transfer = RepresentationTransfer(make_teacher(), LAYERS)
+    with transfer.attached(student):
+        student(next(iter(loader()))[0])
+        transfer.loss()
+        yield transfer
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+
+
+def validate(student: nn.Module) -> None:
+    student.eval()
+    with torch.no_grad():
+        for x, _ in loader():
+            student(x)
+    student.train()
+
+
+def test_is_the_distance_over_the_whole_set(student: nn.Module, transfer: RepresentationTransfer) -> None:
+    distances = ValidationDistances(transfer, student)
+    validate(student)
+    found = distances.compute()
+    distances.close()
+    assert distances.error is None
+    assert len(transfer.views) == 0
+    expected = compare_representations(student, transfer.teacher.module, loader(), layers="block?", progress=False)
+    torch.testing.assert_close(torch.stack(found), expected.distances.diagonal(), rtol=1e-5, atol=0)
+
+
+def test_no_hook_is_left(student: nn.Module, transfer: RepresentationTransfer) -> None:
+    teacher = transfer.teacher.module
+    before = count_hooks(student), count_hooks(teacher)
+    distances = ValidationDistances(transfer, student)
+    # On the root two, and one on each layer.
+    assert (count_hooks(student), count_hooks(teacher)) == (before[0] + 4, before[1] + 2)
+    distances.close()
+    assert (count_hooks(student), count_hooks(teacher)) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*was called before the ``update`` method")
+def test_no_data_is_nan(student: nn.Module, transfer: RepresentationTransfer) -> None:
+    distances = ValidationDistances(transfer, student)
+    assert all(value.isnan() for value in distances.compute())
+    assert distances.error is None
+
+
+def test_an_error_is_stored_and_the_forward_goes_on(student: nn.Module, transfer: RepresentationTransfer) -> None:
+    distances = ValidationDistances(transfer, student)
+    x = torch.full((4, 1, 8, 8), torch.nan)
+    with torch.no_grad():
+        assert student(x).shape == (4, 3)
+    assert "NaN or infinite" in str(distances.error)
+    before = [metric.update_count for metric in distances.metrics]
+    validate(student)
+    assert [metric.update_count for metric in distances.metrics] == before, "the recording has stopped"
+
+
+def test_a_failed_forward_records_nothing(student: nn.Module, transfer: RepresentationTransfer) -> None:
+    distances = ValidationDistances(transfer, student)
+    with student.head.register_forward_pre_hook(lambda *_: 1 / 0), torch.no_grad(), pytest.raises(ZeroDivisionError):
+        student(torch.zeros(4, 1, 8, 8))
+    assert distances.error is None
+    validate(student)
+    assert [metric.update_count for metric in distances.metrics] == [8, 8]
+
+
+def test_a_plan_that_is_not_found_is_nan(
+    student: nn.Module, transfer: RepresentationTransfer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distances = ValidationDistances(transfer, student)
+    validate(student)
+
+    def fail() -> None:
+        raise RuntimeError("did not converge")
+
+    monkeypatch.setattr(distances.metrics[0], "compute", fail)
+    first, second = distances.compute()
+    assert first.isnan()
+    assert second.isfinite()
+    assert str(distances.error) == "did not converge"
