@@ -98,6 +98,7 @@ _FEW_SAME = tuple(name.replace("lwf", "kd") for name in _FEW)
 #: Variants of a method that stands beside them, and what is not made for a student that starts with features.
 _COPIED = ("fitnets-pooled", "fitnets+lwf", "relational", "crd", "ot-penultimate-memory", "ot-later", "ot-blocks+lwf")
 _VALIDATION = {"split": "validation"}
+_COUPLINGS = ("orthogonal", "orthogonal-half", "orthogonal-raw", "projection", "projection-raw", "linear")
 
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "cost euclidean": {"cost": "euclidean"},
@@ -197,6 +198,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("lowercase",),
         (),
         variants={f"{weight:g}": {"run.weight": weight} for weight in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)},
+        changes=_VALIDATION,
+    ),
+    "couplings": Experiment(
+        "Couplings, a–z validation",
+        _NEW,
+        ("lowercase",),
+        (*_COUPLINGS, "random", "fitnets-pooled", "cka", DEFAULT),
+        seeds=FEW_SEEDS,
         changes=_VALIDATION,
     ),
     "ablations": Experiment(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.evidence import losses
+from benchmarks.evidence import couplings, losses
 from benchmarks.evidence.networks import Features
 
 ALL = ("1", "1x", "2", "3")
@@ -141,6 +141,19 @@ METHODS = {
         settings=("1", "1x", "3"),
         ours=True,
     ),
+    # Prototypes, which `couplings` compares on validation fonts; they are in no table of fresh targets yet.
+    "orthogonal": Method("orthogonal, standardised", couplings.Orthogonal, weights=TRANSPORT, settings=()),
+    "orthogonal-half": Method(
+        "orthogonal, power ½", partial(couplings.Orthogonal, power=0.5), weights=TRANSPORT, settings=()
+    ),
+    "orthogonal-raw": Method(
+        "orthogonal, raw", partial(couplings.Orthogonal, power=0.0), weights=TRANSPORT, settings=()
+    ),
+    "projection": Method("random fixed projection", couplings.RandomProjection, weights=TRANSPORT, settings=()),
+    "projection-raw": Method(
+        "random fixed projection, raw", partial(couplings.RandomProjection, power=0.0), weights=TRANSPORT, settings=()
+    ),
+    "linear": Method("linear regression", couplings.LinearRegression, weights=TRANSPORT, settings=()),
 }
 
 

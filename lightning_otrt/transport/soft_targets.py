@@ -1,0 +1,106 @@
+"""Distillation of logits: the teacher's softened classes as targets (Hinton et al., arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+__all__ = ["SoftTargets", "logit_neurons", "soft_targets"]
+
+
+class SoftTargets(NamedTuple):
+    """A sum over positions, which adds over views and processes.
+
+    Attributes:
+        total: T² KL(teacher, student), summed over positions; differentiable.
+        positions: Number of positions.
+    """
+
+    total: Tensor
+    positions: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over positions; 0 where there are none."""
+        return self.total / self.positions.clamp_min(1)
+
+
+def soft_targets(
+    student: Tensor, teacher: Tensor, *, temperature: float = 4.0, class_axis: int = 1, mask: Tensor | None = None
+) -> SoftTargets:
+    r"""T² KL of the student's softened classes from the teacher's, for each position.
+
+    .. math:: T^2 \sum_k p_k \log \frac{p_k}{q_k}, \quad p = \mathrm{softmax}(t / T), \quad q = \mathrm{softmax}(s / T)
+
+    The factor T² keeps the size of the gradient the same for every T (arXiv 1503.02531, section 2).
+
+    Args:
+        student: Logits: ``(B, K)``, dense ones ``(B, K, H, W)``, or those of tokens ``(B, T, K)`` with
+            ``class_axis=-1``. Computed in float32 or wider.
+        teacher: Logits of the same shape; a constant.
+        temperature: T, greater than 0.
+        class_axis: The axis of the K classes.
+        mask: True where a position counts, of the shape of the logits without the class axis; None counts all.
+
+    Raises:
+        ValueError: If shapes do not fit or the temperature is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lightning_otrt.transport.soft_targets import soft_targets
+        >>> logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+        >>> bool(soft_targets(logits + 3, logits).mean.abs() < 1e-6)
+        True
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {temperature!r}.")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"Expected the logits of student and teacher to have one shape, but got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}. Where their classes differ, use the regression of the teacher's logits."
+        )
+    with torch.autocast(student.device.type, enabled=False):
+        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        student, teacher = student.to(dtype), teacher.detach().to(dtype)
+        if mask is not None:
+            _check_mask(mask, student.movedim(class_axis, 0).shape[1:])
+            # Before the softmax: padding may hold values that are not finite, which would reach the gradient.
+            student, teacher = (torch.where(mask.unsqueeze(class_axis), side, 0.0) for side in (student, teacher))
+        own, target = log_softmax(student / temperature, class_axis), log_softmax(teacher / temperature, class_axis)
+        total = kl_div(own, target, reduction="sum", log_target=True)
+        positions = total.new_full((), own.numel() / own.shape[class_axis]) if mask is None else mask.sum().to(dtype)
+        return SoftTargets(total * temperature**2, positions)
+
+
+def logit_neurons(logits: Tensor, *, class_axis: int = 1, mask: Tensor | None = None) -> Tensor:
+    """Logits as neurons ``(K, positions)`` for a regression, without the mean over classes, which softmax ignores.
+
+    Args:
+        logits: As in :func:`soft_targets`.
+        class_axis: The axis of the K classes.
+        mask: True where a position counts. The number of positions then depends on the data, so the host waits for it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_otrt.transport.soft_targets import logit_neurons
+        >>> logit_neurons(torch.randn(8, 10, 4, 4)).shape
+        torch.Size([10, 128])
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    moved = logits.to(dtype).movedim(class_axis, 0)
+    moved = moved - moved.mean(0)
+    if mask is None:
+        return moved.flatten(1)
+    _check_mask(mask, moved.shape[1:])
+    return moved[:, mask]
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"Expected argument `mask` to be a boolean tensor of the shape {tuple(shape)}, that of the logits without "
+            f"their class axis, but got {mask.dtype} of the shape {tuple(mask.shape)}."
+        )

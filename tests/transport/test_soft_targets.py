@@ -1,0 +1,102 @@
+"""Distillation of logits against scipy, with dense outputs and tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr, softmax
+from torch import Tensor
+
+from lightning_otrt.transport.soft_targets import logit_neurons, soft_targets
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("shape", "class_axis"), [((6, 10), 1), ((2, 5, 3, 4), 1), ((3, 7, 5), -1), ((3, 7, 5), 2)])
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_is_the_divergence_of_scipy(shape: tuple[int, ...], class_axis: int, temperature: float) -> None:
+    student, teacher = draw(*shape), draw(*shape, seed=1)
+    p, q = (softmax(side.numpy() / temperature, axis=class_axis) for side in (teacher, student))
+    each = temperature**2 * rel_entr(p, q).sum(class_axis)
+    found = soft_targets(student, teacher, temperature=temperature, class_axis=class_axis)
+    assert found.mean.item() == pytest.approx(each.mean(), rel=1e-10)
+    assert found.positions.item() == each.size
+    mask = torch.rand(each.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    masked = soft_targets(student, teacher, temperature=temperature, class_axis=class_axis, mask=mask)
+    assert masked.mean.item() == pytest.approx(each[mask.numpy()].mean(), rel=1e-10)
+    assert masked.positions.item() == mask.sum().item()
+
+
+def test_gradient() -> None:
+    student, teacher = draw(4, 6).requires_grad_(), draw(4, 6, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda logits: soft_targets(logits, teacher).total, student)
+    soft_targets(student, teacher).mean.backward()
+    assert teacher.grad is None
+
+
+def test_padding_that_is_not_finite_reaches_neither_value_nor_gradient() -> None:
+    logits, teacher = draw(2, 5, 7), draw(2, 5, 7, seed=1)
+    logits[0, 3:], teacher[1, 4:] = float("nan"), float("-inf")
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 3:], mask[1, 4:] = False, False
+    logits.requires_grad_()
+    found = soft_targets(logits, teacher, class_axis=-1, mask=mask)
+    found.mean.backward()
+    assert found.mean.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[~mask] == 0).all()
+    assert (logits.grad[mask] != 0).any()
+
+
+def test_sums_of_parts_add_up_to_the_mean_of_the_whole() -> None:
+    student, teacher = draw(10, 6), draw(10, 6, seed=1)
+    parts = [soft_targets(student[part], teacher[part]) for part in (slice(0, 3), slice(3, 10))]
+    total = sum(part.total.item() for part in parts) / sum(part.positions.item() for part in parts)
+    assert total == pytest.approx(soft_targets(student, teacher).mean.item(), rel=1e-12)
+
+
+def test_nothing_counts() -> None:
+    found = soft_targets(draw(4, 6), draw(4, 6), mask=torch.zeros(4, dtype=torch.bool))
+    assert found.mean == 0
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    student, teacher = draw(8, 10).half().requires_grad_(), draw(8, 10, seed=1).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = soft_targets(student, teacher)
+    assert found.mean.dtype == torch.float32
+    torch.testing.assert_close(found.mean, soft_targets(student.float(), teacher.float()).mean)
+
+
+@pytest.mark.parametrize(("shape", "class_axis"), [((6, 10), 1), ((2, 5, 3, 4), 1), ((3, 7, 5), -1)])
+def test_logits_as_neurons(shape: tuple[int, ...], class_axis: int) -> None:
+    logits = draw(*shape)
+    neurons = logit_neurons(logits, class_axis=class_axis)
+    classes = shape[class_axis]
+    assert neurons.shape == (classes, logits.numel() // classes)
+    np.testing.assert_allclose(neurons.mean(0).numpy(), 0, atol=1e-14)
+    torch.testing.assert_close(logit_neurons(logits + 5, class_axis=class_axis), neurons)
+    first = logits.movedim(class_axis, -1).flatten(0, -2)[0]
+    torch.testing.assert_close(neurons[:, 0], first - first.mean())
+    positions = logits.movedim(class_axis, -1).shape[:-1]
+    mask = torch.rand(positions, generator=torch.Generator().manual_seed(2)) < 0.5
+    torch.testing.assert_close(logit_neurons(logits, class_axis=class_axis, mask=mask), neurons[:, mask.flatten()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.0}, "Expected argument `temperature` to be positive and finite, but got 0.0"),
+        ({"temperature": float("inf")}, "Expected argument `temperature`"),
+        ({"teacher": torch.zeros(4, 7)}, r"one shape, but got \(4, 6\) and \(4, 7\)"),
+        ({"mask": torch.ones(4)}, r"boolean tensor of the shape \(4,\).*float32"),
+        ({"mask": torch.ones(4, 6, dtype=torch.bool)}, r"boolean tensor of the shape \(4,\).*\(4, 6\)"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        soft_targets(**{"student": torch.zeros(4, 6), "teacher": torch.zeros(4, 6), **arguments})
