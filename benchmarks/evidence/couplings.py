@@ -16,6 +16,7 @@ from benchmarks.evidence.networks import Features
 from lightning_otrt.steps.engine import EARLY_SOLVES
 from lightning_otrt.transport.cost import Sums
 from lightning_otrt.transport.orthogonal import OrthogonalCoupling, random_projection
+from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 
 #: Decay of the running moments.
@@ -52,7 +53,9 @@ class State:
         new = self.coupling.sums(y, x, self.reference)
         self.sums = [MEMORY * old + part for old, part in zip(self.sums, new, strict=True)] if self.sums else new
         if self.calls in EARLY_SOLVES or self.calls % self.solve_every == 0:
-            self.matrix = self.solve()
+            self.sums, self.reference = move_reference(self.sums, self.reference)
+            solved = self.solve()
+            self.matrix = solved if bool(solved.isfinite().all()) or not self.calls else self.matrix
         self.calls += 1
 
     def solve(self) -> Tensor:

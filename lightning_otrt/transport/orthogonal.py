@@ -46,7 +46,7 @@ from lightning_otrt.transport.correlation import (
 )
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.polar import polar_factor
-from lightning_otrt.transport.tensors import add_product, product
+from lightning_otrt.transport.tensors import add_product, norms, product
 
 __all__ = ["OrthogonalCoupling", "random_projection"]
 
@@ -137,8 +137,7 @@ class OrthogonalCoupling:
         """
         y, inverse_y = _centred(y)
         z = self._target(y, x, matrix)
-        squares = torch.linalg.vecdot(z, z)
-        return self._evaluate(y, z, inverse_y, _inverse_norm(squares.sqrt())[0], torch.linalg.vecdot(y, z))
+        return self._evaluate(y, z, inverse_y, _inverse_norm(norms(z))[0], torch.linalg.vecdot(y, z))
 
     def shared_value(self, y: Tensor, x: Tensor, matrix: Tensor) -> Rounds:
         """:meth:`value` where several processes each hold a part of the observations.
@@ -194,9 +193,10 @@ class OrthogonalCoupling:
 
     def _units(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
         """Factors that take each neuron's norm to the power 1 - p, and the one that takes their layer to norm 1."""
+        if self.power == 1:
+            return inverse, inverse.count_nonzero(-1).clamp_min_(1).to(inverse.dtype).rsqrt()
         scale = self._scale(inverse)
-        norms = torch.where(inverse == 0, 0.0, scale / inverse)
-        norm = torch.linalg.vector_norm(norms, dim=-1)
+        norm = torch.linalg.vector_norm(torch.where(inverse == 0, 0.0, scale / inverse), dim=-1)
         return scale, torch.where(norm == 0, 0.0, 1 / norm)
 
 

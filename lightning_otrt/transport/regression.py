@@ -27,7 +27,7 @@ from lightning_otrt.transport.correlation import (
     _recentre,
 )
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
-from lightning_otrt.transport.tensors import add_product, in_enough_digits, product
+from lightning_otrt.transport.tensors import add_product, product, widen_if_long
 
 __all__ = ["Regression"]
 
@@ -79,7 +79,7 @@ class Regression:
         dtype = y.dtype
         reference = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
         sums = _MOMENTS.sums(y, x, reference)
-        deviations, _ = in_enough_digits(y, x)
+        deviations, _ = widen_if_long(y, x)
         deviations = deviations - reference[0]
         return [*sums[:-1], (deviations @ deviations.mT).to(dtype), sums[-1]]
 

@@ -1,0 +1,158 @@
+"""What a solve of the orthogonal coupling costs, and by which method: ``python -m benchmarks.orthogonal``.
+
+Milliseconds of processor time of one thread, medians of interleaved rounds. First the polar factor alone, beside a cold
+Sinkhorn plan of a cost that is there; then whole calls, from neurons to value and gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Quartiles, ratios, rounds
+from lightning_otrt.transport.cost import Plan
+from lightning_otrt.transport.named_costs import get_cost
+from lightning_otrt.transport.orthogonal import OrthogonalCoupling
+from lightning_otrt.transport.polar import newton_schulz, polar_factor
+from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, sinkhorn_plan
+
+#: (student neurons, teacher neurons)
+WIDTHS = ((128, 128), (256, 512), (512, 512), (1024, 512), (2048, 2048))
+OBSERVATIONS = (256, 1024)
+EPSILON = 0.01
+SINKHORN, SVD = "cold Sinkhorn", "SVD"
+#: What the project asks for: a call that solves and one that does not, over those of a Sinkhorn plan.
+GATES = {"solve": 2.0, "between": 1.1}
+
+
+def by_gram(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(C Cᵀ)^-½ C from the eigenvectors of the smaller Gram matrix, which knows singular values to half the digits."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return by_gram(matrix.mT, dtype).mT
+    wide = matrix.to(dtype or matrix.dtype)
+    squares, vectors = torch.linalg.eigh(wide @ wide.mT)
+    least = squares[-1] * (torch.finfo(squares.dtype).eps * matrix.shape[0])
+    inverse = torch.where(squares > least, squares.clamp_min(least).rsqrt(), 0.0)
+    return (((vectors * inverse) @ vectors.mT) @ wide).to(matrix.dtype)
+
+
+def neurons(rows: int, columns: int, observations: int) -> tuple[Tensor, Tensor]:
+    """Student and teacher neurons with a common part, whose spectrum falls as that of a layer does."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(columns, observations, generator=generator)
+    x = x * torch.arange(1, columns + 1)[:, None] ** -0.5
+    x = torch.linalg.qr(torch.randn(columns, columns, generator=generator))[0] @ x
+    mixed = torch.randn(rows, columns, generator=generator) @ x / columns**0.5
+    return mixed + mixed.std() * torch.randn(rows, observations, generator=generator), x
+
+
+def polar_factors(rows: int, columns: int, seconds: float) -> dict[str, list[float]]:
+    """Times of the methods on one matrix."""
+    y, x = neurons(rows, columns, 2 * max(rows, columns))
+    coupling, rule = OrthogonalCoupling(), get_cost("correlation")
+    sums = coupling.sums(y, x)
+    cost = rule.matrix(sums, rule.energy(x))[None]
+    matrix = sums[-1] / torch.linalg.matrix_norm(sums[-1])
+    square = matrix if rows <= columns else matrix.mT
+    methods: dict[str, Callable[[], object]] = {
+        "one product": lambda: square @ square.mT,
+        SINKHORN: lambda: sinkhorn_plan(cost, EPSILON, iterations=TRAINING_ITERATIONS),
+        SVD: lambda: polar_factor(matrix),
+        "Newton-Schulz": lambda: newton_schulz(matrix),
+        "eigenvectors": lambda: by_gram(matrix),
+        "eigenvectors, float64": lambda: by_gram(matrix, torch.float64),
+    }
+    if max(rows, columns) > 1024:
+        # Half a minute a round.
+        del methods["eigenvectors, float64"]
+    return rounds(methods, seconds=seconds, least=3)
+
+
+def errors(rows: int, columns: int) -> dict[str, float]:
+    """Largest error of each method against the decomposition in float64, relative to the size of an entry."""
+    y, x = neurons(rows, columns, 2 * max(rows, columns))
+    matrix = y @ x.mT
+    matrix = matrix / torch.linalg.matrix_norm(matrix)
+    exact = polar_factor(matrix.double())
+    found = {SVD: polar_factor(matrix), "Newton-Schulz": newton_schulz(matrix), "eigenvectors": by_gram(matrix)}
+    return {name: float((factor - exact).norm() / exact.norm()) for name, factor in found.items()}
+
+
+def calls(rows: int, columns: int, observations: int, seconds: float) -> dict[str, list[float]]:
+    """Times of whole calls: one that solves, and one that only evaluates."""
+    y, x = neurons(rows, columns, observations)
+    coupling, rule = OrthogonalCoupling(), get_cost("correlation")
+    energy = rule.energy(x)
+
+    def sinkhorn() -> Plan:
+        cost = rule.matrix(rule.sums(y, x), energy)
+        return Plan.of(sinkhorn_plan(cost[None], EPSILON, iterations=TRAINING_ITERATIONS).matrix[0])
+
+    plan, matrix = sinkhorn(), coupling.solve(coupling.sums(y, x))
+    return rounds(
+        {
+            "sinkhorn, solve": lambda: rule.value(y, x, sinkhorn(), energy),
+            "orthogonal, solve": lambda: coupling.value(y, x, coupling.solve(coupling.sums(y, x))),
+            "sinkhorn, between": lambda: rule.value(y, x, plan, energy),
+            "orthogonal, between": lambda: coupling.value(y, x, matrix),
+        },
+        seconds=seconds,
+        least=3,
+    )
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each row")
+    parser.add_argument("--largest", type=int, default=2048, help="largest width")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    widths = [pair for pair in WIDTHS if max(pair) <= options.largest]
+    found = {pair: polar_factors(*pair, options.seconds) for pair in widths}
+    names = list(next(iter(found.values())))
+    print("Milliseconds of a polar factor\n")
+    print(
+        table(
+            ["N × M", *names],
+            (
+                [f"{rows} × {columns}"]
+                + [f"{1e3 * Quartiles.of(taken[name]).median:.3g}" if name in taken else "" for name in names]
+                for (rows, columns), taken in found.items()
+            ),
+        )
+    )
+    print("\nRelative error in float32, on spectra that fall\n")
+    wrong = {pair: errors(*pair) for pair in widths if max(pair) <= 1024}
+    methods = list(next(iter(wrong.values())))
+    print(
+        table(
+            ["N × M", *methods],
+            ([f"{r} × {c}", *(f"{row[name]:.1g}" for name in methods)] for (r, c), row in wrong.items()),
+        )
+    )
+    print("\nWhole calls: milliseconds, and the ratio of orthogonal to Sinkhorn with its gate\n")
+    lines = []
+    for rows, columns in widths:
+        for observations in OBSERVATIONS:
+            taken = calls(rows, columns, observations, options.seconds)
+            for kind, gate in GATES.items():
+                own, other = f"orthogonal, {kind}", f"sinkhorn, {kind}"
+                ratio = ratios(taken, own, other)
+                times = (f"{1e3 * Quartiles.of(taken[name]).median:.3g}" for name in (other, own))
+                lines.append([f"{rows} × {columns}, {observations}", kind, *times, f"{ratio:.2f}", f"≤ {gate:g}"])
+    print(table(["N × M, n", "call", "sinkhorn", "orthogonal", "ratio", "gate"], lines))
+
+
+if __name__ == "__main__":
+    main()
