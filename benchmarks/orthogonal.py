@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.timing import Quartiles, ratios, rounds
 from lightning_otrt.transport.cost import Plan
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.orthogonal import OrthogonalCoupling
+from lightning_otrt.transport.orthogonal import OrthogonalAlignment
 from lightning_otrt.transport.polar import newton_schulz, polar_factor
 from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, sinkhorn_plan
 
@@ -52,7 +52,7 @@ def neurons(rows: int, columns: int, observations: int) -> tuple[Tensor, Tensor]
 def polar_factors(rows: int, columns: int, seconds: float) -> dict[str, list[float]]:
     """Times of the methods on one matrix."""
     y, x = neurons(rows, columns, 2 * max(rows, columns))
-    coupling, rule = OrthogonalCoupling(), get_cost("correlation")
+    coupling, rule = OrthogonalAlignment(), get_cost("correlation")
     sums = coupling.sums(y, x)
     cost = rule.matrix(sums, rule.energy(x))[None]
     matrix = sums[-1] / torch.linalg.matrix_norm(sums[-1])
@@ -84,7 +84,7 @@ def errors(rows: int, columns: int) -> dict[str, float]:
 def calls(rows: int, columns: int, observations: int, seconds: float) -> dict[str, list[float]]:
     """Times of whole calls: one that solves, and one that only evaluates."""
     y, x = neurons(rows, columns, observations)
-    coupling, rule = OrthogonalCoupling(), get_cost("correlation")
+    coupling, rule = OrthogonalAlignment(), get_cost("correlation")
     energy = rule.energy(x)
 
     def sinkhorn() -> Plan:

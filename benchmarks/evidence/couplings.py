@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.evidence.losses import pooled
 from benchmarks.evidence.networks import Features
-from lightning_otrt.steps.engine import EARLY_SOLVES
+from lightning_otrt.steps.coupling import EARLY_SOLVES
 from lightning_otrt.transport.cost import Sums
-from lightning_otrt.transport.orthogonal import OrthogonalCoupling, random_projection
+from lightning_otrt.transport.orthogonal import OrthogonalAlignment, random_projection
 from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 
@@ -38,7 +38,7 @@ class State:
         matrix: What the last solve found.
     """
 
-    coupling: OrthogonalCoupling | Regression
+    coupling: OrthogonalAlignment | Regression
     projection: Tensor | None = None
     solve_every: int = SOLVE_EVERY
     calls: int = 0
@@ -94,7 +94,7 @@ class Coupled(nn.Module):
 
 
 class Orthogonal(Coupled):
-    """Orthogonal alignment; ``power`` as in :class:`OrthogonalCoupling`."""
+    """Orthogonal alignment; ``power`` as in :class:`OrthogonalAlignment`."""
 
     def __init__(self, student: Features, teacher: Features, power: float = 1.0) -> None:
         self.power = power
@@ -102,7 +102,7 @@ class Orthogonal(Coupled):
 
     def state(self, rows: int, columns: int, block: int) -> State:
         """A state that solves."""
-        return State(OrthogonalCoupling(self.power))
+        return State(OrthogonalAlignment(self.power))
 
 
 class RandomProjection(Orthogonal):
@@ -110,7 +110,7 @@ class RandomProjection(Orthogonal):
 
     def state(self, rows: int, columns: int, block: int) -> State:
         """A state that keeps its projection."""
-        return State(OrthogonalCoupling(self.power), random_projection(rows, columns, torch.initial_seed() + block))
+        return State(OrthogonalAlignment(self.power), random_projection(rows, columns, torch.initial_seed() + block))
 
 
 class LinearRegression(Coupled):

@@ -48,14 +48,14 @@ from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.polar import polar_factor
 from lightning_otrt.transport.tensors import add_product, norms, product
 
-__all__ = ["OrthogonalCoupling", "random_projection"]
+__all__ = ["OrthogonalAlignment", "random_projection"]
 
 _MOMENTS = CorrelationCost()
 
 
 @dataclass(frozen=True)
-class OrthogonalCoupling:
-    """What a training run needs of the coupling; the state (sums, reference, matrix) is the caller's.
+class OrthogonalAlignment:
+    """What a training run needs of the coupling. The state (sums, reference, matrix) belongs to the caller.
 
     A call *observes* a batch by :meth:`sums` or :meth:`accumulate`, at times *solves* a matrix from the sums, and
     *evaluates* the batch by :meth:`value`. The sums add over views, steps and processes.
@@ -65,11 +65,11 @@ class OrthogonalCoupling:
 
     Example:
         >>> import torch
-        >>> from lightning_otrt.transport.orthogonal import OrthogonalCoupling
+        >>> from lightning_otrt.transport.orthogonal import OrthogonalAlignment
         >>> generator = torch.Generator().manual_seed(0)
         >>> teacher = torch.randn(8, 100, generator=generator, dtype=torch.float64)
         >>> rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
-        >>> student, coupling = rotation @ teacher, OrthogonalCoupling(power=0.0)
+        >>> student, coupling = rotation @ teacher, OrthogonalAlignment(power=0.0)
         >>> matrix = coupling.solve(coupling.sums(student, teacher))
         >>> value, gradient = coupling.value(student, teacher, matrix)
         >>> bool(value.abs() < 1e-12), gradient.shape

@@ -27,9 +27,9 @@ def move_reference(sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Sums, 
 
     Example:
         >>> import torch
-        >>> from lightning_otrt.transport.orthogonal import OrthogonalCoupling
+        >>> from lightning_otrt.transport.orthogonal import OrthogonalAlignment
         >>> y, x = torch.randn(4, 50) + 3, torch.randn(5, 50) - 3
-        >>> sums = OrthogonalCoupling().sums(y, x, (torch.zeros(4, 1), torch.zeros(5, 1)))
+        >>> sums = OrthogonalAlignment().sums(y, x, (torch.zeros(4, 1), torch.zeros(5, 1)))
         >>> sums, reference = move_reference(sums, (torch.zeros(4, 1), torch.zeros(5, 1)))
         >>> torch.allclose(reference[0], y.mean(1, keepdim=True), atol=1e-5)
         True

@@ -36,7 +36,7 @@ _MOMENTS = CorrelationCost()
 
 @dataclass(frozen=True)
 class Regression:
-    """What a training run needs of the regression; the state (sums, reference, map) is the caller's.
+    """What a training run needs of the regression. The state (sums, reference, map) belongs to the caller.
 
     Args:
         standardised: Divide each neuron of both sides by its deviation on the batch, so that the value is the mean of

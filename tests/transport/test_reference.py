@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.transport.cost import Sums
-from lightning_otrt.transport.orthogonal import OrthogonalCoupling
+from lightning_otrt.transport.orthogonal import OrthogonalAlignment
 from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 
-RULES = pytest.mark.parametrize("rule", [OrthogonalCoupling(), Regression()])
+RULES = pytest.mark.parametrize("rule", [OrthogonalAlignment(), Regression()])
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 @RULES
 @pytest.mark.parametrize("leading", [(), (3,)])
 def test_moved_sums_are_those_around_the_new_reference(
-    rule: OrthogonalCoupling | Regression, leading: tuple[int, ...]
+    rule: OrthogonalAlignment | Regression, leading: tuple[int, ...]
 ) -> None:
     y, x = draw(*leading, 4, 30) + 2, draw(*leading, 5, 30, seed=1) - 3
     first = (draw(*leading, 4, 1, seed=2), draw(*leading, 5, 1, seed=3))
@@ -32,7 +32,7 @@ def test_moved_sums_are_those_around_the_new_reference(
 
 
 @RULES
-def test_shares_move_as_the_whole(rule: OrthogonalCoupling | Regression) -> None:
+def test_shares_move_as_the_whole(rule: OrthogonalAlignment | Regression) -> None:
     y, x = draw(4, 30) + 2, draw(5, 30, seed=1) - 3
     first = (torch.zeros(4, 1, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.float64))
     sums = rule.sums(y, x, first)
@@ -43,7 +43,7 @@ def test_shares_move_as_the_whole(rule: OrthogonalCoupling | Regression) -> None
 
 
 @RULES
-def test_means_that_are_not_finite_stay_out(rule: OrthogonalCoupling | Regression) -> None:
+def test_means_that_are_not_finite_stay_out(rule: OrthogonalAlignment | Regression) -> None:
     y, x = draw(4, 30), draw(5, 30, seed=1)
     y[2, 3] = float("inf")
     first = (torch.zeros(4, 1, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.float64))
@@ -51,7 +51,7 @@ def test_means_that_are_not_finite_stay_out(rule: OrthogonalCoupling | Regressio
 
 
 @RULES
-def test_running_sums_of_a_neuron_that_fades_far_from_its_first_mean(rule: OrthogonalCoupling | Regression) -> None:
+def test_running_sums_of_a_neuron_that_fades_far_from_its_first_mean(rule: OrthogonalAlignment | Regression) -> None:
     """Its deviation falls to 1e-2, thousands of times less than its distance from where it began."""
     x, mixing = draw(6, 500, seed=1), draw(4, 6, seed=2)
     scale, mean = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
@@ -75,4 +75,4 @@ def test_running_sums_of_a_neuron_that_fades_far_from_its_first_mean(rule: Ortho
     error = {name: (found - solved["exact"]).norm() / solved["exact"].norm() for name, found in solved.items()}
     assert error["moving"] < 0.02
     # Products with a teacher whose means stay lose no digits; those of a student with itself do.
-    assert isinstance(rule, OrthogonalCoupling) or not error["fixed"] < 0.2
+    assert isinstance(rule, OrthogonalAlignment) or not error["fixed"] < 0.2
