@@ -52,6 +52,7 @@ class TracedLayer:
         input_from: Name of the layer whose output tensor is the input of this one.
         output_from: Name of the layer that made the output: a child where a container returns what this child made.
         gives_model_output: Whether its output tensor is (one of) the tensors that the whole model returns.
+        takes_model_input: Whether a tensor that enters the whole model, other than a mask, enters it unchanged.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TracedLayer:
     input_from: str | None = None
     output_from: str | None = None
     gives_model_output: bool = False
+    takes_model_input: bool = False
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
@@ -108,9 +110,7 @@ class Trace:
         root: Name of the module whose forward was traced, ``""`` for the whole model.
         aliases: ``(other name, name)`` of modules that are registered under several names.
         output_shapes: Shapes of the tensors that the root returned.
-        batch_size: Size of the first axis of the first tensor input.
-        input_is_image: Whether the first tensor input is a floating-point tensor of four axes.
-        image_size: Height and width of that image.
+        batch_size: Number of samples, on which inputs and outputs agree.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
     """
 
@@ -119,8 +119,6 @@ class Trace:
     aliases: tuple[tuple[str, str], ...] = ()
     output_shapes: tuple[tuple[int, ...], ...] = ()
     batch_size: int = 0
-    input_is_image: bool = False
-    image_size: tuple[int, int] | None = None
     prefix_tokens: int = 0
 
     def layer(self, name: str) -> TracedLayer:

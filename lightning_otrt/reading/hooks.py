@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_otrt.reading.masks import padding_mask
 from lightning_otrt.reading.neurons import NeuronReader
+from lightning_otrt.reading.outputs import packed_mask, sequence_output
 from lightning_otrt.reading.torch_internals import is_in_backward
 from lightning_otrt.reading.views import View
 
@@ -85,8 +86,8 @@ class _Read(_Hook):
     def __init__(self, recorder: Recorder, side: str, key: str, reader: NeuronReader) -> None:
         self.recorder, self.side, self.key, self.reader = recorder, side, key, reader
 
-    def read(self, value: Any) -> None:
-        """Add the reading of a layer's value to the current view."""
+    def read(self, value: Any, own_mask: Tensor | None = None) -> None:
+        """Add the reading of a layer's value to the current view; a mask of its own goes before that of the view."""
         recorder = self.recorder
         # In the backward pass activation checkpointing runs layers and their hooks again.
         if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
@@ -98,7 +99,7 @@ class _Read(_Hook):
             (view.student, view.student_mask) if self.side == "student" else (view.teacher, view.teacher_mask)
         )
         with _uncounted_saved_tensors():
-            reading = self.reader(value, mask)
+            reading = self.reader(value, mask if own_mask is None else own_mask)
         readings.setdefault(self.key, []).append(reading)
 
 
@@ -107,7 +108,7 @@ class ReadOutput(_Read):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Read the output."""
-        self.read(output)
+        self.read(sequence_output(module, output), packed_mask(output))
 
 
 class ReadInput(_Read):

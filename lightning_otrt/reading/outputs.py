@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-__all__ = ["all_tensors", "describe", "output_items", "select_tensor"]
+__all__ = [
+    "all_tensors",
+    "describe",
+    "is_dense",
+    "output_items",
+    "packed_mask",
+    "select_tensor",
+    "sequence_output",
+]
 
 
 def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
@@ -41,6 +51,40 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
             "are no activations; choose another layer."
         )
     return output
+
+
+def sequence_output(module: nn.Module, output: Any) -> Any:
+    """The sequence that a recurrent module returns, without its last states; any other output as it is.
+
+    A packed sequence is padded, in the layout of the module (``batch_first``); :func:`packed_mask` tells its padding.
+
+    Example:
+        >>> rnn = nn.LSTM(4, 5, batch_first=True)
+        >>> sequence_output(rnn, rnn(torch.zeros(2, 3, 4))).shape
+        torch.Size([2, 3, 5])
+    """
+    if not isinstance(module, nn.RNNBase) or not isinstance(output, tuple) or isinstance(output, PackedSequence):
+        return output
+    sequence = output[0]
+    if isinstance(sequence, PackedSequence):
+        sequence, _ = pad_packed_sequence(sequence, batch_first=module.batch_first)
+    return sequence
+
+
+def packed_mask(output: Any) -> Tensor | None:
+    """The mask ``(B, T)`` of a packed sequence, alone or first in a tuple, true where it holds a step; else None."""
+    if isinstance(output, tuple) and not isinstance(output, PackedSequence) and output:
+        output = output[0]
+    if not isinstance(output, PackedSequence):
+        return None
+    _, lengths = pad_packed_sequence(output)
+    steps = torch.arange(int(lengths.max()), device=output.data.device)
+    return steps < lengths.to(output.data.device)[:, None]
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor with one size along each axis, which nested tensors do not have."""
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 def output_items(output: Any) -> list[tuple[str | int, Any]]:
@@ -81,6 +125,8 @@ def describe(value: Any) -> str:
 
 
 def _describe_item(value: Any) -> str:
+    if isinstance(value, Tensor) and value.is_nested:
+        return "nested tensor"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return "None" if value is None else type(value).__name__

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.names import child_names, is_inside, named_layers, primary_names
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
+from lightning_otrt.reading.arguments import bound_arguments
+from lightning_otrt.reading.batch_facts import count_samples, is_sequence_first
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, role_of
-from lightning_otrt.reading.outputs import all_tensors, describe, output_items
+from lightning_otrt.reading.outputs import all_tensors, describe, is_dense, output_items, sequence_output
 from lightning_otrt.reading.torch_internals import is_in_backward
 
 __all__ = ["trace"]
@@ -61,11 +63,11 @@ def trace(
     primary = primary_names(modules, root)
     target = modules[root]
     inputs = list(all_tensors((tuple(args), dict(kwargs or {}))))
-    recorder = _TraceHooks(batch_size=inputs[0].shape[0] if inputs and inputs[0].dim() else 0)
+    recorder = _TraceHooks(inputs)
     with in_evaluation(target, inputs), ExitStack() as hooks:
         for name, module in modules.items():
             if primary[id(module)] == name and is_inside(name, root):
-                before = module.register_forward_pre_hook(partial(recorder.before_forward, name))
+                before = module.register_forward_pre_hook(partial(recorder.before_forward, name), with_kwargs=True)
                 hooks.callback(before.remove)
                 after = module.register_forward_hook(partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
@@ -73,16 +75,12 @@ def trace(
         layers = tuple(
             recorder.layer(name, module, returned) for name, module in modules.items() if primary[id(module)] == name
         )
-    first = inputs[0] if inputs else None
-    is_image = first is not None and first.dim() == 4 and first.is_floating_point()
     return Trace(
         layers=layers,
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
         output_shapes=tuple(tuple(tensor.shape) for tensor in returned),
-        batch_size=recorder.batch_size,
-        input_is_image=is_image,
-        image_size=(first.shape[2], first.shape[3]) if first is not None and is_image else None,
+        batch_size=count_samples(inputs, returned, sequence_first=is_sequence_first(target) or False),
         prefix_tokens=_prefix_tokens(target),
     )
 
@@ -101,6 +99,7 @@ class _Frame:
         input: Its first positional tensor input.
         input_axis: Axis of the neurons in the input, None while unknown.
         source: Where the input came from.
+        takes_model_input: Whether an input of the whole model enters it, masks aside.
         votes: ``(shape, neuron axis)`` of the outputs of inner modules whose types tell the axis.
     """
 
@@ -108,6 +107,7 @@ class _Frame:
     input: Tensor | None
     input_axis: int | None
     source: _Source | None
+    takes_model_input: bool = False
     votes: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
 
 
@@ -124,15 +124,18 @@ class _Source:
 class _TraceHooks:
     """The hooks of one traced forward, and what they noted."""
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self._inputs = {id(tensor) for tensor in inputs}
+        self._samples = count_samples(inputs, [])
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._running: list[_Frame] = []
         self._sources: dict[int, _Source] = {}
         self._completed = 0
 
-    def before_forward(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Forward pre-hook."""
         # A forward that takes a gradient within it runs checkpointed layers once more, which is no second call.
         if is_in_backward():
@@ -148,7 +151,9 @@ class _TraceHooks:
                 # Where a container passes its input on, the layer that gets it tells the axis of the neurons.
                 if frame.input is tensor and frame.input_axis is None:
                     frame.input_axis = axis
-        self._running.append(_Frame(module, tensor, axis, source))
+        taken = bound_arguments(module, args, kwargs)
+        starts = any(id(value) in self._inputs for key, value in taken.items() if not key.endswith("mask"))
+        self._running.append(_Frame(module, tensor, axis, source, starts))
 
     def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook."""
@@ -157,7 +162,8 @@ class _TraceHooks:
         frame = self._running.pop()
         while frame.module is not module:  # an inner forward raised, and its caller went on
             frame = self._running.pop()
-        tensors = [(key, value) for key, value in output_items(output) if isinstance(value, Tensor)]
+        output = sequence_output(module, output)
+        tensors = [(key, value) for key, value in output_items(output) if is_dense(value)]
         traced = tuple((key, self._traced(module, frame, value)) for key, value in tensors)
         is_single = len(traced) == 1 and not isinstance(output, Mapping)
         known = self._layers.get(name)
@@ -173,6 +179,7 @@ class _TraceHooks:
             parts=() if isinstance(output, Tensor) else traced,
             input_from=frame.source.layer if frame.source else None,
             output_from=made_by.layer if made_by is not None else name,
+            takes_model_input=frame.takes_model_input,
         )
         self._outputs[name] = [weakref.ref(value) for _, value in tensors]
         self._completed += 1
@@ -235,12 +242,13 @@ class _TraceHooks:
         if value.dim() != 3:
             return 0
         for running in (module, *(outer.module for outer in reversed(self._running))):
-            if isinstance(getattr(running, "batch_first", None), bool):
-                return 0 if running.batch_first else 1
+            sequence_first = is_sequence_first(running)
+            if sequence_first is not None:
+                return int(sequence_first)
         source = self._source(value) or frame.source
         if source is not None and source.batch_axis == 1:
             return 1
-        return 1 if value.shape[0] != self.batch_size and value.shape[1] == self.batch_size else 0
+        return 1 if value.shape[0] != self._samples and value.shape[1] == self._samples else 0
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -49,11 +49,11 @@ def test_root_and_inputs():
             self.metric = nn.Linear(1, 1)
 
     seen = trace(Task(), (), {"input": torch.randn(5, 3, 8, 6)}, root="net")
-    assert (seen.root, seen.batch_size, seen.image_size, seen.input_is_image) == ("net", 5, (8, 6), True)
+    assert (seen.root, seen.batch_size) == ("net", 5)
     assert seen.layer("net.1").gives_model_output
     assert (seen.layer("").calls, seen.layer("metric").calls) == (0, 0)
     tokens = trace(nn.Embedding(9, 4), (torch.randint(0, 9, (2, 3)),))
-    assert (tokens.input_is_image, tokens.image_size, tokens.batch_size) == (False, None, 2)
+    assert tokens.batch_size == 2
     with pytest.raises(ValueError, match="No module 'nett' in Task to run. Its children: 'net', 'metric'"):
         trace(Task(), (), root="nett")
 

@@ -1,0 +1,48 @@
+"""The arguments of a forward by their names, however they were passed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["bound_arguments"]
+
+
+def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``module(*args, **kwargs)`` by the names in the signature of its ``forward``.
+
+    ``net(ids, mask)`` and ``net(ids, attention_mask=mask)`` give the same. Where the only positional argument is a
+    mapping, as some networks take a whole batch, its items count as arguments too. Positional arguments without a name
+    (``*args``, or a forward whose signature cannot be read) get their position as name.
+
+    Args:
+        module: The module that is called.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Example:
+        >>> from torch import nn
+        >>> bound_arguments(nn.Linear(2, 3), ("x",), {})
+        {'input': 'x'}
+    """
+    found: dict[str, Any] = {}
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        found.update({str(name): value for name, value in args[0].items()})
+    try:
+        signature = inspect.signature(module.forward)
+        bound = signature.bind_partial(*args, **kwargs)
+    except (TypeError, ValueError):
+        # No readable signature, or arguments that do not fit it: the call itself then says what is wrong.
+        return {**found, **{str(place): value for place, value in enumerate(args)}, **kwargs}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found.update({str(place): item for place, item in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        else:
+            found[name] = value
+    return found

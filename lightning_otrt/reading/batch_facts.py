@@ -1,0 +1,63 @@
+"""Which axis of a tensor holds the samples, and how many samples a batch has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["count_samples", "is_sequence_first"]
+
+
+def is_sequence_first(module: nn.Module) -> bool | None:
+    """Whether a module takes ``(T, B, C)``: its own ``batch_first``, else the one that all modules inside it agree on.
+
+    ``nn.TransformerEncoder`` has no ``batch_first`` of its own; the attention inside its layers has.
+
+    Returns:
+        None where nothing tells.
+
+    Example:
+        >>> from torch import nn
+        >>> is_sequence_first(nn.TransformerEncoderLayer(8, 2, batch_first=True)), is_sequence_first(nn.LSTM(4, 4))
+        (False, True)
+    """
+    own = getattr(module, "batch_first", None)
+    if isinstance(own, bool):
+        return not own
+    inside = {inner.batch_first for inner in module.modules() if isinstance(getattr(inner, "batch_first", None), bool)}
+    return not inside.pop() if len(inside) == 1 else None
+
+
+def count_samples(inputs: Sequence[Tensor], outputs: Iterable[Tensor], *, sequence_first: bool = False) -> int:
+    """The number of samples of a forward: the size that most inputs and outputs have along the axis of the samples.
+
+    A label, a camera matrix or anything else that stands first among the inputs has no more say than the others.
+
+    Args:
+        inputs: All tensors that enter.
+        outputs: All tensors that leave.
+        sequence_first: Whether sequences are ``(T, B, ...)``; then the second axis votes too, and decides a draw.
+
+    Returns:
+        The number of samples; 0 where no tensor has an axis.
+
+    Example:
+        >>> import torch
+        >>> camera, images, logits = torch.eye(3), torch.zeros(8, 3, 4, 4), torch.zeros(8, 10)
+        >>> count_samples([camera, images], [logits])
+        8
+    """
+    votes: Counter[int] = Counter()
+    tensors = [tensor for tensor in (*inputs, *outputs) if not tensor.is_nested and tensor.dim()]
+    for tensor in tensors:
+        axes = {0, 1} if sequence_first and tensor.dim() in (2, 3) else {0}
+        votes.update({tensor.shape[axis] for axis in axes})
+    if not votes:
+        return 0
+    preferred = 1 if sequence_first else 0
+    first = [tensor.shape[preferred] for tensor in tensors if tensor.dim() > preferred]
+    most = max(votes.values())
+    tied = [size for size, count in votes.items() if count == most]
+    return next((size for size in first if size in tied), tied[0])
