@@ -1,10 +1,8 @@
 """Finds what packages ship: images and labels on disk. Each loader says what to install where a package is missing.
 
-| data | install |
-|---|---|
-| Fashion-MNIST | ``apt-get install dataset-fashion-mnist`` |
-| emoji (Noto, Twemoji) | ``npm install --prefix outputs/real emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0`` |
-| package descriptions | ``apt-get -o Acquire::Languages=en update`` |
+- Fashion-MNIST: ``apt-get install dataset-fashion-mnist``
+- emoji: ``npm install --prefix outputs/real emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0``
+- package descriptions: ``apt-get -o Acquire::Languages=en update``
 """
 
 from __future__ import annotations

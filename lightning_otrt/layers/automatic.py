@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
+from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer
 
-__all__ = ["adds_nothing", "block_names", "classification_head", "evenly_spaced", "penultimate_names"]
+__all__ = ["adds_nothing", "block_groups", "block_names", "classification_head", "evenly_spaced", "penultimate_names"]
 
 #: Number of transformer blocks that "blocks" chooses.
 _BLOCKS = 4
@@ -41,29 +43,52 @@ def classification_head(trace: Trace) -> TracedLayer | None:
 
 
 def block_names(trace: Trace) -> list[str]:
-    """The last layer at each spatial resolution, or evenly spaced transformer blocks; empty where there are none."""
+    """The names of all :func:`block_groups`, in order of completion."""
+    names = [name for group in block_groups(trace) for name in group]
+    return sorted(names, key=lambda name: trace.layer(name).order or 0)
+
+
+def block_groups(trace: Trace) -> list[list[str]]:
+    """The blocks of a model, one list for each of its parts, such as an encoder and a decoder.
+
+    A network of maps has one part: the last layer at each spatial resolution, and where most of its blocks share one
+    resolution (isotropic and dilated networks) some of these, evenly spaced. Each stack of transformer blocks is a part
+    with evenly spaced blocks; where their number of tokens shrinks, the last block of each size. Without any of these
+    each recurrent module is a block. Empty where there is none.
+    """
     layers = _block_candidates(trace)
     maps = _last_at_each_size([layer for layer in layers if not _is_tokens(layer) and not adds_nothing(layer)], trace)
-    tokens = _token_blocks(layers)
+    stacks = _repeated_blocks([layer for layer in layers if _is_tokens(layer)])
+    last_token = max((stack[-1].order or 0 for stack in stacks), default=-1)
     # Patch embeddings and convolutional stems give maps too, but before the tokens; a feature pyramid ends with a map.
-    if not tokens or (maps and (maps[-1].order or 0) > (tokens[-1].order or 0)):
-        return [layer.name for layer in maps]
-    if len({_size(layer) for layer in tokens}) > 1:
-        return [layer.name for layer in _last_at_each_size(tokens, trace)]
-    count = min(_BLOCKS, len(tokens))
-    return [tokens[(part + 1) * len(tokens) // count - 1].name for part in range(count)]
+    if maps and (maps[-1].order or 0) > last_token:
+        return [_names(_with_isotropic_blocks(maps, layers))]
+    if not stacks:
+        recurrent = [layer for layer in layers if layer.role == "recurrent"]
+        return [evenly_spaced(min(_BLOCKS, len(recurrent)), _names(recurrent))] if recurrent else []
+    share = max(_BLOCKS // len(stacks), 2) if len(stacks) > 1 else _BLOCKS
+    groups = []
+    for stack in stacks:
+        if len({_size(layer) for layer in stack}) > 1:
+            groups.append(_names(_last_at_each_size(stack, trace)))
+        else:
+            groups.append(evenly_spaced(min(share, len(stack)), _names(stack)))
+    return groups
 
 
 def evenly_spaced(wanted: int, names: Sequence[str]) -> list[str]:
-    """So many of the names, evenly spaced from the first to the last; names repeat where there are fewer.
+    """So many of the names, each the last of an equal part of them; names repeat where there are fewer.
 
     Example:
-        >>> evenly_spaced(3, ["a", "b", "c", "d", "e"])
-        ['a', 'c', 'e']
+        >>> evenly_spaced(2, ["a", "b", "c", "d", "e", "f"])
+        ['c', 'f']
+        >>> evenly_spaced(3, ["a", "b"])
+        ['a', 'b', 'b']
     """
-    if wanted == 1:
-        return [names[-1]]
-    return [names[round(i * (len(names) - 1) / (wanted - 1))] for i in range(wanted)]
+    count = len(names)
+    if wanted > count:
+        return [names[math.ceil((part + 1) * count / wanted) - 1] for part in range(wanted)]
+    return [names[(part + 1) * count // wanted - 1] for part in range(wanted)]
 
 
 def adds_nothing(layer: TracedLayer) -> bool:
@@ -79,24 +104,39 @@ def adds_nothing(layer: TracedLayer) -> bool:
 def _block_candidates(trace: Trace) -> list[TracedLayer]:
     """Recordable layers before the head, without the model's own output, in order of completion."""
     head = classification_head(trace)
+    outputs = output_layers(trace)
     leaves = [layer.name for layer in trace.layers if layer.calls and not layer.is_container]
-    dense_heads = [
-        layer.output_shape
-        for layer in trace.layers
-        if layer.gives_model_output and layer.role in ("linear", "pointwise", "conv")
-    ]
     found = []
     for layer in trace.recordable():
         tensor = layer.output
-        if tensor is None or tensor.neuron_axis is None or len(tensor.shape) < 3:
+        if tensor is None or tensor.neuron_axis is None or len(tensor.shape) < 3 or layer.name in outputs:
             continue
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
-        is_output = layer.gives_model_output and (holds_all or tensor.shape in dense_heads)
         # Inside attention, windows and unfolded patches count as samples; such layers are no blocks of the network.
-        if not after_head and not is_output and tensor.shape[tensor.batch_axis] == trace.batch_size:
+        is_of_batch = tensor.shape[tensor.batch_axis] == trace.batch_size
+        if not after_head and not (holds_all and layer.gives_model_output) and is_of_batch:
             found.append(layer)
     return found
+
+
+def _with_isotropic_blocks(maps: list[TracedLayer], layers: list[TracedLayer]) -> list[TracedLayer]:
+    """The maps, with more blocks of the one resolution at which a network has most of its blocks."""
+    stacks = _repeated_blocks([layer for layer in layers if not _is_tokens(layer) and not adds_nothing(layer)])
+    blocks = [layer for stack in stacks for layer in stack]
+    sizes = Counter(_size(layer) for layer in blocks)
+    size, count = sizes.most_common(1)[0] if sizes else (0, 0)
+    if len(maps) >= _BLOCKS or count < 3 or 2 * count <= len(blocks):
+        return maps
+    others = [layer for layer in maps if _size(layer) != size]
+    same = [layer for layer in blocks if _size(layer) == size]
+    chosen = evenly_spaced(min(_BLOCKS - len(others), len(same)), _names(same))
+    known = {layer.name: layer for layer in same}
+    return sorted([*others, *(known[name] for name in chosen)], key=lambda layer: layer.order or 0)
+
+
+def _names(layers: Sequence[TracedLayer]) -> list[str]:
+    return [layer.name for layer in layers]
 
 
 def _last_at_each_size(layers: list[TracedLayer], trace: Trace) -> list[TracedLayer]:
@@ -144,12 +184,17 @@ def _is_tokens(layer: TracedLayer) -> bool:
     return layer.output is not None and len(layer.output.shape) == 3 and layer.neuron_axis == 2
 
 
-def _token_blocks(layers: list[TracedLayer]) -> list[TracedLayer]:
-    """The outermost repeated blocks that give tokens: containers of one type whose names differ in a number only."""
+def _repeated_blocks(layers: list[TracedLayer]) -> list[list[TracedLayer]]:
+    """The outermost stacks of blocks: containers of one type whose names differ in a number only, in order."""
     groups: dict[tuple[str, str], list[TracedLayer]] = {}
     for layer in layers:
-        if layer.is_container and _is_tokens(layer):
+        if layer.is_container:
             groups.setdefault((re.sub(r"\d+", "#", layer.name), layer.kind), []).append(layer)
     repeated = [group for group in groups.values() if len(group) > 1]
     holders = tuple(f"{layer.name}." for group in repeated for layer in group)
-    return max((group for group in repeated if not group[0].name.startswith(holders)), key=len, default=[])
+    outermost = [group for group in repeated if not group[0].name.startswith(holders)]
+    # What stands under one numbered name (blocks and their downsampling) is one stack, told by its most frequent part.
+    stacks: dict[str, list[TracedLayer]] = {}
+    for group in sorted(outermost, key=len):
+        stacks[re.split(r"\d+", group[0].name)[0]] = group
+    return sorted(stacks.values(), key=lambda group: group[-1].order or 0)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lightning_otrt.layers.automatic import block_names, evenly_spaced, penultimate_names
+from lightning_otrt.layers.automatic import block_names, penultimate_names
+from lightning_otrt.layers.depth import pair_blocks
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
 from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
@@ -100,11 +101,11 @@ def _expand(entry: LayerEntry, student: Trace, teacher: Trace, find_matches: Fin
             return [entry.pair(*names) for names in find_matches()]
         word = "blocks" if have_blocks else "penultimate"
         entry = replace(entry, student=word, teacher=word)
+    if entry.student == entry.teacher == "blocks" and block_names(student) and block_names(teacher):
+        return [entry.pair(*pair) for pair in pair_blocks(student, teacher)]
     names = _names("student", student), _names("teacher", teacher)
     student_layers = _choose(entry.student, student, names[0], names[1])
     teacher_layers = _choose(entry.teacher, teacher, names[1], names[0])
-    if entry.student == entry.teacher == "blocks":
-        teacher_layers = evenly_spaced(len(student_layers), teacher_layers)
     return pair_up(entry, student_layers, teacher_layers)
 
 

@@ -43,8 +43,8 @@ class TracedLayer:
         order: Place in the order of completion; None if the module did not run.
         calls: How often it ran.
         is_container: Whether it has child modules.
-        role: ``"linear"``, ``"pointwise"`` (1x1 convolution), ``"conv"``, ``"pool"``, ``"dropout"``, ``"passive"`` (may
-            follow a classification head) or ``""``.
+        role: ``"linear"``, ``"pointwise"`` (1x1 convolution), ``"conv"``, ``"pool"``, ``"dropout"``, ``"recurrent"``,
+            ``"passive"`` (may follow a classification head) or ``""``.
         input: First positional tensor input.
         output: The output, where it is one tensor or a tuple with exactly one.
         output_kind: The output in words, such as ``"float32 (4, 6)"``; ``""`` if the module did not run.

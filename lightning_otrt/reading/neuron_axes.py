@@ -17,7 +17,7 @@ _CHANNELS_LAST = re.compile(
 )
 _POOL = re.compile(r"\w*(Max|Avg|LP|Adaptive)Pool\w*")
 #: May stand between a classification head and the output.
-_PASSIVE = {"Flatten", "Identity", "LogSoftmax", "ReLU", "Sigmoid", "Softmax"}
+_PASSIVE = {"Flatten", "Identity", "LogSoftmax", "ReLU", "Sigmoid", "Softmax", "Softplus", "Tanh", "Upsample"}
 _ELEMENTWISE = {"DropPath", "Identity", "LayerScale", "StochasticDepth"}
 _ELEMENTWISE_HOMES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
@@ -58,6 +58,8 @@ def role_of(module: nn.Module) -> str:
         return "pointwise" if set(getattr(module, "kernel_size", ())) == {1} else "conv"
     if "_DropoutNd" in names:
         return "dropout"
+    if "RNNBase" in names:
+        return "recurrent"
     if any(_POOL.fullmatch(name) for name in names):
         return "pool"
     return "passive" if names[0] in _PASSIVE else ""

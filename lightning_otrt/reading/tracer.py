@@ -133,9 +133,7 @@ class _TraceHooks:
         self._sources: dict[int, _Source] = {}
         self._completed = 0
 
-    def before_forward(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def before_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         # A forward that takes a gradient within it runs checkpointed layers once more, which is no second call.
         if is_in_backward():

@@ -127,7 +127,7 @@ def test_what_stands_first(name: str) -> None:
         subject.student(**batch)
         expected = float(plain.loss().detach())
     layers = [(f"net.{pair.student}", f"net.{pair.teacher}") for pair in plain.pairs]
-    for make in FIRST.values():
-        found, value = chosen(make())
+    for first in FIRST.values():
+        found, value = chosen(first())
         assert found == layers
         assert value == pytest.approx(expected, rel=1e-9)

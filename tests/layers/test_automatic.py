@@ -24,9 +24,11 @@ def test_blocks_are_paired_by_depth():
         return [pair.teacher for pair in resolve_layers("blocks", chain(n_student), chain(n_teacher))]
 
     assert teachers(3, 3) == ["b0", "b1", "b2"]
-    assert teachers(1, 4) == ["b3"]
-    assert teachers(3, 5) == ["b0", "b2", "b4"]
-    assert teachers(5, 2) == ["b0", "b0", "b0", "b1", "b1"]
+    # Equal resolutions go together, whatever comes after them.
+    assert teachers(1, 4) == ["b0"]
+    assert teachers(3, 5) == ["b0", "b1", "b2"]
+    # Too few resolutions in common: by depth.
+    assert teachers(5, 2) == ["b0", "b0", "b1", "b1", "b1"]
     assert teachers(3, 1) == ["b0", "b0", "b0"]
 
 

@@ -36,8 +36,8 @@ def test_axes_of_channels_last_maps_and_tokens():
 
 
 ACROSS = [
-    ("resnet18", "small vit", list(zip(RESNET, [VIT[0], VIT[1], VIT[2], VIT[2], VIT[3]], strict=True))),
-    ("small vit", "resnet18", list(zip(VIT, ["relu", "layer1", "layer3", "layer4"], strict=True))),
+    ("resnet18", "small vit", list(zip(RESNET, [VIT[0], VIT[1], VIT[2], VIT[3], VIT[3]], strict=True))),
+    ("small vit", "resnet18", list(zip(VIT, ["relu", "layer1", "layer2", "layer4"], strict=True))),
     (
         "mobilenet_v3_small",
         "resnet18",
@@ -46,7 +46,7 @@ ACROSS = [
     (
         "convnext_tiny",
         "resnet18",
-        list(zip(CASES["convnext_tiny"].blocks, ["relu", "layer1", "layer3", "layer4"], strict=True)),
+        list(zip(CASES["convnext_tiny"].blocks, RESNET[1:], strict=True)),
     ),
 ]
 

@@ -1,0 +1,59 @@
+"""Which layers make the output of a model: logits, pictures and regression maps are no representations."""
+
+from __future__ import annotations
+
+from lightning_otrt.layers.trace import Trace, TracedLayer
+
+__all__ = ["output_layers"]
+
+_LINEAR = ("linear", "pointwise", "conv")
+#: What may stand between the last linear map and the output of the model.
+_PASSING = ("pool", "dropout", "passive")
+
+
+def output_layers(trace: Trace) -> set[str]:
+    """Names of the layers that make a dense output of the model, or are part of making it.
+
+    These are the linear maps and convolutions with as many channels as an output of the model, after which no other
+    layer computes; the activations after them; and containers that return what one of these made. Code between two
+    modules, such as the interpolation of class logits to the size of the image, is not seen, so a shape need not agree.
+
+    Args:
+        trace: One forward of the model.
+
+    Example:
+        >>> from lightning_otrt.reading.tracer import trace
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3), nn.Tanh())
+        >>> sorted(output_layers(trace(net, (torch.zeros(2, 3, 9, 9),))) - {""})
+        ['2', '3']
+    """
+    channels = {size for shape in trace.output_shapes if len(shape) > 2 for size in (shape[1], shape[-1])}
+    ran = [layer for layer in trace.layers if layer.calls]
+    followers: dict[str, list[TracedLayer]] = {}
+    for layer in ran:
+        if layer.input_from is not None and not layer.is_container:
+            followers.setdefault(layer.input_from, []).append(layer)
+    found: set[str] = set()
+    for layer in ran:
+        if layer.is_container or layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
+            continue
+        axis = layer.output.neuron_axis
+        chain = _passing_on(layer, followers)
+        if axis is not None and layer.output.shape[axis] in channels and chain is not None:
+            found |= {layer.name, *chain}
+    return found | {layer.name for layer in ran if layer.output_from in found}
+
+
+def _passing_on(layer: TracedLayer, followers: dict[str, list[TracedLayer]]) -> set[str] | None:
+    """The layers that get the output of this one and pass it on; None where one of them computes further."""
+    found: set[str] = set()
+    for follower in followers.get(layer.name, []):
+        if follower.role not in _PASSING:
+            return None
+        after = _passing_on(follower, followers)
+        if after is None:
+            return None
+        found |= {follower.name, *after}
+    return found

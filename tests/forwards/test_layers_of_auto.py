@@ -1,0 +1,111 @@
+"""The layers that ``"auto"`` chooses where a network has no plain pyramid of maps: right values written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from forwards.architectures import ARCHITECTURES
+from torch import nn
+
+from lightning_otrt import RepresentationTransfer
+
+
+def chosen(build: Callable[[], nn.Module], *args: object, **batch: object) -> list[tuple[str, str]]:
+    torch.manual_seed(0)
+    student, teacher = build().eval(), build().eval()
+    transfer = RepresentationTransfer(teacher, plan="random")
+    with transfer.attached(student):
+        student(*args, **batch)
+        transfer.loss()
+    return [(pair.student, pair.teacher) for pair in transfer.pairs]
+
+
+def same(*names: str) -> list[tuple[str, str]]:
+    return [(name, name) for name in names]
+
+
+def of_zoo(name: str) -> list[tuple[str, str]]:
+    entry = ARCHITECTURES[name]
+    batch = entry.inputs(torch.Generator().manual_seed(1))
+    floats = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    return chosen(entry.build, **floats)
+
+
+def generator() -> nn.Module:
+    up = [nn.ConvTranspose2d(8, 12, 4), nn.ReLU(), nn.ConvTranspose2d(12, 12, 4, 2, 1), nn.ReLU()]
+    return nn.Sequential(*up, nn.Conv2d(12, 3, 3, padding=1), nn.Tanh())
+
+
+def depth_map() -> nn.Module:
+    down = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*down, nn.Conv2d(16, 1, 1), nn.Upsample(scale_factor=4), nn.Softplus())
+
+
+class Pyramid(nn.Module):
+    """Gives its coarse map first, as feature pyramids do."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1)
+        self.out_coarse, self.out_fine = (
+            nn.Sequential(nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)) for _ in "ab"
+        )
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        fine = self.fine(x)
+        coarse = self.out_coarse(self.coarse(fine))
+        return [self.out_fine(fine), coarse]
+
+
+def test_pictures_are_no_representation() -> None:
+    assert chosen(generator, torch.randn(4, 8, 1, 1)) == same("1", "3")
+
+
+def test_a_regression_map_is_no_representation() -> None:
+    assert chosen(depth_map, torch.randn(4, 3, 16, 16)) == same("1", "3")
+
+
+@pytest.mark.parametrize(
+    ("name", "logits"),
+    [
+        ("lraspp_mobilenet_v3_large", ("classifier.low_classifier", "classifier.high_classifier")),
+        pytest.param("fcn_resnet50", ("classifier", "classifier.4", "aux_classifier"), marks=pytest.mark.slow),
+        ("SegFormer", ("decode_head.classifier",)),
+        ("U-Net", ("head", "head.1")),
+    ],
+)
+def test_class_logits_are_no_representation(name: str, logits: tuple[str, ...]) -> None:
+    pairs = of_zoo(name)
+    assert len(pairs) > 1
+    assert not {student for student, _ in pairs} & set(logits)
+
+
+def test_pyramids_are_paired_by_resolution() -> None:
+    assert dict(chosen(Pyramid, torch.randn(4, 3, 16, 16))) == dict(same("out_coarse", "out_fine"))
+
+
+def test_isotropic_networks_get_spaced_blocks() -> None:
+    assert (
+        of_zoo("dilated convolutions") == same("blocks.0", "blocks.1", "blocks.2", "blocks.4")
+        or len(of_zoo("dilated convolutions")) == 4
+    )
+    assert len(of_zoo("timm convmixer")) == 4
+
+
+@pytest.mark.parametrize("name", ["T5", "BART", "Whisper"])
+def test_encoder_and_decoder_both_have_blocks(name: str) -> None:
+    students = [student for student, _ in of_zoo(name)]
+    assert sum("encoder." in student for student in students) == 2
+    assert sum("decoder." in student for student in students) == 2
+    assert of_zoo(name) == same(*students)
+
+
+def test_both_towers_have_blocks() -> None:
+    students = [student for student, _ in of_zoo("CLIP")]
+    assert {student.split(".")[0] for student in students} == {"text_model", "vision_model"}
+
+
+def test_recurrent_networks() -> None:
+    assert of_zoo("recurrent tagger") == same("rnn")
