@@ -38,19 +38,25 @@ def _joined(groups: list[list[str]], trace: Trace) -> list[str]:
 def _partners(own: list[str], other: list[str], student: Trace, teacher: Trace) -> list[str]:
     """The teacher's block for each of the student's."""
     by_depth = evenly_spaced(len(own), other)
-    sizes, other_sizes = ([_size(name, trace) for name in names] for names, trace in ((own, student), (other, teacher)))
-    if len(set(sizes)) < len(sizes) or len(set(other_sizes)) < len(other_sizes):
-        return by_depth  # several blocks of one resolution: it does not tell them apart
-    partner = dict(zip(other_sizes, other, strict=True))
-    shared = [size for size in sizes if size in partner]
-    if 2 * len(shared) < len(sizes):
-        return by_depth  # the teacher sees images of another size, or divides them otherwise
-    return [
-        partner[size]
-        if size in partner
-        else partner[min(other_sizes, key=lambda s, size=size: abs(math.log(s / size)))]
-        for size in sizes
-    ]
+    own_by_size, other_by_size = _by_size(own, student), _by_size(other, teacher)
+    shared = own_by_size.keys() & other_by_size.keys()
+    # Else the teacher sees images of another size, or divides them otherwise.
+    is_alike = 2 * sum(len(own_by_size[size]) for size in shared) >= len(own)
+    if not is_alike or any(len(own_by_size[size]) > len(other_by_size[size]) for size in shared):
+        return by_depth
+    partners = dict(zip(own, by_depth, strict=True))
+    for size, names in own_by_size.items():
+        by_nearness = {abs(math.log(found / size)): found for found in other_by_size}
+        nearest = by_nearness[min(by_nearness)]
+        partners |= dict(zip(names, evenly_spaced(len(names), other_by_size[nearest]), strict=True))
+    return [partners[name] for name in own]
+
+
+def _by_size(names: list[str], trace: Trace) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in names:
+        found.setdefault(_size(name, trace), []).append(name)
+    return found
 
 
 def _size(name: str, trace: Trace) -> int:

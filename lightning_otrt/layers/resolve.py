@@ -14,7 +14,7 @@ from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace
 
-__all__ = ["resolve_layers", "select_layers"]
+__all__ = ["fallback_note", "resolve_layers", "select_layers"]
 
 #: Finds pairs (student layer, teacher layer) from activations.
 FindMatches = Callable[[], Sequence[tuple[str, str]]]
@@ -71,6 +71,22 @@ def resolve_layers(
     reject_duplicates(pairs)
     total = math.fsum(pair.weight for pair in pairs)
     return tuple(_completed(pair, student, teacher, total) for pair in pairs)
+
+
+def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
+    """Says that "auto" or "matched" took the penultimate layer instead of blocks, and why; empty if it did not."""
+    words = [entry.student for entry in parse_layers(spec) if entry.student in ("auto", "matched")]
+    without = [
+        f"the {side} ({trace.layer(trace.root).kind})"
+        for side, trace in (("student", student), ("teacher", teacher))
+        if not block_names(trace)
+    ]
+    if not words or not without:
+        return ""
+    return (
+        f'"{words[0]}" is "penultimate" here: {" and ".join(without)} has no layer with positions or tokens, apart from '
+        "what makes the output."
+    )
 
 
 def select_layers(selectors: Sequence[str | int], trace: Trace, side: str) -> dict[str, int]:

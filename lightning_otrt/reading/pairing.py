@@ -11,7 +11,7 @@ from torch import nn
 from lightning_otrt.layers.lookup import LayerNames, check_names
 from lightning_otrt.layers.names import child_names, is_inside, named_layers, named_tensors
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
-from lightning_otrt.layers.resolve import resolve_layers
+from lightning_otrt.layers.resolve import fallback_note, resolve_layers
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
@@ -34,11 +34,13 @@ class Pairing:
         pairs: The pairs, with full names and weights that sum to 1.
         student: Trace of the student.
         teacher: Trace of the teacher.
+        note: What the reader of the table should know about the choice.
     """
 
     pairs: tuple[LayerPair, ...]
     student: Trace
     teacher: Trace
+    note: str = ""
 
     def readers(self, side: str, model: nn.Module, grid: int | None) -> Readers:
         """What to record of one side; the key is the number of the pair.
@@ -58,7 +60,8 @@ class Pairing:
 
     def table(self) -> str:
         """The pairs as a table with types and shapes."""
-        return format_pairs(self.pairs, self.student, self.teacher)
+        table = format_pairs(self.pairs, self.student, self.teacher)
+        return f"{self.note}\n{table}" if self.note else table
 
 
 def pair_layers(
@@ -95,7 +98,7 @@ def pair_layers(
         return match_layers((student_trace, teacher_trace), (student, teacher), runs)
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
-    return Pairing(pairs, student_trace, teacher_trace)
+    return Pairing(pairs, student_trace, teacher_trace, fallback_note(layers, student_trace, teacher_trace))
 
 
 def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root: str | None) -> None:

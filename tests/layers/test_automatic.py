@@ -68,10 +68,12 @@ def test_a_dropout_before_the_head_is_left_out():
     assert penultimate_names(seen) == ["1:input"]
 
 
-def test_evenly_spaced_names_start_with_the_first_and_end_with_the_last():
+def test_evenly_spaced_names_are_the_last_of_equal_parts():
     assert evenly_spaced(4, "abcd") == list("abcd")
-    assert evenly_spaced(2, "abcd") == ["a", "d"]
+    assert evenly_spaced(2, "abcdef") == ["c", "f"]
+    assert evenly_spaced(1, "abcd") == ["d"]
     assert evenly_spaced(4, "ab") == ["a", "a", "b", "b"]
+    assert evenly_spaced(5, "abcd") == ["a", "b", "c", "d", "d"]
 
 
 @pytest.mark.parametrize(
