@@ -84,8 +84,8 @@ def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
     if not words or not without:
         return ""
     return (
-        f'"{words[0]}" is "penultimate" here: {" and ".join(without)} has no layer with positions or tokens, apart from '
-        "what makes the output."
+        f'"{words[0]}" is "penultimate" here, because no layer of {" and of ".join(without)} has positions or tokens, '
+        "apart from those that make the output."
     )
 
 
