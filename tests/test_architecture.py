@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -90,6 +91,12 @@ def test_only_the_trainer_floor_knows_lightning() -> None:
 def test_one_file_imports_geomloss() -> None:
     importers = [name for name, imports in MODULES.items() if any(m.split(".")[0] == "geomloss" for m in imports)]
     assert importers == ["transport.geomloss_loop"]
+
+
+def test_every_file_that_the_page_of_the_architecture_names_is_there() -> None:
+    page = Path(__file__).parents[1].joinpath("docs/architecture.md").read_text()
+    named = set(re.findall(r"`(?:lightning_otrt/)?((?:\w+/)*\w+\.py|\w+/)`", page)) - {"tests/test_architecture.py"}
+    assert not [name for name in sorted(named) if not (PACKAGE / name).exists()]
 
 
 @pytest.mark.parametrize("optional", ["ot", "matplotlib", "timm", "transformers", "pandas", "jsonargparse", "sklearn"])

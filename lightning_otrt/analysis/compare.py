@@ -69,7 +69,7 @@ def compare_representations(
             scale of the activations, so that distances of different layers can be compared.
         plan: Kind of transport plan.
         epsilon: Entropic regularisation, relative to the mean cost.
-        grid: Positions kept along each axis of a feature map; see :func:`~lightning_otrt.reading.neurons.neurons`.
+        grid: Positions kept along each axis of a feature map; see :func:`~lightning_otrt.neurons`.
         inputs: Function from a batch to the student's inputs: a tensor, a tuple of positional arguments or a dictionary
             of keyword arguments. None uses the rule of ``dataloader``.
         teacher_inputs: Function from the student's inputs to those of the teacher, in the same forms.

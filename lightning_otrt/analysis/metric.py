@@ -45,7 +45,7 @@ class NeuronTransportDistance(Metric):
     As input to ``forward`` and ``update`` the metric accepts the following input:
 
     - ``student`` (:class:`~torch.Tensor`): Student neurons ``(N, n)``: rows are neurons, columns observations.
-      :func:`~lightning_otrt.reading.neurons.neurons` makes them from the output of a layer.
+      :func:`~lightning_otrt.neurons` makes them from the output of a layer.
     - ``teacher`` (:class:`~torch.Tensor`): Teacher neurons ``(M, n)`` on the same observations. ``n`` may differ
       between batches, and may be zero.
 

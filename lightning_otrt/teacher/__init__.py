@@ -1,1 +1,1 @@
-"""From whatever users call a teacher to a frozen network that can be run."""
+"""Loading a teacher, and running it frozen on the inputs of the student."""
