@@ -40,8 +40,8 @@ def both(**strategies: Any) -> Callable[[Any], Any]:
     return wrap
 
 
-def told(error: Exception, word: str = "") -> None:
-    """An error must speak of more than its own kind."""
+def check_error(error: Exception, word: str = "") -> None:
+    """An error says more than its own kind."""
     assert len(str(error).split()) >= 5, error
     assert word in str(error)
 
@@ -96,7 +96,7 @@ def test_layers(spec: Any, cost: str) -> None:
             student(inputs)
             loss = transfer.loss()
     except (TypeError, ValueError, RuntimeError) as error:
-        told(error)
+        check_error(error)
         loss = None
     assert not hooks(student, teacher)
     if loss is None:
@@ -130,7 +130,7 @@ def test_shapes(shape: list[int], axis: int | None, grid: int | None, dtype: tor
     try:
         found = neurons(output, neuron_axis=axis, grid=grid, prefix_tokens=prefix)
     except (TypeError, ValueError) as error:
-        told(error)
+        check_error(error)
         return
     axis = 1 if axis is None else axis % output.dim()
     assert found.shape[0] == shape[axis]
@@ -177,7 +177,7 @@ def test_neurons(rows, columns, observations, batch, cost, plan, epsilon, scale,
     try:
         found = transport_distance(student, teacher, **options)
     except ValueError as error:
-        told(error)
+        check_error(error)
         assert (plan == "identity" and rows != columns) or (cost == "correlation" and observations < 3)
         return
     found.value.sum().backward()
@@ -233,7 +233,7 @@ def test_outputs_of_any_two_shapes(shapes: tuple[list[int], list[int]], axis: in
             student(seeded(3, torch.randn, batch, 4))
             loss = transfer.loss()
     except (TypeError, ValueError, RuntimeError) as error:
-        told(error, "layer")
+        check_error(error, "layer")
         loss = None
     assert not hooks(student, teacher)
     if loss is not None:

@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import matplotlib as mpl
 import pytest
-import torch
 import torchvision
 import yaml
 from lightning.pytorch.callbacks import Callback
@@ -168,4 +167,3 @@ def test_commands(command: str, tmp_path: Path) -> None:
 
 def test_commands_are_found() -> None:
     assert {"examples.compression", "examples.seeing", "examples.multi_node"} <= {*commands()}
-    assert torch.is_grad_enabled()

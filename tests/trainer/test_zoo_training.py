@@ -107,7 +107,7 @@ def test_one_step(training, layers):
                 check_gradients(student, transfer)
             optimizer.step()
     assert 0 < found[0] < 3
-    assert found[1] != found[0]
+    assert abs(found[1] - found[0]) > 1e-4, "a step changes the term by more than rounding"
     assert len(transfer.distances) == len(transfer.pairs) > 0
     assert [module.training for module in teacher.modules()] == modes
     assert not hooks(student, teacher)
