@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from expected_warnings import EXPECTED_WARNINGS
+from processes import set_threads
 
 #: Modules that hold assertions of several tests; pytest then shows the values in them, too.
 pytest.register_assert_rewrite("helpers", "bad_inputs.fits", "bad_inputs.messages", "bad_inputs.outcomes")
@@ -19,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     for line, _ in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
-    torch.set_num_threads(1)
+    set_threads()
 
 
 @pytest.fixture(autouse=True)

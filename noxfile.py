@@ -18,6 +18,17 @@ PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST, *_, NEWEST = PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 #: Newer packages than the oldest ones ask for warn that these use what is deprecated in them.
 OF_OTHERS = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
+#: Where the library's tests and those of the benchmarks are.
+ALL_TESTS = ["tests", "lightning_otrt", "benchmarks/tests"]
+#: Kernels choose by processor, alignment and threads, and round differently: what takes the place of another machine.
+PROCESSORS: dict[str, dict[str, str]] = {
+    "as_it_is": {},
+    "without_vectors": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2,STRICT"},
+    "compatible": {"MKL_CBWR": "COMPATIBLE"},
+    "two_threads": {"OMP_NUM_THREADS": "2"},
+    "unaligned": {},
+}
 
 
 def lowest() -> list[str]:
@@ -41,6 +52,33 @@ def tests(session: nox.Session) -> None:
     """The README's command, with the newest versions that pip finds."""
     session.install("-e", ".[test]")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The tests of the benchmarks, which the README's command leaves out."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *(session.posargs or ["benchmarks/tests"]))
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Soak, kills, long fuzzing and what takes minutes."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "slow", *(session.posargs or ALL_TESTS))
+
+
+@nox.session
+@nox.parametrize("setting", [nox.param(name, id=name) for name in PROCESSORS])
+def processors(session: nox.Session, setting: str) -> None:
+    """The README's command where numbers are rounded in other ways: `nox -s "processors(avx2)" -- tests/trainer`."""
+    session.install("-e", ".[test]")
+    environment = {"OMP_NUM_THREADS": "1", **PROCESSORS[setting]}
+    if setting == "unaligned":
+        library = Path(session.create_tmp()) / "unaligned.so"
+        session.run("cc", "-shared", "-fPIC", "-O2", "-o", str(library), "tests/unaligned.c", external=True)
+        environment["LD_PRELOAD"] = str(library.resolve())
+    session.run("pytest", *session.posargs, env=environment)
 
 
 @nox.session(python=OLDEST)

@@ -6,22 +6,28 @@ import subprocess
 import sys
 from collections import Counter
 
+FOLDERS = ["tests", "lightning_otrt", "benchmarks/tests"]
 #: What is counted: a name, and what the names of its tests begin with.
 COUNTED = {
     "bad inputs and their defined outcomes": ["tests/bad_inputs/"],
-    "contexts of a fit": ["tests/test_contexts.py"],
-    "strategies and distributed runs": ["tests/test_strategies.py", "tests/test_distributed.py"],
-    "demo modules with callbacks of Lightning": ["tests/test_lightning_callbacks.py"],
-    "soak": ["tests/test_soak.py"],
-    "chains of killed runs": ["tests/test_kills.py"],
+    "contexts of a fit": ["tests/trainer/test_contexts.py"],
+    "strategies and distributed runs": [
+        "tests/trainer/test_strategies.py",
+        "tests/steps/test_global_engine.py",
+        "tests/steps/test_global_numbers.py",
+    ],
+    "demo modules with callbacks of Lightning": ["tests/trainer/test_lightning_callbacks.py"],
+    "soak": ["tests/trainer/test_soak.py"],
+    "chains of killed runs": ["tests/trainer/test_kills.py"],
     "fuzzed properties": ["tests/test_fuzz.py"],
     "packaging": ["tests/test_packaging.py", "tests/test_architecture.py"],
+    "benchmarks": ["benchmarks/tests/"],
     "all": [""],
 }
 
 
 def collected(marks: str) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marks]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marks, *FOLDERS]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if "::" in line]
 

@@ -13,17 +13,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = ["distance", "plans", "correlation", "euclidean", "costs", "operations", "recording"]
-TESTS = ["recording", "distance", "costs", "plans", "transfer", "engine"]
+#: What is mutated, without the ending, and what is run.
+FILES = [
+    *(
+        f"transport/{name}"
+        for name in ("cost", "correlation", "euclidean", "gradient", "distance", "sinkhorn", "plans")
+    ),
+    *(f"reading/{name}" for name in ("neurons", "pooling", "hooks", "recorder")),
+]
+TESTS = ["tests/transport", "tests/steps", "tests/reading", "tests/test_transfer.py"]
 #: Peaks of memory are left out: the wrappers of mutmut hold arguments longer.
 SETTINGS = f"""
 [tool.mutmut]
 source_paths = ["lightning_otrt"]
 only_mutate = {[f"lightning_otrt/{name}.py" for name in FILES]}
 also_copy = ["SECURITY.md", "conftest.py", "examples"]
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-m", "not slow", "--override-ini=addopts=",
-    "--deselect=tests/test_engine.py::test_peak_memory"]
-pytest_add_cli_args_test_selection = {[f"tests/test_{name}.py" for name in TESTS]}
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-m", "not slow", "-k", "not peak_memory",
+    "--override-ini=addopts=--import-mode=importlib"]
+pytest_add_cli_args_test_selection = {TESTS}
 """
 #: What mutmut notes of a mutant that no test noticed; a time limit or a crash is noticed.
 SURVIVED, UNTOUCHED = 0, 33

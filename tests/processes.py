@@ -83,6 +83,11 @@ def start_server() -> None:
     first.join()
 
 
+def set_threads() -> None:
+    """As many threads as the environment says, else one: more of them only slow tiny tensors down."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -100,7 +105,7 @@ def _work(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    torch.set_num_threads(1)
+    set_threads()
     local = count // nodes
     place = {
         "RANK": rank,

@@ -1,18 +1,19 @@
-"""The house: which file may import which, and what importing the package must not do."""
+"""Which file may import which, how long files are, and that what is said of the tree is so."""
 
 from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from counts import COUNTED
+from mutation import FILES, TESTS
 
 import lightning_otrt
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(lightning_otrt.__file__).parent
 #: What a floor may import, besides itself and what these may. Single files between the floors count as floors.
 BELOW = {
@@ -94,26 +95,28 @@ def test_one_file_imports_geomloss() -> None:
 
 
 def test_every_file_that_the_page_of_the_architecture_names_is_there() -> None:
-    page = Path(__file__).parents[1].joinpath("docs/architecture.md").read_text()
+    page = ROOT.joinpath("docs/architecture.md").read_text()
     named = set(re.findall(r"`(?:lightning_otrt/)?((?:\w+/)*\w+\.py|\w+/)`", page)) - {"tests/test_architecture.py"}
     assert not [name for name in sorted(named) if not (PACKAGE / name).exists()]
 
 
-@pytest.mark.parametrize("optional", ["ot", "matplotlib", "timm", "transformers", "pandas", "jsonargparse", "sklearn"])
-def test_importing_pulls_in_nothing_optional(optional: str, imported: set[str]) -> None:
-    assert optional not in imported
+def test_names_in_the_docs_are_exported() -> None:
+    """What a page for users mentions can be imported from `lightning_otrt`."""
+    defined = {
+        node.name
+        for path in PATHS.values()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    }
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    pages.remove(ROOT / "docs" / "architecture.md")
+    text = "\n".join(page.read_text() for page in pages)
+    mentioned = set(re.findall(r"`(?:lightning_otrt\.)?(\w+)(?:\([^`]*\))?`", text)) & defined
+    assert "OTRTCallback" in mentioned
+    assert mentioned <= set(lightning_otrt.__all__)
 
 
-def test_importing_initialises_no_device(imported: set[str]) -> None:
-    assert "CUDA IS INITIALISED" not in imported
-
-
-@pytest.fixture(scope="module")
-def imported() -> set[str]:
-    """What a fresh process has imported after ``import lightning_otrt``, beyond what Lightning itself imports."""
-    code = (
-        "import sys, torch, lightning, torchmetrics, geomloss; before = set(sys.modules); import lightning_otrt;"
-        "print(*(set(sys.modules) - before), *['CUDA IS INITIALISED'] * torch.cuda.is_initialized(), sep='\\n')"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(run.stdout.split("\n"))
+def test_what_the_counts_and_the_mutants_name_is_there() -> None:
+    named = [*TESTS, *(f"lightning_otrt/{name}.py" for name in FILES)]
+    named += [path for paths in COUNTED.values() for path in paths]
+    assert not [path for path in named if not (ROOT / path).exists()]

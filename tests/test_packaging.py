@@ -58,18 +58,35 @@ def test_version_and_types() -> None:
     assert (Path(lightning_otrt.__file__).parent / "py.typed").exists()
 
 
-def test_importing_adds_few_modules() -> None:
-    """The time over ``import lightning`` is that of our own files: `nox -s import_time` measures it."""
+@pytest.fixture(scope="module")
+def imported() -> set[str]:
+    """What a new process has imported after ``import lightning_otrt``, beyond what Lightning and torchvision import."""
     code = (
-        "import sys, warnings, lightning, torchvision; before = set(sys.modules); import lightning_otrt;"
-        "print(*(set(sys.modules) - before), sep='\\n')"
+        "import sys, torch, lightning, torchvision; before = set(sys.modules); import lightning_otrt;"
+        "print(*(set(sys.modules) - before), *['CUDA IS INITIALISED'] * torch.cuda.is_initialized(), sep='\\n')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    added = {name.split(".")[0] for name in run.stdout.split()} - {"lightning_otrt"} - set(sys.stdlib_module_names)
+    assert not run.stderr
+    found = {name.split(".")[0] for name in run.stdout.splitlines()}
+    assert "lightning_otrt" in found
+    return found
+
+
+def test_importing_adds_few_modules(imported: set[str]) -> None:
+    """The time over ``import lightning`` is that of our own files: `nox -s import_time` measures it."""
+    added = imported - {"lightning_otrt"} - set(sys.stdlib_module_names)
     # Compiled parts of scipy go by private names of their own, which differ from release to release.
     added = {name for name in added if not name.startswith("_")}
     assert added <= {"geomloss", "scipy", "tqdm", "numpy", "cython_runtime", "torch", "charset_normalizer"}
-    assert not run.stderr
+
+
+@pytest.mark.parametrize("optional", ["ot", "matplotlib", "timm", "transformers", "pandas", "jsonargparse", "sklearn"])
+def test_importing_pulls_in_nothing_optional(optional: str, imported: set[str]) -> None:
+    assert optional not in imported
+
+
+def test_importing_initialises_no_device(imported: set[str]) -> None:
+    assert "CUDA IS INITIALISED" not in imported
 
 
 def test_checkpoints_hold_tensors_and_plain_values_alone(tmp_path: Path) -> None:
@@ -98,7 +115,7 @@ def kinds(value: object) -> set[type]:
 def test_nothing_is_unpickled_by_the_package() -> None:
     """A file is opened with `weights_only=True` wherever the package opens one."""
     package = Path(lightning_otrt.__file__).parent
-    for path in package.glob("*.py"):
+    for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue

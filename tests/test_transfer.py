@@ -233,7 +233,7 @@ def test_again_and_with_another_student():
     transfer = make_transfer(layers="penultimate")
     with transfer.attached(student := make_student(4)):
         step(transfer, student)
-    with transfer.attached(wider := make_student(8)), pytest.raises(ValueError, match="to begin anew"):
+    with transfer.attached(wider := make_student(8)), pytest.raises(ValueError, match="to start anew"):
         step(transfer, wider)
     transfer.reset()
     with transfer.attached(student := make_student(8)):

@@ -1,4 +1,4 @@
-"""A look at the first batch and its plans: what is wrong is an error, what will train badly a message to warn with."""
+"""Checks of the first batch and its plans: errors for bad values, warnings for what will train badly."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from lightning_otrt.transport.tensors import norms
 
 __all__ = ["inspect_batch", "inspect_plan"]
 
-#: From this epsilon on a plan may match nothing, which is so where its entropy is this share of the largest.
+#: From this epsilon on a plan may match nothing. It does if its entropy is this share of the largest or more.
 BLURRING_EPSILON = 0.05
 UNIFORM_ENTROPY = 0.97
-#: Where all but one neuron make less than this many ε of the mean cost, the plan hardly tells them apart.
+#: If all neurons but one make up less than so many times ε of the mean cost, the plan hardly tells them apart.
 HUGE_SHARE = 3.0
 
 
 def inspect_batch(names: tuple[str, str], y: Tensor, x: Tensor, cost: Cost, epsilon: float) -> Iterator[str]:
-    """What will train badly with the neurons of the student ``(N, n)`` and the teacher ``(M, n)``.
+    """Warnings about neurons with which the term will train badly.
 
     Args:
         names: Student and teacher layer.
-        y: Neurons of the student.
-        x: Neurons of the teacher.
+        y: Student neurons ``(N, n)``.
+        x: Teacher neurons ``(M, n)``.
         cost: The ground cost.
         epsilon: Entropic regularisation relative to the mean cost.
+
+    Yields:
+        What to warn of.
 
     Raises:
         ValueError: If values are not finite, or their squares leave the range of their type.
@@ -40,15 +43,15 @@ def inspect_batch(names: tuple[str, str], y: Tensor, x: Tensor, cost: Cost, epsi
     check_values(y, student)
     if cost.scaled:
         yield from _huge_neurons((student, teacher), (y, x), epsilon)
-    # A single column is constant without being dead, and has no correlation anyway.
+    # With a single observation every neuron is constant, which says nothing about it.
     if cost.min_observations <= y.shape[-1] and isinstance(cost, CorrelationCost):
         yield from _dead_neurons(student, y, "Check its activations and the learning rate")
         yield from _dead_neurons(teacher, x, "Check its weights and `teacher_inputs`")
 
 
 def inspect_plan(names: tuple[str, str], plan: Plan | None, epsilon: float) -> Iterator[str]:
-    """Whether an entropic plan matches almost nothing."""
-    # With a small epsilon an untrained student, whose neurons are alike, begins like this and leaves it behind.
+    """A warning if an entropic plan matches almost nothing."""
+    # With a small epsilon this passes: the neurons of an untrained student are alike, and soon are no more.
     if plan is None or epsilon < BLURRING_EPSILON or 1 in plan.matrix.shape:
         return
     entropy = float(diagnose(plan.matrix).entropy)
@@ -62,7 +65,7 @@ def inspect_plan(names: tuple[str, str], plan: Plan | None, epsilon: float) -> I
 
 def _dead_neurons(where: str, neurons: Tensor, advice: str) -> Iterator[str]:
     count = neurons.shape[0]
-    # Some columns nearly always tell that most neurons are alive, without a look at all of them.
+    # A few observations are nearly always enough to see that most neurons are alive.
     if 2 * _overshadowed(neurons[:, :64]) > count and 2 * (overshadowed := _overshadowed(neurons)) > count:
         yield (
             f"{where}: {overshadowed} of its {count} neurons vary by less than {DEAD_SHARE:g} of the layer's mean, "
@@ -78,7 +81,7 @@ def _dead_neurons(where: str, neurons: Tensor, advice: str) -> Iterator[str]:
 
 
 def _huge_neurons(layers: tuple[str, str], batch: tuple[Tensor, Tensor], epsilon: float) -> Iterator[str]:
-    """A squared distance to a huge neuron can outweigh, in the mean, all that tells the others apart."""
+    """A warning if squared distances to one huge neuron make up nearly all of the mean cost."""
     squares = [norms(side).square_() for side in batch]
     total = torch.stack([side.mean() for side in squares]).sum()
     for layer, side in zip(layers, squares, strict=True):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers import LAYERS, ValidatedTask, loader, make_data, make_teacher, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import CONTEXT, start_server
+from processes import CONTEXT, set_threads, start_server
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_otrt import CosineDecay, LinearWarmup, OTRTCallback, OTRTModule
@@ -96,7 +96,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def train(folder: Path, options: dict[str, Any] | None, wrapped: bool, moment: Moment) -> None:
     """Begin or go on with a run in a folder, and leave its outcome there."""
-    torch.set_num_threads(1)
+    set_threads()
     torch.manual_seed(0)
     task = Seeded(dropout=0.3)
     callbacks: list[Any] = [

@@ -1,151 +1,25 @@
-"""The term of a batch that lies on several processes: value, gradients and state against one process with all of it."""
+"""The global batch: traffic, state, errors and processes that disagree or die."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_problem import LAYERS, TOLERANCE, assert_close, batch, net
+from distributed_problem import LAYERS, assert_close, batch, net
+from engines import COSTS, OneRank, call, draw, make
+from lightning_utilities.core.apply_func import apply_to_collection
 from processes import run_processes
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from lightning_otrt import RepresentationTransfer
-
-COSTS = ("correlation", "euclidean", "sqeuclidean")
-EVEN = {2: (6, 6), 4: (3, 3, 3, 3)}
-#: One sample carries no correlation of its own; the last has more than all others together.
-UNEVEN = {2: (1, 11), 4: (1, 2, 1, 8)}
-ACCUMULATE = 2
-STEPS = 5
-
-
-def train(options: dict[str, Any], sizes: Sequence[int], distributed: bool) -> dict[str, Any]:
-    """Five steps of two micro-batches: terms, gradients of each step and final weights."""
-    rank = dist.get_rank() if distributed else 0
-    student = net(4, seed=1)
-    model = DistributedDataParallel(student) if distributed else student
-    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, weight=2.0, **options)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
-    terms, gradients = [], []
-    with transfer.attached(model):
-        for call in range(ACCUMULATE * STEPS):
-            x, y = batch(call, sizes)
-            if distributed:
-                x, y = x.split(list(sizes))[rank], y.split(list(sizes))[rank]
-            last = call % ACCUMULATE == ACCUMULATE - 1
-            with nullcontext() if last or not distributed else model.no_sync():
-                # The task loss of all samples, too, once DDP has averaged.
-                loss = nn.functional.cross_entropy(model(x), y, reduction="sum") / sum(sizes)
-                term = transfer.loss()
-                terms.append(term.detach())
-                ((loss * (len(sizes) if distributed else 1) + term) / ACCUMULATE).backward()
-            if last:
-                gradients.append([p.grad.clone() for p in student.parameters()])
-                optimizer.step()
-                optimizer.zero_grad()
-        transfer.synchronize()
-    return {
-        "terms": torch.stack(terms),
-        "gradients": gradients,
-        "weights": [p.detach().clone() for p in student.parameters()],
-        "state": transfer.state_dict(),
-    }
-
-
-def train_all(settings: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    return [train(options, sizes, distributed=True) for options in settings]
-
-
-def settings(**options: Any) -> list[dict[str, Any]]:
-    return [
-        {"cost": cost, "memory": memory, "solve_every": 3, **options} for cost in COSTS for memory in (0, 0.9, "auto")
-    ]
-
-
-@pytest.mark.parametrize("uneven", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("count", [2, 4])
-def test_numbers_of_one_process(count: int, uneven: bool) -> None:
-    sizes = (UNEVEN if uneven else EVEN)[count]
-    found = run_processes(count, train_all, settings(), sizes)
-    for number, options in enumerate(settings()):
-        expected = train(options, sizes, distributed=False)
-        for results in found:
-            for what in ("terms", "gradients", "weights"):
-                assert_close(results[number][what], expected[what])
-
-
-def run_calls(options: dict[str, Any], shards: Sequence[Any], process: int | None) -> dict[str, Any]:
-    """Terms and gradients of prepared calls, each ``(samples of each process, views)``; None: one process has all."""
-    student = net(4, seed=1)
-    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, **options)
-    terms, gradients, values = [], [], []
-    with transfer.attached(student), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for call, (sizes, views, poison) in enumerate(shards):
-            for view in range(views):
-                x, _ = batch(10 * call + view, sizes)
-                if poison is not None:
-                    x[sum(sizes[:poison])] = float("nan")
-                student(x if process is None else x.split(list(sizes))[process])
-            term = transfer.loss()
-            terms.append(term.detach())
-            values.append(torch.stack([distance.value for distance in transfer.distances]))
-            gradient = torch.autograd.grad(term, list(student.parameters()), allow_unused=True)
-            gradients.append([torch.zeros(()) if part is None else part for part in gradient])
-        bad = transfer.check_finite()
-    return {"terms": torch.stack(terms), "values": values, "gradients": gradients, "bad": bad}
-
-
-def run_calls_on_ranks(options: dict[str, Any], shards: Sequence[Any]) -> dict[str, Any]:
-    result = run_calls(options, shards, dist.get_rank())
-    for parts in result["gradients"]:
-        for part in parts:
-            dist.all_reduce(part.div_(dist.get_world_size()))
-    return result
-
-
-def run_all_calls(options: Sequence[dict[str, Any]], shards: Sequence[Any]) -> list[dict[str, Any]]:
-    return [run_calls_on_ranks(each, shards) for each in options]
-
-
-def check_calls(shards: Sequence[Any], options: Sequence[dict[str, Any]]) -> None:
-    found = run_processes(2, run_all_calls, options, shards)
-    for number, each in enumerate(options):
-        expected = run_calls(each, shards, None)
-        for results in found:
-            torch.testing.assert_close(results[number], expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
-
-
-def test_views_skipped_pairs_and_values_that_are_not_finite() -> None:
-    # (samples of each process, forwards, process with a NaN); 2 samples are too few for the correlation of layer "3".
-    shards = [
-        ((4, 2), 1, None),
-        ((3, 3), 2, None),
-        ((3, 2), 1, 1),  # a call that solves
-        ((1, 1), 1, None),
-        ((1, 3), 2, None),
-        ((5, 1), 1, 0),  # a call that does not
-        ((4, 4), 1, None),
-        ((1, 1), 2, None),
-        ((2, 6), 1, None),
-    ]
-    plans = [{"cost": cost, "memory": memory, "solve_every": 4} for cost in COSTS for memory in (0, 0.9)]
-    controls = [{"cost": "correlation", "plan": plan} for plan in ("uniform", "random", "exact")]
-    check_calls(shards, [*plans, *controls])
-
-
-def test_static_plan_counts_the_samples_of_all() -> None:
-    shards = [((60, 10), 1, None)] * 6
-    check_calls(shards, [{"cost": "sqeuclidean", "plan": "static"}])
+from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.global_engine import GlobalTransportEngine
 
 
 def errors() -> dict[str, str]:
@@ -284,36 +158,18 @@ def test_strict_false_leaves_the_term_out_on_all() -> None:
     assert terms[2] > 0
 
 
-def own_group() -> Tensor:
-    """Two groups of two processes, each with a batch of its own."""
-    rank = dist.get_rank()
-    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    student = net(4, seed=1)
-    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, process_group=groups[rank // 2])
-    with transfer.attached(student):
-        student(batch(rank // 2, (4, 4))[0].split(4)[rank % 2])
-        return transfer.loss().detach()
-
-
-def test_process_group() -> None:
-    found = run_processes(4, own_group)
-    for number in range(2):
-        expected = run_calls({}, [((4, 4), 1, None)], None)["terms"][0] if number == 0 else found[2]
-        assert_close(found[2 * number], expected)
-        assert_close(found[2 * number + 1], expected)
-    assert not torch.equal(found[0], found[2])
-
-
 def terms_of(transfer: RepresentationTransfer, student: nn.Module, calls: range, part: slice) -> list[Tensor]:
     terms = []
-    for call in calls:
-        student(batch(call, (8,))[0][part])
+    for number in calls:
+        student(batch(number, (8,))[0][part])
         terms.append(transfer.loss().detach())
     return terms
 
 
 def tensors_of(state: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    apply_to_collection(state, Tensor, found.append)
+    return found
 
 
 def save_between_solves() -> tuple[Any, list[Tensor], list[str]]:
@@ -360,3 +216,58 @@ def test_a_process_that_is_killed_ends_the_others() -> None:
     said, nothing = run_processes(2, die, dies=True)
     assert nothing is None
     assert said != "went on"
+
+
+def resumed_globally(saved: TransportEngine, memory: float | str) -> GlobalTransportEngine:
+    settings = {"plan": "sinkhorn", "epsilon": 0.01, "memory": memory, "solve_every": 3, "seed": 0}
+    engine = GlobalTransportEngine([("s0", "t0")], [1.0], saved.cost, **settings, ranks=OneRank())
+    engine.load_state_dict(saved.state_dict(), torch.device("cpu"))
+    return engine
+
+
+def test_a_bad_batch_after_a_resume_does_not_spoil_the_reference_of_all() -> None:
+    saved = make()
+    for seed in range(4):
+        call(saved, draw(seed=seed))
+    engine = resumed_globally(saved, 0.0)
+    bad = draw(seed=4)
+    bad[1][0, 0] = math.nan
+    call(engine, bad)
+    assert all(call(engine, draw(seed=seed)).isfinite() for seed in range(5, 12))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("due", [True, False])
+def test_a_bad_batch_after_a_resume_does_not_spoil_the_running_sums_of_all(cost: str, due: bool) -> None:
+    saved = make(cost)
+    for seed in range(3 if due else 4):
+        call(saved, draw(seed=seed))
+    engine = resumed_globally(saved, 0.98)
+    bad = draw(seed=4)
+    bad[1][0, 0] = math.nan
+    call(engine, bad)
+    before = engine.pairs[0].plan.matrix.clone()
+    for seed in range(5, 12):
+        call(engine, draw(seed=seed))
+    assert all(part.isfinite().all() for part in engine.pairs[0].sums)
+    assert not torch.equal(engine.pairs[0].plan.matrix, before)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("memory", [0.0, 0.98])
+def test_a_global_run_goes_on_in_another_precision(cost: str, memory: float) -> None:
+    saved = resumed_globally(make(cost), memory)
+    for seed in range(3):
+        call(saved, tuple(side.detach().double() for side in draw(seed=seed)))
+    engine = resumed_globally(saved, memory)
+    for seed in range(3, 10):
+        assert call(engine, draw(seed=seed)).isfinite()
+
+
+@pytest.mark.parametrize(("observations", "chosen"), [(8, 0.98), (40, 0.0)])
+def test_auto_chooses_anew_for_all_after_a_resume_with_another_memory(observations: int, chosen: float) -> None:
+    saved = make(memory=0.9)
+    call(saved, draw(observations=observations))
+    engine = resumed_globally(saved, "auto")
+    call(engine, draw(observations=observations, seed=1))
+    assert engine.pairs[0].memory == chosen

@@ -1,0 +1,82 @@
+"""On a device nothing between the first call and the next read of the flags waits for it.
+
+Fake tensors run the forward on a GPU that is not there. They hold no values, so every read of one raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import COSTS, call, draw, make
+from operations import operations
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from lightning_otrt.steps.engine import TransportEngine
+
+needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a build of torch with CUDA")
+
+
+def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
+    # The first call checks its values, and waits.
+    engine.calls = 1
+    with FakeTensorMode():
+        pairs = [tuple(torch.randn(size, 40, device="cuda") for size in widths) for widths in ((12, 12), (7, 11))]
+        for y, _ in pairs:
+            y.requires_grad_()
+        for _ in range(calls):
+            assert engine.term([pairs], 40)[0].device.type == "cuda"
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+@pytest.mark.parametrize("solve_every", [1, 10])
+def test_nothing_waits_for_the_device(cost: str, memory: float, solve_every: int) -> None:
+    call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=solve_every))
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("plan", ["uniform", "random"])
+def test_controls_do_not_wait(plan: str) -> None:
+    call_on_a_fake_gpu(make("sqeuclidean", pairs=2, plan=plan))
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("options", [{"plan": "exact"}, {"plan": "static"}])
+def test_plans_that_are_known_to_wait(options: dict[str, Any]) -> None:
+    """They solve on the CPU, or have to count finite samples. So a test above would notice, too."""
+    with pytest.raises((DataDependentOutputException, RuntimeError)):
+        call_on_a_fake_gpu(make(pairs=2, **options))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_backward_pass_reads_nothing(cost: str) -> None:
+    loss = call(make(cost), draw())
+    assert operations(loss.backward).reads() == 0
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+@pytest.mark.parametrize("dead", [0, 2])
+def test_a_cpu_and_a_device_take_paths_to_the_same_numbers(
+    cost: str, memory: float, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU is free to look at values, and leaves out what they make needless."""
+    found = []
+    for looks in (True, False):
+        if not looks:
+            for module in ("transport.correlation", "transport.tensors", "steps.pair_state"):
+                monkeypatch.setattr(f"lightning_otrt.{module}.all_nonzero", lambda values: False)
+        engine = make(cost, memory=memory, solve_every=1)
+        for step in range(4):
+            y, x = draw(seed=step, dtype=torch.float64)
+            with torch.no_grad():
+                y[:dead], x[: dead + 1] = 3.0, -1.0
+                if step == 2:
+                    x[-1, 0] = torch.nan
+            loss = call(engine, (y, x))
+            loss.backward()
+        found.append((loss.detach(), y.grad, engine.pairs[0].plan.matrix))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
