@@ -120,7 +120,7 @@ ARGUMENTS: list[tuple[str, Callable[[Path], Any], Error, tuple[str, ...]]] = [
         "negative cost",
         lambda _: transport_distance(Y, X, cost=negative),
         ValueError,
-        ("not to be negative", "add a constant"),
+        ("not to be negative", "Add a constant"),
     ),
     (
         "costs with an infinite mean",

@@ -89,7 +89,7 @@ MISTAKES = [
         ("Student layer 'net.block2' has 1024 NaN", "(8, 128)", "Check its inputs and its weights"),
         task=spoilt_task,
     ),
-    Fit("negative costs", ValueError, ("not to be negative", "add a constant"), options={"cost": negative}),
+    Fit("negative costs", ValueError, ("not to be negative", "Add a constant"), options={"cost": negative}),
     Fit(
         "cost of NaN",
         ValueError,

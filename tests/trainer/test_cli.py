@@ -43,7 +43,7 @@ class FromYaml(Task):
 def run(tmp_path: Path, init_args: dict[str, Any], *arguments: str, model: dict[str, Any] | None = None) -> Any:
     config = {
         "seed_everything": 1,
-        "model": {"class_path": "test_cli.FromYaml", "init_args": model or {}},
+        "model": {"class_path": f"{__name__}.FromYaml", "init_args": model or {}},
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 1,
@@ -98,7 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
         "solve_every": 2,
         "grid": 2,
         "schedule": None,
-        "teacher_inputs": "test_cli.same",
+        "teacher_inputs": f"{__name__}.same",
         "teacher_dtype": None,
         "global_batch": None,
         "strict": False,
