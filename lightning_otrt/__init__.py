@@ -5,6 +5,7 @@ from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan
 from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
+from lightning_otrt.fixed_views import FixedViews
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.neurons import neurons
 from lightning_otrt.schedules import CosineDecay, LinearWarmup
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CosineDecay",
+    "FixedViews",
     "LayerPair",
     "LinearWarmup",
     "NeuronTransportDistance",

@@ -19,6 +19,7 @@ PACKAGE = Path(lightning_otrt.__file__).parent
 BELOW = {
     "checks": set(),
     "schedules": set(),
+    "fixed_views": {"checks"},
     "transport": {"checks"},
     "steps": {"transport"},
     "layers": {"checks"},

@@ -1,0 +1,153 @@
+"""Random augmentations that come again: a few fixed views of each sample of a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from lightning_otrt.checks import check_count, check_seed
+
+__all__ = ["FixedViews"]
+
+
+class FixedViews(Dataset[Any]):
+    """A data set whose random augmentations repeat: ``views`` fixed versions of each item.
+
+    Random augmentation makes a new image each time, so that what a teacher gave for one is never of use again. Here the
+    generators of torch, NumPy and Python are seeded by item and view while the data set makes the item, and put back
+    afterwards. So a view is the same in every epoch, worker process and run, and the rest of the program draws what it
+    would have drawn. Which of its views an item shows is drawn anew each time, from torch's generator, which data
+    loaders seed for each worker and epoch: in epoch ``e``, counted from 0, a share of ``1 - (1 - 1 / views) ** e`` of
+    the items has been seen before.
+
+    Any sampler, any number of workers, persistent or not, and transforms of torchvision, v1 or v2, will do. Only
+    generators of the CPU are seeded, and none that a transform keeps for itself, as Albumentations 2 does. That would
+    make views which do not repeat, so each process makes its first item twice and compares.
+
+    Args:
+        dataset: A map-style data set with random augmentation.
+        views: Versions of each item. Few are cheap for the teacher, and many are closer to augmentation without end.
+        seed: Other seeds have other views.
+
+    Raises:
+        TypeError: If the data set is iterable, so that its items have no index, or the seed is no integer.
+        ValueError: If ``views`` is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, Dataset
+        >>> from lightning_otrt import FixedViews
+        >>> class Noise(Dataset):
+        ...     def __len__(self):
+        ...         return 2
+        ...     def __getitem__(self, index):
+        ...         return index + torch.rand(()).item()
+        >>> loader = DataLoader(FixedViews(Noise(), views=3), batch_size=2)
+        >>> seen = {item.item() for epoch in range(100) for batch in loader for item in batch}
+        >>> len(seen)
+        6
+    """
+
+    def __init__(self, dataset: Any, views: int = 8, seed: int = 0) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"Expected argument `dataset` to be map-style, with `__getitem__`, but got {type(dataset).__name__}. "
+                "A view belongs to an index, and the items of an iterable have none."
+            )
+        check_count("views", views)
+        check_seed("seed", seed)
+        self.dataset, self.views, self.seed = dataset, views, seed
+        self._compared = False
+
+    def __len__(self) -> int:
+        """The number of items: that of the data set."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        """An item in one of its views.
+
+        Raises:
+            TypeError: If the index is that of several items.
+            RuntimeError: If a view of the first item does not repeat.
+        """
+        key = _as_key(index)
+        view = int(torch.randint(self.views, ()))
+        item = self._make(index, key, view)
+        if not self._compared:
+            self._compared = True
+            if not _same(item, self._make(index, key, view)):
+                raise RuntimeError(
+                    f"The data set {type(self.dataset).__name__} made two different items for view {view} of index "
+                    f"{key!r}, so that its views do not repeat. It draws from a generator that is neither torch's, "
+                    "NumPy's nor Python's global one, as Albumentations 2 does, or on a device. Use transforms that "
+                    "draw from a global generator of the CPU, or leave out FixedViews."
+                )
+        return item
+
+    def _make(self, index: Any, key: Any, view: int) -> Any:
+        digest = hashlib.blake2b(f"{self.seed} {key!r} {view}".encode(), digest_size=32).digest()
+        with _seeded(digest):
+            return self.dataset[index]
+
+    def __repr__(self) -> str:
+        return f"FixedViews({self.dataset!r}, views={self.views}, seed={self.seed})"
+
+
+@contextmanager
+def _seeded(digest: bytes) -> Iterator[None]:
+    """Seed the global generators, each by a part of 32 random bytes, and put them back at the end."""
+    # Not `torch.manual_seed`, which seeds those of all devices, too, and they would not be put back.
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
+    np.random.seed(np.frombuffer(digest[8:16], dtype="<u4"))
+    random.seed(digest[16:])
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _as_key(index: Any) -> Any:
+    """An index whose `repr` is the same in every process and for every type of integer."""
+    try:
+        return operator.index(index)
+    except TypeError:
+        pass
+    if isinstance(index, (str, tuple)):
+        return index
+    raise TypeError(
+        f"Expected the index of one item, an integer, a string or a tuple of these, but got {type(index).__name__}. "
+        "For whole batches wrap the data set of single items, and let the data loader collate them."
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two items agree, as far as that can be told."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.tobytes() == b.tobytes() if a.dtype != object else True
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if is_dataclass(a):
+        return all(_same(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+    if isinstance(a, (bool, int, float, complex, str, bytes)):
+        return a == b or a != a
+    # Pictures of PIL; of what else there is nothing is known.
+    return bool(a.tobytes() == b.tobytes()) if hasattr(a, "tobytes") else True

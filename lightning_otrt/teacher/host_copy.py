@@ -1,0 +1,40 @@
+"""A copy from a device to the host that runs while the host goes on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["HostCopy"]
+
+
+class HostCopy:
+    """Starts to copy a tensor to the host; :meth:`wait` waits for what is left of that.
+
+    On CUDA the copy goes to pinned memory and the wait is for this copy, not for what was launched after it. Elsewhere
+    the copy is made in :meth:`wait`.
+
+    Args:
+        tensor: Any tensor.
+
+    Example:
+        >>> import torch
+        >>> copy = HostCopy(torch.tensor([1, 2]))
+        >>> copy.wait()
+        tensor([1, 2])
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._copied: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor = host.copy_(self._tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """The tensor on the CPU."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor.cpu()
