@@ -22,7 +22,10 @@ from lightning_otrt import OTRTCallback
 
 ROOT = Path(__file__).parent.parent
 #: What a user gets with the package; everything else is an extra.
-NEEDED = {"torch", "torchvision", "lightning", "geomloss", "torchmetrics", "scipy", "tqdm", "typing-extensions"}
+NEEDED = {
+    *("torch", "torchvision", "lightning", "lightning-utilities", "geomloss", "torchmetrics", "numpy", "scipy"),
+    *("safetensors", "tqdm", "typing-extensions"),
+}
 
 
 def needed() -> dict[str, Requirement]:

@@ -32,6 +32,7 @@ SECONDS_UNTIL_WRITTEN = 60.0
 SECONDS_BETWEEN_LISTINGS = 1.0
 #: Files that nobody is writing any more.
 _SECONDS_OF_A_LEFTOVER = 3600.0
+_NO_KEYS: Integers = np.empty((0, 2), np.int64)
 
 
 class FolderStore(SampleStore):
@@ -87,6 +88,8 @@ class FolderStore(SampleStore):
         self._names: set[str] = set()
         self._listed = -np.inf
         self._began = 0.0
+        # Arrays of the segment that was written last, for the next one: allocators keep some of each freed block.
+        self._spare: tuple[RowLayout, Integers, Integers] | None = None
         self._prepare()
         self.refresh()
 
@@ -155,6 +158,7 @@ class FolderStore(SampleStore):
         number, self._open = self._open, None
         self._began = time.monotonic()
         segment = self._segments[number]
+        arrays = segment.keys, segment.rows
         segment.keys, segment.rows = segment.keys[: segment.count], segment.rows[: segment.count]
         try:
             written = self._read(self._write(segment))
@@ -163,8 +167,13 @@ class FolderStore(SampleStore):
             self._stop(f"a file could not be written ({error})")
             return
         if written is not None:
-            written.keys = written.keys[:0]
+            written.keys = _NO_KEYS
             self._segments[number] = written
+            self._spare = segment.layout, *arrays
+
+    def _new_arrays(self, layout: RowLayout) -> tuple[Integers, Integers]:
+        spare, self._spare = self._spare, None
+        return spare[1:] if spare is not None and spare[0] == layout else super()._new_arrays(layout)
 
     def _write(self, segment: Segment) -> Path:
         rows = torch.from_numpy(segment.rows).view(self.dtype)
@@ -215,7 +224,7 @@ class FolderStore(SampleStore):
         self._segments.append(segment)
         self._index.insert(segment.keys[new], (number << 32) + new)
         # The index has them.
-        segment.keys = segment.keys[:0]
+        segment.keys = _NO_KEYS
         self.bytes += segment.count * (segment.rows.shape[1] * 8 + _BYTES_OF_A_KEY)
 
     def _settings(self) -> dict[str, Any]:

@@ -199,12 +199,15 @@ class SampleStore:
         if self._open is not None and self._segments[self._open].layout != layout:
             self._close()
         if self._open is None:
-            words = layout.width * self.dtype.itemsize // 8
-            capacity = max(1, SEGMENT_BYTES // (8 * words))
-            keys, rows = np.empty((capacity, 2), np.int64), np.empty((capacity, words), np.int64)
-            self._segments.append(Segment(layout, keys, rows, 0))
+            self._segments.append(Segment(layout, *self._new_arrays(layout), count=0))
             self._open = len(self._segments) - 1
         return self._open, self._segments[self._open]
+
+    def _new_arrays(self, layout: RowLayout) -> tuple[Integers, Integers]:
+        """Keys and rows of an empty segment."""
+        words = layout.width * self.dtype.itemsize // 8
+        capacity = max(1, SEGMENT_BYTES // (8 * words))
+        return np.empty((capacity, 2), np.int64), np.empty((capacity, words), np.int64)
 
     def _close(self) -> None:
         """Let the next sample begin a segment."""
@@ -230,8 +233,8 @@ class SampleStore:
     def _drop(self, keys: Integers) -> None:
         self._index.forget(keys)
         warnings.warn(
-            f"{len(keys)} of the samples of {self} are not what was written, and are computed anew. Its files were damaged; "
-            "delete the folder if that comes again.",
+            f"{len(keys)} of the samples of {self} are not what was written, and the teacher runs on them again. "
+            "Its files were damaged; delete the folder if that comes again.",
             stacklevel=2,
         )
 
