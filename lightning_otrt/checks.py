@@ -1,4 +1,4 @@
-"""Checks of arguments that several places take; each error names the argument and what it got."""
+"""Checks of arguments that several files need. Each error names the argument and the value it got."""
 
 from __future__ import annotations
 
@@ -24,53 +24,77 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number that is not negative."""
+def check_number(name: str, value: Any, hint: str = "") -> None:
+    """Check that an argument is a finite number that is not negative.
+
+    Args:
+        name: Name of the argument.
+        value: What was passed.
+        hint: A sentence that ends the error: what the argument means, or what to pass.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative, infinite or NaN.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Expected argument `{name}` to be a number, but got {type(value).__name__}.")
+        raise TypeError(_expected(name, "a number", _typed(value), hint))
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"Expected argument `{name}` to be finite and not negative, but got {value}.")
+        raise ValueError(_expected(name, "finite and not negative", str(value), hint))
 
 
-def check_count(name: str, value: Any, *, optional: bool = False) -> None:
-    """Raise a ValueError unless ``value`` is a positive integer, or None where it is ``optional``."""
+def check_count(name: str, value: Any, hint: str = "", *, optional: bool = False) -> None:
+    """Check that an argument is a positive integer, or None where it is ``optional``.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is below 1.
+    """
     if optional and value is None:
         return
-    if not is_int(value) or value < 1:
-        or_none = " or None" if optional else ""
-        raise ValueError(f"Expected argument `{name}` to be a positive integer{or_none}, but got {value!r}.")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` is a boolean."""
-    if not isinstance(value, bool):
-        raise TypeError(f"Expected argument `{name}` to be True or False, but got {value!r}.")
-
-
-def check_seed(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` is an integer."""
+    wanted = f"a positive integer{' or None' if optional else ''}"
     if not is_int(value):
-        raise TypeError(f"Expected argument `{name}` to be an integer, but got {value!r}.")
+        raise TypeError(_expected(name, wanted, _typed(value), hint))
+    if value < 1:
+        raise ValueError(_expected(name, wanted, str(value), hint))
 
 
-def check_callable(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` can be called or is None."""
+def check_flag(name: str, value: Any, hint: str = "") -> None:
+    """Raise a ``TypeError`` unless an argument is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(_expected(name, "True or False", _typed(value), hint))
+
+
+def check_seed(name: str, value: Any, hint: str = "") -> None:
+    """Raise a ``TypeError`` unless an argument is an integer."""
+    if not is_int(value):
+        raise TypeError(_expected(name, "an integer", _typed(value), hint))
+
+
+def check_callable(name: str, value: Any, hint: str = "") -> None:
+    """Raise a ``TypeError`` unless an argument can be called or is None."""
     if value is not None and not callable(value):
-        raise TypeError(f"Expected argument `{name}` to be callable, but got {type(value).__name__}.")
+        raise TypeError(_expected(name, "callable", _typed(value), hint))
 
 
-def check_module(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` is a PyTorch module."""
+def check_module(name: str, value: Any, hint: str = "") -> None:
+    """Raise a ``TypeError`` unless an argument is a PyTorch module."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f"Expected argument `{name}` to be a torch.nn.Module, but got {type(value).__name__}.")
+        raise TypeError(_expected(name, "a torch.nn.Module", type(value).__name__, hint))
 
 
-def check_decay(name: str, value: Any) -> None:
-    """Raise a ValueError unless ``value`` is "auto" or the decay of a running mean."""
+def check_decay(name: str, value: Any, hint: str = "") -> None:
+    """Raise a ``ValueError`` unless an argument is ``"auto"`` or the decay of a running mean, in [0, 1)."""
     if value == "auto":
         return
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(
-            f'Expected argument `{name}` to be "auto" or a decay in [0, 1), such as 0.98, but got {value!r}. '
-            '`plan="static"` keeps one plan from everything seen.'
-        )
+        raise ValueError(_expected(name, '"auto" or a decay in [0, 1), such as 0.98', repr(value), hint))
+
+
+def _expected(name: str, wanted: str, got: str, hint: str) -> str:
+    return f"Expected argument `{name}` to be {wanted}, but got {got}.{' ' if hint else ''}{hint}"
+
+
+def _typed(value: Any) -> str:
+    """The value with its type, without which ``3`` and ``"3"`` look alike in many messages; no long values."""
+    shown = repr(value)
+    return f"{shown if len(shown) <= 100 else 'an object'} of type {type(value).__name__}"

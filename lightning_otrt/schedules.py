@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_otrt.checks import check_count, check_number
+
 __all__ = ["CosineDecay", "LinearWarmup", "Schedule", "weight_at"]
 
 #: From the number of completed optimizer steps to a factor on the weight.
@@ -22,6 +24,7 @@ class LinearWarmup:
         steps: Number of steps until the full weight.
 
     Raises:
+        TypeError: If ``steps`` is no integer.
         ValueError: If ``steps`` is not positive.
 
     Example:
@@ -33,8 +36,7 @@ class LinearWarmup:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Expected argument `steps` to be at least 1, but got {self.steps}.")
+        _check_steps(self, self.steps, "the full weight is reached")
 
     def __call__(self, step: int) -> float:
         """The factor at a step."""
@@ -52,6 +54,7 @@ class CosineDecay:
         final: The last factor.
 
     Raises:
+        TypeError: If ``steps`` is no integer, or ``final`` no number.
         ValueError: If ``steps`` is not positive, or ``final`` is negative or not finite.
 
     Example:
@@ -64,10 +67,9 @@ class CosineDecay:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Expected argument `steps` to be at least 1, but got {self.steps}.")
-        if not (math.isfinite(self.final) and self.final >= 0):
-            raise ValueError(f"Expected argument `final` to be finite and not negative, but got {self.final}.")
+        _check_steps(self, self.steps, "`final` is reached")
+        hint = "In CosineDecay it is the factor on `weight` after the last step: pass 0 to end without the term."
+        check_number("final", self.final, hint)
 
     def __call__(self, step: int) -> float:
         """The factor at a step."""
@@ -78,6 +80,11 @@ class CosineDecay:
 def weight_at(step: int, weight: float, schedule: Schedule | None) -> float:
     """The weight at a step.
 
+    Args:
+        step: Number of completed optimizer steps.
+        weight: The full weight.
+        schedule: From the step to a factor on the weight; None: always the full weight.
+
     Raises:
         ValueError: If the schedule gives anything but a finite number that is not negative.
     """
@@ -85,6 +92,12 @@ def weight_at(step: int, weight: float, schedule: Schedule | None) -> float:
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor < 0:
         raise ValueError(
             f"Expected `schedule` to give a finite number that is not negative, but {schedule!r} gave {factor!r} at "
-            f"step {step}. A schedule maps the step to a factor on `weight`."
+            f"step {step}. A schedule maps the step to a factor on `weight`: return a float, 0 for a step without "
+            "the term."
         )
     return weight * float(factor)
+
+
+def _check_steps(schedule: object, steps: int, what: str) -> None:
+    kind = type(schedule).__name__
+    check_count("steps", steps, f"In {kind} it is the number of optimizer steps until {what}: pass at least 1.")

@@ -18,15 +18,16 @@ PACKAGE = Path(lightning_otrt.__file__).parent
 #: What a floor may import, besides itself and what these may. Single files between the floors count as floors.
 BELOW = {
     "checks": set(),
-    "schedules": set(),
+    "schedules": {"checks"},
     "fixed_views": {"checks"},
     "transport": {"checks"},
     "steps": {"transport"},
     "layers": {"checks"},
     "reading": {"layers", "transport"},
     "teacher": {"reading"},
-    "agreement": {"reading", "steps"},
-    "transfer": {"agreement", "steps", "teacher", "schedules"},
+    "options": {"transport", "schedules"},
+    "run_state": {"steps", "teacher"},
+    "transfer": {"options", "run_state"},
     "analysis": {"transfer"},
     "trainer": {"analysis"},
 }

@@ -76,7 +76,7 @@ class ValidationDistances:
             # the same metrics.
             shape = (1, 1) if distance.plan is None else tuple(distance.plan.shape)
             metric = NeuronTransportDistance(
-                *shape, cost=transfer.cost.name, plan=plan, epsilon=transfer.epsilon, seed=transfer.seed
+                *shape, cost=transfer.ground_cost.name, plan=plan, epsilon=transfer.epsilon, seed=transfer.seed
             )
             metrics.append(metric.to(distance.value.device))
         return metrics

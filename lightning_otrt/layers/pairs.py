@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any, TypeAlias
 
 from lightning_otrt.checks import is_int
 
-__all__ = ["INPUT", "LayerPair", "LayerSpec", "check_options", "pairs_from_state", "pairs_to_state"]
+__all__ = ["INPUT", "LayerPair", "LayerSpec", "check_options", "pair_labels", "pairs_from_state", "pairs_to_state"]
 
 #: Suffix of a name that stands for what enters the layer.
 INPUT = ":input"
@@ -33,7 +33,7 @@ class LayerPair:
 
     Example:
         >>> LayerPair("net.layer4", "layer4", weight=2.0)
-        LayerPair(student='net.layer4', teacher='layer4', weight=2.0, neuron_axis=None, select=None)
+        LayerPair('net.layer4', 'layer4', weight=2.0)
     """
 
     student: str
@@ -51,6 +51,15 @@ class LayerPair:
         check_options(self.weight, self.neuron_axis, self.select, f"LayerPair {self.student!r} -> {self.teacher!r}")
         if isinstance(self.neuron_axis, list):  # YAML has no tuples
             object.__setattr__(self, "neuron_axis", tuple(self.neuron_axis))
+
+    def __repr__(self) -> str:
+        """The constructor call, with the fields that differ from their defaults."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)[2:]
+            if getattr(self, field.name) != field.default
+        ]
+        return f"LayerPair({', '.join([repr(self.student), repr(self.teacher), *changed])})"
 
     @property
     def axes(self) -> tuple[int | None, int | None]:
@@ -88,6 +97,19 @@ def check_options(weight: Any, neuron_axis: Any, select: Any, where: str) -> Non
         raise TypeError(f"Expected `select` of {where} to be a key or an index, but got {select!r}.")
 
 
+def pair_labels(pairs: Sequence[LayerPair]) -> tuple[str, ...]:
+    """A name for each pair: its student layer; with ``-<teacher layer>`` where a student layer is in several pairs.
+
+    Example:
+        >>> pair_labels([LayerPair("a", "x"), LayerPair("b", "x"), LayerPair("b", "y")])
+        ('a', 'b-x', 'b-y')
+    """
+    students = [pair.student for pair in pairs]
+    return tuple(
+        pair.student if students.count(pair.student) == 1 else f"{pair.student}-{pair.teacher}" for pair in pairs
+    )
+
+
 def pairs_to_state(pairs: Sequence[LayerPair]) -> list[tuple[Any, ...]]:
     """Resolved pairs as plain data, which ``torch.load`` reads with ``weights_only=True``.
 
@@ -103,6 +125,6 @@ def pairs_from_state(state: Sequence[Sequence[Any]]) -> tuple[LayerPair, ...]:
 
     Example:
         >>> pairs_from_state([("a", "b", 1.0, (1, 1), None)])
-        (LayerPair(student='a', teacher='b', weight=1.0, neuron_axis=(1, 1), select=None),)
+        (LayerPair('a', 'b', neuron_axis=(1, 1)),)
     """
     return tuple(LayerPair(*pair) for pair in state)

@@ -14,7 +14,7 @@ from torch import nn
 __all__ = ["TeacherSource", "load_teacher", "wrong_form"]
 
 #: What :func:`load_teacher` accepts; a list is a tuple written in YAML.
-TeacherSource: TypeAlias = "nn.Module | str | os.PathLike[str] | tuple[Any, Any] | list[Any]"
+TeacherSource: TypeAlias = nn.Module | str | tuple[Any, Any] | list[Any] | os.PathLike[str]
 
 _FORMS = (
     "an nn.Module (a LightningModule is one), the name of a torchvision model ('resnet50', 'resnet50:IMAGENET1K_V2' or "

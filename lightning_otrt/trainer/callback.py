@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
+from typing_extensions import Unpack, override
 
-from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.schedules import Schedule
+from lightning_otrt.layers.pairs import LayerSpec
+from lightning_otrt.options import OPTIONS, TransferOptions, takes_options_of
+from lightning_otrt.teacher.load import TeacherSource
 from lightning_otrt.trainer.strategies import shared_batch
-from lightning_otrt.trainer.training_step import add_term, leaves_of, remove_term
+from lightning_otrt.trainer.training_step import ExtraTerm, add_term, leaves_of, remove_term
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["OTRTCallback"]
 
 
-class TransferCallback(pl.Callback):
-    """What :class:`OTRTCallback` and the callback inside :func:`OTRTModule` share: an engine for one fit."""
+class TransferCallback(pl.Callback, ExtraTerm):
+    """What :class:`OTRTCallback` and the callback inside :class:`OTRTModule` share: the transfer in a Trainer.
 
-    def __init__(self, transfer: RepresentationTransfer) -> None:
+    Options of the transfer can be read here, and ``weight`` and ``schedule`` can be set.
+
+    Args:
+        teacher: A teacher, or a :class:`RepresentationTransfer` with layers and options of its own.
+        layers: Layers for a teacher.
+        options: Options for a teacher.
+
+    Raises:
+        TypeError: If there are layers or options for a :class:`RepresentationTransfer`.
+        ValueError: If that has a process group.
+    """
+
+    #: The transfer, with the resolved pairs and the distances of the last step.
+    transfer: RepresentationTransfer
+
+    def __init__(
+        self, teacher: TeacherSource | RepresentationTransfer, layers: LayerSpec, options: TransferOptions
+    ) -> None:
         super().__init__()
-        #: The engine, with the resolved pairs, plans and distances.
+        transfer = _transfer_of(teacher, layers, options)
         self.transfer = transfer
-        transfer.report = rank_zero_info
+        transfer.report = transfer.report or rank_zero_info
         self._fingerprint = transfer.teacher.fingerprint()
         self._module: pl.LightningModule | None = None
         self._trainer: pl.Trainer | None = None
@@ -40,17 +57,39 @@ class TransferCallback(pl.Callback):
         self._seen = self._steps = self._terms = 0
         self._entered = self._leaves_checked = False
 
+    if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """An option of the transfer."""
+            if name in OPTIONS and "transfer" in vars(self):
+                return getattr(self.transfer, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option on the transfer, which refuses those that cannot change; or an attribute of the callback."""
+        if name in OPTIONS and "transfer" in vars(self):
+            setattr(self.transfer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @override
+    def __repr__(self) -> str:
+        """The constructor call, with the options that differ from their defaults."""
+        return self.transfer.constructor_call(type(self).__name__)
+
     @property
     @override
     def state_key(self) -> str:
         """Distinguishes several callbacks; the weight and other settings may change in a resume."""
         transfer = self.transfer
-        return self._generate_state_key(
-            teacher=self._fingerprint,
-            layers=repr(transfer.layers),
-            root=transfer.student_root,
-            cost=str(transfer.cost),
-        )
+        settings = {
+            "teacher": self._fingerprint,
+            "layers": repr(transfer.layers),
+            "root": transfer.student_root,
+            "cost": str(transfer.ground_cost),
+        }
+        return f"{type(self).__qualname__}{settings}"
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -63,7 +102,7 @@ class TransferCallback(pl.Callback):
                 "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
             )
         transfer = self.transfer
-        transfer.shares_batch, transfer.process_group = shared_batch(trainer, strict=transfer.strict)
+        transfer.set_processes(*shared_batch(trainer, strict=transfer.strict))
         self._trainer, self._module = trainer, pl_module
         self._batch = None
         if not is_overridden("configure_model", pl_module):
@@ -143,10 +182,7 @@ class TransferCallback(pl.Callback):
         if self._module is not None:
             remove_term(self._module, self)
         self.transfer.detach()
-        # Process groups end with the strategy, and would keep the callback from being pickled.
-        self.transfer.process_group = None
-        if self.transfer.engine is not None:
-            self.transfer.engine.release_ranks()
+        self.transfer.forget_processes()
         self._module = self._trainer = None
         self._resumed = False
 
@@ -181,22 +217,17 @@ class TransferCallback(pl.Callback):
             return None
         samples = transfer.recorded_samples
         loss = transfer.loss(reevaluation=self._again)
-        layers = self._values()
+        layers = {
+            f"otrt/{label}": distance.value
+            for label, distance in zip(transfer.labels, transfer.distances, strict=False)
+            if distance.plan is not None
+        }
         self._terms += bool(layers)
         self._log(position, {"otrt/weight": weight, **layers}, samples)
         if layers:
             self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
             self._check_leaves(loss)
         return loss
-
-    def _values(self) -> dict[str, Tensor]:
-        """Distances under the names of their student layers, with the teacher's where one has several."""
-        students = [pair.student for pair in self.transfer.pairs]
-        return {
-            f"otrt/{pair.student}" + (f"-{pair.teacher}" if students.count(pair.student) > 1 else ""): distance.value
-            for pair, distance in zip(self.transfer.pairs, self.transfer.distances, strict=False)
-            if distance.plan is not None
-        }
 
     def _check_leaves(self, loss: Tensor) -> None:
         """Warn once of a term that reaches only parameters which no optimizer changes."""
@@ -272,24 +303,10 @@ class OTRTCallback(TransferCallback):
     With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the
     loss of the first ``manual_backward`` after a forward.
 
-    Args:
-        teacher: See :class:`RepresentationTransfer`, as for all arguments.
-        layers: Which student layers are matched to which teacher layers; names are relative to the LightningModule, or
-            to ``student_root``.
-        weight: Weight α of the term.
-        student_root: Submodule whose inputs the teacher gets too; None: the outermost that holds the layers.
-        cost: Ground cost between neurons.
-        plan: Kind of transport plan.
-        epsilon: Entropic regularisation, relative to the mean cost.
-        memory: Decay of the running cost behind the plan.
-        solve_every: Training batches between two solves of the plan.
-        grid: Positions kept along each axis of a feature map.
-        schedule: Factor on the weight as a function of ``trainer.global_step``.
-        teacher_inputs: From the inputs of the student's root to those of the teacher.
-        teacher_dtype: Run a copy of the teacher in this dtype.
-        global_batch: Whether the term is that of the batch over all processes.
-        strict: Raise where a term cannot be formed; else warn once and leave it out.
-        seed: Seed of ``plan="random"``.
+    It takes the arguments of :class:`RepresentationTransfer`, all but ``process_group``; names of layers are relative
+    to the LightningModule, or to ``student_root``. In place of the teacher it also takes a ready
+    :class:`RepresentationTransfer`, which has layers and options of its own. ``callback.weight`` and
+    ``callback.schedule`` can be set at any time, also during a fit.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -315,43 +332,35 @@ class OTRTCallback(TransferCallback):
         ['otrt/layer', 'otrt/weight', 'train/otrt']
     """
 
+    @takes_options_of(RepresentationTransfer, without=("process_group",))
     def __init__(
         self,
-        teacher: nn.Module | str | tuple[str, Any],
-        layers: str | int | list[Any] | dict[str, str] | list[LayerPair] = "auto",
-        *,
-        weight: float = 8.0,
-        student_root: str | None = None,
-        cost: str | Callable[[Tensor, Tensor], Tensor] = "correlation",
-        plan: str = "sinkhorn",
-        epsilon: float = 0.01,
-        memory: float | str = "auto",
-        solve_every: int = 10,
-        grid: int | None = 4,
-        schedule: Schedule | None = None,
-        teacher_inputs: Callable[..., Any] | None = None,
-        teacher_dtype: torch.dtype | str | None = None,
-        global_batch: bool | None = None,
-        strict: bool = True,
-        seed: int = 0,
+        teacher: TeacherSource | RepresentationTransfer,
+        layers: LayerSpec = "auto",
+        **options: Unpack[TransferOptions],
     ) -> None:
-        super().__init__(
-            RepresentationTransfer(
-                teacher,
-                layers,
-                weight=weight,
-                student_root=student_root,
-                cost=cost,
-                plan=plan,
-                epsilon=epsilon,
-                memory=memory,
-                solve_every=solve_every,
-                grid=grid,
-                schedule=schedule,
-                teacher_inputs=teacher_inputs,
-                teacher_dtype=teacher_dtype,
-                global_batch=global_batch,
-                strict=strict,
-                seed=seed,
-            )
+        super().__init__(teacher, layers, options)
+
+
+def _transfer_of(
+    teacher: TeacherSource | RepresentationTransfer, layers: LayerSpec, options: TransferOptions
+) -> RepresentationTransfer:
+    if "process_group" in options:
+        raise TypeError(
+            "OTRTCallback and OTRTModule got an unexpected keyword argument 'process_group': in a Trainer the strategy "
+            "says which processes share a batch. Leave it out."
         )
+    if not isinstance(teacher, RepresentationTransfer):
+        return RepresentationTransfer(teacher, layers, **options)
+    given = [*(["layers"] if layers != "auto" else []), *options]
+    if given:
+        raise TypeError(
+            f"Expected no {given} beside a RepresentationTransfer, which has layers and options of its own. Give them "
+            "to RepresentationTransfer(teacher, layers, ...), or pass the teacher in its place."
+        )
+    if teacher.process_group is not None:
+        raise ValueError(
+            "Expected a RepresentationTransfer without `process_group`: in a Trainer the strategy says which processes "
+            "share a batch. Leave it out."
+        )
+    return teacher

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from typing_extensions import Unpack, override
 
+from lightning_otrt.layers.pairs import LayerSpec
+from lightning_otrt.options import TransferOptions, takes_options_of
+from lightning_otrt.teacher.load import TeacherSource
 from lightning_otrt.trainer.callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
 
@@ -23,19 +28,17 @@ class ModuleCallback(TransferCallback):
     """
 
 
-class OTRTModule:
+class OTRTModule(pl.LightningModule):
     """Wraps a LightningModule so that it trains with representation transfer wherever it is trained.
 
     The result *is* a module of the task's own class, with the task's own parameters, hyperparameters, metrics, hooks
     and checkpoint keys: nothing is nested. It contributes a callback through ``configure_callbacks``. After training,
-    ``task`` is the trained, plain module. Deep copies and saved pickles are plain modules of the task's class, without
-    the teacher.
+    ``task`` is the trained, plain module. Deep copies, saved pickles and what ``load_from_checkpoint`` of the task's
+    class gives are plain modules of that class, without the teacher.
 
-    Args:
-        task: The LightningModule to train.
-        teacher: See :class:`RepresentationTransfer`.
-        layers: See :class:`RepresentationTransfer`; names are relative to ``task``.
-        **options: The keyword arguments of :class:`OTRTCallback`.
+    It takes the task and then the arguments of :class:`OTRTCallback`; names of layers are relative to the task. From
+    the YAML of LightningCLI, ``OTRTModule.load_from_checkpoint`` gives the wrapped module again, since the
+    configuration that is saved is that of the wrapper.
 
     Returns:
         The wrapped module; ``wrapped.otrt`` is its :class:`RepresentationTransfer`.
@@ -51,60 +54,104 @@ class OTRTModule:
         >>> from lightning_otrt import OTRTModule
         >>> task = BoringModel()
         >>> wrapped = OTRTModule(task, teacher=nn.Linear(32, 2), layers={"layer": ""}, weight=0.5)
-        >>> isinstance(wrapped, BoringModel), wrapped.layer is task.layer, list(wrapped.state_dict())
+        >>> isinstance(wrapped, BoringModel), isinstance(wrapped, OTRTModule), list(wrapped.state_dict())
         (True, True, ['layer.weight', 'layer.bias'])
+        >>> wrapped.otrt
+        RepresentationTransfer(Linear(...), {'layer': ''}, weight=0.5)
     """
 
-    def __new__(cls, task: pl.LightningModule, teacher: Any, layers: Any = "auto", **options: Any) -> Any:
-        """Build the wrapped module."""
-        _check_task(task)
-        callback = ModuleCallback(RepresentationTransfer(teacher, layers, **options))
-        wrapped = _wrapped(type(task), callback)
-        object.__setattr__(wrapped, "__dict__", task.__dict__)
-        return wrapped
-
-
-class _Wrapped:
+    #: Class attributes of each wrapped class. Not of the instance: its ``__dict__`` is the task's own, and what is
+    #: copied or saved with the task must not hold a teacher.
+    _task_type: type[pl.LightningModule] | None = None
     _otrt_callback: ModuleCallback
+
+    @takes_options_of(
+        RepresentationTransfer, without=("process_group",), description="task: The LightningModule to train."
+    )
+    def __new__(
+        cls,
+        task: pl.LightningModule,
+        teacher: TeacherSource | RepresentationTransfer,
+        layers: LayerSpec = "auto",
+        **options: Unpack[TransferOptions],
+    ) -> OTRTModule:
+        """Wrap a module."""
+        _check_task(task)
+        return _wrapped(cls, type(task), ModuleCallback(teacher, layers, options), vars(task))
 
     @property
     def otrt(self) -> RepresentationTransfer:
+        """The transfer that this module trains with."""
         return self._otrt_callback.transfer
 
+    @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        own = super().configure_callbacks()  # type: ignore[misc]
+        """The callbacks of the task, and the one of the transfer."""
+        own = super().configure_callbacks()
         return [*(own if isinstance(own, (list, tuple)) else [own]), self._otrt_callback]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        plain = object.__new__(_task_type(self))
+    def __deepcopy__(self, memo: dict[int, Any]) -> pl.LightningModule:
+        """A plain module of the task's class."""
+        plain = object.__new__(_task_type_of(self))
         memo[id(self)] = plain
         object.__setattr__(plain, "__dict__", copy.deepcopy(self.__dict__, memo))
         return plain
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if get_spawning_popen() is not None:
-            # On its way to a process that goes on training (`ddp_spawn`), where a plain module would train without.
-            return _wrapped, (_task_type(self), self._otrt_callback), self.__dict__
-        return object.__new__, (_task_type(self),), self.__dict__
+        """A plain module of the task's class; the wrapped one on its way to a process that goes on training."""
+        if _is_being_spawned():
+            return _wrapped, (_wrapper_of(self), _task_type_of(self), self._otrt_callback, {}), self.__dict__
+        return object.__new__, (_task_type_of(self),), self.__dict__
 
 
-def _wrapped(task_type: type[pl.LightningModule], callback: ModuleCallback) -> Any:
-    # The callback is an attribute of the class, not of the instance, whose __dict__ is the task's own: what is copied
-    # or saved with the task must not hold a teacher.
+def _wrapped(
+    wrapper: type[OTRTModule], task_type: type[pl.LightningModule], callback: ModuleCallback, attributes: dict[str, Any]
+) -> OTRTModule:
+    """An object of a new class, made of the wrapper and the class of the task, with the attributes of the task."""
+
+    def plain(cls: type[OTRTModule], *args: Any, **kwargs: Any) -> pl.LightningModule:
+        # Called by `load_from_checkpoint` of a wrapped module, among others.
+        return task_type(*args, **kwargs)
+
+    def initialised(self: OTRTModule, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do: the attributes are those of the task."""
+
+    # `load_from_checkpoint` passes the hyperparameters that this signature has.
+    initialised.__signature__ = inspect.signature(task_type.__init__)  # type: ignore[attr-defined]
     wrapped_type = type(
         task_type.__name__,
-        (_Wrapped, task_type),
-        {"__module__": task_type.__module__, "__qualname__": task_type.__qualname__, "_otrt_callback": callback},
+        (wrapper, task_type),
+        {
+            "__module__": task_type.__module__,
+            "__qualname__": task_type.__qualname__,
+            "__doc__": task_type.__doc__,
+            "__new__": plain,
+            "__init__": initialised,
+            "_task_type": task_type,
+            "_otrt_callback": callback,
+        },
     )
-    return object.__new__(wrapped_type)
+    wrapped: OTRTModule = object.__new__(wrapped_type)
+    object.__setattr__(wrapped, "__dict__", attributes)
+    return wrapped
 
 
-def _task_type(wrapped: _Wrapped) -> type[pl.LightningModule]:
-    return type(wrapped).__bases__[1]
+def _task_type_of(wrapped: OTRTModule) -> type[pl.LightningModule]:
+    assert wrapped._task_type is not None
+    return wrapped._task_type
+
+
+def _wrapper_of(wrapped: OTRTModule) -> Any:
+    return type(wrapped).__bases__[0]
+
+
+def _is_being_spawned() -> bool:
+    """Whether an object is being pickled for a new process, as by ``strategy="ddp_spawn"``, and not to be saved."""
+    return get_spawning_popen() is not None
 
 
 def _check_task(task: Any) -> None:
-    if isinstance(task, _Wrapped):
+    if isinstance(task, OTRTModule):
         raise MisconfigurationException(
             "This module is wrapped by OTRTModule already. Attach an OTRTCallback to the Trainer for a second teacher."
         )

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_otrt.checks import check_count
 from lightning_otrt.trainer.callback import TransferCallback
-from lightning_otrt.trainer.watch import Watch
+from lightning_otrt.trainer.monitored_transfer import MonitoredTransfer
 
 __all__ = ["OTRTMonitor"]
 
@@ -77,7 +77,7 @@ class OTRTMonitor(pl.Callback):
         check_count("every_n_epochs", every_n_epochs)
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.gradients, self.validation, self.figures = gradients, validation, figures
-        self._watches: list[Watch] = []
+        self._monitored: list[MonitoredTransfer] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -91,54 +91,57 @@ class OTRTMonitor(pl.Callback):
                 "module is not wrapped by OTRTModule. Add OTRTCallback(teacher, ...) to `callbacks`, or remove the "
                 "monitor."
             )
-        self._watches = [Watch(callback.transfer, f"-{n}" if n > 1 else "") for n, callback in enumerate(found, 1)]
+        self._monitored = [
+            MonitoredTransfer(callback.transfer, f"-{number}" if number > 1 else "")
+            for number, callback in enumerate(found, 1)
+        ]
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Look at this step, where it is due. The first one is, for what can be advised only then."""
-        for watch in self._watches:
-            if self._is_due(trainer) or not watch.has_started:
+        for monitored in self._monitored:
+            if self._is_due(trainer) or not monitored.has_started:
                 # Not in `setup`: other callbacks must have added their terms, which this one follows.
-                watch.start(pl_module, gradients=self.gradients and self._is_due(trainer))
+                monitored.start(pl_module, gradients=self.gradients and self._is_due(trainer))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Split the gradient of the loss while its graph is there."""
-        for watch in self._watches:
-            watch.measure(loss)
+        for monitored in self._monitored:
+            monitored.measure(loss)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log."""
-        for watch in self._watches:
-            watch.stop(pl_module)
+        for monitored in self._monitored:
+            monitored.stop(pl_module)
             if self._is_due(trainer):
-                self._log(trainer, watch.values())
+                self._log(trainer, monitored.values())
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to record; not before the first step, which resolves the layers."""
         if self.validation and self._is_due_epoch(trainer) and not trainer.sanity_checking:
-            for watch in self._watches:
-                watch.open_validation(pl_module)
+            for monitored in self._monitored:
+                monitored.open_validation(pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the distances over the validation set."""
-        for watch in self._watches:
-            for name, value in watch.close_validation():
+        for monitored in self._monitored:
+            for name, value in monitored.close_validation():
                 pl_module.log(name, value, sync_dist=trainer.world_size > 1, batch_size=1)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the plans."""
         if self.figures and trainer.is_global_zero and trainer.loggers and self._is_due_epoch(trainer):
-            for watch in self._watches:
-                self.figures = self.figures and watch.draw(trainer.loggers, _step(trainer))
+            for monitored in self._monitored:
+                self.figures = self.figures and monitored.draw(trainer.loggers, _step(trainer))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -152,10 +155,10 @@ class OTRTMonitor(pl.Callback):
         self._release(pl_module)
 
     def _release(self, pl_module: pl.LightningModule) -> None:
-        for watch in self._watches:
-            watch.stop(pl_module)
-            watch.close_validation(compute=False)
-        self._watches = []
+        for monitored in self._monitored:
+            monitored.stop(pl_module)
+            monitored.close_validation(compute=False)
+        self._monitored = []
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What can be said about a running transfer from a few numbers, and what to change; each thing once."""
+"""Warnings about a running transfer, from a few numbers of it: what is off, and what to change. Each is given once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_otrt.layers.names import named_layers
-from lightning_otrt.reading.views import View
+from lightning_otrt.reading.batch_norm import batch_norms_in_training
 from lightning_otrt.steps.first_batch import BLURRING_EPSILON
 from lightning_otrt.transfer import RepresentationTransfer
 
-__all__ = ["Advice"]
+__all__ = ["TransferWarnings"]
 
 #: Looks in a row that have to show the same before it counts: the first steps and single batches are no rule.
 PATIENCE = 3
@@ -27,7 +26,7 @@ WEAK, STRONG = 0.01, 10.0
 NEARLY_UNIFORM = 0.5
 
 
-class Advice:
+class TransferWarnings:
     """Warns of what users can change about a transfer.
 
     Args:
@@ -47,9 +46,9 @@ class Advice:
             self._told.add(key)
             self._tell(message)
 
-    def on_first_step(self, views: Sequence[View]) -> None:
-        """Look at the first forwards, in which the student is as it came."""
-        self._few_observations(views)
+    def on_first_step(self) -> None:
+        """Look at the first step, before which the student is as it came."""
+        self._few_observations()
         self._copied_with_batch_norm()
 
     def on_values(self, values: Mapping[str, float], labels: Sequence[str]) -> None:
@@ -91,21 +90,21 @@ class Advice:
         self._seen[key] = self._seen[key] + 1 if is_so else 0
         return self._seen[key] >= PATIENCE
 
-    def _few_observations(self, views: Sequence[View]) -> None:
+    def _few_observations(self) -> None:
         transfer = self.transfer
-        if transfer.engine is None or transfer.plan not in ("sinkhorn", "exact"):  # a static plan has a memory
+        if transfer.plan not in ("sinkhorn", "exact"):  # a static plan has a memory
             return
-        for index, (pair, state) in enumerate(zip(transfer.pairs, transfer.engine.pairs, strict=True)):
-            if state.plan is None or state.memory != 0:
+        for pair, distance in zip(transfer.pairs, transfer.distances, strict=False):
+            if distance.plan is None or distance.memory != 0:
                 continue
-            neurons = tuple(state.plan.matrix.shape)
-            count = transfer.engine.processes * sum(_observations(view, str(index)) for view in views)
-            if count < max(neurons):
+            rows, columns = distance.plan.shape
+            if distance.observations < max(rows, columns):
                 self.warn(
                     "few",
-                    f"The transport plan of {pair.student!r} -> {pair.teacher!r} is solved from {count} observations "
-                    f"of {neurons[0]} and {neurons[1]} neurons and without memory, so that it follows the noise of "
-                    'each batch. Use memory="auto" (a running cost), a larger batch, or layers with positions.',
+                    f"The transport plan of {pair.student!r} -> {pair.teacher!r} is solved from "
+                    f"{distance.observations} observations of {rows} and {columns} neurons and without memory, so that "
+                    'it follows the noise of each batch. Use memory="auto" (a running cost), a larger batch, or layers '
+                    "with positions.",
                 )
 
     def _copied_with_batch_norm(self) -> None:
@@ -114,7 +113,7 @@ class Advice:
         if student is None or pairing is None:
             return
         root = named_layers(student)[pairing.student.root]
-        norms = [name for name, module in root.named_modules() if isinstance(module, _BatchNorm) and module.training]
+        norms = batch_norms_in_training(root)
         if norms and _is_copy(root, transfer.teacher.module):
             self.warn(
                 "copy",
@@ -124,14 +123,6 @@ class Advice:
                 "away from the copy. Put these layers into evaluation mode for the fit (module.eval() on each of them, "
                 "in on_train_start), or use weights of networks without BatchNorm.",
             )
-
-
-def _observations(view: View, key: str) -> int:
-    """Observations that both sides of a pair have."""
-    student, teacher = view.student[key][0], view.teacher[key][0]
-    if 2 in (student.dim(), teacher.dim()):
-        return student.shape[0]
-    return student.shape[0] * math.prod(map(min, student.shape[2:], teacher.shape[2:]))
 
 
 def _is_copy(student: nn.Module, teacher: nn.Module) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,20 +15,27 @@ __all__ = ["ExtraTerm", "add_term", "leaves_of", "remove_term"]
 _PATCHED = ("training_step", "manual_backward")
 
 
-class ExtraTerm(Protocol):
-    """What is added to the loss."""
+class ExtraTerm:
+    """What is added to the loss. This one follows the training steps and adds nothing; subclasses override methods."""
 
     def training_step(self) -> AbstractContextManager[None]:
-        """Entered around the user's ``training_step``."""
+        """A context that is entered around the user's ``training_step``."""
+        return nullcontext()
 
     def term(self, position: int) -> Tensor | None:
-        """The term of what happened since the last call, None for none; ``position`` counts the terms of a module."""
+        """The term of what happened since the last call, None for none.
+
+        Args:
+            position: Number of this term among those of the module.
+        """
+        return None
 
     def discard(self) -> None:
-        """Forget what happened: the user skips this step."""
+        """Forget what happened since the last call of :meth:`term`: the user skips this step."""
 
     def has_term(self) -> bool:
         """Whether something happened that no call of :meth:`term` has taken."""
+        return False
 
 
 def add_term(module: pl.LightningModule, term: ExtraTerm) -> None:
@@ -44,7 +51,7 @@ def add_term(module: pl.LightningModule, term: ExtraTerm) -> None:
 
 def remove_term(module: pl.LightningModule, term: ExtraTerm) -> None:
     """Undo :func:`add_term`; does nothing where it was not called."""
-    # By either method: something else may have replaced one of them since.
+    # Looked up through either method: something else may have replaced one of them since.
     step, backward = (module.__dict__.get(name) for name in _PATCHED)
     if not isinstance(step, _Step):
         step = backward.step if isinstance(backward, _ManualBackward) else None
@@ -84,7 +91,7 @@ class _Patch:
         self.module = module
         self.shadowed = module.__dict__.get(self.name)
         self.inner: Callable[..., Any] = getattr(module, self.name)
-        # Lightning unwraps one level to read the signature and to ask whether the method is overridden.
+        # Lightning unwraps one level to read the signature, and to see whether the method is overridden.
         self.__wrapped__ = getattr(self.inner, "__wrapped__", self.inner)
 
     def restore(self) -> None:

@@ -154,8 +154,8 @@ def test_empty_batches_count_nothing() -> None:
     ("kwargs", "error", "match"),
     [
         ({"num_student_neurons": 0}, ValueError, "`num_student_neurons` to be a positive integer, but got 0"),
-        ({"num_teacher_neurons": 2.0}, ValueError, "`num_teacher_neurons` to be a positive integer, but got 2.0"),
-        ({"num_teacher_neurons": True}, ValueError, "`num_teacher_neurons` to be a positive integer, but got True"),
+        ({"num_teacher_neurons": 2.0}, TypeError, "`num_teacher_neurons` to be a positive integer, but got 2.0"),
+        ({"num_teacher_neurons": True}, TypeError, "`num_teacher_neurons` to be a positive integer, but got True"),
         ({"cost": "cosine"}, ValueError, "argument `cost` to be one of"),
         ({"cost": torch.cdist}, TypeError, "adds up sums over observations.*transport_distance"),
         ({"cost": SquaredEuclideanCost()}, TypeError, "argument `cost` to be a name"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from helpers import Task, differ, hooks, loader, weights
 from torch.utils.data import DataLoader
 
-from lightning_otrt import LayerPair, LinearWarmup, OTRTCallback
+from lightning_otrt import LayerPair, LinearWarmup, OTRTCallback, OTRTModule, RepresentationTransfer
 
 cli = pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("jsonargparse")
@@ -40,10 +43,20 @@ class FromYaml(Task):
         return super().loss([batch[0].expand(-1, self.channels, -1, -1), batch[1]])
 
 
-def run(tmp_path: Path, init_args: dict[str, Any], *arguments: str, model: dict[str, Any] | None = None) -> Any:
+def run(
+    tmp_path: Path,
+    init_args: dict[str, Any],
+    *arguments: str,
+    model: dict[str, Any] | None = None,
+    wrapper: dict[str, Any] | None = None,
+) -> Any:
+    """A step with the callback; or with the wrapper, around the model."""
+    callbacks = [{"class_path": "lightning_otrt.OTRTCallback", "init_args": init_args}]
     config = {
         "seed_everything": 1,
-        "model": {"class_path": f"{__name__}.FromYaml", "init_args": model or {}},
+        "model": {"class_path": f"{__name__}.FromYaml", "init_args": model or {}}
+        if wrapper is None
+        else {"class_path": "lightning_otrt.OTRTModule", "init_args": {"task": model, **wrapper}},
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 1,
@@ -52,7 +65,7 @@ def run(tmp_path: Path, init_args: dict[str, Any], *arguments: str, model: dict[
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "log_every_n_steps": 1,
-            "callbacks": [{"class_path": "lightning_otrt.OTRTCallback", "init_args": init_args}],
+            "callbacks": callbacks if wrapper is None else [],
         },
     }
     path = tmp_path / "config.yaml"
@@ -187,6 +200,54 @@ def test_a_misspelt_configuration_is_named(tmp_path, capsys, change, words):
     with pytest.raises((SystemExit, ValueError)) as error:
         run(tmp_path, {"teacher": NET, **change})
     assert words in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"process_group": None}, {"weight": "much"}, {"memory": 2}])
+def test_what_no_configuration_can_have(tmp_path, capsys, change):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        run(tmp_path, {"teacher": NET, **change})
+    assert next(iter(change)) in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("what", "own"), [("trainer.callbacks", []), ("model", ["task"])])
+def test_help_shows_each_option(capsys, what, own):
+    """With its default and its description, as the class that has them says."""
+    name = {"trainer.callbacks": "OTRTCallback", "model": "OTRTModule"}[what]
+    with pytest.raises(SystemExit):
+        cli.LightningCLI(
+            pl.LightningModule,
+            args=["fit", f"--{what}.help=lightning_otrt.{name}"],
+            subclass_mode_model=True,
+        )
+    text = " ".join(capsys.readouterr().out.split()).partition(" Help for ")[2]  # after the short list of options
+    text = re.sub(r"(--\S+) (\w+), \1\+ \2", r"\1 \2", text)  # how a list is extended
+    for option, parameter in inspect.signature(RepresentationTransfer).parameters.items():
+        if option == "process_group":
+            assert option not in text
+            continue
+        _, _, shown = text.partition(f" --{what}.{option} ")
+        assert shown, option
+        first_words = re.search(rf"\n {{8}}{option}: (.{{20}})", RepresentationTransfer.__doc__)[1]
+        assert first_words in shown.split(f" --{what}.")[0], option
+        if parameter.default not in (parameter.empty, None):
+            assert f"default: {parameter.default}" in shown, option
+    assert all(f" --{what}.{option} " in text for option in own)
+
+
+def test_the_wrapper_from_yaml(tmp_path):
+    task = {"class_path": f"{__name__}.FromYaml", "init_args": {"width": 5}}
+    found = run(tmp_path, {}, model=task, wrapper={"teacher": NET, "layers": {"net.block1": "block1"}, "weight": 2.0})
+    wrapped = found.model
+    assert isinstance(wrapped, OTRTModule)
+    assert isinstance(wrapped, FromYaml)
+    assert repr(wrapped.otrt) == "RepresentationTransfer(Net(...), {'net.block1': 'block1'}, weight=2.0)"
+    assert float(found.trainer.callback_metrics["train/otrt"]) > 0
+    # LightningCLI saves the configuration of the model, which is that of the wrapper.
+    found.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = OTRTModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    assert isinstance(loaded, FromYaml)
+    assert repr(loaded.otrt) == repr(wrapped.otrt)
+    assert not differ(weights(loaded), weights(wrapped))
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "cli"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,10 @@ def test_it_is_the_task():
     task = make_task(width=5)
     wrapped = wrap(task)
     assert isinstance(wrapped, Task)
+    assert isinstance(wrapped, OTRTModule)
+    assert not isinstance(task, OTRTModule)
     assert type(wrapped).__name__ == "Task"
+    assert type(wrapped).__doc__ == Task.__doc__
     assert wrapped.net is task.net
     assert wrapped.hparams is task.hparams
     assert dict(wrapped.hparams) == {"width": 5, "lr": 0.1, "dropout": 0.0, "norm": True}
@@ -70,6 +75,47 @@ def test_the_task_is_trained_and_plain_afterwards():
     make_trainer().fit(other, loader())
     make_trainer().fit(task, loader())
     assert_same(weights(task), weights(other))
+
+
+class NotedWrapper(OTRTModule):
+    """A wrapper of a user."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.noted = True
+
+
+def test_a_subclass_of_the_wrapper():
+    task = make_task()
+    wrapped = NotedWrapper(task, make_teacher(), **OPTIONS)
+    assert isinstance(wrapped, NotedWrapper)
+    make_trainer().fit(wrapped, loader())
+    assert task.noted
+    other = make_task()
+    make_trainer().fit(wrap(other), loader())
+    assert_same(weights(task), weights(other))
+
+
+def test_copies_and_pickles_are_plain():
+    wrapped = wrap(make_task())
+    for copied in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        assert type(copied) is Task
+        assert_same(weights(copied), weights(wrapped))
+
+
+def test_a_pickle_for_a_new_process_is_wrapped():
+    """As `ddp_spawn` makes it: there the module goes on training."""
+    wrapped = wrap(make_task())
+    process = torch.multiprocessing.get_context("spawn").Process(target=print_kind, args=(wrapped,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def print_kind(received: Any) -> None:
+    assert isinstance(received, OTRTModule), type(received)
+    assert isinstance(received, Task)
+    assert received.otrt.weight == 2.0
 
 
 class WithCallbacks(Task):

@@ -473,7 +473,7 @@ class TestWiring:
 
     @pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"every_n_steps": True}, {"every_n_epochs": None}])
     def test_intervals(self, options):
-        with pytest.raises(ValueError, match="to be a positive integer"):
+        with pytest.raises((TypeError, ValueError), match="to be a positive integer"):
             OTRTMonitor(**options)
 
     def test_validate_and_test_alone(self):

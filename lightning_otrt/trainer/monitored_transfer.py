@@ -1,4 +1,4 @@
-"""One transfer under observation: what a training step and a validation show of it."""
+"""One transfer that the monitor looks at: what a training step and a validation show of it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_otrt.analysis.plots import plot_plan
 from lightning_otrt.analysis.validation_distances import ValidationDistances
 from lightning_otrt.reading.views import View
 from lightning_otrt.trainer.log_figure import log_figure
-from lightning_otrt.trainer.monitor_warnings import Advice
-from lightning_otrt.trainer.training_step import add_term, remove_term
+from lightning_otrt.trainer.monitor_warnings import TransferWarnings
+from lightning_otrt.trainer.training_step import ExtraTerm, add_term, remove_term
 from lightning_otrt.transfer import RepresentationTransfer
 from lightning_otrt.transport.diagnostics import diagnose
 
-__all__ = ["Watch"]
+__all__ = ["MonitoredTransfer"]
 
 _NO_OUTPUTS = (
     "OTRTMonitor cannot measure the share of the transfer's gradient: the hooks that it puts on the recorded layers "
@@ -36,8 +36,8 @@ _NO_SUM = (
 )
 
 
-class Watch:
-    """One transfer under observation; in the steps that are looked at, an extra term that adds nothing to the loss.
+class MonitoredTransfer(ExtraTerm):
+    """One transfer that the monitor looks at. Where a step is looked at, it follows that as a term without a value.
 
     Args:
         transfer: The transfer.
@@ -47,7 +47,7 @@ class Watch:
     def __init__(self, transfer: RepresentationTransfer, suffix: str) -> None:
         self.transfer = transfer
         self.suffix = suffix
-        self.advice = Advice(transfer, rank_zero_warn)
+        self.warnings = TransferWarnings(transfer, rank_zero_warn)
         self.has_started = False
         self._probe: GradientProbe | None = None
         self._views: list[View] = []
@@ -73,16 +73,6 @@ class Watch:
         with self._probe.watching():
             yield
 
-    def term(self, position: int) -> None:
-        """Nothing."""
-
-    def discard(self) -> None:
-        """Nothing to forget."""
-
-    def has_term(self) -> bool:
-        """Never."""
-        return False
-
     def measure(self, loss: Tensor) -> None:
         """Split the gradient of the first loss of the step, and look at what was recorded for it."""
         views = [view for view in self._views if view.has_gradient]
@@ -91,16 +81,16 @@ class Watch:
         self._is_open, self._views = False, []
         if not self.has_started:
             self.has_started = True
-            self.advice.on_first_step(views)
+            self.warnings.on_first_step()
         if self._probe is None:
             return
         if not self._probe.has_outputs:
-            self.advice.warn("compiled", _NO_OUTPUTS)
+            self.warnings.warn("compiled", _NO_OUTPUTS)
             return
         try:
             task, own = self._probe.split(loss, views)
         except RuntimeError as error:
-            self.advice.warn("graph", f"OTRTMonitor could not measure the share of the transfer's gradient: {error}")
+            self.warnings.warn("graph", f"OTRTMonitor could not measure the share of the transfer's gradient: {error}")
             return
         total = own.norm()
         self._shares = {
@@ -121,7 +111,7 @@ class Watch:
         if self.transfer.current_weight == 0:
             return {}
         found: dict[str, Tensor] = {}
-        for label, distance in zip(self._labels(), self.transfer.distances, strict=False):
+        for label, distance in zip(self.transfer.labels, self.transfer.distances, strict=False):
             if distance.plan is None:
                 continue
             numbers = diagnose(distance.plan)
@@ -135,15 +125,15 @@ class Watch:
         if not found:
             return {}
         values = dict(zip(found, torch.stack([value.float() for value in found.values()]).tolist(), strict=True))
-        self.advice.on_values(values, self._labels())
+        self.warnings.on_values(values, self.transfer.labels)
         return {f"{name}{self.suffix}": value for name, value in values.items() if math.isfinite(value)}
 
     def open_validation(self, module: pl.LightningModule) -> None:
         """Record validation forwards from now on."""
         if not self.transfer.distances or not self.transfer.is_attached or self._validation is not None:
             return
-        if not self.transfer.cost.additive:
-            self.advice.warn("cost", _NO_SUM)
+        if not self.transfer.ground_cost.additive:
+            self.warnings.warn("cost", _NO_SUM)
             return
         self._validation = ValidationDistances(self.transfer, module)
 
@@ -160,33 +150,26 @@ class Watch:
                 warnings.simplefilter("ignore")
                 values = distances.compute()
         if distances.error is not None:
-            self.advice.warn(
+            self.warnings.warn(
                 "validation",
                 f"OTRTMonitor stopped to measure distances in validation, where this went wrong: {distances.error}",
             )
-        names = [f"val/otrt/{label}{self.suffix}" for label in self._labels()]
+        names = [f"val/otrt/{label}{self.suffix}" for label in self.transfer.labels]
         return [(name, value) for name, value in zip(names, values, strict=False) if bool(value.isfinite())]
 
     def draw(self, loggers: list[Logger], step: int) -> bool:
         """Heat maps of the current plans to all loggers; returns whether figures can be made."""
-        for label, pair, distance in zip(self._labels(), self.transfer.pairs, self.transfer.distances, strict=False):
+        transfer = self.transfer
+        for label, pair, distance in zip(transfer.labels, transfer.pairs, transfer.distances, strict=False):
             if distance.plan is None:
                 continue
             try:
                 figure, _ = plot_plan(distance.plan, student_label=pair.student, teacher_label=pair.teacher)
             except ModuleNotFoundError as error:
-                self.advice.warn("figures", f"OTRTMonitor draws no plans. {error}")
+                self.warnings.warn("figures", f"OTRTMonitor draws no plans. {error}")
                 return False
             for logger in loggers:
                 log_figure(logger, f"otrt/plan/{label}{self.suffix}", figure, step)
             # pyplot keeps figures open until they are closed, and a notebook shows those that are.
             import_module("matplotlib.pyplot").close(figure)
         return True
-
-    def _labels(self) -> list[str]:
-        """The student layers; those that have several teacher layers together with them."""
-        names = [pair.student for pair in self.transfer.pairs]
-        return [
-            name if names.count(name) == 1 else f"{name}-{pair.teacher}"
-            for name, pair in zip(names, self.transfer.pairs, strict=True)
-        ]

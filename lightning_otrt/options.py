@@ -1,0 +1,197 @@
+"""The options of a transfer: their types and checks, which of them may change, and how they are shown."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from lightning_otrt.checks import check_callable, check_count, check_decay, check_flag, check_number, check_seed
+from lightning_otrt.schedules import Schedule
+from lightning_otrt.transport.plans import check_epsilon, check_plan
+
+__all__ = ["FixedOptions", "OPTIONS", "TransferOptions", "as_written", "takes_options_of"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class TransferOptions(TypedDict, total=False):
+    """The keyword options that ``OTRTCallback`` and ``OTRTModule`` hand on to ``RepresentationTransfer``.
+
+    That class documents them and has their defaults. Its ``process_group`` is missing here: a Trainer's strategy knows
+    which processes share a batch.
+    """
+
+    weight: float
+    student_root: str | None
+    cost: str | Callable[[Tensor, Tensor], Tensor]
+    plan: str
+    epsilon: float
+    memory: float | str
+    solve_every: int
+    grid: int | None
+    schedule: Schedule | None
+    teacher_inputs: Callable[..., Any] | None
+    teacher_dtype: torch.dtype | str | None
+    global_batch: bool | None
+    strict: bool
+    seed: int
+
+
+#: All arguments of a transfer, and those of them that may be set again.
+OPTIONS = ("teacher", "layers", *TransferOptions.__annotations__, "process_group")
+CHANGEABLE = ("weight", "schedule")
+
+
+def _check_global_batch(value: Any) -> None:
+    if value is not None:
+        check_flag("global_batch", value, "None, the default, means: wherever several processes train together.")
+
+
+#: Checks of single options. The teacher, the layers and the cost are checked where they are used.
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "weight": lambda value: check_number("weight", value, "It is the factor α on the term; 0 switches the term off."),
+    "plan": check_plan,
+    "epsilon": check_epsilon,
+    "memory": lambda value: check_decay("memory", value, '`plan="static"` keeps one plan from everything seen.'),
+    "solve_every": lambda value: check_count(
+        "solve_every", value, "It is the number of calls between two solves of the plan; 1 solves at each call."
+    ),
+    "grid": lambda value: check_count(
+        "grid", value, "It is the number of positions along each axis of a feature map; None keeps all.", optional=True
+    ),
+    "schedule": lambda value: check_callable(
+        "schedule", value, "It maps the step to a factor on `weight`: pass LinearWarmup(steps) or a function."
+    ),
+    "teacher_inputs": lambda value: check_callable(
+        "teacher_inputs", value, "It makes the teacher's inputs from those of the student's root: pass a function."
+    ),
+    "global_batch": _check_global_batch,
+    "strict": lambda value: check_flag("strict", value, "It says whether a step without a term is an error."),
+    "seed": lambda value: check_seed("seed", value, 'It seeds `plan="random"`.'),
+}
+
+
+class FixedOptions:
+    """Base of ``RepresentationTransfer``: its arguments are attributes, and ``repr`` is the constructor call.
+
+    Options are checked where they are set. Most of them can be set only once, by the constructor.
+    """
+
+    layers: Any
+    #: The teacher as the user wrote it.
+    _teacher_text: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            AttributeError: If it is an option that cannot change any more.
+            TypeError: If it is an option and of the wrong type.
+            ValueError: If it is an option and out of range.
+        """
+        is_known = name in vars(self)
+        if is_known and name in OPTIONS and name not in CHANGEABLE:
+            raise AttributeError(
+                f"`{name}` of a {type(self).__name__} cannot be changed, since layers, plans and statistics follow "
+                f"from it. Make a new one with the other `{name}`. Only {' and '.join(map(repr, CHANGEABLE))} can be "
+                "set at any time."
+            )
+        if name in _CHECKS:
+            _CHECKS[name](value)
+        super().__setattr__(name, value)
+        if is_known and name in CHANGEABLE:
+            self._option_changed()
+
+    def _option_changed(self) -> None:
+        """An option was set again."""
+
+    def __repr__(self) -> str:
+        """The constructor call, with the options that differ from their defaults."""
+        return self.constructor_call(type(self).__name__)
+
+    def constructor_call(self, name: str) -> str:
+        """The call of ``name`` with the same teacher, layers and options; defaults are left out."""
+        arguments = [self._teacher_text]
+        if not _is_default(self.layers, "auto"):
+            arguments.append(as_written(self.layers))
+        for option, parameter in inspect.signature(type(self)).parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                value = getattr(self, option)
+                if not _is_default(value, parameter.default):
+                    arguments.append(f"{option}={as_written(value)}")
+        return f"{name}({', '.join(arguments)})"
+
+
+def as_written(value: Any) -> str:
+    """How an argument is written in Python: classes and functions by their names, networks as ``Name(...)``.
+
+    Example:
+        >>> from torch import nn
+        >>> as_written(("teacher.ckpt", nn.Linear)), as_written(nn.Linear(2, 2)), as_written(["blocks", -1])
+        ("('teacher.ckpt', Linear)", 'Linear(...)', "['blocks', -1]")
+    """
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}(...)"
+    if isinstance(value, Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
+        return value.__qualname__
+    if type(value) is tuple:
+        return f"({', '.join(map(as_written, value))}{',' if len(value) == 1 else ''})"
+    if type(value) is list:
+        return f"[{', '.join(map(as_written, value))}]"
+    return repr(value)
+
+
+def takes_options_of(
+    source: type, *, without: tuple[str, ...] = (), description: str = ""
+) -> Callable[[Function], Function]:
+    """Show the options of a constructor in place of the ``**options`` of a function that hands them on.
+
+    Type checkers and editors read ``Unpack[TransferOptions]``. What looks at a function at run time (``help``, Sphinx,
+    notebooks, jsonargparse behind LightningCLI) finds here each option with its type, default and description.
+
+    Args:
+        source: The class with the options, which its docstring describes under ``Args:``.
+        without: Options that are not handed on.
+        description: What the function's own parameters mean, in the form of a docstring.
+
+    Returns:
+        A decorator. Parameters that both have, such as the teacher, get the type that ``source`` gives them.
+    """
+    types = get_type_hints(source.__init__)  # type: ignore[misc]
+    options = [
+        parameter.replace(annotation=types[name])
+        for name, parameter in inspect.signature(source).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in without
+    ]
+    described = inspect.cleandoc(source.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    for name in without:
+        # From its name to the next one.
+        described = re.sub(rf"^    {name}:.*?(^    (?=\w)|\Z)", r"\1", described, flags=re.MULTILINE | re.DOTALL)
+
+    def decorate(function: Function) -> Function:
+        own = [
+            parameter.replace(annotation=types.get(name, parameter.annotation))
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        function.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        head = inspect.cleandoc(function.__doc__ or "Make one.")
+        function.__doc__ = "\n".join([head, "", "Args:", *([f"    {description}"] if description else []), described])
+        return function
+
+    return decorate
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    # Objects of users may compare in ways of their own, so only plain values are compared.
+    return value is default or (isinstance(value, (int, float, str)) and bool(value == default))

@@ -1,0 +1,178 @@
+"""What a run goes on with: its pairs of layers and the engine with plans and statistics. Saved, resumed, reset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_otrt.layers.names import has_layers
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pairs_from_state, pairs_to_state
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.first_process import choice_of_first
+from lightning_otrt.steps.global_engine import GlobalTransportEngine
+from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.teacher.attachment import ChoosePairs
+
+__all__ = ["RunState"]
+
+_KEYS = ("layers", "pairs", "engine")
+
+
+class RunState:
+    """The pairs and the engine of a run, which outlive one attachment of the student.
+
+    A choice of layers may depend on the batch it was made on. So a run keeps the pairs that it has plans for, a resumed
+    run takes those of its checkpoint, and several processes take those of the first one.
+
+    Args:
+        layers: What the user passed as ``layers``.
+        settings: Keyword arguments of the engine, other than its pairs.
+        global_batch: What the user passed as ``global_batch``.
+        process_group: The processes of the global batch; None: all of torch.distributed.
+    """
+
+    def __init__(
+        self, layers: LayerSpec, settings: Mapping[str, Any], global_batch: bool | None, process_group: Any | None
+    ) -> None:
+        self.layers, self.settings = layers, settings
+        self.global_batch, self.process_group = global_batch, process_group
+        #: Whether the processes of torch.distributed each see a part of the batch and take all steps together. None:
+        #: not known, as outside of a Trainer. Then only a global batch communicates.
+        self.shares_batch: bool | None = None
+        #: The resolved pairs, empty before the first forward.
+        self.pairs: tuple[LayerPair, ...] = ()
+        self.engine: TransportEngine | None = None
+        self._paired_for = ""
+        self._saved: dict[str, Any] | None = None
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes of the global batch, None for this one alone."""
+        if self.global_batch is False or self.shares_batch is False:
+            return None
+        return Ranks.world(self.process_group)
+
+    def settle(self, student: nn.Module, choose: ChoosePairs, device: torch.device | None) -> Pairing:
+        """Choose the pairs, or take those that this run has already, and make the engine for them.
+
+        Args:
+            student: The student.
+            choose: Chooses pairs from one traced forward, or traces the given ones.
+            device: Where loaded plans and statistics belong.
+        """
+        known, pairings = self._known_pairs(student), []
+
+        def choose_here() -> tuple[LayerPair, ...]:
+            pairings.append(choose(known))
+            return pairings[0].pairs
+
+        everyone = self.ranks or (Ranks.world(self.process_group) if self.shares_batch else None)
+        self.pairs = choice_of_first(everyone, repr(self.layers), choose_here)
+        self._paired_for = repr(self.layers)
+        self.engine = self._make_engine(device)
+        if self._saved is not None:
+            self.engine.load_state_dict(self._saved["engine"], device or torch.device("cpu"))
+            self._saved = None
+        return replace(pairings[0], pairs=self.pairs)
+
+    def take_bad_calls(self) -> int:
+        """How many calls since the last question gave a value that is not finite. Waits for the device."""
+        if self.engine is None or self.engine.bad_calls is None:
+            return 0
+        bad = int(self.engine.bad_calls)
+        self.engine.bad_calls.zero_()
+        return bad
+
+    def synchronize(self) -> None:
+        """Bring the running sums of a global batch together. A collective."""
+        if self.engine is not None:
+            self.engine.synchronize()
+
+    def set_processes(self, shares_batch: bool | None, process_group: Any | None) -> None:
+        """Say which processes train together.
+
+        Args:
+            shares_batch: Whether each process sees a part of the batch, and all take all steps together.
+            process_group: These processes; None: all of torch.distributed.
+        """
+        self.shares_batch, self.process_group = shares_batch, process_group
+
+    def forget_processes(self, process_group: Any | None) -> None:
+        """Drop the handles of the processes, which end with a Trainer's strategy and cannot be pickled."""
+        self.set_processes(None, process_group)
+        if self.engine is not None:
+            self.engine.release_ranks()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pairs, plans and statistics; plain data and tensors."""
+        if self.engine is None:
+            return dict(self._saved or dict.fromkeys(_KEYS))
+        return {
+            "layers": self._paired_for,
+            "pairs": pairs_to_state(self.pairs),
+            "engine": self.engine.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> bool:
+        """Restore :meth:`state_dict`.
+
+        Returns:
+            Whether the pairs have to be settled again, in the next forward.
+
+        Raises:
+            ValueError: If it is no such state, or was saved with other layers. Without an engine yet, the latter is
+                noticed when one is made.
+        """
+        expected = {"step", *_KEYS}
+        if missing := expected - set(state):
+            raise ValueError(
+                f"Expected the `state_dict` of a RepresentationTransfer, with the keys {sorted(expected)}, but "
+                f"{sorted(missing)} are missing from {sorted(map(str, state))}. Pass what its `state_dict()` returned."
+            )
+        self.reset()
+        if state["engine"] is None:
+            return False
+        is_same_choice = state["layers"] == repr(self.layers) and pairs_from_state(state["pairs"]) != self.pairs
+        if self.engine is not None and not is_same_choice:
+            self.engine.load_state_dict(state["engine"], device or torch.device("cpu"))
+            return False
+        self._saved = {name: state[name] for name in _KEYS}
+        self.engine = None
+        return True
+
+    def reset(self) -> None:
+        """Forget plans, statistics and counters, as at the start of a training run."""
+        self._saved = None
+        if self.engine is not None:
+            self.engine.reset()
+
+    def _known_pairs(self, student: nn.Module) -> tuple[LayerPair, ...] | None:
+        """The pairs of a loaded state or of an earlier attachment, whose plans go on; None for a new choice."""
+        if self._saved is not None:
+            layers, pairs = self._saved["layers"], pairs_from_state(self._saved["pairs"])
+        elif self.engine is not None and self.engine.calls:
+            layers, pairs = self._paired_for, self.pairs
+        else:
+            return None
+        return pairs if layers == repr(self.layers) and has_layers(student, pairs) else None
+
+    def _make_engine(self, device: torch.device | None) -> TransportEngine:
+        """The engine for the pairs, with the plans and statistics of an earlier one for the same pairs."""
+        names = [(pair.student, pair.teacher) for pair in self.pairs]
+        weights = [pair.weight for pair in self.pairs]
+        before = self.engine if self.engine is not None and list(self.engine.names) == names else None
+        ranks = self.ranks
+        if ranks is None:
+            if before is not None and not isinstance(before, GlobalTransportEngine):
+                return before
+            engine = TransportEngine(names, weights, **self.settings)
+        else:
+            engine = GlobalTransportEngine(names, weights, **self.settings, ranks=ranks)
+        if before is not None:
+            engine.load_state_dict(before.state_dict(), device or torch.device("cpu"))
+        return engine

@@ -1,0 +1,203 @@
+"""A student with hooks and the teacher that runs on its inputs: from the first forward to the neurons of each call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.layers.names import named_layers
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.masks import padding_mask
+from lightning_otrt.reading.pairing import Pairing, can_be_root, check_layers, pair_layers
+from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.views import NoTermError, View, matched_neurons, trained_views
+from lightning_otrt.teacher.frozen import Teacher
+
+__all__ = ["Attachment", "ChoosePairs"]
+
+#: Traces both networks and chooses pairs of layers, or takes those that are given.
+ChoosePairs: TypeAlias = Callable[[tuple[LayerPair, ...] | None], Pairing]
+
+
+class Attachment:
+    """Hooks on one student, which run the teacher and record the neurons of both.
+
+    The first recorded forward shows which module of the student is called with the inputs (its root). It is traced
+    there, with the teacher, to choose the pairs of layers.
+
+    Args:
+        teacher: The teacher.
+        layers: What the user passed as ``layers``.
+        student_root: What the user passed as ``student_root``.
+        grid: Positions kept along each axis of a feature map.
+        settle: Called on the first forward with a function that chooses the pairs. It returns the pairs to record.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        layers: LayerSpec,
+        student_root: str | None,
+        grid: int | None,
+        settle: Callable[[ChoosePairs], Pairing],
+    ) -> None:
+        self.teacher = teacher
+        self.layers, self.student_root, self.grid = layers, student_root, grid
+        self._settle = settle
+        #: The attached student.
+        self.student: nn.Module | None = None
+        #: The resolved pairs with the traces of both networks. They stay when the student is detached.
+        self.pairing: Pairing | None = None
+        self._root: str | None = None
+        self._recorder = Recorder(self._on_forward)
+        self._stance = ExitStack()
+
+    @property
+    def views(self) -> list[View]:
+        """The forwards recorded since the last :meth:`take`; the list grows with the next forwards."""
+        return self._recorder.views
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the student's first parameter; None without a student or a parameter."""
+        parameter = None if self.student is None else next(self.student.parameters(), None)
+        return None if parameter is None else parameter.device
+
+    def attach(self, student: nn.Module) -> None:
+        """Put hooks on ``student``; :meth:`record` switches them on.
+
+        Raises:
+            RuntimeError: If a student is attached already.
+            TypeError: If ``student`` is no module.
+            ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
+        """
+        if self.student is not None:
+            raise RuntimeError("This RepresentationTransfer is attached already. Detach it first, or use another one.")
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
+        self.teacher.check_against(student)
+        check_layers(self.layers, student, self.teacher.module, self.student_root)
+        if "torch._dynamo" in sys.modules:
+            # Code that was compiled before has no hooks in it and would never call ours.
+            torch.compiler.reset()
+        self.student = student
+        self.choose_again()
+
+    def choose_again(self) -> None:
+        """Forget what was recorded, and let the next forward choose the root and the pairs."""
+        self._recorder.take()
+        if self.student is None:
+            return
+        modules = named_layers(self.student)
+        names = modules if self.student_root is None else {self.student_root: modules[self.student_root]}
+        self._root = None
+        self._recorder.watch_roots(list(names.items()))
+
+    def detach(self) -> None:
+        """Remove all hooks, and give the teacher back on its device and in its mode."""
+        self._stance.close()
+        self._recorder.remove()
+        self.teacher.release()
+        self.student = self._root = None
+
+    def record(self, on: bool) -> None:
+        """Let the hooks record or not.
+
+        Called where that changes, not before each forward: compiled code is compiled anew for each value of the flag.
+        """
+        self._recorder.enabled = on
+        if on and self._root is None and "torch._dynamo" in sys.modules:
+            # The first forward chooses the layers, in plain Python. Code that is compiled later has the hooks in it.
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        else:
+            self._stance.close()
+
+    def take(self) -> list[View]:
+        """The forwards recorded since the last call: those with gradient, or all where none has one."""
+        return trained_views(self._recorder.take())
+
+    def neurons(self, views: list[View]) -> tuple[list[list[tuple[Tensor, Tensor]]], list[str]]:
+        """The neurons of each view and pair.
+
+        Returns:
+            For each view, student ``(N, n)`` and teacher ``(M, n)`` of each pair; and the names of the student layers
+            that no gradient reaches.
+
+        Raises:
+            NoTermError: If no forward was recorded, a layer did not run once, or no layer gets a gradient.
+        """
+        if not views or self.pairing is None:
+            raise NoTermError(self._why_no_view())
+        return matched_neurons(views, self.pairing.pairs)
+
+    def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A module that may be the root starts a forward: choose the pairs if need be, and run the teacher."""
+        assert self.student is not None
+        if self._root is None:
+            if self.student_root is None and not can_be_root(name, self.layers, self.student, self.teacher.module):
+                return False
+            self._resolve(self.student, name, args, kwargs)
+        view = self._recorder.current
+        hooked = self.teacher.module
+        self._prepare_teacher(self.student)
+        if self.teacher.module is not hooked:
+            self._watch_teacher()
+        teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
+        if view is not None:
+            view.teacher_mask = padding_mask(teacher_args, teacher_kwargs)
+        with self._recorder.teacher_running():
+            self.teacher.run(teacher_args, teacher_kwargs)
+        return True
+
+    def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""
+
+        def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
+            with self._recorder.switched_off():
+                self._prepare_teacher(student)
+                given = self.teacher.inputs_for(args, kwargs)
+                return pair_layers(self.layers, student, root, (args, kwargs), self.teacher.module, given, known)
+
+        self.pairing = self._settle(choose)
+        self._root = self.pairing.student.root
+        self._recorder.watch_student(self.pairing.readers("student", student, self.grid))
+        # After the readers: where the root itself is recorded, it is read before the view is closed.
+        self._recorder.watch_roots([(self._root, named_layers(student)[self._root])])
+        self._watch_teacher()
+
+    def _watch_teacher(self) -> None:
+        assert self.pairing is not None
+        self._recorder.watch_teacher(self.pairing.readers("teacher", self.teacher.module, self.grid))
+
+    def _prepare_teacher(self, student: nn.Module) -> None:
+        """Bring the teacher to the student's device, and to its dtype where a precision plugin changed that."""
+        for parameter in student.parameters():
+            if parameter.is_floating_point():
+                self.teacher.prepare(parameter.device, parameter.dtype)
+                return  # not `next`, which torch 2.6 cannot compile
+
+    def _why_no_view(self) -> str:
+        assert self.student is not None
+        kind = type(self.student).__name__
+        if self._root is not None:
+            return (
+                f"The student ({kind}) was not called with gradient since the last call, so there is no transfer term: "
+                f"no forward of its root {self._root or 'itself'!r} was recorded. Call the module itself (not "
+                "`.forward`), once per loss, outside `no_grad`; or pass the name of what is called as `student_root`."
+            )
+        if not any(parameter.requires_grad for parameter in self.student.parameters()):
+            return (
+                f"No parameter of the student ({kind}) requires a gradient, so no transfer term can train it. Unfreeze "
+                "what is to be trained before the fit."
+            )
+        where = f"the root {self.student_root!r}" if self.student_root else "a module that holds the layers"
+        return (
+            f"No forward of {where} of the student ({kind}) was recorded, so there is no transfer term for "
+            f"layers={self.layers!r}. It has to be called as a module (not `.forward`), with gradient; `student_root` "
+            "names the submodule whose inputs the teacher gets."
+        )
