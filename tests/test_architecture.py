@@ -100,6 +100,7 @@ def test_every_file_that_the_page_of_the_architecture_names_is_there() -> None:
     page = ROOT.joinpath("docs/architecture.md").read_text()
     named = set(re.findall(r"`(?:lightning_otrt/)?((?:\w+/)*\w+\.py|\w+/)`", page)) - {"tests/test_architecture.py"}
     assert not [name for name in sorted(named) if not (PACKAGE / name).exists()]
+    assert not [floor for floor in BELOW if not {f"{floor}/", f"{floor}.py"} & named], "each floor is named"
 
 
 def test_names_in_the_docs_are_exported() -> None:
