@@ -191,11 +191,11 @@ def test_cost_without_preference_gives_the_uniform_plan(name: str, solver: str) 
 
 
 def test_failure_to_converge_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinkhorn, "MAX_ITERATIONS", 10)
+    monkeypatch.setattr(sinkhorn, "MAX_ITERATIONS", sinkhorn.BLOCK)
     monkeypatch.setattr(sinkhorn, "FAILURE", 1e-6)
     words = (
-        r"cost of shape \(48, 40\) did not converge: after 10 iterations its marginal error is 0\.\d+ \(at most 1e-06 "
-        r"is accepted\) at epsilon=0\.001 of the mean cost, with costs between 0.* and \d.*larger `epsilon` or "
+        rf"cost of shape \(48, 40\) did not converge: after {sinkhorn.BLOCK} iterations its marginal error is 0\.\d+ "
+        r"\(at most 1e-06 is accepted\) at epsilon=0\.001 of the mean cost, with costs between 0.* and \d.*larger `epsilon` or "
         r'`plan="exact"`'
     )
     with pytest.raises(RuntimeError, match=words):
