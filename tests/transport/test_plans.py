@@ -10,7 +10,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from transport_problems import SHAPES, check_plan, random_cost
 
+from lightning_otrt.transport import plans
 from lightning_otrt.transport.plans import exact_plan, identity_plan, random_plan, uniform_plan
+from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 
 @pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (1, 1), (1, 6), (6, 1)])
@@ -64,3 +66,37 @@ def test_identity_and_uniform_plan() -> None:
     assert torch.equal(uniform_plan(4, 5), torch.full((4, 5), 0.05))
     with pytest.raises(ValueError, match=r"layer 'a' -> 'b' has 4 student and 5 teacher neurons. Use plan="):
         identity_plan(4, 5, "layer 'a' -> 'b'")
+
+
+@pytest.mark.parametrize("kind", plans.CONTROLS)
+def test_controls_do_not_look_at_the_cost(kind: str) -> None:
+    cost = random_cost(6, 6, batch=2)
+    fixed = plans.fixed_plan(kind, 6, 6, seed=3)
+    assert fixed is not None
+    solved = plans.solve_plan(cost, kind, epsilon=0.1, seed=3)
+    assert solved.shape == cost.shape
+    for plan in solved:
+        torch.testing.assert_close(plan, fixed, rtol=0, atol=0)
+
+
+def test_plans_that_are_solved() -> None:
+    cost = random_cost(6, 6, batch=2)
+    assert plans.fixed_plan("sinkhorn", 6, 6, seed=0) is None
+    torch.testing.assert_close(plans.solve_plan(cost, "exact", 0.1, 0), exact_plan(cost))
+    torch.testing.assert_close(plans.solve_plan(cost, "sinkhorn", 0.1, 0), sinkhorn_plan(cost, 0.1).matrix)
+
+
+def test_names_of_plans() -> None:
+    for kind in plans.PLANS:
+        plans.check_plan(kind)
+    with pytest.raises(ValueError, match=r"`plan` to be one of \['sinkhorn', .*\], but got 'emd'"):
+        plans.check_plan("emd")
+    with pytest.raises(ValueError, match="but got 'static'"):
+        plans.check_plan("static", allowed=plans.ONE_BATCH_PLANS)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1.0, -0.1, math.nan, math.inf, "0.01", None])
+def test_epsilon_out_of_range(epsilon: object) -> None:
+    plans.check_epsilon(0.999)
+    with pytest.raises(ValueError, match=rf"`epsilon` to lie between 0 and 1, but got {epsilon!r}"):
+        plans.check_epsilon(epsilon)

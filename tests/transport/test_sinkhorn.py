@@ -62,7 +62,7 @@ def test_sinkhorn_plan_is_that_of_geomloss(
 @pytest.mark.parametrize("kind", ["perturbed", "independent"])
 @pytest.mark.parametrize(("rows", "columns"), [(256, 256), (256, 128), (128, 256)])
 @pytest.mark.parametrize("name", ["correlation", "euclidean", "sqeuclidean"])
-def test_value_is_close_to_that_of_the_exact_plan(kind: str, rows: int, columns: int, name: str, solver: str) -> None:
+def test_value_is_close_to_that_of_the_exact_plan(kind: str, rows: int, columns: int, name: str) -> None:
     if kind == "perturbed":
         shared = cloud(max(rows, columns), 64, seed=3)[torch.arange(max(rows, columns)) % min(rows, columns)]
         y = shared[:rows][torch.randperm(rows)] + 0.3 * cloud(rows, 64, seed=4)
@@ -195,8 +195,8 @@ def test_failure_to_converge_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sinkhorn, "FAILURE", 1e-6)
     words = (
         rf"cost of shape \(48, 40\) did not converge: after {sinkhorn.BLOCK} iterations its marginal error is 0\.\d+ "
-        r"\(at most 1e-06 is accepted\) at epsilon=0\.001 of the mean cost, with costs between 0.* and \d.*larger `epsilon` or "
-        r'`plan="exact"`'
+        r"\(at most 1e-06 is accepted\) at epsilon=0\.001 of the mean cost, with costs between 0.* and \d.*larger "
+        r'`epsilon` or `plan="exact"`'
     )
     with pytest.raises(RuntimeError, match=words):
         sinkhorn_plan(random_cost(48, 40), 0.001)
