@@ -1,39 +1,75 @@
-"""A fingerprint is the same for equal teachers and differs where a weight does."""
+"""A changed teacher is another one, however small the change; a moved or copied one is the same."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import torch
-from teacher.networks import Lit, Net
 from torch import nn
 
 from lightning_otrt.teacher.fingerprint import fingerprint
 
 
-def test_equal_teachers(net: Net) -> None:
-    assert fingerprint(copy.deepcopy(net)) == fingerprint(net)
-    assert fingerprint(net.double()) == fingerprint(copy.deepcopy(net).float())
-
-
-def test_each_parameter_counts(net: Net) -> None:
-    seen = {fingerprint(net)}
-    for parameter in net.parameters():
-        with torch.no_grad():
-            parameter.flatten()[0].add_(1)
-        seen.add(fingerprint(net))
-    assert len(seen) == 1 + len(list(net.parameters()))
-
-
-def test_the_type_counts() -> None:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
-    net = Net()
-    torch.manual_seed(0)
-    assert fingerprint(Lit().net) == fingerprint(net)
-    assert fingerprint(net).startswith("Net-")
-    assert fingerprint(nn.Sequential(nn.ReLU())) != fingerprint(nn.ReLU())
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.1), nn.Flatten(), nn.Linear(8, 500))
 
 
-def test_parameters_without_values_are_left_out() -> None:
-    assert fingerprint(nn.LazyLinear(2)) == "LazyLinear-00000000"
-    assert fingerprint(nn.Linear(2, 2, device="meta")) == "Linear-00000000"
+def flip_last_bit(tensor: torch.Tensor) -> None:
+    tensor.data.view(torch.int32).view(-1)[-1] ^= 1
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "last weight": lambda net: flip_last_bit(net[4].weight),
+    "running mean": lambda net: flip_last_bit(net[1].running_mean),
+    "counter": lambda net: net[1].num_batches_tracked.add_(1),
+    "dropout": lambda net: setattr(net[2], "p", 0.2),
+    "activation": lambda net: net.append(nn.ReLU()),
+    "other activation": lambda net: net.append(nn.Tanh()),
+    "stride": lambda net: setattr(net[0], "stride", (2, 2)),
+    "type": lambda net: net.double(),
+    "swapped weights": lambda net: net[4].weight.data.copy_(net[4].weight.data.flip(0)),
+    "hidden buffer": lambda net: net.register_buffer("scale", torch.ones(2), persistent=False),
+}
+
+
+def test_each_change_counts() -> None:
+    found = {fingerprint(network())}
+    for change in CHANGES.values():
+        net = network()
+        change(net)
+        found.add(fingerprint(net))
+    assert len(found) == len(CHANGES) + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        lambda net: net.eval(),
+        lambda net: net.requires_grad_(False),
+        lambda net: net.to(memory_format=torch.channels_last),
+        lambda net: net.double().float(),
+    ],
+)
+def test_what_changes_no_output(change: Callable[[nn.Module], nn.Module]) -> None:
+    assert fingerprint(change(network())) == fingerprint(network())
+
+
+def test_settings_count() -> None:
+    net = network()
+    settings = ({}, {"grid": 4}, {"grid": 2}, {"layers": ("0", "1")}, {"grid": 4, "layers": ()}, {"layers": "4"})
+    assert len({fingerprint(net, **each) for each in settings}) == len(settings)
+    assert fingerprint(net, a=1, b=2) == fingerprint(net, b=2, a=1)
+
+
+def test_without_weights() -> None:
+    assert fingerprint(nn.ReLU()) != fingerprint(nn.Tanh())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_does_not_count() -> None:
+    assert fingerprint(network().cuda()) == fingerprint(network())
