@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class RepresentationTransfer(FixedOptions):
     r"""Optimal transport between the neurons of a frozen teacher and those of a student, as a term of the loss.
 
-    While it is attached, each forward of the student in training records the neurons of the chosen layers, and runs the
+    While it is attached, each training forward of the student records the neurons of the chosen layers and runs the
     teacher on the same inputs. :meth:`loss` turns what was recorded since the last call into
 
     .. math:: \alpha \sum_{pairs} w_{pair} \langle P^*, M \rangle
@@ -49,14 +49,14 @@ class RepresentationTransfer(FixedOptions):
             ``"penultimate"``, ``"blocks"``, ``"auto"`` (blocks where there are positions or tokens, else penultimate),
             ``"matched"`` (blocks of the student with the closest teacher layers on the first batch, in order),
             :class:`LayerPair` objects, or a list of these. Words are resolved once, by the first process for all, and
-            a resumed run goes on with the pairs of its checkpoint.
+            a resumed run uses the pairs of its checkpoint.
         weight: Weight α of the term. About 8 suits the correlation cost; see the README for others. It may be set
             again at any time, as ``schedule`` may.
         student_root: Name of the student's submodule whose inputs the teacher gets too; None: the outermost one that
             holds the layers and is called.
         cost: ``"correlation"``, ``"euclidean"``, ``"sqeuclidean"`` or a function of raw neurons ``(N, n)``, ``(M, n)``
             that gives ``(N, M)``.
-        plan: ``"sinkhorn"``, ``"exact"``, ``"static"`` (solved once 256 samples were seen), or a control:
+        plan: ``"sinkhorn"``, ``"exact"``, ``"static"`` (fixed once 256 samples were seen), or a control:
             ``"identity"``, ``"uniform"``, ``"random"``.
         epsilon: Entropic regularisation, relative to the mean cost.
         memory: Decay of a running cost behind the plan: 0 sees the current batch alone; ``"auto"`` is 0.98 for layers
@@ -150,7 +150,7 @@ class RepresentationTransfer(FixedOptions):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A name for each pair, its student layer, with ``-<teacher layer>`` where the student layer has several."""
+        """A name for each pair, by which its values are logged: its student layer, and more where that has several."""
         return pair_labels(self.pairs)
 
     @property
@@ -170,7 +170,7 @@ class RepresentationTransfer(FixedOptions):
 
     @property
     def views(self) -> list[View]:
-        """The forwards recorded since the last call of :meth:`loss`; the list goes on filling until that takes it."""
+        """The forwards recorded since the last call of :meth:`loss`. The list grows with each of them."""
         return self._attachment.views
 
     @property
@@ -222,7 +222,7 @@ class RepresentationTransfer(FixedOptions):
             self.detach()
 
     def attach(self, student: nn.Module) -> None:
-        """Put hooks on ``student`` and prepare the teacher; :meth:`recording` switches them on.
+        """Put hooks on ``student``. They record inside :meth:`recording`.
 
         Raises:
             RuntimeError: If it is attached already.
@@ -232,11 +232,11 @@ class RepresentationTransfer(FixedOptions):
         self._was_asked = False
 
     def detach(self) -> None:
-        """Take all hooks off and give the teacher back as it came. Plans and statistics are kept."""
+        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
         self._attachment.detach()
 
     def recording(self) -> AbstractContextManager[None]:
-        """Record forwards inside the block; outside, hooks do nothing."""
+        """Record the forwards inside the block. Outside of it the hooks do nothing."""
         return self._switched(True)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -265,11 +265,11 @@ class RepresentationTransfer(FixedOptions):
         self._attachment.take()
 
     def loss(self, *, reevaluation: bool = False) -> Tensor:
-        """The weighted term of all forwards since the last call, and one step on.
+        """The weighted term of all forwards since the last call. It also counts one step.
 
         Args:
-            reevaluation: Whether the batch is that of the last call again, as in the closures of LBFGS: plans,
-                statistics and the step then stay.
+            reevaluation: Whether this is the batch of the last call again, as in the closures of LBFGS. Plans,
+                statistics and the step then stay as they are.
 
         Returns:
             A scalar in float32 or wider; zero without graph where the weight is 0.
@@ -296,7 +296,7 @@ class RepresentationTransfer(FixedOptions):
         if constant:
             self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
         if not self.strict and (ranks := self._run.ranks) is not None and ranks.any(bool(reason), self._zero().device):
-            # The others would wait for this process in the exchange of a term.
+            # Else the other processes would wait for this one in the exchange of the term.
             reason = reason or "Another process of the global batch could form no transfer term."
         if reason:
             self.distances = []
@@ -309,10 +309,10 @@ class RepresentationTransfer(FixedOptions):
         return weight * term
 
     def check_finite(self) -> int:
-        """Read the flags that calls left on the device, and wait for it.
+        """Read how many values were not finite, and warn once. This waits for the device.
 
         Returns:
-            How many calls since the last read gave a value that is not finite. A warning is given once.
+            The number of calls since the last read whose value was NaN or infinite.
         """
         bad = self._run.take_bad_calls()
         if bad:
@@ -348,8 +348,8 @@ class RepresentationTransfer(FixedOptions):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; plans are placed on the student's device when the layers are resolved.
 
-        The saved pairs are taken as they are, where ``layers`` is the same: the first batch of this run, on which a
-        choice may depend, is another one.
+        If ``layers`` is the same, the saved pairs are used. A new choice may depend on the first batch, which is
+        another one in this run.
 
         Raises:
             ValueError: If it is no such state, or was saved with other layers; for a student that has not run yet the
@@ -365,7 +365,7 @@ class RepresentationTransfer(FixedOptions):
         self._run.reset()
 
     def _settle(self, choose: ChoosePairs) -> Pairing:
-        """The pairs of this run, on the first forward of the student; reported as a table."""
+        """The pairs of this run, chosen in the first forward of the student and reported as a table."""
         student = self.student
         assert student is not None
         report = self.report or log.info

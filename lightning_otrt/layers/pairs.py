@@ -98,15 +98,20 @@ def check_options(weight: Any, neuron_axis: Any, select: Any, where: str) -> Non
 
 
 def pair_labels(pairs: Sequence[LayerPair]) -> tuple[str, ...]:
-    """A name for each pair: its student layer; with ``-<teacher layer>`` where a student layer is in several pairs.
+    """A name for each pair, no two alike: its student layer, and as much more as tells it from other pairs.
 
     Example:
         >>> pair_labels([LayerPair("a", "x"), LayerPair("b", "x"), LayerPair("b", "y")])
         ('a', 'b-x', 'b-y')
+        >>> pair_labels([LayerPair("a", "x", select=0), LayerPair("a", "x", select=1)])
+        ('a-x-0', 'a-x-1')
     """
-    students = [pair.student for pair in pairs]
+    short = [pair.student for pair in pairs]
+    longer = [f"{pair.student}-{pair.teacher}" for pair in pairs]
+    longest = [f"{name}-{pair.select}" for name, pair in zip(longer, pairs, strict=True)]
     return tuple(
-        pair.student if students.count(pair.student) == 1 else f"{pair.student}-{pair.teacher}" for pair in pairs
+        next((name for name, names in ((a, short), (b, longer)) if names.count(name) == 1), c)
+        for a, b, c in zip(short, longer, longest, strict=True)
     )
 
 

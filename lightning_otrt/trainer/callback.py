@@ -2,293 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from lightning_otrt.layers.pairs import LayerSpec
-from lightning_otrt.options import OPTIONS, TransferOptions, takes_options_of
+from lightning_otrt.options import TransferOptions, takes_options_of
 from lightning_otrt.teacher.load import TeacherSource
-from lightning_otrt.trainer.strategies import shared_batch
-from lightning_otrt.trainer.training_step import ExtraTerm, add_term, leaves_of, remove_term
+from lightning_otrt.trainer.transfer_callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["OTRTCallback"]
-
-
-class TransferCallback(pl.Callback, ExtraTerm):
-    """What :class:`OTRTCallback` and the callback inside :class:`OTRTModule` share: the transfer in a Trainer.
-
-    Options of the transfer can be read here, and ``weight`` and ``schedule`` can be set.
-
-    Args:
-        teacher: A teacher, or a :class:`RepresentationTransfer` with layers and options of its own.
-        layers: Layers for a teacher.
-        options: Options for a teacher.
-
-    Raises:
-        TypeError: If there are layers or options for a :class:`RepresentationTransfer`.
-        ValueError: If that has a process group.
-    """
-
-    #: The transfer, with the resolved pairs and the distances of the last step.
-    transfer: RepresentationTransfer
-
-    def __init__(
-        self, teacher: TeacherSource | RepresentationTransfer, layers: LayerSpec, options: TransferOptions
-    ) -> None:
-        super().__init__()
-        transfer = _transfer_of(teacher, layers, options)
-        self.transfer = transfer
-        transfer.report = transfer.report or rank_zero_info
-        self._fingerprint = transfer.teacher.fingerprint()
-        self._module: pl.LightningModule | None = None
-        self._trainer: pl.Trainer | None = None
-        self._resumed = False
-        self._batch: tuple[int, int] | None = None
-        self._again = False
-        self._seen = self._steps = self._terms = 0
-        self._entered = self._leaves_checked = False
-
-    if not TYPE_CHECKING:  # a type checker would take any name for an attribute
-
-        def __getattr__(self, name: str) -> Any:
-            """An option of the transfer."""
-            if name in OPTIONS and "transfer" in vars(self):
-                return getattr(self.transfer, name)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option on the transfer, which refuses those that cannot change; or an attribute of the callback."""
-        if name in OPTIONS and "transfer" in vars(self):
-            setattr(self.transfer, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @override
-    def __repr__(self) -> str:
-        """The constructor call, with the options that differ from their defaults."""
-        return self.transfer.constructor_call(type(self).__name__)
-
-    @property
-    @override
-    def state_key(self) -> str:
-        """Distinguishes several callbacks; the weight and other settings may change in a resume."""
-        transfer = self.transfer
-        settings = {
-            "teacher": self._fingerprint,
-            "layers": repr(transfer.layers),
-            "root": transfer.student_root,
-            "cost": str(transfer.ground_cost),
-        }
-        return f"{type(self).__qualname__}{settings}"
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replace the training step. Not later: finders of learning rate and batch size train before the fit starts."""
-        if stage != "fit":
-            return
-        if not (isinstance(trainer, pl.Trainer) and isinstance(pl_module, pl.LightningModule)):
-            raise MisconfigurationException(
-                f"{type(self).__name__} is a callback of the `lightning` package, but this Trainer or LightningModule "
-                "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
-            )
-        transfer = self.transfer
-        transfer.set_processes(*shared_batch(trainer, strict=transfer.strict))
-        self._trainer, self._module = trainer, pl_module
-        self._batch = None
-        if not is_overridden("configure_model", pl_module):
-            self.transfer.attach(pl_module)
-        add_term(pl_module, self)
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach to layers that exist only after ``configure_model``."""
-        if not self.transfer.is_attached:
-            self.transfer.attach(pl_module)
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what trial steps of finders left, unless a checkpoint was loaded."""
-        if not self._resumed:
-            self.transfer.reset()
-        self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self._batch = None
-        self._seen = self._steps = self._terms = 0
-        self._leaves_checked = False
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Look whether the training step that was replaced in ``setup`` is still the one that runs."""
-        self._entered = False
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Refuse a step around which nothing was recorded."""
-        if not self._entered and self.transfer.strict:
-            raise MisconfigurationException(
-                f"The `training_step` of {type(pl_module).__name__} was replaced after the fit began, so that the "
-                "transfer term is not added any more. Replace it before `trainer.fit`, or call the one that was there."
-            )
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a manual loop without a single term: a step without one may be that of another player."""
-        if self._steps and not self._terms and self.transfer.strict and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} uses manual optimization, and in {self._steps} training steps no "
-                "`self.manual_backward(loss)` came after a forward of the student with gradient, so the transfer term "
-                "was never added. Call the student as a module (not `.forward`), with its parameters unfrozen, before "
-                "`self.manual_backward(loss)`; or pass the name of what is called as `student_root`."
-            )
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report values that were not finite since the last look, and bring statistics together while all are here."""
-        self.transfer.check_finite()
-        self.transfer.synchronize()
-        never = self._seen > 0 and not self._steps and self.transfer.weight > 0
-        if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"The weight of the transfer term was 0 in all {self._seen} training steps of this fit, because "
-                f"`schedule` ({self.transfer.schedule!r}) gave 0: the teacher had no effect. Check that its "
-                "steps are those of `trainer.global_step`."
-            )
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave module and teacher as they were found."""
-        if stage == "fit":
-            self._release()
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The same: Lightning does not call ``teardown`` after an exception."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._module is not None:
-            remove_term(self._module, self)
-        self.transfer.detach()
-        self.transfer.forget_processes()
-        self._module = self._trainer = None
-        self._resumed = False
-
-    @contextmanager
-    def training_step(self) -> Iterator[None]:
-        """Record while the user's training step runs."""
-        assert self._trainer is not None
-        trainer = self._trainer
-        self.transfer.step = trainer.global_step
-        batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
-        self._again, self._batch = batch == self._batch, batch
-        self._seen += 1
-        self._steps += self.transfer.current_weight > 0
-        self._entered = True
-        with self.transfer.recording():
-            yield
-
-    def has_term(self) -> bool:
-        """Whether a forward was recorded whose term is not in a loss yet."""
-        return self.transfer.has_views
-
-    def discard(self) -> None:
-        """Forget the forwards of a step that the user skips."""
-        self.transfer.discard()
-
-    def term(self, position: int) -> Tensor | None:
-        """The weighted term of the forwards since the last call, logged; None where the weight is 0."""
-        transfer = self.transfer
-        weight = transfer.current_weight
-        if weight == 0:
-            self._log(position, {"otrt/weight": 0.0}, samples=1)
-            return None
-        samples = transfer.recorded_samples
-        loss = transfer.loss(reevaluation=self._again)
-        layers = {
-            f"otrt/{label}": distance.value
-            for label, distance in zip(transfer.labels, transfer.distances, strict=False)
-            if distance.plan is not None
-        }
-        self._terms += bool(layers)
-        self._log(position, {"otrt/weight": weight, **layers}, samples)
-        if layers:
-            self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
-            self._check_leaves(loss)
-        return loss
-
-    def _check_leaves(self, loss: Tensor) -> None:
-        """Warn once of a term that reaches only parameters which no optimizer changes."""
-        if self._leaves_checked or self._trainer is None or self._module is None:
-            return
-        self._leaves_checked = True
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self._module.named_parameters()}
-        leaves = leaves_of(loss)
-        trained = {
-            parameter
-            for optimizer in self._trainer.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        # FSDP computes with parameters of its own, of which nothing can be told here.
-        if leaves <= names.keys() and not leaves & trained:
-            reached = sorted(names[parameter] for parameter in leaves)
-            rank_zero_warn(
-                f"The transfer term has no effect: it reaches the parameters {reached[:5]} alone, {len(reached)} in "
-                "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or "
-                "choose `layers` that what is trained leads to."
-            )
-
-    def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
-        assert self._module is not None
-        # A second callback on the same module gets names of its own.
-        suffix = f"-{position + 1}" if position else ""
-        for name, value in values.items():
-            self._module.log(f"{name}{suffix}", value, prog_bar=prog_bar, batch_size=max(samples, 1))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Plans, statistics and counters; not the teacher."""
-        # All processes save together, but for the checkpoint of one that failed: the others might not answer.
-        if self._trainer is not None and not self._trainer.interrupted:
-            self.transfer.synchronize()
-        return self.transfer.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written."""
-        self.transfer.load_state_dict(state_dict)
-        self._resumed = True
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Refuse a checkpoint of this callback with other layers or another teacher, which would lose its plans."""
-        saved = checkpoint.get("callbacks", {})
-        mine = {callback.state_key for callback in trainer.callbacks if isinstance(callback, TransferCallback)}  # type: ignore[attr-defined]
-        others = [key for key in saved if key.startswith(f"{type(self).__qualname__}{{") and key not in mine]
-        if self.state_key in saved:
-            return
-        if others:
-            raise MisconfigurationException(
-                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers` or the "
-                "teacher changed, or the cost, so that plans and statistics cannot go on. Resume with the same "
-                "ones, or load the weights alone and start a new fit."
-            )
-        rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
 
 
 class OTRTCallback(TransferCallback):
@@ -296,8 +18,8 @@ class OTRTCallback(TransferCallback):
 
     The term is that of :class:`RepresentationTransfer` (arXiv 2007.06737, equation 3).
 
-    The module is not changed: its ``training_step`` is wrapped for the time of ``fit``, and after it, whether it ended,
-    failed or was interrupted, no hook is left. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
+    The module's ``training_step`` is wrapped during ``fit``. After it, also if it failed or was interrupted, no hook
+    is left on module or teacher. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
     ``otrt/<student layer>``.
 
     With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the
@@ -313,7 +35,7 @@ class OTRTCallback(TransferCallback):
         ValueError: If an argument is out of range; in ``fit``, if a layer does not exist, or on the first batch a value
             is not finite or there are too few observations.
         RuntimeError: In ``fit``, if no term can be formed, and ``strict``.
-        MisconfigurationException: In ``fit``, if Trainer, strategy, module or checkpoint do not go with the callback.
+        MisconfigurationException: In ``fit``, if Trainer, strategy, module or checkpoint do not fit the callback.
 
     Example:
         >>> import lightning as L
@@ -340,27 +62,3 @@ class OTRTCallback(TransferCallback):
         **options: Unpack[TransferOptions],
     ) -> None:
         super().__init__(teacher, layers, options)
-
-
-def _transfer_of(
-    teacher: TeacherSource | RepresentationTransfer, layers: LayerSpec, options: TransferOptions
-) -> RepresentationTransfer:
-    if "process_group" in options:
-        raise TypeError(
-            "OTRTCallback and OTRTModule got an unexpected keyword argument 'process_group': in a Trainer the strategy "
-            "says which processes share a batch. Leave it out."
-        )
-    if not isinstance(teacher, RepresentationTransfer):
-        return RepresentationTransfer(teacher, layers, **options)
-    given = [*(["layers"] if layers != "auto" else []), *options]
-    if given:
-        raise TypeError(
-            f"Expected no {given} beside a RepresentationTransfer, which has layers and options of its own. Give them "
-            "to RepresentationTransfer(teacher, layers, ...), or pass the teacher in its place."
-        )
-    if teacher.process_group is not None:
-        raise ValueError(
-            "Expected a RepresentationTransfer without `process_group`: in a Trainer the strategy says which processes "
-            "share a batch. Leave it out."
-        )
-    return teacher

@@ -1,4 +1,4 @@
-"""Figures to the loggers of the Trainer."""
+"""Gives figures to the loggers of a Trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["log_figure"]
 
 
 def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to a logger through its own API; loggers that take no figures are passed over.
+    """Give a figure to a logger through its own API. Loggers that take no figures are skipped.
 
     TensorBoard and W&B show it under ``name``; MLflow gets the artifact ``<name>/step=<step>.png``; a CSV logger gets
     that file in its directory.
@@ -23,7 +23,7 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
     Args:
         logger: A logger of the Trainer.
         name: Name with ``/``.
-        figure: The figure; it is left open.
+        figure: The figure. It is not closed.
         step: The step at which it is shown.
 
     Example:

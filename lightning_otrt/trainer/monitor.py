@@ -1,4 +1,4 @@
-"""Looks at a running transfer: distances, plans and gradients to the loggers, and advice where something is off."""
+"""A callback that logs distances, plans and gradients of a running transfer, and warns where something is off."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_otrt.checks import check_count
-from lightning_otrt.trainer.callback import TransferCallback
 from lightning_otrt.trainer.monitored_transfer import MonitoredTransfer
+from lightning_otrt.trainer.transfer_callback import TransferCallback
 
 __all__ = ["OTRTMonitor"]
 
 
 class OTRTMonitor(pl.Callback):
-    r"""Logs what the transfer does, and warns where it can be made to do more.
+    r"""Logs what the transfer does, and warns where an option should be changed.
 
     It finds the :class:`OTRTCallback` of the Trainer, or the callback of a wrapped module, by itself. With k =
     ``every_n_steps`` it logs at every k-th batch, for each pair, by the name of its student layer:
 
     - ``otrt/distance/<layer>``: the distance on the batch;
-    - ``otrt/off_identity/<layer>``: the share of the mass off the diagonal of the plan, which tells how many neurons
-      were given to others, where both layers are of one width;
+    - ``otrt/off_identity/<layer>``: the share of the plan's mass off its diagonal, if both layers have one width: how
+      many neurons are not matched to the neuron of the same index;
     - ``otrt/marginal_error/<layer>``: how far the plan is from the teacher's masses (L1, of a total of 1);
-    - ``otrt/entropy/<layer>``: that of the plan over that of a uniform one, which matches nothing;
+    - ``otrt/entropy/<layer>``: the entropy of the plan, as a share of that of a uniform plan, which matches nothing;
     - ``otrt/layer_share/<layer>`` and ``otrt/gradient_share``: :math:`\alpha g / (\alpha g + t)`, with the norms
       :math:`\alpha g` of the gradient of the weighted term and t of that of the task, at the output of the layer and at
       all of them.
@@ -37,9 +37,9 @@ class OTRTMonitor(pl.Callback):
     At the end of such an epoch it gives heat maps of the plans to TensorBoard, W&B and MLflow, or puts them next to the
     file of a CSV logger. With several transfers the names of the second end with ``-2``.
 
-    It warns once, and tells what to change, where a plan is solved from fewer observations than there are neurons,
-    where a student that starts as a copy of its teacher differs from it by its BatchNorm layers in train mode, where a
-    plan is nearly uniform, and where the gradient of the term is far from that of the task.
+    It warns once, and says what to change, if a plan is solved from fewer observations than there are neurons; if a
+    student that starts as a copy of its teacher differs from it by BatchNorm layers in train mode; if a plan is nearly
+    uniform; and if the gradient of the term is much smaller or larger than that of the task.
 
     Every k-th batch costs a second backward pass down to the first recorded layer and one wait for the device; every
     batch of validation costs a forward of the teacher.
@@ -49,11 +49,11 @@ class OTRTMonitor(pl.Callback):
         every_n_epochs: Epochs between two looks at validation distances and plans.
         gradients: Whether to measure the share of the gradient.
         validation: Whether to measure distances in validation, where the teacher then runs too.
-        figures: Whether to draw the plans; without matplotlib they are left out with a warning.
+        figures: Whether to draw the plans. Without matplotlib there is a warning instead.
 
     Raises:
         ValueError: If a number of steps or epochs is not positive.
-        MisconfigurationException: At the start of ``fit``, if there is no transfer to look at.
+        MisconfigurationException: At the start of ``fit``, if there is no transfer.
 
     Example:
         >>> import lightning as L
@@ -81,13 +81,13 @@ class OTRTMonitor(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find what there is to look at."""
+        """Find the transfers of the Trainer and the module."""
         if stage != "fit":
             return
         found = [callback for callback in trainer.callbacks if isinstance(callback, TransferCallback)]  # type: ignore[attr-defined]
         if not found:
             raise MisconfigurationException(
-                "OTRTMonitor found no representation transfer to look at: the Trainer has no OTRTCallback, and the "
+                "OTRTMonitor found no representation transfer: the Trainer has no OTRTCallback, and the "
                 "module is not wrapped by OTRTModule. Add OTRTCallback(teacher, ...) to `callbacks`, or remove the "
                 "monitor."
             )
@@ -100,15 +100,15 @@ class OTRTMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Look at this step, where it is due. The first one is, for what can be advised only then."""
+        """Follow this step if it is due, or the first one, of which some warnings are."""
         for monitored in self._monitored:
             if self._is_due(trainer) or not monitored.has_started:
-                # Not in `setup`: other callbacks must have added their terms, which this one follows.
+                # Not in `setup`: the term of the transfer has to be added before.
                 monitored.start(pl_module, gradients=self.gradients and self._is_due(trainer))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Split the gradient of the loss while its graph is there."""
+        """Measure the gradients of task and term, while the graph of the loss is there."""
         for monitored in self._monitored:
             monitored.measure(loss)
 
@@ -116,7 +116,7 @@ class OTRTMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log."""
+        """Log the values of the step."""
         for monitored in self._monitored:
             monitored.stop(pl_module)
             if self._is_due(trainer):
@@ -124,7 +124,7 @@ class OTRTMonitor(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to record; not before the first step, which resolves the layers."""
+        """Begin to record. Before the first training step the layers are not known, and nothing is."""
         if self.validation and self._is_due_epoch(trainer) and not trainer.sanity_checking:
             for monitored in self._monitored:
                 monitored.open_validation(pl_module)
@@ -168,12 +168,13 @@ class OTRTMonitor(pl.Callback):
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _log(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        # Not through the module, which would leave out steps that are no multiple of the Trainer's `log_every_n_steps`.
+        # Not through the module: it logs only at multiples of the Trainer's `log_every_n_steps`.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=_step(trainer))
 
 
 def _step(trainer: pl.Trainer) -> int:
-    """The step at which the Trainer logs this batch, so that both are on one line of a CSV file."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    """The step at which the Trainer logs this batch, so that both are in one row of a CSV file."""
+    # Lightning has no public name for it. It differs from `global_step` with several optimizers.
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))

@@ -1,4 +1,4 @@
-"""Warnings about a running transfer, from a few numbers of it: what is off, and what to change. Each is given once."""
+"""Warnings of the monitor: what is off in a running transfer, and what to change. Each is given once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["TransferWarnings"]
 
-#: Looks in a row that have to show the same before it counts: the first steps and single batches are no rule.
+#: Measurements in a row that have to show a problem before there is a warning. Single batches are noise.
 PATIENCE = 3
 #: Kinds of plan that follow the cost.
 SOLVED = ("sinkhorn", "exact", "static")
-#: Ratios of the gradient of the term, at its full weight, to that of the task outside of which something is off.
+#: Bounds of the ratio of the term's gradient, at its full weight, to the task's.
 WEAK, STRONG = 0.01, 10.0
-#: Share of all pairs of neurons over which a plan spreads its mass, at which it hardly matches any more.
+#: A plan that spreads its mass over this share of all pairs of neurons hardly matches any.
 NEARLY_UNIFORM = 0.5
 
 
 class TransferWarnings:
-    """Warns of what users can change about a transfer.
+    """Warns where an option or a layer of a transfer should be changed.
 
     Args:
         transfer: The transfer.
@@ -41,22 +41,22 @@ class TransferWarnings:
         self._seen: Counter[str] = Counter()
 
     def warn(self, key: str, message: str) -> None:
-        """Give a warning, the first time that there is one of this key."""
+        """Give a warning, once for each key."""
         if key not in self._told:
             self._told.add(key)
             self._tell(message)
 
     def on_first_step(self) -> None:
-        """Look at the first step, before which the student is as it came."""
+        """Check what can be seen in the first step, while the student still has its first weights."""
         self._few_observations()
         self._copied_with_batch_norm()
 
     def on_values(self, values: Mapping[str, float], labels: Sequence[str]) -> None:
-        """Look at the values of a step, as :class:`OTRTMonitor` names them."""
+        """Check the values of a step, under the names that :class:`OTRTMonitor` logs them by."""
         transfer = self.transfer
         for label, distance in zip(labels, transfer.distances, strict=False):
             entropy = values.get(f"otrt/entropy/{label}", math.nan)
-            # With a large epsilon the engine has said so at its first plan.
+            # With a large epsilon the engine has warned at its first plan.
             if distance.plan is None or transfer.plan not in SOLVED or transfer.epsilon >= BLURRING_EPSILON:
                 continue
             rows, columns = distance.plan.shape
@@ -83,7 +83,7 @@ class TransferWarnings:
                     key,
                     f"On the recorded layers the gradient of the transfer term is {ratio:.2g} times that of the task, "
                     f"{meaning}. weight={transfer.weight / ratio:.2g} would make them equal (now {transfer.weight:g}); "
-                    "see `suggest_weight`. A ratio that grows as the task is learnt is no fault.",
+                    "see `suggest_weight`. A ratio that grows while the loss of the task falls is normal.",
                 )
 
     def _persists(self, key: str, is_so: bool) -> bool:
@@ -126,7 +126,7 @@ class TransferWarnings:
 
 
 def _is_copy(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether most parameters of the teacher are in the student, by name: heads may differ."""
+    """Whether most parameters of the teacher are in the student under the same names. Heads may differ."""
     own = dict(student.named_parameters())
     given = dict(teacher.named_parameters())
     return sum(name in own and _equal(own[name], tensor) for name, tensor in given.items()) > len(given) / 2

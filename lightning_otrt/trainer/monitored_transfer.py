@@ -1,4 +1,4 @@
-"""One transfer that the monitor looks at: what a training step and a validation show of it."""
+"""One transfer that the monitor follows: measurements in training steps, in validation, and pictures of plans."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ __all__ = ["MonitoredTransfer"]
 
 _NO_OUTPUTS = (
     "OTRTMonitor cannot measure the share of the transfer's gradient: the hooks that it puts on the recorded layers "
-    "for a step were not called. Compiled code does not see hooks that come later; pass gradients=False."
+    "for one step were not called. Code that is compiled before does not call them. Pass gradients=False."
 )
 _NO_SUM = (
-    "OTRTMonitor logs no distances in validation: a cost that is a function need not be a sum over observations. Pass "
+    "OTRTMonitor logs no distances in validation, because a cost that is a function need not be a sum over "
+    "observations. Pass "
     'validation=False, or use cost="correlation", "euclidean" or "sqeuclidean".'
 )
 
 
 class MonitoredTransfer(ExtraTerm):
-    """One transfer that the monitor looks at. Where a step is looked at, it follows that as a term without a value.
+    """One transfer that the monitor follows. In the steps that are measured it is a term that adds nothing to the loss.
 
     Args:
         transfer: The transfer.
-        suffix: Ends all names, where there are several transfers.
+        suffix: End of all logged names, to tell several transfers apart.
     """
 
     def __init__(self, transfer: RepresentationTransfer, suffix: str) -> None:
@@ -64,8 +65,8 @@ class MonitoredTransfer(ExtraTerm):
 
     @contextmanager
     def training_step(self) -> Iterator[None]:
-        """Note the forwards of the step."""
-        # The list that the recorder fills until the loss takes it, which in manual optimization is inside the step.
+        """Keep the forwards of the step, and watch its recorded layers."""
+        # The list itself: it is filled during the step, and taken by the loss, in manual optimization during the step.
         self._views = self.transfer.views
         if self._probe is None:
             yield
@@ -74,7 +75,7 @@ class MonitoredTransfer(ExtraTerm):
             yield
 
     def measure(self, loss: Tensor) -> None:
-        """Split the gradient of the first loss of the step, and look at what was recorded for it."""
+        """Measure the gradients of the first loss of the step."""
         views = [view for view in self._views if view.has_gradient]
         if not self._is_open or not views:
             return
@@ -99,7 +100,7 @@ class MonitoredTransfer(ExtraTerm):
         self._shares["otrt/gradient_share"] = total / (total + task.norm())
 
     def stop(self, module: pl.LightningModule) -> None:
-        """Leave the step."""
+        """End the measurements of the step."""
         remove_term(module, self)
         self._is_open, self._views = False, []
         if self._probe is not None:
@@ -107,7 +108,7 @@ class MonitoredTransfer(ExtraTerm):
             self._probe = None
 
     def values(self) -> dict[str, float]:
-        """What the step showed, by name; waits for the device once."""
+        """The measured values by name. This waits for the device once."""
         if self.transfer.current_weight == 0:
             return {}
         found: dict[str, Tensor] = {}
@@ -138,7 +139,7 @@ class MonitoredTransfer(ExtraTerm):
         self._validation = ValidationDistances(self.transfer, module)
 
     def close_validation(self, *, compute: bool = True) -> list[tuple[str, Tensor]]:
-        """Stop recording; the distances by name."""
+        """Stop recording, and return the distances by name."""
         distances, self._validation = self._validation, None
         if distances is None:
             return []
@@ -152,13 +153,13 @@ class MonitoredTransfer(ExtraTerm):
         if distances.error is not None:
             self.warnings.warn(
                 "validation",
-                f"OTRTMonitor stopped to measure distances in validation, where this went wrong: {distances.error}",
+                f"OTRTMonitor stopped measuring distances in validation, after this error: {distances.error}",
             )
         names = [f"val/otrt/{label}{self.suffix}" for label in self.transfer.labels]
         return [(name, value) for name, value in zip(names, values, strict=False) if bool(value.isfinite())]
 
     def draw(self, loggers: list[Logger], step: int) -> bool:
-        """Heat maps of the current plans to all loggers; returns whether figures can be made."""
+        """Give heat maps of the current plans to all loggers. Returns whether figures can be drawn."""
         transfer = self.transfer
         for label, pair, distance in zip(transfer.labels, transfer.pairs, transfer.distances, strict=False):
             if distance.plan is None:
@@ -170,6 +171,6 @@ class MonitoredTransfer(ExtraTerm):
                 return False
             for logger in loggers:
                 log_figure(logger, f"otrt/plan/{label}{self.suffix}", figure, step)
-            # pyplot keeps figures open until they are closed, and a notebook shows those that are.
+            # Else pyplot keeps the figure, and a notebook shows it.
             import_module("matplotlib.pyplot").close(figure)
         return True

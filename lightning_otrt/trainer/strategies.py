@@ -1,4 +1,4 @@
-"""Which processes share a batch under a strategy of Lightning, and which strategies are known to work."""
+"""Which processes share a batch under a strategy of Lightning, and which strategies were tested."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SharedBatch = tuple[bool, Any]
 
 
 def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:
-    """The processes over which a batch is spread.
+    """Whether several processes share a batch, and which.
 
     Args:
         trainer: The Trainer, with its processes started.
-        strict: Whether an untested strategy is refused; else there is a warning.
+        strict: Whether an untested strategy is an error. Else it is a warning.
 
     Raises:
-        MisconfigurationException: If the strategy is one with which this package was never run.
+        MisconfigurationException: If the strategy was never tested with this package, and ``strict``.
     """
     strategy = trainer.strategy
     if isinstance(strategy, SingleDeviceStrategy):
@@ -42,8 +42,8 @@ def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:
     tested = isinstance(strategy, (DDPStrategy, FSDPStrategy))
     if not tested or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
         message = (
-            f"{type(strategy).__name__} was never run with representation transfer: it may change what a layer gives "
-            "or how gradients are averaged over processes, and the term with them. Tested are one device, "
+            f"{type(strategy).__name__} was never tested with representation transfer. It may change the outputs of "
+            "layers, or how gradients are averaged over processes, and so the term. Tested are one device, "
             'strategy="ddp" (also "ddp_spawn" and "ddp_notebook"), "fsdp" and ModelParallelStrategy (FSDP2)'
         )
         if strict:

@@ -1,4 +1,4 @@
-"""Adding a term to the loss of a LightningModule, by replacing its ``training_step`` on the instance for one fit."""
+"""Adds terms to the loss of a LightningModule by replacing its ``training_step`` on the instance, for one fit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PATCHED = ("training_step", "manual_backward")
 
 
 class ExtraTerm:
-    """What is added to the loss. This one follows the training steps and adds nothing; subclasses override methods."""
+    """What is added to the loss. This base class adds nothing; subclasses override what they need."""
 
     def training_step(self) -> AbstractContextManager[None]:
         """A context that is entered around the user's ``training_step``."""
         return nullcontext()
 
     def term(self, position: int) -> Tensor | None:
-        """The term of what happened since the last call, None for none.
+        """The term of the forwards since the last call; None if there is none.
 
         Args:
             position: Number of this term among those of the module.
@@ -31,10 +31,10 @@ class ExtraTerm:
         return None
 
     def discard(self) -> None:
-        """Forget what happened since the last call of :meth:`term`: the user skips this step."""
+        """Forget the forwards since the last call of :meth:`term`, because the user skips this step."""
 
     def has_term(self) -> bool:
-        """Whether something happened that no call of :meth:`term` has taken."""
+        """Whether there was a forward since the last call of :meth:`term`."""
         return False
 
 
@@ -43,7 +43,7 @@ def add_term(module: pl.LightningModule, term: ExtraTerm) -> None:
     step = module.__dict__.get("training_step")
     if not isinstance(step, _Step):
         step = _Step(module)
-        # Instance attributes: the class, and other instances of it, are not touched.
+        # On the instance: its class and other instances are not changed.
         module.__dict__["training_step"] = step
         module.__dict__["manual_backward"] = _ManualBackward(module, step)
     step.terms.append(term)
@@ -102,7 +102,7 @@ class _Patch:
             self.module.__dict__[self.name] = self.shadowed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Not through `types.MethodType`, which pickle does not know by that name.
+        # Through the name of the method: `types.MethodType` itself cannot be pickled.
         return getattr, (self.module, self.name)
 
 
@@ -140,12 +140,12 @@ class _Step(_Patch):
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
             total = self.total()
             return output if total is None else {**output, "loss": output["loss"] + total.to(output["loss"].device)}
-        # Lightning's own message tells what a step may return.
+        # Lightning's error says what a step may return.
         return output
 
     def _check_manual(self) -> None:
         left = [term for term in self.terms if term.has_term()]
-        # Also forwards without gradient, which no backward takes.
+        # Also forwards without gradient, which no backward pass takes.
         for term in self.terms:
             term.discard()
         if not left:
@@ -166,7 +166,7 @@ class _ManualBackward(_Patch):
         self.step = step
 
     def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        # The first backward after a forward carries the term, so that two losses on one forward count it once.
+        # Only the first backward after a forward gets the term, so two losses of one forward count it once.
         if any(term.has_term() for term in self.step.terms):
             total = self.step.total()
             loss = loss if total is None else loss + total.to(loss.device)

@@ -290,7 +290,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
     ),
     (
         Fit("strategy never run, not strict", options={"strict": False}, trainer=lambda: {"strategy": OddStrategy()}),
-        ["OddStrategy was never run with representation transfer"],
+        ["OddStrategy was never tested with representation transfer"],
         check_all,
     ),
     (Fit("steps that return nothing", task=lambda: make_task(NoStep)), [], check_none),

@@ -139,7 +139,7 @@ MISTAKES = [
     Fit(
         "strategy never run",
         MisconfigurationException,
-        ("OddStrategy was never run with representation transfer", 'strategy="ddp"', "strict=False to try"),
+        ("OddStrategy was never tested with representation transfer", 'strategy="ddp"', "strict=False to try"),
         trainer=lambda: {"strategy": OddStrategy()},
         ways=TRAINED,
     ),

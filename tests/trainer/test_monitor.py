@@ -205,7 +205,7 @@ class TestValidation:
             def validation_step(self, batch, batch_idx):
                 self.net(torch.full_like(batch[0], float("nan")))
 
-        with pytest.warns(UserWarning, match="stopped to measure distances in validation.*NaN"):
+        with pytest.warns(UserWarning, match="stopped measuring distances in validation.*NaN"):
             trainer = fit(
                 Widens(),
                 OTRTCallback(make_teacher(), LAYERS),
