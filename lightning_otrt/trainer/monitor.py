@@ -14,7 +14,7 @@ from lightning_otrt.checks import check_count
 from lightning_otrt.trainer.monitored_transfer import MonitoredTransfer
 from lightning_otrt.trainer.transfer_callback import TransferCallback
 
-__all__ = ["OTRTMonitor"]
+__all__ = ["OTRTMonitor", "logged_step"]
 
 
 class OTRTMonitor(pl.Callback):
@@ -141,7 +141,7 @@ class OTRTMonitor(pl.Callback):
         """Draw the plans."""
         if self.figures and trainer.is_global_zero and trainer.loggers and self._is_due_epoch(trainer):
             for monitored in self._monitored:
-                self.figures = self.figures and monitored.draw(trainer.loggers, _step(trainer))
+                self.figures = self.figures and monitored.draw(trainer.loggers, logged_step(trainer))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -171,10 +171,10 @@ class OTRTMonitor(pl.Callback):
         # Not through the module: it logs only at multiples of the Trainer's `log_every_n_steps`.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=_step(trainer))
+            logger.log_metrics(values, step=logged_step(trainer))
 
 
-def _step(trainer: pl.Trainer) -> int:
+def logged_step(trainer: pl.Trainer) -> int:
     """The step at which the Trainer logs this batch, so that both are in one row of a CSV file."""
     # Lightning has no public name for it. It differs from `global_step` with several optimizers.
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))

@@ -1,20 +1,15 @@
-"""What the monitor logs, draws and warns of, and that it leaves nothing behind."""
+"""What the monitor logs of training steps, where it looks, and that it changes nothing."""
 
 from __future__ import annotations
 
 import copy
-import csv
 import warnings
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import matplotlib as mpl
 import pytest
 import torch
 from helpers import (
     LAYERS,
-    Net,
     Task,
     ValidatedTask,
     assert_same,
@@ -26,37 +21,12 @@ from helpers import (
     weights,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from processes import run_processes
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from trainer.monitored import column, fit, read, repeated, rows, shard
 
-from lightning_otrt import LinearWarmup, NeuronTransportDistance, OTRTCallback, OTRTModule
-from lightning_otrt.reading.neurons import neurons
-from lightning_otrt.trainer.monitor import OTRTMonitor
-
-mpl.use("Agg")
-
-
-def fit(task, *callbacks, data=None, validation=None, **options):
-    trainer = make_trainer(callbacks=list(callbacks), **options)
-    trainer.fit(task, loader() if data is None else data, validation)
-    return trainer
-
-
-def repeated(count: int) -> DataLoader:
-    """The same batch several times."""
-    x, y = next(iter(loader(batch_size=32)))
-    return DataLoader(TensorDataset(x.repeat(count, 1, 1, 1), y.repeat(count)), batch_size=32)
-
-
-def rows(logger) -> list[dict[str, str]]:
-    with open(Path(logger.log_dir) / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def column(logger, name) -> dict[int, float]:
-    return {int(row["step"]): float(row[name]) for row in rows(logger) if row.get(name)}
+from lightning_otrt import NeuronTransportDistance, OTRTCallback, OTRTModule
+from lightning_otrt.trainer.monitor import OTRTMonitor, logged_step
 
 
 class TestTraining:
@@ -156,193 +126,6 @@ class TestTraining:
         assert not [name for name in trainer.callback_metrics if "share" in name]
 
 
-class TestValidation:
-    def test_is_exact_over_the_set(self):
-        task, teacher = make_task(ValidatedTask), make_teacher()
-        data = loader(60, 7)
-        trainer = fit(
-            task, OTRTCallback(teacher, LAYERS), OTRTMonitor(99, figures=False), validation=data, max_epochs=2
-        )
-        task.eval(), teacher.eval()
-        x = torch.cat([batch[0] for batch in data])
-        for name, width in (("block1", (4, 6)), ("block2", (8, 12))):
-            metric = NeuronTransportDistance(*width)
-            metric.update(*(read(net, name, x) for net in (task.net, teacher)))
-            assert trainer.callback_metrics[f"val/otrt/net.{name}"] == pytest.approx(float(metric.compute()), abs=1e-4)
-
-    def test_can_be_monitored(self, tmp_path):
-        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val/otrt/net.block2")
-        fit(
-            make_task(ValidatedTask),
-            OTRTCallback(make_teacher(), LAYERS),
-            OTRTMonitor(99, figures=False),
-            checkpoint,
-            validation=loader(16),
-            max_epochs=2,
-            enable_checkpointing=True,
-        )
-        assert checkpoint.best_model_score is not None
-
-    def test_every_other_epoch(self, tmp_path):
-        logger = CSVLogger(tmp_path)
-        monitor = OTRTMonitor(99, every_n_epochs=2, figures=False)
-        task, callback = make_task(ValidatedTask), OTRTCallback(make_teacher(), LAYERS)
-        fit(task, callback, monitor, validation=loader(16), max_epochs=4, logger=logger)
-        assert list(column(logger, "val/otrt/net.block1")) == [15, 31]
-
-    def test_the_teacher_rests_where_it_is_not_wanted(self):
-        teacher = make_teacher()
-        runs = []
-        with teacher.register_forward_hook(lambda *args: runs.append(1)):
-            for validation in (False, True):
-                monitor = OTRTMonitor(99, validation=validation, figures=False)
-                task = make_task(ValidatedTask)
-                fit(task, OTRTCallback(teacher, LAYERS), monitor, validation=loader(16), max_epochs=1)
-        assert len(runs) == 9 + 9 + 2
-
-    def test_what_goes_wrong_does_not_end_the_fit(self):
-        class Widens(ValidatedTask):
-            def validation_step(self, batch, batch_idx):
-                self.net(torch.full_like(batch[0], float("nan")))
-
-        with pytest.warns(UserWarning, match="stopped measuring distances in validation.*NaN"):
-            trainer = fit(
-                Widens(),
-                OTRTCallback(make_teacher(), LAYERS),
-                OTRTMonitor(99, figures=False),
-                validation=loader(16),
-                max_epochs=2,
-            )
-        assert trainer.state.finished
-        assert "val/otrt/net.block1" not in trainer.callback_metrics
-
-    def test_a_plan_that_is_not_found_does_not_end_the_fit(self, monkeypatch):
-        solve, failed = NeuronTransportDistance._solve, []
-
-        def fail(self, matrix):
-            if not failed:
-                failed.append(matrix)
-                raise RuntimeError("did not converge")
-            return solve(self, matrix)
-
-        monkeypatch.setattr(NeuronTransportDistance, "_solve", fail)
-        with pytest.warns(UserWarning, match="distances in validation.*did not converge"):
-            trainer = fit(
-                make_task(ValidatedTask),
-                OTRTCallback(make_teacher(), LAYERS),
-                OTRTMonitor(99, figures=False),
-                validation=loader(16),
-                max_epochs=1,
-            )
-        names = [name for name in trainer.callback_metrics if name.startswith("val/otrt")]
-        assert len(names) == len(LAYERS) - 1
-
-    def test_a_cost_that_is_no_sum(self):
-        callback = OTRTCallback(make_teacher(), LAYERS, cost=lambda y, x: torch.cdist(y, x))
-        with pytest.warns(UserWarning, match="no distances in validation: a cost that is a function"):
-            fit(make_task(ValidatedTask), callback, OTRTMonitor(99, figures=False), validation=loader(8), max_epochs=1)
-
-    def test_a_validation_that_does_not_call_the_student(self):
-        class Idle(ValidatedTask):
-            def validation_step(self, batch, batch_idx):
-                return None
-
-        trainer = fit(
-            Idle(),
-            OTRTCallback(make_teacher(), LAYERS),
-            OTRTMonitor(99, figures=False),
-            validation=loader(8),
-            max_epochs=1,
-        )
-        assert "val/otrt/net.block1" not in trainer.callback_metrics
-
-
-def read(net: Net, name, x):
-    found = []
-    hook = net.get_submodule(name).register_forward_hook(lambda module, args, output: found.append(output.clone()))
-    with hook, torch.no_grad():
-        net(x)
-    return neurons(found[0], neuron_axis=1)
-
-
-class TestFigures:
-    def run(self, logger, **options):
-        monitor = OTRTMonitor(1, **options)
-        return fit(make_task(), OTRTCallback(make_teacher(), LAYERS), monitor, logger=logger, max_epochs=2)
-
-    def test_tensorboard(self, tmp_path):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        logger = TensorBoardLogger(tmp_path)
-        self.run(logger)
-        events = EventAccumulator(logger.log_dir)
-        events.Reload()
-        assert set(events.Tags()["images"]) == {f"otrt/plan/{layer}" for layer in LAYERS}
-        assert [event.step for event in events.Images("otrt/plan/net.block1")] == [8, 16]
-        assert "otrt/gradient_share" in events.Tags()["scalars"]
-
-    def test_csv(self, tmp_path):
-        logger = CSVLogger(tmp_path)
-        self.run(logger)
-        files = sorted((Path(logger.log_dir) / "otrt" / "plan" / "net.block2").iterdir())
-        assert [file.name for file in files] == ["step=16.png", "step=8.png"]
-        assert files[0].read_bytes().startswith(b"\x89PNG")
-
-    def test_wandb(self, tmp_path, monkeypatch):
-        wandb = pytest.importorskip("wandb")
-        for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
-            monkeypatch.setenv(name, value)
-        logger = WandbLogger(project="otrt", save_dir=tmp_path, offline=True)
-        self.run(logger)
-        summary = dict(logger.experiment.summary)
-        wandb.teardown()
-        assert {"train/otrt", "otrt/gradient_share", "otrt/distance/net.block1"} <= set(summary)
-        assert summary["otrt/plan/net.block2"]["_type"] == "images/separated"
-        files = list(tmp_path.rglob("media/images/otrt/plan/net.block1_*.png"))
-        assert len(files) == 2
-        assert files[0].read_bytes().startswith(b"\x89PNG")
-
-    @pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning")  # Lightning's logger takes out colons
-    def test_mlflow(self, tmp_path, monkeypatch):
-        """Its file store makes folders of names: none may be the beginning of another."""
-        pytest.importorskip("mlflow")
-        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        logger = MLFlowLogger("otrt", tracking_uri=f"file:{tmp_path}")
-        layers = [("net.block2", "block1"), ("net.block2", "block2"), ("net.head:input", "head:input")]
-        fit(
-            make_task(ValidatedTask),
-            OTRTCallback(make_teacher(), LAYERS, weight=1.0),
-            OTRTCallback(make_teacher(), layers, weight=1.0),
-            OTRTMonitor(1),
-            logger=logger,
-            validation=loader(16),
-            max_epochs=2,
-        )
-        client, run = logger.experiment, logger.run_id
-        names = set(client.get_run(run).data.metrics)
-        assert {"otrt/distance/net.block1", "otrt/net.headinput-2", "val/otrt/net.block2-block1-2"} <= names
-        assert len(client.get_metric_history(run, "otrt/gradient_share")) == 15, "not the first, which finds the layers"
-        for name in ("net.block1", "net.block2-block1-2", "net.head:input-2"):
-            files = client.list_artifacts(run, f"otrt/plan/{name}")
-            assert [Path(file.path).name for file in files] == ["step=16.png", "step=8.png"]
-
-    def test_figures_are_closed(self, tmp_path):
-        from matplotlib import pyplot
-
-        before = pyplot.get_fignums()
-        self.run(CSVLogger(tmp_path))
-        assert pyplot.get_fignums() == before
-
-    def test_without_matplotlib(self, tmp_path, monkeypatch):
-        def missing():
-            raise ModuleNotFoundError("Figures need matplotlib: pip install matplotlib.")
-
-        monkeypatch.setattr("lightning_otrt.analysis.plot_style.pyplot", missing)
-        with pytest.warns(UserWarning, match=r"draws no plans\. Figures need matplotlib"):
-            self.run(CSVLogger(tmp_path))
-
-
 def fit_on_two(folder: str, monitored: bool) -> dict[str, Any]:
     """A fit under DDP with validation: what is logged, drawn and trained."""
     task, callback = make_task(ValidatedTask, norm=False), OTRTCallback(make_teacher(), LAYERS)
@@ -380,11 +163,6 @@ class TestProcesses:
         assert drawn == ["net.block1"] * 2 + ["net.block2"] * 2, "process 0 draws, once an epoch"
 
 
-def shard(rank: int) -> list[torch.Tensor]:
-    x = torch.cat([batch[0] for batch in loader(60, 60)])
-    return list(x[rank::2].split(7))
-
-
 class TestCompiled:
     @pytest.mark.parametrize("how", ["the network", pytest.param("the module", marks=pytest.mark.slow)])
     def test_compiled(self, how):
@@ -410,60 +188,13 @@ class TestCompiled:
         assert ("otrt/gradient_share" in metrics) == (not said), said
 
 
-class TestAdvice:
-    def told(self, task, callback, **options) -> list[str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            fit(task, callback, OTRTMonitor(1, figures=False), **options)
-        return [
-            str(warning.message) for warning in caught if "otrt" in warning.filename or "OTRT" in str(warning.message)
-        ]
-
-    def test_nothing_where_all_is_well(self):
-        assert self.told(make_task(), OTRTCallback(make_teacher(), LAYERS, weight=2.0), max_steps=8) == []
-
-    def test_few_observations(self):
-        callback = OTRTCallback(make_teacher(), {"net.dropout": "dropout"}, memory=0.0, weight=0.1)
-        [message] = self.told(make_task(), callback)
-        assert "8 observations of 8 and 12 neurons and without memory" in message
-        assert 'memory="auto"' in message
-        callback = OTRTCallback(make_teacher(), {"net.dropout": "dropout"}, weight=0.1)
-        assert self.told(make_task(), callback) == []
-
-    def test_copied_student_with_batch_norm(self):
-        task = make_task()
-        teacher = copy.deepcopy(task.net)
-        [message] = [text for text in self.told(task, OTRTCallback(teacher, LAYERS)) if "BatchNorm" in text]
-        assert "its 2 BatchNorm layers (such as 'block1.1') are in train mode" in message
-        task = make_task(norm=False)
-        assert self.told(task, OTRTCallback(copy.deepcopy(task.net), LAYERS), max_steps=1) == []
-
-    def test_copied_student_with_another_head(self):
-        task = make_task()
-        teacher = copy.deepcopy(task.net)
-        task.net.head = nn.Linear(8, 3)
-        assert any("weights of its teacher" in text for text in self.told(task, OTRTCallback(teacher, LAYERS)))
-
-    def test_uniform_plan(self):
-        def flat(y, x):
-            return 1 + 1e-4 * torch.cdist(y, x)
-
-        callback = OTRTCallback(make_teacher(), LAYERS, cost=flat, weight=1.0)
-        [message] = [text for text in self.told(make_task(), callback) if "uniform" in text]
-        assert "of 4 student and 6 teacher neurons" in message
-        for plan in ("uniform", "random"):
-            callback = OTRTCallback(make_teacher(), LAYERS, plan=plan, weight=1.0)
-            assert not [text for text in self.told(make_task(), callback) if "uniform" in text]
-
-    @pytest.mark.parametrize(("weight", "text"), [(1e-4, "changes next to nothing"), (1e4, "task hardly counts")])
-    def test_weight_out_of_range(self, weight, text):
-        [message] = self.told(make_task(lr=1e-6), OTRTCallback(make_teacher(), LAYERS, weight=weight), max_steps=8)
-        assert text in message
-        assert "suggest_weight" in message
-
-    def test_a_warm_up_is_meant_to_be_weak(self):
-        callback = OTRTCallback(make_teacher(), LAYERS, weight=1.0, schedule=LinearWarmup(10_000))
-        assert self.told(make_task(lr=1e-3), callback, max_steps=8) == []
+def test_the_step_of_lightning():
+    """Lightning has no public name for the step that it logs at; without the private one there is `global_step`."""
+    task = make_task()
+    trainer = fit(task, OTRTCallback(make_teacher(), LAYERS), max_epochs=1, accumulate_grad_batches=2)
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == logged_step(trainer) == 4
+    del trainer.fit_loop.epoch_loop.__dict__["_batches_that_stepped"]
+    assert logged_step(trainer) == trainer.global_step == 4
 
 
 class TestWiring:

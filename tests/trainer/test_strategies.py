@@ -302,9 +302,9 @@ def test_untested_strategies_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     # Not installed here.
     monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: object.__new__(DeepSpeedStrategy)))
     monkeypatch.setattr(pl.Trainer, "world_size", property(lambda _: 2))
-    with pytest.raises(MisconfigurationException, match=r"DeepSpeedStrategy was never run .* strict=False"):
+    with pytest.raises(MisconfigurationException, match=r"DeepSpeedStrategy was never tested .* strict=False"):
         OTRTCallback(net(6, seed=2), LAYERS).setup(trainer, PlainTask((1, 1)), "fit")
-    with pytest.warns(UserWarning, match="DeepSpeedStrategy was never run"):
+    with pytest.warns(UserWarning, match="DeepSpeedStrategy was never tested"):
         assert shared_batch(trainer, strict=False) == (True, None)
 
 

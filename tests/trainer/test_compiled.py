@@ -1,0 +1,135 @@
+"""Compiled tasks, networks and layers train as others do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Task,
+    ValidatedTask,
+    assert_agree,
+    hooks,
+    loader,
+    make_task,
+    make_teacher,
+    make_trainer,
+    weights,
+)
+from torch import Tensor
+from torch.nn import functional as F
+from trainer.contexts import CONTEXTS, EXACT, Context, by_hand, by_name, without
+
+from lightning_otrt import LinearWarmup, OTRTCallback, OTRTModule
+
+
+def whole(task: Any, **how: Any) -> Any:
+    return torch.compile(task, **how)
+
+
+def submodule(task: Any, **how: Any) -> Any:
+    task.net = torch.compile(task.net, **how)
+    return task
+
+
+def submodule_in_place(task: Any, **how: Any) -> Any:
+    task.net.compile(**how)
+    return task
+
+
+def layer(task: Any, **how: Any) -> Any:
+    task.net.block1 = torch.compile(task.net.block1, **how)
+    return task
+
+
+def layer_in_place(task: Any, **how: Any) -> Any:
+    task.net.block1.compile(**how)
+    return task
+
+
+def task_in_place(task: Any, **how: Any) -> Any:
+    task.compile(**how)
+    return task
+
+
+def step_alone(task: Any, **how: Any) -> Any:
+    task.training_step = torch.compile(task.training_step, **how)
+    return task
+
+
+class Called(Task):
+    """Calls itself, as LightningModules with a forward do."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+SOME_COMPILED = [
+    pytest.param(how, marks=[] if how in (whole, submodule, submodule_in_place) else [pytest.mark.slow])
+    for how in (whole, submodule, submodule_in_place, layer, layer_in_place, task_in_place, step_alone)
+]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("way", ["callback", pytest.param("wrapper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("compiled", SOME_COMPILED)
+def test_compiled(compiled, ran_before, way):
+    """Hooks put on code that ran compiled before would never fire, silently."""
+    context = Context(Called)
+    task = context.make()
+    fitted = task if way == "callback" else OTRTModule(task, make_teacher(), **EXACT)
+    fitted = compiled(fitted, backend="eager")
+    if ran_before:
+        before = weights(task)
+        task.net(next(iter(loader()))[0]).sum().backward()
+        with torch.no_grad():
+            task(next(iter(loader()))[0])
+        task.zero_grad()
+        task.load_state_dict(before)
+    context.fit(fitted, callbacks=[OTRTCallback(make_teacher(), **EXACT)] if way == "callback" else [])
+    assert_agree(by_name(weights(task)), by_hand(context), without(context))
+    assert not hooks(task)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiled", [submodule, pytest.param(layer_in_place, marks=pytest.mark.slow)])
+def test_compiled_as_one_graph(compiled):
+    context = Context()
+    task = compiled(context.make(), backend="eager", fullgraph=True)
+    context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
+    assert_agree(by_name(weights(task)), by_hand(context), without(context))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_longer_fits_compile_no_more():
+    """Flags that change from step to step, or between training and validation, would be compiled anew each time."""
+
+    def graphs(steps: int) -> int:
+        torch.compiler.reset()
+        found: list[int] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            found.append(1)
+            return graph.forward
+
+        task = make_task(ValidatedTask)
+        task.net = torch.compile(task.net, backend=backend)
+        callback = OTRTCallback(make_teacher(), **EXACT, schedule=LinearWarmup(100))
+        make_trainer(max_steps=steps, callbacks=[callback], val_check_interval=2, num_sanity_val_steps=1).fit(
+            task, loader(), loader(16)
+        )
+        return len(found)
+
+    assert 0 < graphs(5) == graphs(12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_by_inductor():
+    context = CONTEXTS["32-true"]
+    task = submodule(context.make())
+    context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
+    assert_agree(by_name(weights(task)), by_hand(context), without(context), context.tolerance)

@@ -1,0 +1,125 @@
+"""Copies of a module that is being trained are plain modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import (
+    LAYERS,
+    Net,
+    Task,
+    ValidatedTask,
+    assert_same,
+    differ,
+    forwards,
+    loader,
+    make_task,
+    make_teacher,
+    make_trainer,
+    needs_averaging,
+    weights,
+)
+from lightning.pytorch import callbacks as of_lightning
+from torch import nn
+from trainer.fits import make_callback
+
+from lightning_otrt import OTRTModule
+
+
+class Copying(pl.Callback):
+    """Copies the module in the middle of a fit, in every way."""
+
+    def __init__(self) -> None:
+        self.copies: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self.copies or trainer.global_step < 2:
+            return
+        trainer_of, pl_module._trainer = pl_module._trainer, None
+        try:
+            self.copies = {
+                "deepcopy": copy.deepcopy(pl_module),
+                "pickle": pickle.loads(pickle.dumps(pl_module)),
+                "submodule": copy.deepcopy(pl_module.net),
+                "pickled submodule": pickle.loads(pickle.dumps(pl_module.net)),
+                "saved": self.saved(pl_module),
+            }
+        finally:
+            pl_module._trainer = trainer_of
+
+    @staticmethod
+    def saved(module: nn.Module) -> nn.Module:
+        import io
+
+        file = io.BytesIO()
+        torch.save(module, file)
+        assert len(file.getvalue()) < 60_000
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", ["callback", "wrapper"])
+def test_copies_in_mid_fit_are_plain(way):
+    task, teacher, copying = make_task(), make_teacher(64), Copying()
+    if way == "callback":
+        model, callbacks = task, [make_callback(teacher), copying]
+    else:
+        model, callbacks = OTRTModule(task, teacher, layers=LAYERS, weight=2.0), [copying]
+    undisturbed = make_task()
+    make_trainer(callbacks=[make_callback(make_teacher(64))]).fit(undisturbed, loader())
+    with forwards(teacher) as count:
+        make_trainer(callbacks=callbacks).fit(model, loader())
+        fitted_calls = len(count)
+        assert_same(weights(task), weights(undisturbed))
+        x, y = next(iter(loader()))
+        for name, copied in copying.copies.items():
+            assert type(copied) is (Net if "submodule" in name else Task), name
+            assert differ({k.removeprefix("net."): v for k, v in weights(copied).items()}, weights(task.net))
+            if isinstance(copied, Task):
+                assert "teacher" not in repr(vars(copied))
+                before = weights(task)
+                copied.training_step([x, y], 0).backward()
+                assert_same(weights(task), before)
+                make_trainer().fit(copied, loader())
+            else:
+                copied(x).sum().backward()
+        assert len(count) == fitted_calls, "a copy ran the teacher"
+
+
+@needs_averaging
+def test_a_moving_average_has_no_teacher_and_no_hook():
+    teacher, task = make_teacher(), make_task(ValidatedTask)
+    averaging = of_lightning.WeightAveraging(avg_fn=lambda average, value, count: 0.9 * average + 0.1 * value)
+    kept: list[Any] = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            kept.append(averaging._average_model)
+
+    with forwards(teacher) as count:
+        make_trainer(callbacks=[make_callback(teacher), averaging, Keep()], max_epochs=1).fit(
+            task, loader(), loader(16)
+        )
+        calls = len(count)
+        average = kept[-1].module
+        assert not [name for name, part in average.named_modules() if part is teacher]
+        average.net(next(iter(loader()))[0]).sum().backward()
+        assert len(count) == calls
+    assert sum(p.numel() for p in average.parameters()) == sum(p.numel() for p in task.parameters())
+
+    by_wrapper = make_task(ValidatedTask)
+    make_trainer(
+        callbacks=[of_lightning.WeightAveraging(avg_fn=lambda average, value, count: 0.9 * average + 0.1 * value)],
+        max_epochs=1,
+    ).fit(OTRTModule(by_wrapper, make_teacher(), layers=LAYERS, weight=2.0), loader(), loader(16))
+    assert_same(weights(by_wrapper), weights(task))
+    plain = make_task(ValidatedTask)
+    make_trainer(callbacks=[of_lightning.WeightAveraging(avg_fn=lambda a, v, n: 0.9 * a + 0.1 * v)], max_epochs=1).fit(
+        plain, loader(), loader(16)
+    )
+    assert differ(weights(task), weights(plain))

@@ -1,0 +1,97 @@
+"""Pictures of plans in the loggers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import (
+    LAYERS,
+    ValidatedTask,
+    loader,
+    make_task,
+    make_teacher,
+)
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from trainer.monitored import fit
+
+from lightning_otrt import OTRTCallback
+from lightning_otrt.trainer.monitor import OTRTMonitor
+
+
+class TestFigures:
+    def run(self, logger, **options):
+        monitor = OTRTMonitor(1, **options)
+        return fit(make_task(), OTRTCallback(make_teacher(), LAYERS), monitor, logger=logger, max_epochs=2)
+
+    def test_tensorboard(self, tmp_path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        logger = TensorBoardLogger(tmp_path)
+        self.run(logger)
+        events = EventAccumulator(logger.log_dir)
+        events.Reload()
+        assert set(events.Tags()["images"]) == {f"otrt/plan/{layer}" for layer in LAYERS}
+        assert [event.step for event in events.Images("otrt/plan/net.block1")] == [8, 16]
+        assert "otrt/gradient_share" in events.Tags()["scalars"]
+
+    def test_csv(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        self.run(logger)
+        files = sorted((Path(logger.log_dir) / "otrt" / "plan" / "net.block2").iterdir())
+        assert [file.name for file in files] == ["step=16.png", "step=8.png"]
+        assert files[0].read_bytes().startswith(b"\x89PNG")
+
+    def test_wandb(self, tmp_path, monkeypatch):
+        wandb = pytest.importorskip("wandb")
+        for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
+            monkeypatch.setenv(name, value)
+        logger = WandbLogger(project="otrt", save_dir=tmp_path, offline=True)
+        self.run(logger)
+        summary = dict(logger.experiment.summary)
+        wandb.teardown()
+        assert {"train/otrt", "otrt/gradient_share", "otrt/distance/net.block1"} <= set(summary)
+        assert summary["otrt/plan/net.block2"]["_type"] == "images/separated"
+        files = list(tmp_path.rglob("media/images/otrt/plan/net.block1_*.png"))
+        assert len(files) == 2
+        assert files[0].read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning")  # Lightning's logger takes out colons
+    def test_mlflow(self, tmp_path, monkeypatch):
+        """Its file store makes folders of names: none may be the beginning of another."""
+        pytest.importorskip("mlflow")
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        logger = MLFlowLogger("otrt", tracking_uri=f"file:{tmp_path}")
+        layers = [("net.block2", "block1"), ("net.block2", "block2"), ("net.head:input", "head:input")]
+        fit(
+            make_task(ValidatedTask),
+            OTRTCallback(make_teacher(), LAYERS, weight=1.0),
+            OTRTCallback(make_teacher(), layers, weight=1.0),
+            OTRTMonitor(1),
+            logger=logger,
+            validation=loader(16),
+            max_epochs=2,
+        )
+        client, run = logger.experiment, logger.run_id
+        names = set(client.get_run(run).data.metrics)
+        assert {"otrt/distance/net.block1", "otrt/net.headinput-2", "val/otrt/net.block2-block1-2"} <= names
+        assert len(client.get_metric_history(run, "otrt/gradient_share")) == 15, "not the first, which finds the layers"
+        for name in ("net.block1", "net.block2-block1-2", "net.head:input-2"):
+            files = client.list_artifacts(run, f"otrt/plan/{name}")
+            assert [Path(file.path).name for file in files] == ["step=16.png", "step=8.png"]
+
+    def test_figures_are_closed(self, tmp_path):
+        from matplotlib import pyplot
+
+        before = pyplot.get_fignums()
+        self.run(CSVLogger(tmp_path))
+        assert pyplot.get_fignums() == before
+
+    def test_without_matplotlib(self, tmp_path, monkeypatch):
+        def missing():
+            raise ModuleNotFoundError("Figures need matplotlib: pip install matplotlib.")
+
+        monkeypatch.setattr("lightning_otrt.analysis.plot_style.pyplot", missing)
+        with pytest.warns(UserWarning, match=r"draws no plans\. Figures need matplotlib"):
+            self.run(CSVLogger(tmp_path))

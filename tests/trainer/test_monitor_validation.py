@@ -1,0 +1,120 @@
+"""Distances that the monitor measures over validation sets."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import (
+    LAYERS,
+    ValidatedTask,
+    loader,
+    make_task,
+    make_teacher,
+)
+from lightning.pytorch.loggers import CSVLogger
+from trainer.monitored import column, fit, read
+
+from lightning_otrt import NeuronTransportDistance, OTRTCallback
+from lightning_otrt.trainer.monitor import OTRTMonitor
+
+
+class TestValidation:
+    def test_is_exact_over_the_set(self):
+        task, teacher = make_task(ValidatedTask), make_teacher()
+        data = loader(60, 7)
+        trainer = fit(
+            task, OTRTCallback(teacher, LAYERS), OTRTMonitor(99, figures=False), validation=data, max_epochs=2
+        )
+        task.eval(), teacher.eval()
+        x = torch.cat([batch[0] for batch in data])
+        for name, width in (("block1", (4, 6)), ("block2", (8, 12))):
+            metric = NeuronTransportDistance(*width)
+            metric.update(*(read(net, name, x) for net in (task.net, teacher)))
+            assert trainer.callback_metrics[f"val/otrt/net.{name}"] == pytest.approx(float(metric.compute()), abs=1e-4)
+
+    def test_can_be_monitored(self, tmp_path):
+        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val/otrt/net.block2")
+        fit(
+            make_task(ValidatedTask),
+            OTRTCallback(make_teacher(), LAYERS),
+            OTRTMonitor(99, figures=False),
+            checkpoint,
+            validation=loader(16),
+            max_epochs=2,
+            enable_checkpointing=True,
+        )
+        assert checkpoint.best_model_score is not None
+
+    def test_every_other_epoch(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        monitor = OTRTMonitor(99, every_n_epochs=2, figures=False)
+        task, callback = make_task(ValidatedTask), OTRTCallback(make_teacher(), LAYERS)
+        fit(task, callback, monitor, validation=loader(16), max_epochs=4, logger=logger)
+        assert list(column(logger, "val/otrt/net.block1")) == [15, 31]
+
+    def test_the_teacher_rests_where_it_is_not_wanted(self):
+        teacher = make_teacher()
+        runs = []
+        with teacher.register_forward_hook(lambda *args: runs.append(1)):
+            for validation in (False, True):
+                monitor = OTRTMonitor(99, validation=validation, figures=False)
+                task = make_task(ValidatedTask)
+                fit(task, OTRTCallback(teacher, LAYERS), monitor, validation=loader(16), max_epochs=1)
+        assert len(runs) == 9 + 9 + 2
+
+    def test_what_goes_wrong_does_not_end_the_fit(self):
+        class Widens(ValidatedTask):
+            def validation_step(self, batch, batch_idx):
+                self.net(torch.full_like(batch[0], float("nan")))
+
+        with pytest.warns(UserWarning, match="stopped measuring distances in validation.*NaN"):
+            trainer = fit(
+                Widens(),
+                OTRTCallback(make_teacher(), LAYERS),
+                OTRTMonitor(99, figures=False),
+                validation=loader(16),
+                max_epochs=2,
+            )
+        assert trainer.state.finished
+        assert "val/otrt/net.block1" not in trainer.callback_metrics
+
+    def test_a_plan_that_is_not_found_does_not_end_the_fit(self, monkeypatch):
+        solve, failed = NeuronTransportDistance._solve, []
+
+        def fail(self, matrix):
+            if not failed:
+                failed.append(matrix)
+                raise RuntimeError("did not converge")
+            return solve(self, matrix)
+
+        monkeypatch.setattr(NeuronTransportDistance, "_solve", fail)
+        with pytest.warns(UserWarning, match="distances in validation.*did not converge"):
+            trainer = fit(
+                make_task(ValidatedTask),
+                OTRTCallback(make_teacher(), LAYERS),
+                OTRTMonitor(99, figures=False),
+                validation=loader(16),
+                max_epochs=1,
+            )
+        names = [name for name in trainer.callback_metrics if name.startswith("val/otrt")]
+        assert len(names) == len(LAYERS) - 1
+
+    def test_a_cost_that_is_no_sum(self):
+        callback = OTRTCallback(make_teacher(), LAYERS, cost=lambda y, x: torch.cdist(y, x))
+        with pytest.warns(UserWarning, match="no distances in validation: a cost that is a function"):
+            fit(make_task(ValidatedTask), callback, OTRTMonitor(99, figures=False), validation=loader(8), max_epochs=1)
+
+    def test_a_validation_that_does_not_call_the_student(self):
+        class Idle(ValidatedTask):
+            def validation_step(self, batch, batch_idx):
+                return None
+
+        trainer = fit(
+            Idle(),
+            OTRTCallback(make_teacher(), LAYERS),
+            OTRTMonitor(99, figures=False),
+            validation=loader(8),
+            max_epochs=1,
+        )
+        assert "val/otrt/net.block1" not in trainer.callback_metrics

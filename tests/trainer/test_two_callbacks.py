@@ -1,0 +1,84 @@
+"""Two callbacks in one fit: their terms add up, and neither disturbs the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    LAYERS,
+    differ,
+    hooks,
+    make_teacher,
+    weights,
+)
+from torch import nn
+from trainer.fits import Seen, fitted, make_callback
+
+from lightning_otrt import OTRTCallback
+
+
+@pytest.mark.parametrize("layers", ["auto", LAYERS])
+def test_two_callbacks_share_one_teacher(layers):
+    """Each records its own run of the teacher, and its own forward of the student, also while the other traces."""
+    teacher = make_teacher()
+    first = make_callback(teacher, layers=layers, weight=1.0, cost="euclidean")
+    second = make_callback(teacher, layers=layers, weight=1.0, cost="euclidean", student_root="net")
+    both = fitted([first, second])
+    expected = weights(fitted([make_callback(layers=layers, cost="euclidean", weight=2.0)]))
+    for name, value in weights(both).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert not hooks(both, teacher)
+
+
+def test_two_callbacks_add_up_and_log_under_names_of_their_own():
+    first = make_callback(layers={"net.block1": "block1"}, weight=2.0)
+    second = make_callback(layers={"net.block2": "block2"}, weight=1.0)
+    seen = Seen()
+    both = fitted([first, second, seen])
+    assert set(seen.values[-1]) == {
+        "train/otrt",
+        "train/otrt-2",
+        "otrt/weight",
+        "otrt/weight-2",
+        "otrt/net.block1",
+        "otrt/net.block2-2",
+    }
+    assert seen.bar == ["train/otrt", "train/otrt-2"]
+    one = OTRTCallback(
+        make_teacher(),
+        layers=[
+            {"student": "net.block1", "teacher": "block1", "weight": 2.0},
+            {"student": "net.block2", "teacher": "block2", "weight": 1.0},
+        ],
+        weight=3.0,
+    )
+    expected = weights(fitted([one]))
+    for name, value in weights(both).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_callback_whose_root_lies_inside_that_of_another():
+    """It traces its layers while the forward of the other is being recorded."""
+    inner = torch.nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+    options = {"layers": {"net.block2": "1"}, "student_root": "net.block2", "weight": 1.0}
+    first, second, seen = make_callback(), OTRTCallback(inner, **options), Seen()
+    both = fitted([first, second, seen])
+    alone = Seen()
+    one = fitted([make_callback(), alone])
+    assert seen.values[0]["train/otrt"] == alone.values[0]["train/otrt"]
+    assert seen.values[0]["train/otrt-2"] > 0
+    assert differ(weights(both), weights(one))
+
+
+def test_teachers_of_one_architecture_on_the_same_layers():
+    """Their states are told apart, in any order, and two callbacks alike are refused by Lightning."""
+    teachers = [make_teacher(), make_teacher()]
+    with torch.no_grad():
+        teachers[1].head.bias.add_(1)
+    keys = {make_callback(teacher).state_key for teacher in teachers}
+    assert len(keys) == 2
+    assert keys == {make_callback(teacher).state_key for teacher in (teachers[1], make_teacher())}
+    task = fitted([make_callback(teacher) for teacher in teachers])
+    assert differ(weights(task), weights(fitted([make_callback()])))
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        fitted([make_callback(), make_callback(weight=1.0)])
