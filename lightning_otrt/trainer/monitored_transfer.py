@@ -32,8 +32,7 @@ _NO_OUTPUTS = (
 )
 _NO_SUM = (
     "OTRTMonitor logs no distances in validation, because a cost that is a function need not be a sum over "
-    "observations. Pass "
-    'validation=False, or use cost="correlation", "euclidean" or "sqeuclidean".'
+    'observations. Pass validation=False, or use cost="correlation", "euclidean" or "sqeuclidean".'
 )
 
 

@@ -102,7 +102,7 @@ class TestValidation:
 
     def test_a_cost_that_is_no_sum(self):
         callback = OTRTCallback(make_teacher(), LAYERS, cost=lambda y, x: torch.cdist(y, x))
-        with pytest.warns(UserWarning, match="no distances in validation: a cost that is a function"):
+        with pytest.warns(UserWarning, match="no distances in validation, because a cost that is a function"):
             fit(make_task(ValidatedTask), callback, OTRTMonitor(99, figures=False), validation=loader(8), max_epochs=1)
 
     def test_a_validation_that_does_not_call_the_student(self):
