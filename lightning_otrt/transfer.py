@@ -289,6 +289,10 @@ class RepresentationTransfer(FixedOptions):
         self._open_or_close()
         if weight == 0:
             return self._zero()
+        if (problem := self._attachment.take_problem()) is not None:
+            if self.strict:
+                raise RuntimeError(problem)
+            self._warn(problem, key="root")
         try:
             (matched, constant), reason = self._attachment.neurons(views), ""
         except NoTermError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_otrt.checks import is_int
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, check_options
 
-__all__ = ["WORDS", "LayerEntry", "parse_layers"]
+__all__ = ["WORDS", "LayerEntry", "only_words", "parse_layers"]
 
 #: Names that stand for a rule of ``layers/automatic.py``.
 WORDS = ("auto", "blocks", "matched", "penultimate")
@@ -54,6 +54,20 @@ def parse_layers(spec: LayerSpec) -> tuple[LayerEntry, ...]:
                     f'"{word}" chooses the layers of both sides at once, but got {entry}. Use "{word}" by itself.'
                 )
     return entries
+
+
+def only_words(spec: LayerSpec) -> bool:
+    """Whether a specification names no layer: it consists of words ("auto", "blocks", ...) and indices.
+
+    Example:
+        >>> only_words(["blocks", -1]), only_words(["blocks", "fc"])
+        (True, False)
+    """
+    return all(
+        isinstance(name, int) or name in WORDS
+        for entry in parse_layers(spec)
+        for name in (entry.student, entry.teacher)
+    )
 
 
 def _parse(spec: Any) -> list[LayerEntry]:

@@ -9,6 +9,8 @@ __all__ = ["output_layers"]
 _LINEAR = ("linear", "pointwise", "conv")
 #: What may stand between the last linear map and the output of the model.
 _PASSING = ("pool", "dropout", "passive")
+#: A rectified output of more channels is a representation: networks without a head end like that.
+_CHANNELS_OF_RECTIFIED = 4
 
 
 def output_layers(trace: Trace) -> set[str]:
@@ -40,8 +42,11 @@ def output_layers(trace: Trace) -> set[str]:
         if layer.is_container or layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
             continue
         axis = layer.output.neuron_axis
+        if axis is None or layer.output.shape[axis] not in channels:
+            continue
         chain = _passing_on(layer, followers)
-        if axis is not None and layer.output.shape[axis] in channels and chain is not None:
+        is_rectified = chain and any(trace.layer(name).kind == "ReLU" for name in chain)
+        if chain is not None and not (is_rectified and layer.output.shape[axis] > _CHANNELS_OF_RECTIFIED):
             found |= {layer.name, *chain}
     return found | {layer.name for layer in ran if layer.output_from in found}
 

@@ -20,9 +20,19 @@ __all__ = [
 ]
 
 #: Names under which wrappers (torch.compile, FSDP, activation checkpointing) hold the module that they wrap.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-#: Wrappers that hold it as ``module``. Other models may have a child of that name, so their type has to be known.
-_WRAPPERS = {"AveragedModel", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+_WRAPPED = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",  # what Fabric's `setup` returns holds the model twice
+    "_original_module",
+)
+#: Wrappers by the name under which they hold it. Other models may have such a child, so their type has to be known.
+_WRAPPERS = {
+    "module": {"AveragedModel", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"},
+    "base_model": {"PeftModel"},
+    "model": {"BaseTuner"},
+}
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -116,6 +126,6 @@ def unwrapped_name(name: str) -> str:
 
 
 def _is_wrapped(parent: nn.Module, child: str) -> bool:
-    if child == "module":
-        return not _WRAPPERS.isdisjoint(base.__name__ for base in type(parent).__mro__)
+    if child in _WRAPPERS:
+        return not _WRAPPERS[child].isdisjoint(base.__name__ for base in type(parent).__mro__)
     return child in _WRAPPED

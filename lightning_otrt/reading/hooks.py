@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from lightning_otrt.reading.views import View
 if TYPE_CHECKING:
     from lightning_otrt.reading.recorder import Recorder
 
-__all__ = ["CloseView", "OpenView", "ReadInput", "ReadOutput"]
+__all__ = ["CloseView", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod"]
 
 
 class _Hook:
@@ -80,6 +81,42 @@ class CloseView(_Hook):
         if output is not None:  # it is None where the forward raised
             recorder.views.append(recorder.current)
         recorder.current = None
+
+
+class ViewAroundMethod:
+    """Stands in for a method of a module and opens and closes a view around it, as the hooks do around a forward.
+
+    Copies and pickles of the module get the plain method.
+    """
+
+    def __init__(self, module: nn.Module, method: str, recorder: Recorder, name: str) -> None:
+        self.module, self.method = module, method
+        self.inner = getattr(module, method)
+        self.__wrapped__ = self.inner
+        self._open, self._close = OpenView(recorder, name), CloseView(recorder, name)
+        object.__setattr__(module, method, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method inside a view."""
+        self._open(self.module, args, kwargs)
+        output = None
+        try:
+            output = self.inner(*args, **kwargs)
+        finally:
+            self._close(self.module, args, output)
+        return output
+
+    def remove(self) -> None:
+        """Give the module its own method back."""
+        if self.module.__dict__.get(self.method) is self:
+            object.__delattr__(self.module, self.method)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = copy.deepcopy(self.module, memo)
+        return getattr(type(copied), self.method).__get__(copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, self.method)
 
 
 class _Read(_Hook):

@@ -8,19 +8,21 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.lookup import LayerNames, check_names
-from lightning_otrt.layers.names import child_names, is_inside, named_layers, named_tensors
+from lightning_otrt.layers.names import child_names, named_layers, named_tensors
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 from lightning_otrt.layers.resolve import fallback_note, resolve_layers
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
 from lightning_otrt.reading.outputs import describe
+from lightning_otrt.reading.reach import describe_reach
 from lightning_otrt.reading.readers import layer_reader
 from lightning_otrt.reading.recorder import Readers
 from lightning_otrt.reading.tracer import trace
 
-__all__ = ["Pairing", "can_be_root", "check_layers", "pair_layers"]
+__all__ = ["Pairing", "can_be_root", "check_layers", "find_teacher_root", "pair_layers", "split_root"]
 
 #: Positional and keyword arguments of a forward.
 Inputs: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -72,6 +74,9 @@ def pair_layers(
     teacher: nn.Module,
     teacher_inputs: Inputs,
     known: tuple[LayerPair, ...] | None = None,
+    *,
+    method: str = "",
+    teacher_root: str = "",
 ) -> Pairing:
     """Trace one forward of each network and choose the pairs.
 
@@ -83,22 +88,25 @@ def pair_layers(
         teacher: The teacher.
         teacher_inputs: Its arguments.
         known: Pairs that were resolved earlier for both networks, to be used instead of a new choice.
+        method: Method of the student's root that is called in place of its forward.
+        teacher_root: Name of the teacher's submodule that runs, ``""`` for all of it.
 
     Raises:
         ValueError: If a layer cannot be recorded, or no pair can be found.
         RuntimeError: If the teacher fails on its inputs.
     """
-    student_trace = trace(student, *inputs, root=root)
-    teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root)
+    student_trace = trace(student, *inputs, root=root, method=method)
+    teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root)
     if known is not None:
-        return Pairing(known, student_trace, teacher_trace)
+        return Pairing(known, student_trace, teacher_trace, describe_reach(student, student_trace, known))
 
     def find_matches() -> list[tuple[str, str]]:
-        runs = (named_layers(student)[root], *inputs), (teacher, *teacher_inputs)
+        runs = (named_layers(student)[root], *inputs), (named_layers(teacher)[teacher_root], *teacher_inputs)
         return match_layers((student_trace, teacher_trace), (student, teacher), runs)
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
-    return Pairing(pairs, student_trace, teacher_trace, fallback_note(layers, student_trace, teacher_trace))
+    notes = [fallback_note(layers, student_trace, teacher_trace), describe_reach(student, student_trace, pairs)]
+    return Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)))
 
 
 def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root: str | None) -> None:
@@ -109,14 +117,22 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
         ValueError: If a name does not exist, or ``root`` does not.
     """
     names = named_layers(student)
-    if root is not None and root not in names:
+    name, method = split_root(root)
+    if root is not None and name not in names:
         raise ValueError(
             f"Expected `student_root` to name a module of the student ({type(student).__name__}), but got {root!r}. "
             f"Its children: {child_names(student)}."
         )
+    if method and not callable(getattr(names[name], method, None)):
+        raise ValueError(
+            f"Expected `student_root` to name a method of {name or 'the student'!r} ({type(names[name]).__name__}) "
+            f"after the colon, but it has no method {method!r}."
+        )
     check_names(
         layers,
-        LayerNames("student", tuple(names), root, type(student).__name__, named_tensors(student)),
+        LayerNames(
+            "student", tuple(names), name if root is not None else None, type(student).__name__, named_tensors(student)
+        ),
         LayerNames("teacher", tuple(named_layers(teacher)), "", type(teacher).__name__, named_tensors(teacher)),
     )
 
@@ -127,7 +143,9 @@ def can_be_root(name: str, layers: LayerSpec, student: nn.Module, teacher: nn.Mo
     module = modules[name]
     if not any(parameter.requires_grad for parameter in module.parameters()) or next(module.children(), None) is None:
         return False
-    inside = LayerNames("student", tuple(known for known in modules if is_inside(known, name)), name)
+    # By the modules themselves, since one that is registered twice has two names.
+    held = {id(inner) for inner in module.modules()}
+    inside = LayerNames("student", tuple(known for known, inner in modules.items() if id(inner) in held), name)
     try:
         check_names(layers, inside, LayerNames("teacher", tuple(named_layers(teacher))))
     except ValueError:
@@ -135,9 +153,41 @@ def can_be_root(name: str, layers: LayerSpec, student: nn.Module, teacher: nn.Mo
     return True
 
 
-def _trace_teacher(teacher: nn.Module, inputs: Inputs, student: nn.Module, root: str) -> Trace:
+def split_root(root: str | None) -> tuple[str, str]:
+    """Module and method of a ``student_root``; the method is ``""`` where the module itself is called.
+
+    Example:
+        >>> split_root("net:forward_features"), split_root("net"), split_root(None)
+        (('net', 'forward_features'), ('net', ''), ('', ''))
+    """
+    name, _, method = (root or "").partition(":")
+    return name, method
+
+
+def find_teacher_root(layers: LayerSpec, student: nn.Module, root: str, teacher: nn.Module) -> str:
+    """The submodule of the teacher that corresponds to a root which is a part of the student; ``""`` for the whole.
+
+    An encoder learns from the teacher's encoder, not from its decoder. Only where layers are words: names may point
+    anywhere in the teacher. The submodule has the name of the root, and it or the module around it the same type.
+    """
+    modules, found = named_layers(student), named_layers(teacher)
+    if not root or not only_words(layers) or type(modules[root]) is type(teacher):
+        return ""
+    parts = root.split(".")
+    for start in range(len(parts)):
+        name = ".".join(parts[start:])
+        around = ".".join(parts[:start])
+        is_alike = name in found and (
+            type(found[name]) is type(modules[root]) or type(teacher) is type(modules.get(around))
+        )
+        if is_alike:
+            return name
+    return ""
+
+
+def _trace_teacher(teacher: nn.Module, inputs: Inputs, student: nn.Module, root: str, teacher_root: str) -> Trace:
     try:
-        return trace(teacher, *inputs)
+        return trace(teacher, *inputs, root=teacher_root)
     except Exception as error:
         args, kwargs = inputs
         given = [describe(value) for value in args] + [f"{name}={describe(value)}" for name, value in kwargs.items()]

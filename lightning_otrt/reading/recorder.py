@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.pairs import INPUT
-from lightning_otrt.reading.hooks import CloseView, OpenView, ReadInput, ReadOutput
+from lightning_otrt.reading.hooks import CloseView, OpenView, ReadInput, ReadOutput, ViewAroundMethod
 from lightning_otrt.reading.neurons import NeuronReader
 from lightning_otrt.reading.views import View
 
@@ -43,14 +43,22 @@ class Recorder:
         self.current: View | None = None
         self.nested = 0
         self.runs_teacher = False
-        self._root_handles: list[RemovableHandle] = []
+        self._root_handles: list[RemovableHandle | ViewAroundMethod] = []
         self._student_handles: list[RemovableHandle] = []
         self._teacher_handles: list[RemovableHandle] = []
 
-    def watch_roots(self, candidates: Iterable[tuple[str, nn.Module]]) -> None:
-        """Call ``on_forward`` at each training forward of these modules, given outermost first."""
+    def watch_roots(self, candidates: Iterable[tuple[str, nn.Module]], method: str = "") -> None:
+        """Call ``on_forward`` at each training forward of these modules, given outermost first.
+
+        Args:
+            candidates: Names and modules, each module once.
+            method: Name of the method that counts as their forward.
+        """
         self._remove(self._root_handles)
         for name, module in candidates:
+            if method:
+                self._root_handles.append(ViewAroundMethod(module, method, self, name))
+                continue
             self._root_handles.append(module.register_forward_pre_hook(OpenView(self, name), with_kwargs=True))
             # `always_call`: a view left open by an exception would keep the next forward from being recorded.
             self._root_handles.append(module.register_forward_hook(CloseView(self, name), always_call=True))
@@ -83,8 +91,9 @@ class Recorder:
 
     def remove(self) -> None:
         """Remove all hooks and forget what was recorded."""
-        for handles in (self._root_handles, self._student_handles, self._teacher_handles):
-            self._remove(handles)
+        self._remove(self._root_handles)
+        self._remove(self._student_handles)
+        self._remove(self._teacher_handles)
         self.views, self.current, self.enabled = [], None, False
         self.nested, self.runs_teacher = 0, False
 
@@ -99,7 +108,7 @@ class Recorder:
         return handles
 
     @staticmethod
-    def _remove(handles: list[RemovableHandle]) -> None:
+    def _remove(handles: list[Any]) -> None:
         for handle in handles:
             handle.remove()
         handles.clear()

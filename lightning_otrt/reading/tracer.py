@@ -30,7 +30,12 @@ _PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "distillation_token"
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, root: str = ""
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    root: str = "",
+    method: str = "",
 ) -> Trace:
     """Run one forward of ``root`` inside ``model`` and note what every module did.
 
@@ -42,6 +47,7 @@ def trace(
         args: Positional arguments of the forward of ``root``.
         kwargs: Its keyword arguments.
         root: Name of the module to run, ``""`` for ``model`` itself.
+        method: Name of its method to run in place of the module, such as ``"forward_features"``.
 
     Returns:
         The trace. It includes modules outside ``root``, as modules that did not run.
@@ -71,7 +77,8 @@ def trace(
                 hooks.callback(before.remove)
                 after = module.register_forward_hook(partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
-        returned = list(all_tensors(target(*args, **(kwargs or {}))))
+        run = getattr(target, method) if method else target
+        returned = list(all_tensors(run(*args, **(kwargs or {}))))
         layers = tuple(
             recorder.layer(name, module, returned) for name, module in modules.items() if primary[id(module)] == name
         )

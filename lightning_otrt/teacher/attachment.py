@@ -10,10 +10,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.layers.names import named_layers
+from lightning_otrt.layers.grammar import only_words
+from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.masks import padding_mask
-from lightning_otrt.reading.pairing import Pairing, can_be_root, check_layers, pair_layers
+from lightning_otrt.reading.pairing import (
+    Pairing,
+    can_be_root,
+    check_layers,
+    find_teacher_root,
+    pair_layers,
+    split_root,
+)
+from lightning_otrt.reading.reach import TrainedForwards, why_outside
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.views import NoTermError, View, matched_neurons, trained_views
 from lightning_otrt.teacher.frozen import Teacher
@@ -55,6 +65,8 @@ class Attachment:
         self.pairing: Pairing | None = None
         self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
+        self._guard = InputGuard()
+        self._trained: TrainedForwards | None = None
         self._stance = ExitStack()
 
     @property
@@ -86,6 +98,7 @@ class Attachment:
             # Code that was compiled before has no hooks in it and would never call ours.
             torch.compiler.reset()
         self.student = student
+        self._guard = InputGuard()
         self.choose_again()
 
     def choose_again(self) -> None:
@@ -94,13 +107,22 @@ class Attachment:
         if self.student is None:
             return
         modules = named_layers(self.student)
-        names = modules if self.student_root is None else {self.student_root: modules[self.student_root]}
         self._root = None
-        self._recorder.watch_roots(list(names.items()))
+        self._forget_trained()
+        if self.student_root is not None:
+            name, method = split_root(self.student_root)
+            self._recorder.watch_roots([(name, modules[name])], method)
+            return
+        # A module under two names is one candidate: by one set of hooks it is told once.
+        primary = primary_names(modules, "")
+        self._recorder.watch_roots([(name, module) for name, module in modules.items() if primary[id(module)] == name])
+        if only_words(self.layers):
+            self._trained = TrainedForwards(self.student, lambda: self._recorder.enabled)
 
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
         self._stance.close()
+        self._forget_trained()
         self._recorder.remove()
         self.teacher.release()
         self.student = self._root = None
@@ -135,16 +157,42 @@ class Attachment:
             raise NoTermError(self._why_no_view())
         return matched_neurons(views, self.pairing.pairs)
 
+    def take_problem(self) -> str | None:
+        """Why the root that was found may be the wrong one; told once, after the step in which it was found."""
+        if self._trained is None or self._root is None:
+            return None
+        outside = self._trained.outside(self._root)
+        self._forget_trained()
+        return why_outside(self._root, outside) if outside else None
+
+    def _forget_trained(self) -> None:
+        if self._trained is not None:
+            self._trained.remove()
+        self._trained = None
+
     def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A module that may be the root starts a forward: choose the pairs if need be, and run the teacher."""
         assert self.student is not None
-        if self._root is None:
-            if self.student_root is None and not can_be_root(name, self.layers, self.student, self.teacher.module):
-                return False
-            self._resolve(self.student, name, args, kwargs)
+        if self._root is not None:
+            self._run_teacher(self.student, *self._copied(args, kwargs))
+            return True
+        if self.student_root is None and not can_be_root(name, self.layers, self.student, self.teacher.module):
+            return False
+        # Networks that write to their inputs show it here, where the batch can still be restored.
+        with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
+            self._resolve(self.student, name, own_args, own_kwargs)
+            self._run_teacher(self.student, *self._guard.copied((own_args, own_kwargs)))
+        return True
+
+    def _copied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs in containers of their own: the teacher must not change those of the student."""
+        copied: tuple[tuple[Any, ...], dict[str, Any]] = self._guard.copied((args, kwargs))
+        return copied
+
+    def _run_teacher(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         view = self._recorder.current
         hooked = self.teacher.module
-        self._prepare_teacher(self.student)
+        self._prepare_teacher(student)
         if self.teacher.module is not hooked:
             self._watch_teacher()
         teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
@@ -152,22 +200,36 @@ class Attachment:
             view.teacher_mask = padding_mask(teacher_args, teacher_kwargs)
         with self._recorder.teacher_running():
             self.teacher.run(teacher_args, teacher_kwargs)
-        return True
 
     def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""
+        method = split_root(self.student_root)[1]
 
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
                 self._prepare_teacher(student)
-                given = self.teacher.inputs_for(args, kwargs)
-                return pair_layers(self.layers, student, root, (args, kwargs), self.teacher.module, given, known)
+                teacher = self.teacher.module
+                self.teacher.root = find_teacher_root(self.layers, student, root, teacher)
+                # Each forward gets a copy of its own: both networks may change what they are given.
+                own, for_teacher = self._copied(args, kwargs), self._copied(args, kwargs)
+                given = self.teacher.inputs_for(*for_teacher)
+                return pair_layers(
+                    self.layers,
+                    student,
+                    root,
+                    own,
+                    teacher,
+                    given,
+                    known,
+                    method=method,
+                    teacher_root=self.teacher.root,
+                )
 
         self.pairing = self._settle(choose)
         self._root = self.pairing.student.root
         self._recorder.watch_student(self.pairing.readers("student", student, self.grid))
         # After the readers: where the root itself is recorded, it is read before the view is closed.
-        self._recorder.watch_roots([(self._root, named_layers(student)[self._root])])
+        self._recorder.watch_roots([(self._root, named_layers(student)[self._root])], method)
         self._watch_teacher()
 
     def _watch_teacher(self) -> None:

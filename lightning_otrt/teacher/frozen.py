@@ -82,6 +82,8 @@ class Teacher:
         self._given_dtype = None if dtype is None else _parse_dtype(dtype)
         self._dtype = self._given_dtype
         self._borrowed: BorrowedModule | None = None
+        #: Name of the submodule that :meth:`run` runs, ``""`` for the whole.
+        self.root = ""
 
     @property
     def module(self) -> nn.Module:
@@ -134,8 +136,9 @@ class Teacher:
         if not torch.compiler.is_compiling():
             borrowed.set_evaluation_mode()
         # Not inference mode: the backward of the transfer term could not save tensors made there.
+        module = borrowed.module if not self.root else borrowed.module.get_submodule(self.root)
         with torch.no_grad():
-            return borrowed.module(*args, **kwargs)
+            return module(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the inputs of the student's root.

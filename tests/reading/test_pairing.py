@@ -30,7 +30,8 @@ def test_pairs_traces_readers_and_table(x: Tensor) -> None:
         "1": ("block2", True),
     }
     assert readers["1"][2](torch.randn(4, 12, 8, 8)).shape == (4, 12, 2, 2)
-    assert pairing.table().count("\n") == 2
+    assert pairing.table().startswith("root: 'net'; 8 of 10 trained tensors lie before the recorded layers\nstudent")
+    assert pairing.table().count("\n") == 3
 
 
 def test_readers_of_each_side_have_its_own_axis_and_selector(x: Tensor) -> None:

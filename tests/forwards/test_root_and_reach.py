@@ -1,0 +1,228 @@
+"""Which part of a student is taken for the student: found, named, or refused with a reason."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt import RepresentationTransfer
+
+
+class Net(nn.Module):
+    """Two convolutions and a head, with the method that timm's models have."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(width, 3)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x).mean((2, 3)))
+
+
+class AutoEncoder(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3))
+        self.decoder = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+class Augmented(nn.Module):
+    """A trainable augmentation before the network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.augment, self.net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh()), net
+
+
+X = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def pairs(transfer: RepresentationTransfer) -> list[tuple[str, str]]:
+    return [(pair.student, pair.teacher) for pair in transfer.pairs]
+
+
+CALLS = {
+    "a method of the network": (Net, lambda net: net.forward_features(X)),
+    "the network's forward": (Net, lambda net: net.forward(X)),
+    "parts one after the other": (lambda: AutoEncoder(6), lambda net: net.decoder(net.encoder(torch.randn(6, 8)))),
+    "a trainable augmentation": (lambda: Augmented(Net()), lambda net: net.net(net.augment(X))),
+    "a head outside": (
+        lambda: nn.ModuleDict({"body": Net(), "projector": nn.Linear(3, 3)}),
+        lambda net: net["projector"](net["body"](X)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("layers", ["auto", "penultimate"])
+def test_a_part_is_not_taken_for_the_whole(name, layers):
+    build, call = CALLS[name]
+    student, teacher = build(), (AutoEncoder(10) if "parts" in name else Net(6))
+    transfer = RepresentationTransfer(teacher, layers)
+
+    def step() -> None:
+        call(student)
+        transfer.loss()
+
+    with transfer.attached(student), pytest.raises((RuntimeError, ValueError)) as caught:
+        step()
+    message = str(caught.value)
+    assert "student_root=" in message or "No classification head" in message
+    assert not any(module._forward_pre_hooks for module in student.modules())
+
+
+def test_not_strict_warns_and_goes_on():
+    student, transfer = AutoEncoder(6), RepresentationTransfer(AutoEncoder(10), strict=False)
+    with transfer.attached(student):
+        student.decoder(student.encoder(torch.randn(16, 8)))
+        with pytest.warns(UserWarning, match="other trained modules ran with gradient outside of it"):
+            assert transfer.loss() > 0
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: nn.ModuleDict({"net": net})])
+def test_a_method_as_root(wrap):
+    """The layers are those of the whole network, and the term is that of a call of the module."""
+    net, teacher = Net(), Net(6)
+    student = wrap(net)
+    prefix = "" if student is net else "net"
+    expected, named = (
+        RepresentationTransfer(teacher),
+        RepresentationTransfer(teacher, student_root=f"{prefix}:forward_features"),
+    )
+    with expected.attached(net):
+        net(X)
+        value = expected.loss()
+    with named.attached(student):
+        for _ in range(2):
+            net.forward_features(X)
+            found = named.loss()
+        plain = copy.deepcopy(student)
+        again = pickle.loads(pickle.dumps(student))
+    assert "forward_features" not in vars(net)
+    for other in (plain, again):
+        inner = other if student is net else other["net"]
+        assert torch.equal(inner.forward_features(X), net.forward_features(X))
+        assert getattr(inner.forward_features, "__func__", None) is Net.forward_features
+    assert [pair.student.removeprefix("net.") for pair in named.pairs] == [pair.student for pair in expected.pairs]
+    assert found.item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_a_method_that_fails_closes_its_view():
+    net, transfer = Net(), RepresentationTransfer(Net(6), student_root=":forward_features")
+    with transfer.attached(net):
+        net.forward_features(X)
+        transfer.loss()
+        with pytest.raises(RuntimeError):
+            net.forward_features(torch.randn(6, 2, 16, 16))
+        transfer.discard()
+        net.forward_features(X)
+        assert len(transfer.views) == 1
+        transfer.loss()
+
+
+def test_methods_are_checked():
+    transfer = RepresentationTransfer(Net(), student_root=":forward_featurs")
+    with pytest.raises(ValueError, match="no method 'forward_featurs'"):
+        transfer.attach(Net())
+
+
+def test_an_encoder_learns_from_the_encoder():
+    student, teacher = AutoEncoder(6), AutoEncoder(10)
+    transfer = RepresentationTransfer(teacher, student_root="encoder")
+    with transfer.attached(student):
+        student.decoder(student.encoder(torch.randn(16, 8)))
+        transfer.loss()
+    assert pairs(transfer) == [("encoder.2:input", "encoder.2:input")]
+
+
+def test_a_whole_teacher_of_the_class_of_the_root_stays_whole():
+    """As where both are a causal language model, whose child is called like the student's attribute."""
+    student = nn.ModuleDict({"body": Net()})
+    teacher = Net(6)
+    transfer = RepresentationTransfer(teacher, student_root="body")
+    with transfer.attached(student):
+        student["body"](X)
+        transfer.loss()
+    assert pairs(transfer) == [("body.stem", "stem"), ("body.body", "body")]
+
+
+def test_the_table_says_what_is_reached():
+    told: list[str] = []
+    student, transfer = nn.ModuleDict({"net": Net()}), RepresentationTransfer(Net(6))
+    transfer.report = told.append
+    with transfer.attached(student):
+        student["net"](X)
+        transfer.loss()
+    assert "root: 'net'; 4 of 6 trained tensors lie before the recorded layers" in told[0]
+
+
+@pytest.mark.parametrize("first", ["model", "backbone"])
+def test_a_module_under_two_names_is_one(first):
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+            self.backbone = self.model
+
+    task, teacher = Task(), nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 3))
+    transfer = RepresentationTransfer(teacher, {f"{first}.1": "1"})
+    with transfer.attached(task):
+        getattr(task, first)(torch.randn(16, 8))
+        transfer.loss()
+    assert [teacher for _, teacher in pairs(transfer)] == ["1"]
+
+
+def test_names_of_a_model_that_fabric_has_set_up():
+    fabric = pytest.importorskip("lightning").Fabric(accelerator="cpu")
+    model = fabric.setup(Net())
+    for layers in ({"body": "body"}, "auto"):
+        transfer = RepresentationTransfer(Net(6), layers)
+        with transfer.attached(model):
+            model(X)
+            transfer.loss()
+        assert pairs(transfer)[-1] == ("body", "body")
+
+
+def test_inputs_that_are_written_to_in_place():
+    class Scaled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.div_(255))
+
+    seen: list[float] = []
+    student, transfer = Scaled(), RepresentationTransfer(Scaled(6))
+    student.stem.register_forward_pre_hook(lambda module, args: seen.append(float(args[0].abs().max())))
+    with transfer.attached(student):
+        for step in range(3):
+            x = torch.full((4, 1, 16, 16), 255.0)
+            if step:
+                student(x)
+            else:
+                with pytest.warns(UserWarning, match="in place"):
+                    student(x)
+            transfer.loss()
+            assert float(x.max()) == 1.0  # by the student's own forward, once
+    assert set(seen) == {1.0}
+
+
+def test_a_dictionary_that_is_popped_from():
+    class Pops(Net):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().forward(batch.pop("x"))
+
+    student, transfer = Pops(), RepresentationTransfer(Pops(6))
+    with transfer.attached(student):
+        for _ in range(2):
+            student({"x": X})
+            transfer.loss()
