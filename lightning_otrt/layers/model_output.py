@@ -10,7 +10,7 @@ _LINEAR = ("linear", "pointwise", "conv")
 #: What may stand between the last linear map and the output of the model.
 _PASSING = ("pool", "dropout", "passive")
 #: A rectified output of more channels is a representation: networks without a head end like that.
-_CHANNELS_OF_RECTIFIED = 4
+_CHANNELS_OF_RECTIFIED = 3
 
 
 def output_layers(trace: Trace) -> set[str]:
