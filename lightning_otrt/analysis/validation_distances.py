@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.layers.names import named_layers
-from lightning_otrt.reading.masks import padding_mask
 from lightning_otrt.reading.positions import match_positions
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.views import View
@@ -88,8 +87,9 @@ class ValidationDistances:
         try:
             with torch.no_grad():
                 teacher_args, teacher_kwargs = teacher.inputs_for(args, kwargs)
-                masks = padding_mask(args, kwargs), padding_mask(teacher_args, teacher_kwargs)
-                self._recorder.current = View("", student_mask=masks[0], teacher_mask=masks[1])
+                self._recorder.current = View("")
+                # The hooks for masks ran before the view was there.
+                self._recorder.note_masks(module, args, kwargs)
                 with self._recorder.teacher_running():
                     teacher.run(teacher_args, teacher_kwargs)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -24,6 +24,7 @@ class LayerEntry:
     weight: float = 1.0
     neuron_axis: int | tuple[int, int] | None = None
     select: str | int | None = None
+    mask: str | tuple[str | None, str | None] | None = "auto"
 
     def __str__(self) -> str:
         """The element as the user may have written it."""
@@ -31,7 +32,7 @@ class LayerEntry:
 
     def pair(self, student: str, teacher: str) -> LayerPair:
         """A pair of the two layers with the options of this element."""
-        return LayerPair(student, teacher, self.weight, self.neuron_axis, self.select)
+        return LayerPair(student, teacher, self.weight, self.neuron_axis, self.select, self.mask)
 
 
 def parse_layers(spec: LayerSpec) -> tuple[LayerEntry, ...]:
@@ -72,7 +73,7 @@ def only_words(spec: LayerSpec) -> bool:
 
 def _parse(spec: Any) -> list[LayerEntry]:
     if isinstance(spec, LayerPair):
-        return [LayerEntry(spec.student, spec.teacher, spec.weight, spec.neuron_axis, spec.select)]
+        return [LayerEntry(spec.student, spec.teacher, spec.weight, spec.neuron_axis, spec.select, spec.mask)]
     if isinstance(spec, str) or is_int(spec):
         return [LayerEntry(spec, spec)]
     if isinstance(spec, Mapping):
@@ -99,7 +100,7 @@ def _parse_mapping(spec: Mapping[Any, Any]) -> list[LayerEntry]:
         raise TypeError(f"Expected the fields of a layer pair to be among {known}, but got {unknown} in {dict(spec)}.")
     options = {key: value for key, value in spec.items() if key not in ("student", "teacher")}
     entry = LayerEntry(_name(spec["student"]), _name(spec["teacher"]), **options)
-    check_options(entry.weight, entry.neuron_axis, entry.select, f"layer pair {entry}")
+    check_options(entry.weight, entry.neuron_axis, entry.select, entry.mask, f"layer pair {entry}")
     return [entry]
 
 

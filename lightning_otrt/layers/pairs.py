@@ -26,6 +26,9 @@ class LayerPair:
         neuron_axis: Axis of the neurons in the output, or ``(student, teacher)`` axes; None: taken from the traced
             modules.
         select: Key or index of the tensor, where a module returns a mapping or a tuple.
+        mask: The padding mask of both layers, or ``(student, teacher)``: ``"auto"`` finds the one of each layer's
+            sequence, None reads padding too, ``"name"`` is an argument of the forward of the network's root that is
+            true at valid tokens, ``"~name"`` one that is true at padding.
 
     Raises:
         TypeError: If a name is not a string, or an axis or selector is of the wrong type.
@@ -41,6 +44,7 @@ class LayerPair:
     weight: float = 1.0
     neuron_axis: int | tuple[int, int] | None = None
     select: str | int | None = None
+    mask: str | tuple[str | None, str | None] | None = "auto"
 
     def __post_init__(self) -> None:
         """Check the fields, so that a wrong one is reported where the user writes it."""
@@ -48,9 +52,13 @@ class LayerPair:
             name = getattr(self, side)
             if not isinstance(name, str):
                 raise TypeError(f"Expected `{side}` of a LayerPair to be the name of a layer, but got {name!r}.")
-        check_options(self.weight, self.neuron_axis, self.select, f"LayerPair {self.student!r} -> {self.teacher!r}")
+        check_options(
+            self.weight, self.neuron_axis, self.select, self.mask, f"LayerPair {self.student!r} -> {self.teacher!r}"
+        )
         if isinstance(self.neuron_axis, list):  # YAML has no tuples
             object.__setattr__(self, "neuron_axis", tuple(self.neuron_axis))
+        if isinstance(self.mask, list):
+            object.__setattr__(self, "mask", tuple(self.mask))
 
     def __repr__(self) -> str:
         """The constructor call, with the fields that differ from their defaults."""
@@ -66,18 +74,24 @@ class LayerPair:
         """Axes of the neurons in the student's and in the teacher's output, as far as they are given."""
         return self.neuron_axis if isinstance(self.neuron_axis, tuple) else (self.neuron_axis, self.neuron_axis)
 
+    @property
+    def masks(self) -> tuple[str | None, str | None]:
+        """The masks of the student and of the teacher."""
+        return self.mask if isinstance(self.mask, tuple) else (self.mask, self.mask)
+
 
 #: What ``layers=`` accepts; a list may mix all of these forms.
 LayerSpec: TypeAlias = int | str | LayerPair | Mapping[Any, Any] | Sequence[Any]
 
 
-def check_options(weight: Any, neuron_axis: Any, select: Any, where: str) -> None:
+def check_options(weight: Any, neuron_axis: Any, select: Any, mask: Any, where: str) -> None:
     """Check the options of a pair.
 
     Args:
         weight: Must be a positive finite number.
         neuron_axis: Must be an axis, two axes or None.
         select: Must be a key, an index or None.
+        mask: Must be a name, ``"auto"``, None, or two of these.
         where: How errors name the pair.
 
     Raises:
@@ -95,6 +109,12 @@ def check_options(weight: Any, neuron_axis: Any, select: Any, where: str) -> Non
         )
     if select is not None and not isinstance(select, str) and not is_int(select):
         raise TypeError(f"Expected `select` of {where} to be a key or an index, but got {select!r}.")
+    masks = mask if isinstance(mask, (tuple, list)) and len(mask) == 2 else (mask,)
+    if not all(name is None or (isinstance(name, str) and name.strip("~")) for name in masks):
+        raise TypeError(
+            f"Expected `mask` of {where} to be 'auto', None, the name of an argument, '~name', or a tuple (student, "
+            f"teacher) of these, but got {mask!r}."
+        )
 
 
 def pair_labels(pairs: Sequence[LayerPair]) -> tuple[str, ...]:
@@ -120,7 +140,7 @@ def pairs_to_state(pairs: Sequence[LayerPair]) -> list[tuple[Any, ...]]:
 
     Example:
         >>> pairs_to_state([LayerPair("a", "b", neuron_axis=(1, 1))])
-        [('a', 'b', 1.0, (1, 1), None)]
+        [('a', 'b', 1.0, (1, 1), None, 'auto')]
     """
     return [astuple(pair) for pair in pairs]
 
@@ -129,7 +149,7 @@ def pairs_from_state(state: Sequence[Sequence[Any]]) -> tuple[LayerPair, ...]:
     """The pairs that :func:`pairs_to_state` was given.
 
     Example:
-        >>> pairs_from_state([("a", "b", 1.0, (1, 1), None)])
+        >>> pairs_from_state([("a", "b", 1.0, (1, 1), None, "auto")])
         (LayerPair('a', 'b', neuron_axis=(1, 1)),)
     """
     return tuple(LayerPair(*pair) for pair in state)

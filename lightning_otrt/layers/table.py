@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_otrt.layers.mask_sources import LayerMasks
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
 
 __all__ = ["format_pairs"]
 
 
-def format_pairs(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> str:
-    """The pairs as a table with types, shapes and neuron axes.
+def format_pairs(
+    pairs: Sequence[LayerPair],
+    student: Trace,
+    teacher: Trace,
+    masks: Sequence[tuple[LayerMasks, LayerMasks]] = (),
+) -> str:
+    """The pairs as a table with types, shapes and neuron axes; with padding masks, where there is any.
+
+    Args:
+        pairs: The pairs.
+        student: Trace of the student.
+        teacher: Trace of the teacher.
+        masks: For each pair the masks of student and teacher.
 
     Example:
         >>> from lightning_otrt.layers.trace import TracedLayer, TracedTensor
@@ -28,12 +40,16 @@ def format_pairs(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> 
             shown = tensor.neuron_axis if axis is None and tensor else axis
             cells += [f"{name} ({trace.layer(name).kind})", str(tensor.shape if tensor else "?"), str(shown)]
         rows.append([*cells, f"{pair.weight:.3g}"])
+    used = [tuple(found.used.source.argument if found.used else "none" for found in sides) for sides in masks]
+    if any(names != ("none", "none") for names in used):
+        for row, names in zip(rows, [("mask", "mask"), *used], strict=True):
+            row.append(names[0] if names[0] == names[1] else " / ".join(names))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if column in (0, 3) else cell.rjust(width)
+            cell.ljust(width) if column in (0, 3, 7) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)

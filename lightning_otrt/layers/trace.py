@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.pairs import INPUT
 
 __all__ = ["Trace", "TracedLayer", "TracedTensor"]
@@ -53,6 +54,7 @@ class TracedLayer:
         output_from: Name of the layer that made the output: a child where a container returns what this child made.
         gives_model_output: Whether its output tensor is (one of) the tensors that the whole model returns.
         takes_model_input: Whether a tensor that enters the whole model, other than a mask, enters it unchanged.
+        masks: Padding masks of its sequence, the nearest first.
     """
 
     name: str
@@ -69,6 +71,7 @@ class TracedLayer:
     output_from: str | None = None
     gives_model_output: bool = False
     takes_model_input: bool = False
+    masks: tuple[TracedMask, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
@@ -112,6 +115,7 @@ class Trace:
         output_shapes: Shapes of the tensors that the root returned.
         batch_size: Number of samples, on which inputs and outputs agree.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
+        arguments: The arguments of the root's forward, as far as they may be masks.
     """
 
     layers: tuple[TracedLayer, ...]
@@ -120,6 +124,7 @@ class Trace:
     output_shapes: tuple[tuple[int, ...], ...] = ()
     batch_size: int = 0
     prefix_tokens: int = 0
+    arguments: tuple[TracedMask, ...] = ()
 
     def layer(self, name: str) -> TracedLayer:
         """The layer of that name or alias; ``":input"`` is ignored.

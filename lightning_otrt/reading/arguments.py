@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["bound_arguments"]
+__all__ = ["argument_position", "bound_arguments"]
 
 
-def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bound_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: str = "forward"
+) -> dict[str, Any]:
     """The arguments of ``module(*args, **kwargs)`` by the names in the signature of its ``forward``.
 
     ``net(ids, mask)`` and ``net(ids, attention_mask=mask)`` give the same. Where the only positional argument is a
@@ -22,6 +24,7 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         module: The module that is called.
         args: Positional arguments.
         kwargs: Keyword arguments.
+        method: The method that is called.
 
     Example:
         >>> from torch import nn
@@ -32,7 +35,7 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     if len(args) == 1 and isinstance(args[0], Mapping):
         found.update({str(name): value for name, value in args[0].items()})
     try:
-        signature = inspect.signature(module.forward)
+        signature = inspect.signature(getattr(module, method))
         bound = signature.bind_partial(*args, **kwargs)
     except (TypeError, ValueError):
         # No readable signature, or arguments that do not fit it: the call itself then says what is wrong.
@@ -46,3 +49,20 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         else:
             found[name] = value
     return found
+
+
+def argument_position(module: nn.Module, name: str, method: str = "forward") -> int | None:
+    """The place of an argument among the positional ones of a module's method, None where it has none.
+
+    Example:
+        >>> from torch import nn
+        >>> argument_position(nn.MultiheadAttention(4, 2), "key_padding_mask")
+        3
+    """
+    try:
+        parameters = list(inspect.signature(getattr(module, method)).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [parameter.name for parameter in parameters if parameter.kind in positional]
+    return names.index(name) if name in names else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_otrt.reading.masks import padding_mask
+from lightning_otrt.layers.mask_sources import MaskSource
+from lightning_otrt.reading.arguments import argument_position
+from lightning_otrt.reading.masks import as_rows, fit_mask, pad_nested, valid_tokens
 from lightning_otrt.reading.neurons import NeuronReader
-from lightning_otrt.reading.outputs import packed_mask, sequence_output
+from lightning_otrt.reading.outputs import packed_mask, select_tensor, sequence_output
 from lightning_otrt.reading.torch_internals import is_in_backward
 from lightning_otrt.reading.views import View
 
 if TYPE_CHECKING:
     from lightning_otrt.reading.recorder import Recorder
 
-__all__ = ["CloseView", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod"]
+__all__ = ["CloseView", "NoteMask", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod"]
 
 
 class _Hook:
@@ -54,10 +58,12 @@ class OpenView(_Hook):
             return
         if not torch.is_grad_enabled() or is_in_backward():
             return
-        recorder.current = View(self.name, student_mask=padding_mask(args, kwargs))
+        recorder.current = View(self.name)
         recorded = False
         try:
             recorded = recorder.on_forward(self.name, args, kwargs)
+            # Its own hook for masks ran before the view was there.
+            recorder.note_masks(module, args, kwargs)
         finally:
             if not recorded:
                 recorder.current = None
@@ -119,12 +125,51 @@ class ViewAroundMethod:
         return getattr, (self.module, self.method)
 
 
+class NoteMask(_Hook):
+    """Forward pre-hook of a module that gets a padding mask: puts the mask into the current view."""
+
+    def __init__(self, recorder: Recorder, side: str, source: MaskSource, module: nn.Module) -> None:
+        self.recorder, self.side, self.source, self.key = recorder, side, source, mask_key(side, source)
+        # Looked up once: the signature of a forward is slow to read, and compiled code could not do it.
+        self.position = argument_position(module, source.argument, source.method)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the mask of this forward."""
+        recorder = self.recorder
+        if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
+            return
+        if self.side == "teacher" and not recorder.runs_teacher:
+            return
+        name = self.source.argument
+        value = kwargs.get(name)
+        if value is None and self.position is not None and self.position < len(args):
+            value = args[self.position]
+        if value is None and len(args) == 1 and isinstance(args[0], Mapping):
+            value = args[0].get(name)
+        mask = as_rows(value)
+        recorder.current.masks[self.key] = None if mask is None else valid_tokens(mask, self.source)
+
+
+def mask_key(side: str, source: MaskSource) -> str:
+    """The key of a mask in a view."""
+    return f"{side} {source.module}({source.argument}) {source.true_at}"
+
+
 class _Read(_Hook):
-    def __init__(self, recorder: Recorder, side: str, key: str, reader: NeuronReader) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        side: str,
+        key: str,
+        reader: NeuronReader,
+        masks: Sequence[tuple[MaskSource, nn.Module]] = (),
+    ) -> None:
         self.recorder, self.side, self.key, self.reader = recorder, side, key, reader
+        self.masks = [(mask_key(side, source), source, module) for source, module in masks]
+        self.has_warned = False
 
     def read(self, value: Any, own_mask: Tensor | None = None) -> None:
-        """Add the reading of a layer's value to the current view; a mask of its own goes before that of the view."""
+        """Add the reading of a layer's value to the current view; a mask of its own goes before those around it."""
         recorder = self.recorder
         # In the backward pass activation checkpointing runs layers and their hooks again.
         if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
@@ -132,12 +177,36 @@ class _Read(_Hook):
         if self.side == "teacher" and not recorder.runs_teacher:
             return
         view = recorder.current
-        readings, mask = (
-            (view.student, view.student_mask) if self.side == "student" else (view.teacher, view.teacher_mask)
-        )
+        readings = view.student if self.side == "student" else view.teacher
         with _uncounted_saved_tensors():
-            reading = self.reader(value, mask if own_mask is None else own_mask)
+            tensor = select_tensor(value, self.reader.select, where=self.reader.layer)
+            if tensor.is_nested:
+                masks = (view.masks.get(key) for key, _, _ in self.masks)
+                tensor, own_mask = pad_nested(tensor, next((mask.shape[1] for mask in masks if mask is not None), None))
+            reading = self.reader(tensor, self._mask(view, tensor) if own_mask is None else own_mask)
         readings.setdefault(self.key, []).append(reading)
+
+    def _mask(self, view: View, tensor: Tensor) -> Tensor | None:
+        """The nearest mask that has the length of the layer."""
+        size = self.reader.sequence_size(tensor)
+        misfit = None
+        for key, source, module in self.masks:
+            mask = view.masks.get(key)
+            if mask is None or size is None:
+                continue
+            fitted = fit_mask(mask, *size, self.reader.prefix_tokens, module)
+            if fitted is not None:
+                return fitted
+            misfit = f"The mask {source.argument!r} has the shape {tuple(mask.shape)}, but {self.reader.layer} has "
+            misfit += f"{size[1]} positions of {size[0]} samples"
+            if source.is_named:
+                raise ValueError(f"{misfit}. Name its own mask with LayerPair(mask=...), or pass mask=None.")
+        if misfit is not None and not self.has_warned:
+            self.has_warned = True
+            warnings.warn(
+                f"{misfit}, so that its padding is not left out. LayerPair(mask=...) names one.", stacklevel=2
+            )
+        return None
 
 
 class ReadOutput(_Read):

@@ -1,39 +1,132 @@
-"""Which of a model's inputs is its padding mask."""
+"""Padding masks as booleans: what their elements mean, and whether they have the length of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["padding_mask"]
+from lightning_otrt.layers.mask_sources import MaskSource
 
-#: Names of masks that are true where a token is valid, and of masks that are true at padding.
-_VALID_MASKS = ("attention_mask", "padding_mask")
-_PADDING_MASKS = ("src_key_padding_mask", "key_padding_mask")
+__all__ = [
+    "as_rows",
+    "count_frames",
+    "fit_mask",
+    "lengths_mask",
+    "pad_nested",
+    "problem_of",
+    "unknown_polarity",
+    "valid_tokens",
+]
 
 
-def padding_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The padding mask ``(B, T)`` among a model's inputs, found by its usual names.
+def as_rows(value: Any) -> Tensor | None:
+    """A mask ``(B, T)``, also one given as ``(B, 1, T)`` or ``(B, 1, 1, T)``; None for anything else."""
+    if not isinstance(value, Tensor) or value.is_nested or not 2 <= value.dim() <= 4:
+        return None
+    if any(size != 1 for size in value.shape[1:-1]):
+        return None
+    return value.flatten(1)
+
+
+def problem_of(mask: Tensor, source: MaskSource) -> str:
+    """Why it is not known which elements of a mask are padding, ``""`` where it is. It looks at the values."""
+    if source.is_named or source.true_at == "valid" or mask.dtype == torch.bool:
+        return ""
+    kind = str(mask.dtype).removeprefix("torch.")
+    if not mask.is_floating_point():
+        return f"it holds {kind} numbers"
+    return f"it holds {kind} numbers above 0, which no mask has that is added to scores" if (mask > 0).any() else ""
+
+
+def valid_tokens(mask: Tensor, source: MaskSource) -> Tensor:
+    """The mask as booleans, true where a token is valid, without a wait for its device.
+
+    A mask of numbers with a negative one and none above 0 is added to scores: 0 is valid, whatever its name.
 
     Args:
-        args: Positional arguments; names are looked up in the first one if it is a mapping.
-        kwargs: Keyword arguments.
+        mask: ``(B, T)``.
+        source: Where it is from, which tells what true elements mean.
 
-    Returns:
-        The mask as booleans, true where a token is valid; None if there is none.
+    Raises:
+        ValueError: If a mask that is named after padding holds integers.
 
     Example:
-        >>> padding_mask((), {"attention_mask": torch.tensor([[1, 1, 0]])})
+        >>> valid_tokens(torch.tensor([[0.0, 0.0, -1e9]]), MaskSource("", "attention_mask", "valid"))
         tensor([[ True,  True, False]])
     """
-    named = {**(args[0] if args and isinstance(args[0], Mapping) else {}), **kwargs}
-    for name in _VALID_MASKS:
-        if isinstance(named.get(name), Tensor) and named[name].dim() == 2:
-            return torch.ne(named[name], 0)
-    for name in _PADDING_MASKS:
-        if isinstance(named.get(name), Tensor) and named[name].dim() == 2 and named[name].dtype == torch.bool:
-            return torch.logical_not(named[name])
+    if source.true_at == "padding":
+        if not source.is_named and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(unknown_polarity(source, problem_of(mask, source)))
+        return torch.eq(mask, 0)
+    if mask.dtype == torch.bool:
+        return mask
+    positive = torch.gt(mask, 0)
+    return torch.where(positive.any(), positive, torch.ge(mask, 0))
+
+
+def unknown_polarity(source: MaskSource, problem: str) -> str:
+    """The message for a mask that may mean either."""
+    name = source.argument
+    return (
+        f"It is not known whether the mask {name!r} of {source.module or 'the network'!r} marks valid tokens or "
+        f'padding: {problem}. Pass LayerPair(..., mask="{name}") if its non-zero elements are valid '
+        f'tokens, mask="~{name}" if they are padding, or mask=None to read padding too.'
+    )
+
+
+def fit_mask(mask: Tensor, samples: int, tokens: int, prefix: int, module: nn.Module) -> Tensor | None:
+    """The mask of a layer's tokens from that of a module around it; None where it has another length.
+
+    Args:
+        mask: ``(B, T)`` as booleans, true where a token is valid.
+        samples: Number of samples of the layer.
+        tokens: Number of tokens, a prefix included.
+        prefix: Number of prefix tokens, which the mask may leave out.
+        module: The module that got the mask. One for speech tells how many frames come from how many samples of a
+            signal.
+
+    Returns:
+        ``(B, tokens)`` or ``(B, tokens - prefix)``.
+    """
+    if mask.shape in ((samples, tokens), (samples, tokens - prefix)):
+        return mask
+    if mask.shape in ((tokens, samples), (tokens - prefix, samples)):
+        return mask.transpose(0, 1)
+    if mask.shape[0] == samples and count_frames(module, mask.shape[1]) == tokens:
+        return lengths_mask(_frames(module, mask.sum(1)), tokens)
     return None
+
+
+def lengths_mask(lengths: Tensor, longest: int) -> Tensor:
+    """``(B, longest)``, true at the first tokens of each sample."""
+    return torch.lt(torch.arange(longest, device=lengths.device), lengths[:, None])
+
+
+def pad_nested(value: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
+    """A nested tensor of samples ``(T_i, C)`` as ``(B, T, C)``, with the mask ``(B, T)`` of its own lengths.
+
+    The fast path of ``nn.TransformerEncoder`` makes nested tensors of what its layers pass on.
+
+    Args:
+        value: The nested tensor.
+        tokens: T, where the length of the batch is known; None: that of its longest sample.
+    """
+    lengths = [len(sample) for sample in value.unbind()]
+    size = None if tokens is None else (len(lengths), max(tokens, *lengths), value.size(-1))
+    padded = torch.nested.to_padded_tensor(value, 0.0, output_size=size)
+    return padded, lengths_mask(torch.tensor(lengths, device=padded.device), padded.shape[1])
+
+
+def count_frames(module: nn.Module, samples: int) -> int | None:
+    """How many frames a speech model of Hugging Face makes of so many samples of a signal; None for other modules."""
+    if not callable(getattr(module, "_get_feat_extract_output_lengths", None)):
+        return None
+    frames = _frames(module, torch.tensor([samples]))
+    return int(frames[0]) if isinstance(frames, Tensor) and frames.shape == (1,) else None
+
+
+def _frames(module: nn.Module, samples: Tensor) -> Any:
+    # Private, but all speech models of Hugging Face have it; without it there is no mask, and a warning.
+    return module._get_feat_extract_output_lengths(samples)  # type: ignore[operator]

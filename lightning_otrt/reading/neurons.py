@@ -124,7 +124,7 @@ class NeuronReader:
 
         Args:
             output: See :func:`neurons`.
-            mask: ``(B, T)``, true where a token is not padding; used for a sequence of tokens only.
+            mask: ``(B, T)``, true where a position is not padding; used for sequences only.
 
         Returns:
             ``(B, C, *positions)``, a tensor of its own.
@@ -148,7 +148,16 @@ class NeuronReader:
             return self._pool_tokens(x, mask)
         if x.dim() == 2:
             return widened_copy(x)
+        if x.dim() == 3 and mask is not None:
+            return pool_valid(x, mask, self._sizes(x.shape[2:])[0])
         return pool(x, self._sizes(x.shape[2:]))
+
+    def sequence_size(self, output: Tensor) -> tuple[int, int] | None:
+        """Number of samples and positions of a sequence, a prefix included; None for vectors, maps and token grids."""
+        if output.dim() != 3 or self.token_grid is not None:
+            return None
+        positions = ({0, 1, 2} - {self.batch_axis, self._axis(output)}).pop()
+        return output.shape[self.batch_axis], output.shape[positions]
 
     def _axis(self, x: Tensor) -> int:
         shape = tuple(x.shape)

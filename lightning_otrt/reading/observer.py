@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers
-from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.masks import padding_mask
-from lightning_otrt.reading.readers import layer_reader
+from lightning_otrt.reading.layer_masks import layer_masks, warn_of_unused_masks
+from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.views import View
 
@@ -34,11 +33,9 @@ class Observer:
         self.side, self.names = side, tuple(layers)
         self._recorder = Recorder(lambda *_: False)
         self._recorder.watch_student(
-            {
-                name: (name, modules[name.removesuffix(INPUT)], layer_reader(side, trace, name, axis, grid))
-                for name, axis in layers.items()
-            }
+            {name: recorded_layer(side, trace, modules, name, axis, grid) for name, axis in layers.items()}
         )
+        warn_of_unused_masks(side, {name: layer_masks(side, trace, name, axis) for name, axis in layers.items()})
 
     def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Readings ``(B, C, *positions)`` by name of the forward ``run(*args, **kwargs)``.
@@ -46,7 +43,7 @@ class Observer:
         Raises:
             ValueError: If a layer does not run exactly once.
         """
-        self._recorder.current = view = View("", student_mask=padding_mask(args, kwargs))
+        self._recorder.current = view = View("")
         try:
             run(*args, **kwargs)
         finally:

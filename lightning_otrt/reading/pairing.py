@@ -11,14 +11,15 @@ from torch import nn
 from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.lookup import LayerNames, check_names
 from lightning_otrt.layers.names import child_names, named_layers, named_tensors
-from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.layers.resolve import fallback_note, resolve_layers
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
+from lightning_otrt.reading.layer_masks import pair_masks, warn_of_one_sided_masks, warn_of_unused_masks
 from lightning_otrt.reading.outputs import describe
 from lightning_otrt.reading.reach import describe_reach
-from lightning_otrt.reading.readers import layer_reader
+from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Readers
 from lightning_otrt.reading.tracer import trace
 
@@ -55,14 +56,17 @@ class Pairing:
         modules = named_layers(model)
         found = {}
         for index, pair in enumerate(self.pairs):
-            name, axis = (pair.student, pair.axes[0]) if side == "student" else (pair.teacher, pair.axes[1])
-            reader = layer_reader(side, getattr(self, side), name, axis, grid, pair.select)
-            found[str(index)] = (name, modules[name.removesuffix(INPUT)], reader)
+            name, place = (pair.student, 0) if side == "student" else (pair.teacher, 1)
+            trace_of_side = self.student if side == "student" else self.teacher
+            found[str(index)] = recorded_layer(
+                side, trace_of_side, modules, name, pair.axes[place], grid, pair.select, pair.masks[place]
+            )
         return found
 
     def table(self) -> str:
         """The pairs as a table with types and shapes."""
-        table = format_pairs(self.pairs, self.student, self.teacher)
+        masks = [pair_masks(pair, self.student, self.teacher) for pair in self.pairs]
+        table = format_pairs(self.pairs, self.student, self.teacher, masks)
         return f"{self.note}\n{table}" if self.note else table
 
 
@@ -98,7 +102,7 @@ def pair_layers(
     student_trace = trace(student, *inputs, root=root, method=method)
     teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root)
     if known is not None:
-        return Pairing(known, student_trace, teacher_trace, describe_reach(student, student_trace, known))
+        return _checked(Pairing(known, student_trace, teacher_trace, describe_reach(student, student_trace, known)))
 
     def find_matches() -> list[tuple[str, str]]:
         runs = (named_layers(student)[root], *inputs), (named_layers(teacher)[teacher_root], *teacher_inputs)
@@ -106,7 +110,16 @@ def pair_layers(
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
     notes = [fallback_note(layers, student_trace, teacher_trace), describe_reach(student, student_trace, pairs)]
-    return Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)))
+    return _checked(Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes))))
+
+
+def _checked(pairing: Pairing) -> Pairing:
+    """The pairing, after warnings where padding is not left out."""
+    masks = [pair_masks(pair, pairing.student, pairing.teacher) for pair in pairing.pairs]
+    warn_of_unused_masks("student", {pair.student: found[0] for pair, found in zip(pairing.pairs, masks, strict=True)})
+    warn_of_unused_masks("teacher", {pair.teacher: found[1] for pair, found in zip(pairing.pairs, masks, strict=True)})
+    warn_of_one_sided_masks(pairing.pairs, masks, pairing.student, pairing.teacher)
+    return pairing
 
 
 def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root: str | None) -> None:

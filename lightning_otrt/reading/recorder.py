@@ -4,20 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_otrt.layers.mask_sources import MaskSource
 from lightning_otrt.layers.pairs import INPUT
-from lightning_otrt.reading.hooks import CloseView, OpenView, ReadInput, ReadOutput, ViewAroundMethod
+from lightning_otrt.reading.hooks import (
+    CloseView,
+    NoteMask,
+    OpenView,
+    ReadInput,
+    ReadOutput,
+    ViewAroundMethod,
+)
 from lightning_otrt.reading.neurons import NeuronReader
 from lightning_otrt.reading.views import View
 
-__all__ = ["Readers", "Recorder"]
+__all__ = ["Readers", "RecordedLayer", "Recorder"]
 
-#: What to record of one network: key -> (name of the layer, module, reader).
-Readers: TypeAlias = Mapping[str, tuple[str, nn.Module, NeuronReader]]
+
+class RecordedLayer(NamedTuple):
+    """What to record of one layer.
+
+    Attributes:
+        name: Its name, with ``":input"`` for what enters it.
+        module: The module.
+        reader: Reads its output.
+        masks: Where its padding masks may come from, the nearest first, with the modules that get them.
+    """
+
+    name: str
+    module: nn.Module
+    reader: NeuronReader
+    masks: tuple[tuple[MaskSource, nn.Module], ...] = ()
+
+
+#: What to record of one network, by key.
+Readers: TypeAlias = Mapping[str, RecordedLayer]
 
 
 class Recorder:
@@ -46,6 +71,7 @@ class Recorder:
         self._root_handles: list[RemovableHandle | ViewAroundMethod] = []
         self._student_handles: list[RemovableHandle] = []
         self._teacher_handles: list[RemovableHandle] = []
+        self._student_masks: list[tuple[nn.Module, NoteMask]] = []
 
     def watch_roots(self, candidates: Iterable[tuple[str, nn.Module]], method: str = "") -> None:
         """Call ``on_forward`` at each training forward of these modules, given outermost first.
@@ -80,6 +106,12 @@ class Recorder:
         finally:
             self.enabled = before
 
+    def note_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the masks that a module of the student gets, where the view was opened after its hooks ran."""
+        for known, note in self._student_masks:
+            if known is module:
+                note(module, args, kwargs)
+
     def teacher_running(self) -> _TeacherRunning:
         """Record the teacher inside the block."""
         return _TeacherRunning(self)
@@ -94,17 +126,27 @@ class Recorder:
         self._remove(self._root_handles)
         self._remove(self._student_handles)
         self._remove(self._teacher_handles)
+        self._student_masks = []
         self.views, self.current, self.enabled = [], None, False
         self.nested, self.runs_teacher = 0, False
 
     def _install(self, handles: list[RemovableHandle], side: str, readers: Readers) -> list[RemovableHandle]:
         self._remove(handles)
-        for key, (name, module, reader) in readers.items():
+        sources = dict(mask for layer in readers.values() for mask in layer.masks)
+        notes = [(module, NoteMask(self, side, source, module)) for source, module in sources.items()]
+        if side == "student":
+            self._student_masks = notes
+        # Before the readers: a layer may get its own mask, and be read where it starts.
+        for module, note in notes:
+            if note.source.method != "forward":  # the root's: noted where its view is opened
+                continue
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        for key, (name, module, reader, masks) in readers.items():
             if name.endswith(INPUT):
-                hook = ReadInput(self, side, key, reader)
+                hook = ReadInput(self, side, key, reader, masks)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(ReadOutput(self, side, key, reader)))
+                handles.append(module.register_forward_hook(ReadOutput(self, side, key, reader, masks)))
         return handles
 
     @staticmethod

@@ -14,13 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.names import child_names, is_inside, named_layers, primary_names
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.arguments import bound_arguments
 from lightning_otrt.reading.batch_facts import count_samples, is_sequence_first
 from lightning_otrt.reading.evaluation import in_evaluation
+from lightning_otrt.reading.mask_search import Call, MaskSearch
+from lightning_otrt.reading.masks import pad_nested
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, role_of
-from lightning_otrt.reading.outputs import all_tensors, describe, is_dense, output_items, sequence_output
+from lightning_otrt.reading.outputs import all_tensors, describe, output_items, sequence_output
 from lightning_otrt.reading.torch_internals import is_in_backward
 
 __all__ = ["trace"]
@@ -69,7 +72,11 @@ def trace(
     primary = primary_names(modules, root)
     target = modules[root]
     inputs = list(all_tensors((tuple(args), dict(kwargs or {}))))
+    taken = bound_arguments(target, tuple(args), kwargs or {}, method or "forward")
+    call = Call(primary[id(target)], target, taken, method or "forward")
     recorder = _TraceHooks(inputs)
+    if method:  # no hook of the root tells that it runs
+        recorder.enter(call)
     with in_evaluation(target, inputs), ExitStack() as hooks:
         for name, module in modules.items():
             if primary[id(module)] == name and is_inside(name, root):
@@ -89,6 +96,7 @@ def trace(
         output_shapes=tuple(tuple(tensor.shape) for tensor in returned),
         batch_size=count_samples(inputs, returned, sequence_first=is_sequence_first(target) or False),
         prefix_tokens=_prefix_tokens(target),
+        arguments=MaskSearch(inputs).named(call),
     )
 
 
@@ -102,7 +110,7 @@ class _Frame:
     """A module that is running.
 
     Attributes:
-        module: The module.
+        call: The module with its arguments.
         input: Its first positional tensor input.
         input_axis: Axis of the neurons in the input, None while unknown.
         source: Where the input came from.
@@ -110,12 +118,17 @@ class _Frame:
         votes: ``(shape, neuron axis)`` of the outputs of inner modules whose types tell the axis.
     """
 
-    module: nn.Module
+    call: Call
     input: Tensor | None
     input_axis: int | None
     source: _Source | None
     takes_model_input: bool = False
     votes: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.call.module
 
 
 @dataclass
@@ -134,11 +147,16 @@ class _TraceHooks:
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = {id(tensor) for tensor in inputs}
         self._samples = count_samples(inputs, [])
+        self._search = MaskSearch(inputs)
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._running: list[_Frame] = []
         self._sources: dict[int, _Source] = {}
         self._completed = 0
+
+    def enter(self, call: Call) -> None:
+        """The call of a method, inside of which all modules run."""
+        self._running.append(_Frame(call, None, None, None))
 
     def before_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
@@ -158,7 +176,7 @@ class _TraceHooks:
                     frame.input_axis = axis
         taken = bound_arguments(module, args, kwargs)
         starts = any(id(value) in self._inputs for key, value in taken.items() if not key.endswith("mask"))
-        self._running.append(_Frame(module, tensor, axis, source, starts))
+        self._running.append(_Frame(Call(name, module, taken), tensor, axis, source, starts))
 
     def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook."""
@@ -168,8 +186,13 @@ class _TraceHooks:
         while frame.module is not module:  # an inner forward raised, and its caller went on
             frame = self._running.pop()
         output = sequence_output(module, output)
-        tensors = [(key, value) for key, value in output_items(output) if is_dense(value)]
-        traced = tuple((key, self._traced(module, frame, value)) for key, value in tensors)
+        tensors = [(key, value) for key, value in output_items(output) if isinstance(value, Tensor)]
+        entered = frame.input
+        masks: tuple[TracedMask, ...] = ()
+        if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):
+            masks = self._search.masks([running.call for running in (frame, *reversed(self._running))])
+        length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)
+        traced = tuple((key, self._traced(module, frame, value, length)) for key, value in tensors)
         is_single = len(traced) == 1 and not isinstance(output, Mapping)
         known = self._layers.get(name)
         made_by = self._source(tensors[0][1]) if is_single and _has_children(module) else None
@@ -178,13 +201,14 @@ class _TraceHooks:
             kind=type(module).__name__,
             order=self._completed,
             calls=known.calls + 1 if known else 1,
-            input=self._traced_input(frame),
+            input=None if entered is None else self._traced_input(frame, entered, length),
             output=traced[0][1] if is_single else None,
             output_kind=describe(output),
             parts=() if isinstance(output, Tensor) else traced,
             input_from=frame.source.layer if frame.source else None,
             output_from=made_by.layer if made_by is not None else name,
             takes_model_input=frame.takes_model_input,
+            masks=masks,
         )
         self._outputs[name] = [weakref.ref(value) for _, value in tensors]
         self._completed += 1
@@ -212,15 +236,16 @@ class _TraceHooks:
         source = self._sources.get(id(tensor))
         return source if source is not None and source.tensor() is tensor else None
 
-    def _traced_input(self, frame: _Frame) -> TracedTensor | None:
-        if frame.input is None:
-            return None
-        return _facts(frame.input, frame.input_axis, self._batch_axis(frame.module, frame, frame.input))
+    def _traced_input(self, frame: _Frame, value: Tensor, length: int | None) -> TracedTensor:
+        shape = _shape(value, length)
+        return _facts(value, shape, frame.input_axis, self._batch_axis(frame.module, frame, value, shape))
 
-    def _traced(self, module: nn.Module, frame: _Frame, value: Tensor) -> TracedTensor:
-        return _facts(value, self._neuron_axis(module, frame, value), self._batch_axis(module, frame, value))
+    def _traced(self, module: nn.Module, frame: _Frame, value: Tensor, length: int | None) -> TracedTensor:
+        shape = _shape(value, length)
+        axis = self._neuron_axis(module, frame, value, shape)
+        return _facts(value, shape, axis, self._batch_axis(module, frame, value, shape))
 
-    def _neuron_axis(self, module: nn.Module, frame: _Frame, value: Tensor) -> int | None:
+    def _neuron_axis(self, module: nn.Module, frame: _Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:
         """The axis by the module's type, else by the layer that made the tensor, the votes of children or the input."""
         by_type = axis_of_type(module, value.dim())
         if by_type is not None:
@@ -228,13 +253,12 @@ class _TraceHooks:
         source = self._source(value)
         if source is not None and source.neuron_axis is not None:
             return source.neuron_axis
-        shape = tuple(value.shape)
         votes = {axis for voted, axis in frame.votes if voted == shape}
         if not votes:  # branches that were concatenated along the neurons
             votes = {axis for voted, axis in frame.votes if _without(voted, axis) == _without(shape, axis)}
         if votes:
             return votes.pop() if len(votes) == 1 else None
-        keeps_shape = frame.input is not None and frame.input.shape == value.shape
+        keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
         if not _has_children(module) and keeps_shape and frame.source is not None:
             axis = frame.source.neuron_axis
             # A layer of unknown type may permute. Its shape shows that, unless another axis has the same size.
@@ -242,9 +266,9 @@ class _TraceHooks:
                 return axis
         return None
 
-    def _batch_axis(self, module: nn.Module, frame: _Frame, value: Tensor) -> int:
+    def _batch_axis(self, module: nn.Module, frame: _Frame, value: Tensor, shape: tuple[int, ...]) -> int:
         """The axis of the samples of a ``(B, T, C)`` or ``(T, B, C)`` tensor, by `batch_first` or by its sizes."""
-        if value.dim() != 3:
+        if value.dim() != 3 or value.is_nested:
             return 0
         for running in (module, *(outer.module for outer in reversed(self._running))):
             sequence_first = is_sequence_first(running)
@@ -253,7 +277,7 @@ class _TraceHooks:
         source = self._source(value) or frame.source
         if source is not None and source.batch_axis == 1:
             return 1
-        return 1 if value.shape[0] != self._samples and value.shape[1] == self._samples else 0
+        return 1 if shape[0] != self._samples and shape[1] == self._samples else 0
 
 
 def _has_children(module: nn.Module) -> bool:
@@ -264,6 +288,11 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*shape[:axis], -1, *shape[axis + 1 :])
 
 
-def _facts(value: Tensor, neuron_axis: int | None, batch_axis: int) -> TracedTensor:
-    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+def _shape(value: Tensor, length: int | None) -> tuple[int, ...]:
+    """The shape of a tensor; that of a nested one, as it is padded to the length of the mask."""
+    return tuple((pad_nested(value, length)[0] if value.is_nested and value.dim() == 3 else value).shape)
+
+
+def _facts(value: Tensor, shape: tuple[int, ...], neuron_axis: int | None, batch_axis: int) -> TracedTensor:
+    dtype = str(value.dtype).removeprefix("torch.")
     return TracedTensor(shape, dtype, value.is_floating_point(), neuron_axis, batch_axis)

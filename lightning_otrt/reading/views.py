@@ -21,15 +21,14 @@ class View:
         root: Name of the module whose forward it was.
         student: Readings of the student, part of the autograd graph.
         teacher: Readings of the teacher, without graph.
-        student_mask: Padding mask ``(B, T)`` of the student's input, true where a token is valid.
-        teacher_mask: The same for the teacher.
+        masks: The padding masks of the forward by the key of their source: ``(B, T)``, true where a token is valid;
+            None where the argument was not given.
     """
 
     root: str
     student: dict[str, list[Tensor]] = field(default_factory=dict)
     teacher: dict[str, list[Tensor]] = field(default_factory=dict)
-    student_mask: Tensor | None = None
-    teacher_mask: Tensor | None = None
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
 
     @property
     def has_gradient(self) -> bool:

@@ -14,7 +14,6 @@ from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.masks import padding_mask
 from lightning_otrt.reading.pairing import (
     Pairing,
     can_be_root,
@@ -190,14 +189,11 @@ class Attachment:
         return copied
 
     def _run_teacher(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        view = self._recorder.current
         hooked = self.teacher.module
         self._prepare_teacher(student)
         if self.teacher.module is not hooked:
             self._watch_teacher()
         teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
-        if view is not None:
-            view.teacher_mask = padding_mask(teacher_args, teacher_kwargs)
         with self._recorder.teacher_running():
             self.teacher.run(teacher_args, teacher_kwargs)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_otrt.reading.neurons import NeuronReader
-from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.recorder import RecordedLayer, Recorder
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -60,7 +60,7 @@ def watched(net: nn.Module, started: Started | None = None, *, roots: Any = None
     recorder = Recorder(started or Started())
     recorder.watch_roots(roots or [("", net)])
     module = net.get_submodule(layer.removesuffix(":input"))
-    recorder.watch_student({layer: (layer, module, reader(layer))})
+    recorder.watch_student({layer: RecordedLayer(layer, module, reader(layer))})
     recorder.enabled = True
     return recorder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from reading.recorded import KINDS, Net, Started, handles, watched
 from torch import Tensor, nn
 
+from lightning_otrt.layers.mask_sources import MaskSource
 from lightning_otrt.reading.neurons import NeuronReader
-from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.recorder import RecordedLayer, Recorder
 from lightning_otrt.reading.views import View
 
 
@@ -124,31 +126,46 @@ def test_a_forward_inside_of_a_backward_is_none_of_the_students(net, x) -> None:
     assert recorder.take() == []
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.first(x)
+
+
 def test_each_side_is_read_with_its_own_mask() -> None:
     seen = {}
 
     class Masked(NeuronReader):
         def __call__(self, output: Any, mask: Tensor | None = None) -> Tensor:
             seen[self.layer] = mask
-            return super().__call__(output)
+            return super().__call__(output, mask)
 
-    student, teacher = Net(), Net()
-    recorder = watched(student)
-    recorder.watch_student({"s": ("first", student.first, Masked("s", neuron_axis=1))})
-    recorder.watch_teacher({"t": ("first", teacher.first, Masked("t", neuron_axis=1))})
-    other = torch.ones(5, 2, dtype=torch.bool)
+    student, teacher = Tokens(), Tokens()
+    recorder = Recorder(Started())
+    recorder.watch_roots([("", student)])
+    recorder.enabled = True
+    source = MaskSource("", "attention_mask", "valid")
+    own = RecordedLayer("first", student.first, Masked("s", neuron_axis=2), ((source, student),))
+    recorder.watch_student({"s": own})
+    padding = replace(source, true_at="padding", is_named=True)
+    others = RecordedLayer("first", teacher.first, Masked("t", neuron_axis=2), ((padding, teacher),))
+    recorder.watch_teacher({"t": others})
+    mask = torch.tensor([[1, 0]] * 5)
 
     def run(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        assert recorder.current is not None
-        recorder.current.teacher_mask = other
         with recorder.teacher_running():
-            teacher(args[0])
+            teacher(args[0], attention_mask=mask)
+        teacher(args[0], attention_mask=mask[:, :1])  # a forward that is none of this recorder
         return True
 
     recorder.on_forward = run
-    student(torch.randn(5, 3), attention_mask=torch.tensor([[1, 0]] * 5))
-    assert seen["s"].tolist() == [[True, False]] * 5
-    assert seen["t"] is other
+    for given in ((torch.randn(5, 2, 3), mask), (torch.randn(5, 2, 3), None)):
+        student(*given)
+        assert seen["t"].tolist() == [[False, True]] * 5
+        assert (seen["s"] is None) if given[1] is None else seen["s"].tolist() == [[True, False]] * 5
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
@@ -172,7 +189,7 @@ def test_readings_are_left_out_of_the_count_of_activation_checkpointing(x) -> No
 
     recorder = Recorder(Started())
     recorder.watch_roots([("", net)])
-    recorder.watch_student({"first": ("first", net.first, Squared("first", neuron_axis=1))})
+    recorder.watch_student({"first": RecordedLayer("first", net.first, Squared("first", neuron_axis=1))})
     recorder.enabled = True
     net.checkpointed = True
     y = net(x)

@@ -25,7 +25,7 @@ def test_pairs_traces_readers_and_table(x: Tensor) -> None:
     ]
     assert (pairing.student.root, pairing.teacher.root) == ("net", "")
     readers = pairing.readers("teacher", teacher, grid=2)
-    assert {key: (name, module is teacher.get_submodule(name)) for key, (name, module, _) in readers.items()} == {
+    assert {key: (name, module is teacher.get_submodule(name)) for key, (name, module, *_) in readers.items()} == {
         "0": ("block1", True),
         "1": ("block2", True),
     }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from reading.recorded import KINDS, Net, Outer, Started, handles, reader, watched
 
+from lightning_otrt.reading.recorder import RecordedLayer
 from lightning_otrt.reading.views import View
 
 
@@ -64,7 +65,7 @@ def test_only_the_outermost_root_opens_a_view(x) -> None:
 
 def test_the_teacher_is_read_only_while_this_recorder_runs_it(net, x) -> None:
     teacher, recorder = Net(), watched(net)
-    recorder.watch_teacher({"t": ("first", teacher.first, reader("first"))})
+    recorder.watch_teacher({"t": RecordedLayer("first", teacher.first, reader("first"))})
 
     def run(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         teacher(args[0])  # by another recorder
@@ -87,8 +88,8 @@ def test_watching_again_replaces_the_hooks(net, x) -> None:
     recorder = watched(net)
     before = handles(net)
     recorder.watch_roots([("", net)])
-    recorder.watch_student({"first": ("first", net.first, reader("first"))})
-    recorder.watch_teacher({"t": ("first", net.first, reader("first"))})
+    recorder.watch_student({"first": RecordedLayer("first", net.first, reader("first"))})
+    recorder.watch_teacher({"t": RecordedLayer("first", net.first, reader("first"))})
     recorder.watch_teacher({})
     assert handles(net) == before == 3
     net(x)
@@ -98,7 +99,7 @@ def test_watching_again_replaces_the_hooks(net, x) -> None:
 
 def test_remove_leaves_nothing(net, x) -> None:
     recorder = watched(net)
-    recorder.watch_teacher({"t": ("second", net.second, reader("second"))})
+    recorder.watch_teacher({"t": RecordedLayer("second", net.second, reader("second"))})
     recorder.nested, recorder.runs_teacher = 2, True
     net(x)
     recorder.current = View("")

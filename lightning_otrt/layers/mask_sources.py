@@ -1,0 +1,102 @@
+"""Where the padding mask of a layer comes from. Plain data; ``reading/mask_search.py`` finds it in a traced forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["LayerMasks", "MaskSource", "TracedMask", "choose_masks"]
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """An argument of a module that holds a padding mask ``(B, T)``.
+
+    Args:
+        module: Name of the module whose forward gets it.
+        argument: Name of the argument in the signature of that forward.
+        true_at: What its true elements are: ``"valid"`` tokens or ``"padding"``.
+        method: Name of the method that is called in place of the forward.
+        is_named: Whether the user named it, and so says what its elements mean.
+    """
+
+    module: str
+    argument: str
+    true_at: str
+    method: str = "forward"
+    is_named: bool = False
+
+
+@dataclass(frozen=True)
+class TracedMask:
+    """What the traced forward showed of a mask.
+
+    Args:
+        source: Where it is.
+        shape: ``(B, T)``, or None where the argument was not given.
+        frames: Number of frames that the module makes of ``T`` samples of a signal, where it tells.
+        problem: Why its elements cannot be read, ``""`` where they can.
+        empty: Number of samples in which it leaves no token.
+    """
+
+    source: MaskSource
+    shape: tuple[int, ...] | None
+    frames: int | None = None
+    problem: str = ""
+    empty: int = 0
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The masks of one layer.
+
+    Args:
+        sources: Where its mask may come from, the nearest first.
+        used: The one that the traced forward had, None where there was none.
+        misfit: One of another length than the layer, where no mask has the layer's.
+        unread: An argument of the network that may be its mask, where none is found: its name may mean either.
+        drops_prefix: Whether the mask leaves out the prefix tokens of the layer.
+    """
+
+    sources: tuple[MaskSource, ...] = ()
+    used: TracedMask | None = None
+    misfit: TracedMask | None = None
+    unread: TracedMask | None = None
+    drops_prefix: bool = False
+
+
+def choose_masks(
+    found: Sequence[TracedMask], samples: int, tokens: int, prefix: int, *, time_first: bool
+) -> LayerMasks:
+    """The masks of a layer that gave ``tokens`` tokens of ``samples`` samples.
+
+    A mask that the traced forward did not get stays a source: a later batch may have padding.
+
+    Args:
+        found: The masks of its sequence, the nearest first.
+        samples: Number of samples.
+        tokens: Number of tokens, a prefix included.
+        prefix: Number of prefix tokens that the network declares.
+        time_first: Whether the layer is ``(T, B, C)``; a mask may then be ``(T, B)``.
+
+    Example:
+        >>> near = TracedMask(MaskSource("encoder", "attention_mask", "valid"), (8, 6))
+        >>> far = TracedMask(MaskSource("", "attention_mask", "valid"), (8, 90))
+        >>> choose_masks([near, far], 8, 6, 0, time_first=False).used.source.module
+        'encoder'
+    """
+    lengths = {tokens, tokens - prefix}
+    sources: list[MaskSource] = []
+    misfit: TracedMask | None = None
+    for mask in found:
+        if mask.shape is None:
+            sources.append(mask.source)
+            continue
+        has_samples = mask.shape[0] == samples
+        fits = has_samples and (mask.shape[1] in lengths or mask.frames == tokens)
+        if not fits and not (time_first and mask.shape[0] in lengths and mask.shape[1] == samples):
+            misfit = misfit or (mask if has_samples else None)
+            continue
+        drops_prefix = prefix > 0 and has_samples and mask.shape[1] == tokens - prefix
+        return LayerMasks((*sources, mask.source), used=mask, drops_prefix=drops_prefix)
+    return LayerMasks(tuple(sources), misfit=misfit)

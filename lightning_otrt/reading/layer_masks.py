@@ -1,0 +1,149 @@
+"""The padding masks of a layer that is recorded, and the warnings where padding is not left out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
+from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.masks import unknown_polarity
+from lightning_otrt.reading.token_grid import find_token_grid
+
+__all__ = ["layer_masks", "pair_masks", "warn_of_one_sided_masks", "warn_of_unused_masks"]
+
+#: Names under which libraries pass a padding mask, some with true at valid tokens and some with true at padding.
+_EITHER = ("mask", "masks", "src_mask", "input_mask", "token_mask", "pad_mask")
+
+
+def layer_masks(
+    side: str, trace: Trace, name: str, axis: int | None, select: str | int | None = None, mask: str | None = "auto"
+) -> LayerMasks:
+    """The padding masks of one layer; none for what is no sequence.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        trace: Trace of its network.
+        name: ``"name"`` or ``"name:input"``.
+        axis: Axis of the neurons.
+        select: Key or index of the tensor, where the layer gives several.
+        mask: See :class:`~lightning_otrt.layers.pairs.LayerPair`.
+
+    Raises:
+        ValueError: If it is not known which elements of a mask are padding, or the mask that the user named is none of
+            the layer.
+    """
+    found = (_named(side, trace, mask),) if mask not in (None, "auto") else trace.layer(name).masks
+    tensor = trace.tensor(name, select)
+    if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
+        return LayerMasks()
+    samples, tokens = (tensor.shape[place] for place in (tensor.batch_axis, _position_axis(axis, tensor.batch_axis)))
+    if mask == "auto" and axis in (2, -1) and find_token_grid(trace, trace.layer(name), tensor).size is not None:
+        return LayerMasks()
+    masks = choose_masks(found, samples, tokens, trace.prefix_tokens, time_first=tensor.batch_axis == 1)
+    if masks.used is not None and masks.used.problem:
+        raise ValueError(unknown_polarity(masks.used.source, masks.used.problem))
+    if mask != "auto" and masks.used is None and found[0].shape is not None:
+        raise ValueError(
+            f"The mask {found[0].source.argument!r} has the shape {found[0].shape}, but the {side} layer {name!r} has "
+            f"{tokens} positions of {samples} samples. Name its own mask, or pass mask=None for this side."
+        )
+    if mask == "auto" and masks.used is None and masks.misfit is None:
+        shape = samples, tokens
+        unread = (known for known in trace.arguments if known.source.argument in _EITHER and known.shape == shape)
+        return replace(masks, unread=next(unread, None))
+    return masks
+
+
+def pair_masks(pair: LayerPair, student: Trace, teacher: Trace) -> tuple[LayerMasks, LayerMasks]:
+    """The masks of both layers of a pair."""
+    return (
+        layer_masks("student", student, pair.student, pair.axes[0], pair.select, pair.masks[0]),
+        layer_masks("teacher", teacher, pair.teacher, pair.axes[1], pair.select, pair.masks[1]),
+    )
+
+
+def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
+    """Warn once where there is a mask, but none that has the length of a layer, or one that leaves no token.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``.
+        masks: The masks of its layers by name.
+    """
+    misfits = {name: found.misfit for name, found in masks.items() if found.misfit is not None}
+    if misfits:
+        mask = next(iter(misfits.values()))
+        warnings.warn(
+            f"Padding is not left out of the {side} layers {list(misfits)}: the mask {mask.source.argument!r} of "
+            f"{mask.source.module or 'the network'!r} with shape {mask.shape} has another length. If another argument "
+            "is their mask, name it with LayerPair(mask=...); mask=None says that padding is to be read.",
+            stacklevel=2,
+        )
+    unread = {name: found.unread for name, found in masks.items() if found.unread is not None}
+    if unread:
+        name = next(iter(unread.values())).source.argument
+        warnings.warn(
+            f"The argument {name!r} of the {side} may be the padding mask of its layers {list(unread)}, but its name "
+            f'does not tell whether it marks valid tokens or padding. It is not used: pass LayerPair(mask="{name}") if '
+            f'it is true at valid tokens, mask="~{name}" if it is true at padding, or mask=None.',
+            stacklevel=2,
+        )
+    used = [found.used for found in masks.values() if found.used is not None and found.used.empty]
+    if used:
+        mask = used[0]
+        other = {"valid": f"~{mask.source.argument}", "padding": mask.source.argument}[mask.source.true_at]
+        warnings.warn(
+            f"The mask {mask.source.argument!r} of the {side} leaves no token in {mask.empty} samples, read as true at "
+            f'{mask.source.true_at}. If that is the wrong way round, pass LayerPair(mask="{other}").',
+            stacklevel=2,
+        )
+
+
+def warn_of_one_sided_masks(
+    pairs: Sequence[LayerPair], masks: Sequence[tuple[LayerMasks, LayerMasks]], student: Trace, teacher: Trace
+) -> None:
+    """Warn once where the padding of one layer of a pair is left out, and that of the other is read.
+
+    Args:
+        pairs: The pairs.
+        masks: Their masks, of student and teacher.
+        student: Trace of the student.
+        teacher: Trace of the teacher.
+    """
+    sides: dict[str, list[str]] = {}
+    for pair, found in zip(pairs, masks, strict=True):
+        for place, side, layer, trace in ((0, "student", pair.student, student), (1, "teacher", pair.teacher, teacher)):
+            own, other, tensor = found[place], found[1 - place], trace.tensor(layer, pair.select)
+            is_sequence = tensor is not None and len(tensor.shape) == 3
+            if other.used and is_sequence and not own.used and not own.misfit and pair.masks[place] is not None:
+                sides.setdefault(side, []).append(layer)
+    for side, layers in sides.items():
+        warnings.warn(
+            f"Padding is left out on one side only: no mask was found for the {side} layers {layers}, so that their "
+            "neurons are averaged over other tokens than those of the layers that they are matched to. Pass the mask "
+            "to that network too (`teacher_inputs`), name it with LayerPair(mask=...), or pass mask=None.",
+            stacklevel=2,
+        )
+
+
+def _named(side: str, trace: Trace, mask: str | None) -> TracedMask:
+    """The argument that the user named as the mask of a side."""
+    name = str(mask)
+    arguments = {traced.source.argument: traced for traced in trace.arguments}
+    found = arguments.get(name.removeprefix("~"))
+    kind = trace.layer(trace.root).kind
+    if found is None:
+        raise ValueError(
+            f"mask={name!r} names no argument of the {side} ({kind}). Its forward takes {list(arguments)}. Pass a "
+            "tuple (student, teacher) where the two differ."
+        )
+    if found.problem:
+        raise ValueError(f"mask={name!r} of the {side} ({kind}): {found.problem}.")
+    return replace(found, source=replace(found.source, true_at="padding")) if name.startswith("~") else found
+
+
+def _position_axis(neuron_axis: int, batch_axis: int) -> int:
+    """The axis of the positions of a tensor with three axes."""
+    return ({0, 1, 2} - {batch_axis, neuron_axis % 3}).pop()

@@ -1,0 +1,235 @@
+"""Which masks around a layer belong to its sequence: a walk outwards over the modules that are running.
+
+Each module's arguments are taken by name. A mask belongs to a layer if nothing between the two starts another sequence:
+a decoder has its own, a vision tower has none of the text beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
+from lightning_otrt.reading.masks import as_rows, count_frames, problem_of, valid_tokens
+
+__all__ = ["Call", "MaskSearch", "argument_names"]
+
+_ENCODER = {
+    "attention_mask": "valid",
+    "src_key_padding_mask": "padding",
+    "src_padding_mask": "padding",
+    "key_padding_mask": "padding",
+    "self_attn_padding_mask": "padding",
+    "padding_mask": "padding",
+    "encoder_padding_mask": "padding",
+}
+_DECODER = {
+    "decoder_attention_mask": "valid",
+    "tgt_key_padding_mask": "padding",
+    "tgt_padding_mask": "padding",
+    "decoder_padding_mask": "padding",
+}
+#: Masks that a decoder gets of the sequence that it looks at.
+_OF_MEMORY = ("src_key_padding_mask", "src_padding_mask", "encoder_padding_mask")
+#: What a decoder, or a layer of one, gets besides its own sequence.
+_MEMORY = ("encoder_hidden_states", "encoder_out", "memory", "key_value_states")
+_OF_TARGET = ("decoder", "tgt", "target")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module that is running.
+
+    Args:
+        name: Its name.
+        module: The module.
+        arguments: Its arguments by name, in the order of its signature.
+        method: The method that was called.
+    """
+
+    name: str
+    module: nn.Module
+    arguments: Mapping[str, Any]
+    method: str = "forward"
+
+    @property
+    def sequence(self) -> Tensor | None:
+        """Its first tensor that is no mask."""
+        return next((value for name, value in self.arguments.items() if _is_tensor(value) and "mask" not in name), None)
+
+    @property
+    def looks_at_memory(self) -> bool:
+        """Whether it is a decoder or a part of one, which gets another sequence too."""
+        return any(
+            self.arguments.get(name) is not None and self.arguments[name] is not self.sequence for name in _MEMORY
+        )
+
+    @property
+    def is_cross_attention(self) -> bool:
+        """Whether its mask is that of the keys, and these are no queries."""
+        query, key = self.arguments.get("query"), self.arguments.get("key")
+        is_named = "cross" in self.name.rpartition(".")[2].lower() or "Cross" in type(self.module).__name__
+        has_other_keys = key is not None and query is not None and key is not query
+        return is_named or has_other_keys or self.arguments.get("key_value_states") is not None
+
+    @property
+    def has_two_sequences(self) -> bool:
+        """Whether it gets the sequences of an encoder and of a decoder."""
+        return any(name.startswith(_OF_TARGET) for name in self.arguments) and not self.looks_at_memory
+
+
+class MaskSearch:
+    """Finds the masks of the layers of one traced forward.
+
+    Args:
+        inputs: The tensors that entered the whole model.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self._inputs = {id(tensor) for tensor in inputs}
+        # With the value, so that no other one gets its id while the search goes on.
+        self._known: dict[tuple[MaskSource, int], tuple[Any, TracedMask]] = {}
+
+    def masks(self, calls: Sequence[Call]) -> tuple[TracedMask, ...]:
+        """The masks of the sequence of a layer.
+
+        Args:
+            calls: The layer and the modules around it that are running, innermost first.
+        """
+        found = []
+        for place, call in enumerate(calls):
+            for name, true_at in _candidates(call, calls[:place]).items():
+                mask = self._traced(call, MaskSource(call.name, name, true_at, call.method))
+                if mask is not None and all(self._continues(inner, call, name) for inner in calls[:place]):
+                    found.append(mask)
+        return tuple(found)
+
+    def named(self, root: Call) -> tuple[TracedMask, ...]:
+        """What the user may name as mask: the arguments of the root's forward."""
+        found = []
+        for name in argument_names(root):
+            source = MaskSource(root.name, name, "valid", root.method, is_named=True)
+            found.append(self._traced(root, source) or TracedMask(source, None, problem="it is no mask (B, T)"))
+        return tuple(found)
+
+    def _traced(self, call: Call, source: MaskSource) -> TracedMask | None:
+        """The mask of that name; None if what has the name is none."""
+        value = call.arguments.get(source.argument)
+        key = source, id(value)
+        if key not in self._known:
+            traced = TracedMask(source, None) if value is None else _look_at(value, call.module, source)
+            if traced is None:
+                return None
+            self._known[key] = value, traced
+        return self._known[key][1]
+
+    def _continues(self, inner: Call, outer: Call, name: str) -> bool:
+        """Whether a call does not start a sequence other than that of the outer call's mask ``name``."""
+        start = inner.sequence
+        if start is None or not (id(start) in self._inputs or _is_ids(start)):
+            return True
+        mask = as_rows(outer.arguments.get(name))
+        of_target = name.startswith(_OF_TARGET)
+        own = [
+            value
+            for key, value in outer.arguments.items()
+            if _is_tensor(value) and "mask" not in key and _may_belong(value, mask)
+            if key.startswith(_OF_TARGET) == of_target or not outer.has_two_sequences
+        ]
+        if not own:  # inside of a container that is no mapping, or not given by name
+            return _may_belong(start, mask)
+        return _is_same(start, own[0])
+
+
+def argument_names(call: Call) -> tuple[str, ...]:
+    """The arguments that a forward got or could have got."""
+    return tuple(dict.fromkeys((*_signature(getattr(type(call.module), call.method)), *call.arguments)))
+
+
+@lru_cache(maxsize=4096)
+def _signature(forward: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return ()
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return tuple(parameter.name for parameter in parameters[1:] if parameter.kind not in several)
+
+
+def _candidates(call: Call, inner: Sequence[Call]) -> dict[str, str]:
+    """Names of the call's arguments that may be masks of a layer inside of these inner calls, and what true means."""
+    names = set(argument_names(call))
+    encoder = {name: true_at for name, true_at in _ENCODER.items() if name in names}
+    decoder = {name: true_at for name, true_at in _DECODER.items() if name in names}
+    if call.looks_at_memory:
+        encoder = {name: true_at for name, true_at in encoder.items() if name not in _OF_MEMORY}
+        encoder = {} if call.is_cross_attention else encoder
+        return {**decoder, **encoder}
+    if call.is_cross_attention:
+        return {}
+    if any(layer.looks_at_memory for layer in inner):
+        return decoder
+    if call.has_two_sequences or decoder:
+        inside = " ".join(f"{layer.name.rpartition('.')[2]} {type(layer.module).__name__}" for layer in inner).lower()
+        if "decoder" in inside:
+            return decoder
+        return encoder if "encoder" in inside else {**encoder, **decoder}
+    return encoder
+
+
+def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | None:
+    mask = as_rows(value)
+    if mask is None or mask.is_complex():
+        return None
+    frames = count_frames(module, mask.shape[1])
+    traced = TracedMask(source, tuple(mask.shape), frames, problem_of(mask, source))
+    if traced.problem or source.is_named:
+        return traced
+    valid = valid_tokens(mask, source)
+    if _is_causal(valid, mask):
+        return None
+    return replace(traced, empty=int((valid.sum(1) == 0).sum()))
+
+
+def _is_causal(valid: Tensor, mask: Tensor) -> bool:
+    """Whether it is the ``(T, T)`` triangle of what each token may look at, which tells no padding."""
+    if valid.shape[0] != valid.shape[1] or len(valid) < 2:
+        return False
+    triangle = torch.ones_like(valid).tril()
+    # A triangle of valid tokens is also what sequences of 1 to T tokens have, unless it is added to scores.
+    shapes = [~triangle, ~triangle.T, *([triangle] if mask.is_floating_point() else [])]
+    return any(torch.equal(valid, shape) for shape in shapes)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested
+
+
+def _is_ids(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+
+
+def _may_belong(tensor: Tensor, mask: Tensor | None) -> bool:
+    """Whether a tensor may be the sequence of a mask ``(B, T)``: ``(B, T, ...)``, ``(T, B, ...)`` or ``(B, C, T)``."""
+    if tensor.dim() not in (2, 3):
+        return False
+    if mask is None:
+        return True
+    samples, tokens = mask.shape
+    shape = tuple(tensor.shape)
+    return (shape[0] == samples and tokens in shape[1:]) or shape[:2] == (tokens, samples)
+
+
+def _is_same(start: Tensor, sequence: Tensor) -> bool:
+    """Whether two tensors are one sequence: one tensor, or ids that agree in most places, as with masked words."""
+    if start is sequence:
+        return True
+    if not (_is_ids(start) and _is_ids(sequence)) or start.shape != sequence.shape:
+        return False
+    return bool((start == sequence).float().mean() >= 0.5)
