@@ -53,11 +53,12 @@ class OtherRounding(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"):
+        namespace, name = operation._schema.name.split("::")
+        implicit = "CompositeImplicitAutograd"
+        if namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), implicit):
             # In inference mode these arrive whole, and elsewhere as what they consist of.
             with self:
                 return operation.decompose(*args, **(kwargs or {}))
-        name = operation._schema.name.removeprefix("aten::")
         inputs = list(tensors(args)) if name in INEXACT else []
         if not inputs or any(isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" for tensor in inputs):
             return operation(*args, **(kwargs or {}))
