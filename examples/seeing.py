@@ -19,7 +19,6 @@ from lightning_otrt import (
     OTRTCallback,
     OTRTMonitor,
     compare_representations,
-    plot_distances,
     plot_history,
     plot_plan,
     suggest_weight,
@@ -58,7 +57,7 @@ def main() -> None:
     images = DataLoader(test, 256)
     for axis, net, title in ((axes[0, 0], untrained, "before training"), (axes[0, 1], student.net, "after training")):
         result = compare_representations(net, teacher, images, layers=BLOCKS, progress=False)
-        plot_distances(result.distances, BLOCKS, BLOCKS, pairing=result.pairing, ax=axis)
+        result.plot(axis)
         axis.set_title(title, loc="right")
         print(f"{title}: {', '.join(f'{a} -> {b} {result.transport(a, b).value:.2f}' for a, b in result.pairing)}")
     plot_plan(result.transport(BLOCKS[-1], BLOCKS[-1]).plan, ax=axes[1, 0])

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_otrt.analysis.batches import Inputs, batch_inputs, to_device
@@ -18,6 +18,7 @@ from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.checks import check_count, check_module
 from lightning_otrt.layers.comparable import LayerChoice, choose_layers
+from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.observer import Observer
 from lightning_otrt.reading.positions import can_be_compared, match_positions
@@ -49,12 +50,14 @@ def compare_representations(
     """Transport distances between all layers of a student and all layers of a teacher, in one pass over the data.
 
     Each distance is that of arXiv 2007.06737, equation 2, over the observations of all batches together
-    (:class:`~lightning_otrt.NeuronTransportDistance`). Memory does not grow with the data: one ``(N, M)`` matrix in
+    (:class:`~lightning_otrt.NeuronTransportDistance`). Memory does not grow with the data: two ``(N, M)`` matrices in
     float64 for each two layers. Both networks run in evaluation mode without gradient, and are as before afterwards.
 
-    Two layers are compared at the positions that both have; a map cannot be compared with a sequence. Distances over
-    few observations are too small, above all for layers without positions: use several times as many samples as the
-    widest of these has neurons, or compare all layers at ``grid=1``.
+    Two layers are compared at the positions that both have; a map cannot be compared with a sequence. What is close by
+    chance differs: distances are smaller for wider layers, over few observations, and where zero padding shows at the
+    border of each map. So the same pass gives the distance by chance, to the teacher's layer with other samples, and
+    the pairing goes by the quotient of the two. Each sample is compared with the one before it in its batch, so that
+    batches should be shuffled.
 
     Args:
         student: The student. Names of its layers are relative to this module.
@@ -78,13 +81,13 @@ def compare_representations(
         progress: Show a progress bar.
 
     Returns:
-        The distances with the names of the layers, the best pairing and the plans.
+        The distances, those by chance, the names of the layers, the best pairing and the plans.
 
     Raises:
         TypeError: If the student is not a module with a ``forward``, the inputs in a batch are not known, or ``cost``
             is not a name.
-        ValueError: If an argument is out of range, there is no batch, a layer name is unknown, or activations are not
-            finite.
+        ValueError: If an argument is out of range, there are fewer than two samples, a layer name is unknown, or
+            activations are not finite.
 
     Example:
         >>> import torch
@@ -126,7 +129,7 @@ def compare_representations(
 
 
 class _Table:
-    """One metric for each two layers, updated batch by batch."""
+    """Two metrics for each two layers, with the same and with other samples, updated batch by batch."""
 
     def __init__(
         self,
@@ -143,9 +146,12 @@ class _Table:
             Observer(side, runner.module, seen, found, grid)
             for side, runner, seen, found in zip(("student", "teacher"), runners, traces, layers, strict=True)
         ]
-        self.layers = [tuple(found) for found in layers]
+        self.layers = tuple(layers[0]), tuple(layers[1])
         self.options = options
         self.metrics: dict[tuple[str, str], NeuronTransportDistance] = {}
+        self.by_chance: dict[tuple[str, str], NeuronTransportDistance] = {}
+        self.pooled: set[tuple[str, str]] = set()
+        self.others = OtherSamples()
         self.samples = 0
 
     def update(self, given: tuple[Inputs, Inputs]) -> None:
@@ -158,30 +164,44 @@ class _Table:
             for name, reading in readings.items():
                 check_finite(reading, f"{side} layer {name!r}")
         self.samples += next(iter(student.values())).shape[0]
+        shuffled = {column: self.others(column, x) for column, x in teacher.items()}
         for row, y in student.items():
             for column, x in teacher.items():
                 if not can_be_compared(y, x):
                     continue
-                y_neurons, x_neurons = match_positions(y, x, f"{row!r} -> {column!r}")
-                if (row, column) not in self.metrics:
-                    metric = NeuronTransportDistance(
-                        y_neurons.shape[0], x_neurons.shape[0], **self.options, sync_on_compute=False
-                    )
-                    self.metrics[row, column] = metric.to(y.device)
-                self.metrics[row, column].update(y_neurons, x_neurons)
+                if (y[0, 0].numel() == 1) != (x[0, 0].numel() == 1):
+                    self.pooled.add((row, column))
+                self._add(self.metrics, (row, column), y, x)
+                other = shuffled[column]
+                if other is not None:
+                    self._add(self.by_chance, (row, column), y, other)
+
+    def _add(
+        self,
+        metrics: dict[tuple[str, str], NeuronTransportDistance],
+        pair: tuple[str, str],
+        student: Tensor,
+        teacher: Tensor,
+    ) -> None:
+        y, x = match_positions(student, teacher, f"{pair[0]!r} -> {pair[1]!r}")
+        if pair not in metrics:
+            metric = NeuronTransportDistance(y.shape[0], x.shape[0], **self.options, sync_on_compute=False)
+            metrics[pair] = metric.to(y.device)
+        metrics[pair].update(y, x)
 
     def result(self, progress: bool) -> RepresentationComparison:
         """Solve all plans."""
-        rows, columns = self.layers
-        distances = torch.full((len(rows), len(columns)), torch.nan)
-        failed = {}
-        with torch.no_grad():
-            for pair, metric in tqdm(self.metrics.items(), "Solving plans", disable=not progress, leave=False):
-                try:
-                    # A metric keeps its last plan, which is as large as its statistics. That of a copy is freed.
-                    distances[rows.index(pair[0]), columns.index(pair[1])] = copy.deepcopy(metric).compute()
-                except RuntimeError as error:
-                    failed[pair] = error
+        if self.samples < MIN_SAMPLES:
+            raise ValueError(
+                f"Expected argument `dataloader` to give at least {MIN_SAMPLES} samples, but got {self.samples}: the "
+                "distance by chance is that to the teacher's layer with other samples. Give more data."
+            )
+        failed: dict[tuple[str, str], RuntimeError] = {}
+        with (
+            torch.no_grad(),
+            tqdm(total=2 * len(self.metrics), desc="Solving plans", disable=not progress, leave=False) as bar,
+        ):
+            distances, chance = (self._solve(metrics, failed, bar) for metrics in (self.metrics, self.by_chance))
         if failed:
             pair, reason = next(iter(failed.items()))
             warnings.warn(
@@ -189,7 +209,26 @@ class _Table:
                 f"{pair[0]!r} -> {pair[1]!r}: {reason}",
                 stacklevel=3,
             )
-        return RepresentationComparison(distances, rows, columns, self.samples, dict(self.metrics))
+        rows, columns = self.layers
+        pooled = torch.tensor([[(row, column) in self.pooled for column in columns] for row in rows])
+        return RepresentationComparison(distances, chance, pooled, *self.layers, self.samples, dict(self.metrics))
+
+    def _solve(
+        self,
+        metrics: Mapping[tuple[str, str], NeuronTransportDistance],
+        failed: dict[tuple[str, str], RuntimeError],
+        bar: tqdm[Any],
+    ) -> Tensor:
+        rows, columns = self.layers
+        distances = torch.full((len(rows), len(columns)), torch.nan)
+        for pair, metric in metrics.items():
+            try:
+                # A metric keeps its last plan, which is as large as its statistics. That of a copy is freed.
+                distances[rows.index(pair[0]), columns.index(pair[1])] = copy.deepcopy(metric).compute()
+            except RuntimeError as error:
+                failed.setdefault(pair, error)
+            bar.update()
+        return distances
 
     def remove(self) -> None:
         """Remove all hooks."""

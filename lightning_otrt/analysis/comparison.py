@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.analysis.plots import plot_distances
 from lightning_otrt.layers.order import match_in_order
+from lightning_otrt.reading.chance import relative_to_chance
 from lightning_otrt.transport.distance import TransportResult
 
 if TYPE_CHECKING:
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["RepresentationComparison"]
+
+#: What can be drawn and listed, and how a figure calls it.
+Values: TypeAlias = Literal["relative", "distances", "chance"]
+_LABELS = {
+    "relative": "transport distance / that by chance",
+    "distances": "transport distance",
+    "chance": "transport distance by chance",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +38,10 @@ class RepresentationComparison:
     Attributes:
         distances: Transport distances ``(S, T)`` on the CPU; NaN where one layer gives a map and the other a sequence,
             or no plan was found.
+        chance: Distances ``(S, T)`` to the same teacher layers with other samples. They differ from layer to layer, and
+            so the distances alone do not say which layer is closest.
+        pooled: Booleans ``(S, T)``: whether one layer has positions and the other none. The former is then averaged
+            over its positions, and so is another layer: such pairs come after all others in pairing and closest layers.
         student_layers: Names of the S student layers, in the order in which their forwards end.
         teacher_layers: Names of the T teacher layers.
         samples: Number of samples seen.
@@ -46,28 +59,49 @@ class RepresentationComparison:
         {'1': '1', '3': '3'}
         >>> result.transport("1", "3").plan.shape
         torch.Size([8, 8])
+        >>> bool((result.relative.diagonal() < result.relative[0, 1]).all())
+        True
     """
 
     distances: Tensor
+    chance: Tensor
+    pooled: Tensor
     student_layers: tuple[str, ...]
     teacher_layers: tuple[str, ...]
     samples: int
     statistics: Mapping[tuple[str, str], NeuronTransportDistance] = field(repr=False)
 
     @property
-    def pairing(self) -> tuple[tuple[str, str], ...]:
-        """The pairs ``(student layer, teacher layer)`` of least total distance, in order, with each layer used once.
+    def relative(self) -> Tensor:
+        """:attr:`distances` over :attr:`chance`, ``(S, T)``: 0 for the same layer, 1 for layers that share nothing.
 
-        Every layer of the side with fewer layers gets a partner, where one exists; see
-        :func:`lightning_otrt.layers.order.match_in_order`.
+        See :func:`lightning_otrt.reading.chance.relative_to_chance`. Pairing and closest layers go by it.
         """
-        return tuple((self.student_layers[i], self.teacher_layers[j]) for i, j in match_in_order(self.distances))
+        return relative_to_chance(self.distances, self.chance)
+
+    @property
+    def pairing(self) -> tuple[tuple[str, str], ...]:
+        """The pairs ``(student layer, teacher layer)`` of least total :attr:`relative` distance, in order.
+
+        Each layer is used once, and :attr:`pooled` pairs come last. Every layer of the side with fewer layers gets a
+        partner, where one exists; see :func:`lightning_otrt.layers.order.match_in_order`.
+        """
+        return tuple((self.student_layers[i], self.teacher_layers[j]) for i, j in match_in_order(self._ranked))
 
     @property
     def closest(self) -> dict[str, str]:
-        """The closest teacher layer of each student layer, in any order. Layers without a distance are left out."""
-        rows = zip(self.student_layers, self.distances.nan_to_num(nan=torch.inf), strict=True)
+        """The teacher layer of least :attr:`relative` distance for each student layer, in any order.
+
+        A :attr:`pooled` one only where there is no other. Layers without a distance are left out.
+        """
+        rows = zip(self.student_layers, self._ranked.nan_to_num(nan=torch.inf), strict=True)
         return {name: self.teacher_layers[int(row.argmin())] for name, row in rows if bool((row < torch.inf).any())}
+
+    @property
+    def _ranked(self) -> Tensor:
+        """Relative distances, with those of pooled pairs above all others."""
+        highest = self.relative.nan_to_num(nan=0.0).max() + 1
+        return self.relative + self.pooled * highest
 
     @property
     def plans(self) -> dict[tuple[str, str], Tensor]:
@@ -99,32 +133,58 @@ class RepresentationComparison:
         """:attr:`pairing` in the form that ``layers=`` takes."""
         return dict(self.pairing)
 
-    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def __str__(self) -> str:
+        """A table: for each student layer its closest teacher layer, with the distance, that by chance and both."""
+        rows: list[tuple[str, ...]] = [("student layer", "closest teacher layer", "distance", "by chance", "relative")]
+        for student, teacher in self.closest.items():
+            at = self.student_layers.index(student), self.teacher_layers.index(teacher)
+            numbers = (f"{float(values[at]):.3f}" for values in (self.distances, self.chance, self.relative))
+            rows.append((student, teacher, *numbers))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def plot(self, ax: Axes | None = None, *, values: Values = "relative") -> tuple[Figure, Axes]:
         """Heat map of the distances, with frames around :attr:`pairing`.
 
         Args:
             ax: Axes to draw on. None makes a figure.
+            values: ``"relative"`` to chance, by which layers are paired, ``"distances"`` or ``"chance"``.
 
         Returns:
             The figure and its axes.
 
         Raises:
+            ValueError: If ``values`` is none of these.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        return plot_distances(self.distances, self.student_layers, self.teacher_layers, pairing=self.pairing, ax=ax)
+        matrix, label = self._values(values)
+        return plot_distances(
+            matrix, self.student_layers, self.teacher_layers, pairing=self.pairing, label=label, ax=ax
+        )
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self, values: Values = "relative") -> Any:
         """The distances as a ``pandas.DataFrame`` with layer names.
 
+        Args:
+            values: As in :meth:`plot`.
+
         Raises:
+            ValueError: If ``values`` is none of these.
             ModuleNotFoundError: If pandas is not installed.
         """
+        matrix, _ = self._values(values)
         try:
             from pandas import DataFrame
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "`to_dataframe` needs pandas: pip install pandas. Without it, use the tensor `distances`; its rows are "
-                "`student_layers` and its columns `teacher_layers`."
+                "`to_dataframe` needs pandas: pip install pandas. Without it, use the tensors `distances`, `chance` "
+                "and `relative`; their rows are `student_layers` and their columns `teacher_layers`."
             ) from error
-        frame = DataFrame(self.distances.numpy(), index=self.student_layers, columns=self.teacher_layers)
+        frame = DataFrame(matrix.numpy(), index=self.student_layers, columns=self.teacher_layers)
         return frame.rename_axis(index="student", columns="teacher")
+
+    def _values(self, values: str) -> tuple[Tensor, str]:
+        if values not in _LABELS:
+            raise ValueError(f"Expected argument `values` to be one of {list(_LABELS)}, but got {values!r}.")
+        matrix: Tensor = getattr(self, values)
+        return matrix, _LABELS[values]

@@ -140,6 +140,7 @@ def plot_distances(
     teacher_layers: Sequence[str],
     *,
     pairing: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
+    label: str = "transport distance",
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
     """Heat map of the distances between all layers of a student and all layers of a teacher.
@@ -149,6 +150,7 @@ def plot_distances(
         student_layers: Names of the S rows.
         teacher_layers: Names of the T columns.
         pairing: Pairs ``student layer -> teacher layer`` to draw a frame around.
+        label: What the values are, beside the bar of colours.
         ax: Axes to draw on. None makes a figure that is large enough for the names.
 
     Returns:
@@ -190,7 +192,7 @@ def plot_distances(
         write_numbers(ax, image, matrix)
     if pairs:
         draw_frames(ax, pairs, "paired")
-    return add_colour_bar(ax, image, "transport distance")
+    return add_colour_bar(ax, image, label)
 
 
 def plot_history(

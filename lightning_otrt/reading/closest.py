@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_otrt.layers.comparable import comparable_layers
 from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.layers.resolve import select_layers
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples, relative_to_chance
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.observer import Observer
 from lightning_otrt.reading.pooling import pool
@@ -32,7 +33,8 @@ def match_layers(
 ) -> list[tuple[str, str]]:
     """The blocks of the student with those layers of the teacher that are closest to them on one batch, in order.
 
-    Distances are those of the correlation cost, in evaluation mode; the pairing is that of :func:`match_in_order`.
+    Distances are those of the correlation cost, in evaluation mode, over the distance to the teacher's layer with other
+    samples (:func:`~lightning_otrt.reading.chance.relative_to_chance`); the pairing is that of :func:`match_in_order`.
 
     Args:
         traces: Traces of student and teacher.
@@ -40,7 +42,7 @@ def match_layers(
         runs: For each, the module to run with its positional and keyword arguments.
 
     Raises:
-        ValueError: If no student layer can be compared with a teacher layer.
+        ValueError: If no student layer can be compared with a teacher layer, or the batch has a single sample.
     """
     student, teacher = traces
     candidates = [name for name in comparable_layers(teacher) if _positions(teacher, name) > 1]
@@ -50,12 +52,16 @@ def match_layers(
         for side, model, trace, chosen, run in zip(("student", "teacher"), models, traces, layers, runs, strict=True)
     ]
     ys, xs = _at_same_positions(*readings)
-    distances = torch.full((len(ys), len(xs)), math.nan)
-    for row, y in enumerate(ys):
-        for column, x in enumerate(xs):
-            if can_be_compared(y, x):
-                distances[row, column] = transport_distance(*match_positions(y, x, "matched")).value
-    pairs = match_in_order(distances)
+    if min(map(len, [*ys, *xs]), default=MIN_SAMPLES) < MIN_SAMPLES:
+        raise ValueError(
+            '"matched" compares layers on the first batch, which has a single sample: their distance by chance, which '
+            "other samples give, is not known. Use larger batches, or find the pairs over several of them: "
+            "layers=compare_representations(student, teacher, dataloader).as_layers()."
+        )
+    others = OtherSamples()
+    shuffled = [others(name, x) for name, x in zip(layers[1], xs, strict=True)]
+    distances, chance = (_distances(ys, side) for side in (xs, shuffled))
+    pairs = match_in_order(relative_to_chance(distances, chance))
     names = [list(chosen) for chosen in layers]
     if not pairs:
         raise ValueError(
@@ -81,6 +87,16 @@ def _readings(
     finally:
         observer.remove()
     return [found[name] for name in layers]
+
+
+def _distances(student: Sequence[Tensor], teacher: Sequence[Tensor | None]) -> Tensor:
+    """Distances between readings, NaN where two cannot be compared."""
+    distances = torch.full((len(student), len(teacher)), math.nan)
+    for row, y in enumerate(student):
+        for column, x in enumerate(teacher):
+            if x is not None and can_be_compared(y, x):
+                distances[row, column] = transport_distance(*match_positions(y, x, "matched")).value
+    return distances
 
 
 def _at_same_positions(student: list[Tensor], teacher: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

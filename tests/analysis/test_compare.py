@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 
 import lightning.pytorch as pl
 import matplotlib as mpl
@@ -43,7 +44,7 @@ class Sequence(nn.Module):
         return self.head(self.embed(x[:, 0, :6]).mean(1))
 
 
-@pytest.mark.parametrize("batch_size", [64, 7])
+@pytest.mark.parametrize("batch_size", [64, 10])
 def test_is_that_of_all_activations_at_once(batch_size):
     """By torch's pooling, numpy's correlation and POT's exact plan, whatever the batches are."""
     student, teacher = make_task().net.double(), make_teacher().double()
@@ -56,6 +57,9 @@ def test_is_that_of_all_activations_at_once(batch_size):
             expected = exact_distance(activations(student, row, x), activations(teacher, column, x))
             assert float(result.transport(row, column).value) == pytest.approx(expected, abs=1e-9)
             assert float(result.distances[i, j]) == pytest.approx(expected, abs=1e-6)
+            others = torch.cat([activations(teacher, column, batch[0]).roll(1, 0) for batch in data])
+            by_chance = exact_distance(activations(student, row, x), others)
+            assert float(result.chance[i, j]) == pytest.approx(by_chance, abs=1e-6)
     assert result.samples == 64
 
 
@@ -65,6 +69,52 @@ def test_a_network_with_itself_is_paired_layer_by_layer():
     assert result.student_layers == result.teacher_layers
     assert result.distances.diagonal().abs().max() < 1e-5
     assert result.as_layers() == result.closest == {name: name for name in result.student_layers}
+
+
+def test_single_samples_are_compared_with_the_one_before():
+    student, teacher = make_task().net.double().eval(), make_teacher().double().eval()
+    x = torch.randn(6, 1, 8, 8, dtype=torch.float64)
+    result = compare(student, teacher, x.split(1), layers=["block1"], plan="exact")
+    expected = exact_distance(activations(student, "block1", x)[1:], activations(teacher, "block1", x)[:-1])
+    assert float(result.chance) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="at least 2 samples, but got 1: the distance by chance"):
+        compare(student, teacher, [x[:1]])
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnet"])
+def test_no_layer_is_closest_to_all(name):
+    """By the distances alone one layer of an untrained teacher is: the widest, or the one of fewest observations."""
+    student, teacher, data = untrained(name)
+    result = compare(student, teacher, data)
+    votes = Counter(result.closest.values())
+    assert max(votes.values()) <= 0.75 * len(result.closest), votes
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnet", "bert"])
+def test_each_layer_is_closest_to_itself(name):
+    student, _, data = untrained(name)
+    result = compare(student, student, data)
+    assert result.closest == result.as_layers() == {name: name for name in result.student_layers}
+    assert result.relative.diagonal().max() < 0.01
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnet"])
+def test_each_layer_is_closest_to_its_noisy_copy(name):
+    student, _, data = untrained(name)
+    teacher = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
+    result = compare(student, teacher, data)
+    assert result.closest == {name: name for name in result.student_layers}
+
+
+def test_a_teacher_of_other_images_is_at_chance():
+    student, teacher, data = untrained("resnet")
+    assert compare(student, teacher, data).relative.min() < 0.5
+    unrelated = compare(student, teacher, data, teacher_inputs=lambda x: x.roll(3, 0))
+    assert unrelated.relative.nanmean() == pytest.approx(1, abs=0.03)
 
 
 def test_a_permuted_copy_is_at_no_distance():
@@ -232,6 +282,40 @@ def test_memory_does_not_grow_with_the_data():
         result = compare(make_task().net, make_teacher(), data)
         sizes.append(sum(metric.sums.numel() for metric in result.statistics.values()))
     assert sizes[0] == sizes[1]
+
+
+def untrained(name):
+    """A student, a teacher of the same family, and batches of smooth images or of tokens."""
+    torch.manual_seed(0)
+    if name == "bert":
+        from transformers import BertConfig, BertModel
+
+        sizes = {"vocab_size": 50, "num_attention_heads": 2, "max_position_embeddings": 16}
+        config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, **sizes)
+        return BertModel(config), None, [{"input_ids": part} for part in torch.randint(50, (48, 12)).split(24)]
+    images = F.interpolate(torch.randn(64, 3, 8, 8), 32, mode="bilinear").split(32)
+    if name == "vit":
+        import timm
+
+        options = {"img_size": 32, "patch_size": 8, "num_classes": 3, "depth": 4, "num_heads": 2}
+        nets = [timm.create_model("vit_tiny_patch16_224", embed_dim=width, **options) for width in (32, 48)]
+    elif name == "resnet":
+        nets = [small_resnet(), small_resnet()]
+    else:
+        nets = [
+            nn.Sequential(*(conv_block(i, width) for i in range(4)), Mean(), nn.Linear(8 * width, 3))
+            for width in (2, 3)
+        ]
+    return *nets, images
+
+
+def conv_block(depth, width):
+    return nn.Sequential(nn.Conv2d(width << depth - 1 if depth else 3, width << depth, 3, 2, 1), nn.ReLU())
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
 
 
 def activations(net, name, x):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from torch import Tensor
 
-from lightning_otrt.analysis.comparison import RepresentationComparison
+from lightning_otrt.analysis.comparison import RepresentationComparison, Values
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 
 STUDENTS, TEACHERS = ("a", "b"), ("x", "y", "z")
-#: ``a`` is closest to ``z`` alone; ``b`` and ``y`` cannot be compared.
-DISTANCES = torch.tensor([[0.3, 0.4, 0.1], [0.9, math.nan, 0.2]])
+#: Relative to chance ``a`` is closest to ``z`` alone; ``b`` and ``y`` cannot be compared.
+RELATIVE = torch.tensor([[0.3, 0.4, 0.1], [0.9, math.nan, 0.2]])
+#: By chance ``x`` is close to everything, so that the distances alone point at it.
+CHANCE = torch.tensor([[0.1, 0.8, 0.8], [0.1, math.nan, 0.8]])
+DISTANCES = RELATIVE * CHANCE
+NOT_POOLED = torch.zeros(2, 3, dtype=torch.bool)
 
 
 @pytest.fixture
@@ -26,13 +33,35 @@ def result() -> RepresentationComparison:
             if not DISTANCES[row, column].isnan():
                 metric = statistics[student, name] = NeuronTransportDistance(3, 3, plan="exact")
                 metric.update(teacher[[1, 2, 0]], teacher)
-    return RepresentationComparison(DISTANCES, STUDENTS, TEACHERS, 40, statistics)
+    return RepresentationComparison(DISTANCES, CHANCE, NOT_POOLED, STUDENTS, TEACHERS, 40, statistics)
 
 
 def test_pairing_is_in_order_and_closest_is_not(result: RepresentationComparison) -> None:
     assert result.pairing == (("a", "x"), ("b", "z")), "0.5 in all; a with z would leave b without a later partner"
     assert result.as_layers() == {"a": "x", "b": "z"}
     assert result.closest == {"a": "z", "b": "z"}
+
+
+def test_distances_go_over_those_by_chance(result: RepresentationComparison) -> None:
+    assert DISTANCES[0].argmin() == 0, "by the distances alone a would be closest to x"
+    torch.testing.assert_close(result.relative, RELATIVE, equal_nan=True)
+
+
+def test_a_layer_without_positions_comes_after_layers_with_positions(result: RepresentationComparison) -> None:
+    """A map against a vector is the mean of the map against it, which is another layer."""
+    pooled = NOT_POOLED.clone()
+    pooled[:, 2] = True
+    assert replace(result, pooled=pooled).closest == {"a": "x", "b": "x"}
+    assert replace(result, pooled=pooled).pairing == (("a", "x"), ("b", "z")), "a partner for each comes first"
+    assert replace(result, pooled=~NOT_POOLED).closest == result.closest, "where all are, none comes first"
+
+
+def test_prints_a_table(result: RepresentationComparison) -> None:
+    assert str(result).splitlines() == [
+        "student layer  closest teacher layer  distance  by chance  relative",
+        "a              z                      0.080     0.800      0.100",
+        "b              z                      0.160     0.800      0.200",
+    ]
 
 
 def test_plans(result: RepresentationComparison) -> None:
@@ -54,7 +83,8 @@ def test_layers_that_cannot_be_compared(result: RepresentationComparison) -> Non
 
 
 def test_nothing_can_be_compared() -> None:
-    nothing = RepresentationComparison(torch.full((1, 2), math.nan), ("a",), ("x", "y"), 8, {})
+    nan = torch.full((1, 2), math.nan)
+    nothing = RepresentationComparison(nan, nan, torch.zeros(1, 2).bool(), ("a",), ("x", "y"), 8, {})
     assert nothing.pairing == ()
     assert nothing.closest == nothing.plans == nothing.as_layers() == {}
 
@@ -63,7 +93,25 @@ def test_plot(result: RepresentationComparison) -> None:
     figure, axes = result.plot()
     assert [label.get_text() for label in axes.get_yticklabels()] == list(STUDENTS)
     assert [label.get_text() for label in axes.get_xticklabels()] == list(TEACHERS)
+    assert figure.axes[0].images[0].colorbar.ax.get_ylabel() == "transport distance / that by chance"
     pyplot.close(figure)
+
+
+@pytest.mark.parametrize(("values", "expected"), [("distances", DISTANCES), ("chance", CHANCE), ("relative", RELATIVE)])
+def test_values_that_are_drawn_and_listed(result: RepresentationComparison, values: Values, expected: Tensor) -> None:
+    figure, axes = result.plot(values=values)
+    drawn = torch.as_tensor(np.ma.filled(axes.images[0].get_array(), math.nan))
+    torch.testing.assert_close(drawn.float(), expected, equal_nan=True)
+    pyplot.close(figure)
+    pytest.importorskip("pandas")
+    torch.testing.assert_close(torch.tensor(result.to_dataframe(values).to_numpy()), expected, equal_nan=True)
+
+
+def test_values_that_there_are_not(result: RepresentationComparison) -> None:
+    with pytest.raises(
+        ValueError, match=r"`values` to be one of \['relative', 'distances', 'chance'\], but got 'plans'"
+    ):
+        result.plot(values="plans")  # type: ignore[arg-type]
 
 
 def test_dataframe(result: RepresentationComparison) -> None:

@@ -28,6 +28,18 @@ class TestMatched:
         assert self.pairs(student, teacher, "auto")[0][1] == "2"
         assert self.pairs(student, teacher)[0] == ("0", "0")
 
+    def test_follows_what_samples_share_and_not_what_all_maps_share(self):
+        """The second map of the teacher is the same for every image, and so is most of the student's first one."""
+        frame = torch.zeros(1, 4, 8, 8)
+        frame[:, :, 0], frame[:, :, -1] = 3, -3
+        teacher = nn.Sequential(seeded(0, conv_block, 1), Plus(frame, keep=0.0), nn.AvgPool2d(2), Head(64))
+        student = nn.Sequential(nn.Sequential(copy.deepcopy(teacher[0]), Plus(frame)), Head(256))
+        assert self.pairs(student, teacher) == [("0", "0")]
+
+    def test_one_sample_has_no_chance(self):
+        with pytest.raises(ValueError, match="single sample: their distance by chance"):
+            self.pairs(make_task().net, make_teacher(), x=torch.randn(1, 1, 8, 8))
+
     def test_does_not_change_the_student(self):
         task = make_task(dropout=0.5)
         before, state = weights(task), torch.get_rng_state()
@@ -58,6 +70,18 @@ class TestMatched:
 
 def conv_block(channels):
     return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.Tanh())
+
+
+class Plus(nn.Module):
+    """Adds the same map to that of each sample."""
+
+    def __init__(self, frame, keep=1.0) -> None:
+        super().__init__()
+        self.keep = keep
+        self.register_buffer("frame", frame.clone())
+
+    def forward(self, x):
+        return self.keep * x + self.frame
 
 
 class Head(nn.Linear):
