@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels
 from lightning_otrt.options import FixedOptions, as_written
-from lightning_otrt.reading.batch_norm import batch_norms_in_training
+from lightning_otrt.reading.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.views import NoTermError, View, trained_views
 from lightning_otrt.run_state import RunState
@@ -52,8 +52,8 @@ class RepresentationTransfer(FixedOptions):
             a resumed run uses the pairs of its checkpoint.
         weight: Weight α of the term. About 8 suits the correlation cost; see the README for others. It may be set
             again at any time, as ``schedule`` may.
-        student_root: Name of the student's submodule whose inputs the teacher gets too; None: the outermost one that
-            holds the layers and is called.
+        student_root: Name of the student's submodule whose inputs the teacher gets too, or of its method, as in
+            ``"net:forward_features"``; None: the outermost one that holds the layers and is called.
         cost: ``"correlation"``, ``"euclidean"``, ``"sqeuclidean"`` or a function of raw neurons ``(N, n)``, ``(M, n)``
             that gives ``(N, M)``.
         plan: ``"sinkhorn"``, ``"exact"``, ``"static"`` (fixed once 256 samples were seen), or a control:
@@ -376,10 +376,7 @@ class RepresentationTransfer(FixedOptions):
         pairing = self._run.settle(student, choose, self._attachment.device)
         ranks = self._run.ranks
         if ranks is not None and ranks.rank == 0 and batch_norms_in_training(student, synchronized=False):
-            report(
-                "The student has BatchNorm layers, which see the samples of one process alone: under a global batch "
-                "the term is not that of a single process with all samples; with SyncBatchNorm it is."
-            )
+            report(BATCH_NORM_NOTE)
         report(
             f"Representation transfer from {type(self.teacher.module).__name__} to {type(student).__name__}:\n"
             f"{pairing.table()}"

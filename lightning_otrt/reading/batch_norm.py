@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["batch_norms_in_training"]
+__all__ = ["BATCH_NORM_NOTE", "batch_norms_in_training"]
+
+BATCH_NORM_NOTE = (
+    "The student has BatchNorm layers, which see the samples of one process alone: under a global batch the term is not "
+    "that of a single process with all samples; with SyncBatchNorm it is."
+)
 
 
 def batch_norms_in_training(model: nn.Module, *, synchronized: bool = True) -> list[str]:

@@ -81,8 +81,10 @@ def _copied(value: Any, clones: bool) -> Any:
         return (
             type(value)(*items) if hasattr(value, "_fields") else type(value)(items) if type(value) is tuple else value
         )
-    if isinstance(value, list):
+    if type(value) is list:
         return [_copied(item, clones) for item in value]
+    if type(value) is dict:  # not by `copy`, which code that is being compiled cannot contain
+        return {key: _copied(item, clones) for key, item in value.items()}
     try:
         own = copy.copy(value)
     except Exception:  # what cannot be copied is passed on as it is
