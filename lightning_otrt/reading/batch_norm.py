@@ -7,8 +7,8 @@ from torch import nn
 __all__ = ["BATCH_NORM_NOTE", "batch_norms_in_training"]
 
 BATCH_NORM_NOTE = (
-    "The student has BatchNorm layers, which see the samples of one process alone: under a global batch the term is not "
-    "that of a single process with all samples; with SyncBatchNorm it is."
+    "The student has BatchNorm layers, which see the samples of one process alone. So under a global batch the term is "
+    "not that of a single process with all samples; with SyncBatchNorm it is."
 )
 
 
