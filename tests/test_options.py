@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any, get_type_hints
 
 import lightning.pytorch as pl
@@ -83,6 +84,39 @@ class TestSignature:
                 way(make_teacher(), **{name: None})
             if name == "process_group":
                 assert "strategy" in str(error.value)
+
+
+TYPED = """
+from torch import nn
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_otrt import LinearWarmup, OTRTCallback, OTRTModule, RepresentationTransfer
+
+teacher = nn.Linear(2, 2)
+callback = OTRTCallback(teacher, "blocks", weight=3, schedule=LinearWarmup(3))
+callback.weight += 1
+ready: OTRTModule = OTRTModule(BoringModel(), RepresentationTransfer("resnet18"))
+weight: float = ready.otrt.weight
+OTRTCallback(teacher, wieght=3)
+OTRTModule(BoringModel(), teacher, weight="3")
+OTRTCallback(teacher, process_group=None)
+callback.weight = "3"
+print(callback.wieght)
+"""
+
+
+@pytest.mark.slow
+def test_type_checkers_see_the_options(tmp_path):
+    """As editors do: the first lines are right, and each of the others has its error."""
+    api = pytest.importorskip("mypy.api")
+    path = tmp_path / "typed.py"
+    path.write_text(TYPED)
+    told, _, _ = api.run(["--strict", "--ignore-missing-imports", str(path), f"--cache-dir={tmp_path / 'cache'}"])
+    wrong = [
+        line.startswith(("OTRTCallback(", "OTRTModule(", 'callback.weight = "', "print(")) for line in TYPED.split("\n")
+    ]
+    found = [int(number) for number in re.findall(r"typed\.py:(\d+): error", told)]
+    assert found == [number for number, is_wrong in enumerate(wrong, 1) if is_wrong], told
+    assert 'did you mean "weight"' in told
 
 
 class TestRepr:

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import OPTIONS, TransferOptions
+from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.load import TeacherSource
 from lightning_otrt.trainer.strategies import shared_batch
 from lightning_otrt.trainer.training_step import ExtraTerm, add_term, leaves_of, remove_term
@@ -40,6 +41,9 @@ class TransferCallback(pl.Callback, ExtraTerm):
 
     #: The transfer, with the resolved pairs and the distances of the last step.
     transfer: RepresentationTransfer
+    #: Options of the transfer, which can be set here at any time.
+    weight: float
+    schedule: Schedule | None
 
     def __init__(
         self, teacher: TeacherSource | RepresentationTransfer, layers: LayerSpec, options: TransferOptions
