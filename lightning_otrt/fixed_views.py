@@ -36,12 +36,14 @@ class FixedViews(Dataset[Any]):
 
     Args:
         dataset: A map-style data set with random augmentation.
-        views: Versions of each item. Few are cheap for the teacher, and many are closer to augmentation without end.
+        views: Versions of each item. Few are cheap for the teacher, and many are closer to augmentation without end: on
+            letters with ten labels a class, 8 views cost 2.2 ± 1.6 points of accuracy and 32 views 0.3 ± 1.0
+            (``benchmarks/RESULTS.md``, section "Fixed views"); no augmentation at all cost 9.4 ± 3.6.
         seed: Other seeds have other views.
 
     Raises:
-        TypeError: If the data set is iterable, so that its items have no index, or the seed is no integer.
-        ValueError: If ``views`` is no positive integer.
+        TypeError: If the data set is iterable, so that its items have no index, or ``views`` or the seed is no integer.
+        ValueError: If ``views`` is below 1.
 
     Example:
         >>> import torch

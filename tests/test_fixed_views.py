@@ -256,9 +256,11 @@ def test_data_without_an_index(dataset: Any) -> None:
         FixedViews(dataset)
 
 
-@pytest.mark.parametrize("views", [0, -1, 2.0, True, "8", None])
-def test_bad_views(views: Any) -> None:
-    with pytest.raises(ValueError, match="`views`"):
+@pytest.mark.parametrize(
+    ("views", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("8", TypeError)]
+)
+def test_bad_views(views: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="`views`"):
         FixedViews(Draws(), views)
 
 
