@@ -95,6 +95,6 @@ def _expected(name: str, wanted: str, got: str, hint: str) -> str:
 
 
 def _typed(value: Any) -> str:
-    """The value with its type, without which ``3`` and ``"3"`` look alike in many messages; no long values."""
+    """The value with its type, as ``3`` and ``"3"`` may look alike in a message. Long values are left out."""
     shown = repr(value)
     return f"{shown if len(shown) <= 100 else 'an object'} of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Random augmentations that come again: a few fixed views of each sample of a data set."""
+"""Random augmentations that repeat: a few fixed views of each sample of a data set."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = ["FixedViews"]
 class FixedViews(Dataset[Any]):
     """A data set whose random augmentations repeat: ``views`` fixed versions of each item.
 
-    Random augmentation makes a new image each time, so that what a teacher gave for one is never of use again. Here the
+    Random augmentation makes a new image each time, so a teacher's output for it can never be reused. Here the
     generators of torch, NumPy and Python are seeded by item and view while the data set makes the item, and put back
     afterwards. So a view is the same in every epoch, worker process and run, and the rest of the program draws what it
     would have drawn. Which of its views an item shows is drawn anew each time, from torch's generator, which data
     loaders seed for each worker and epoch: in epoch ``e``, counted from 0, a share of ``1 - (1 - 1 / views) ** e`` of
     the items has been seen before.
 
-    Any sampler, any number of workers, persistent or not, and transforms of torchvision, v1 or v2, will do. Only
-    generators of the CPU are seeded, and none that a transform keeps for itself, as Albumentations 2 does. That would
-    make views which do not repeat, so each process makes its first item twice and compares.
+    It works with any sampler, any number of workers, persistent or not, and transforms of torchvision, v1 and v2. Only
+    the global generators of the CPU are seeded. A transform with a generator of its own (Albumentations 2) gives views
+    that do not repeat. So each process makes its first item twice, and raises if the two differ.
 
     Args:
         dataset: A map-style data set with random augmentation.
-        views: Versions of each item. Few are cheap for the teacher, and many are closer to augmentation without end: on
-            letters with ten labels a class, 8 views cost 2.2 ± 1.6 points of accuracy and 32 views 0.3 ± 1.0
-            (``benchmarks/RESULTS.md``, section "Fixed views"); no augmentation at all cost 9.4 ± 3.6.
+        views: Versions of each item. With few, outputs of the teacher are soon reused; many are closer to endless
+            augmentation: on letters with ten labels a class, 8 views cost 2.2 ± 1.6 points of accuracy and 32 views 0.3
+            ± 1.0 (``benchmarks/RESULTS.md``, section "Fixed views"); no augmentation at all cost 9.4 ± 3.6.
         seed: Other seeds have other views.
 
     Raises:
@@ -108,7 +108,7 @@ class FixedViews(Dataset[Any]):
 @contextmanager
 def _seeded(digest: bytes) -> Iterator[None]:
     """Seed the global generators, each by a part of 32 random bytes, and put them back at the end."""
-    # Not `torch.manual_seed`, which seeds those of all devices, too, and they would not be put back.
+    # Not `torch.manual_seed`: it also seeds the generators of all devices, which would not be restored.
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
     np.random.seed(np.frombuffer(digest[8:16], dtype="<u4"))
@@ -136,7 +136,7 @@ def _as_key(index: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two items agree, as far as that can be told."""
+    """Whether two items agree. Values of unknown types count as equal."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
@@ -151,5 +151,5 @@ def _same(a: Any, b: Any) -> bool:
         return all(_same(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
     if isinstance(a, (bool, int, float, complex, str, bytes)):
         return a == b or a != a
-    # Pictures of PIL; of what else there is nothing is known.
+    # Images of PIL have it. Other types cannot be compared.
     return bool(a.tobytes() == b.tobytes()) if hasattr(a, "tobytes") else True

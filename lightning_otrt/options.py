@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class TransferOptions(TypedDict, total=False):
-    """The keyword options that ``OTRTCallback`` and ``OTRTModule`` hand on to ``RepresentationTransfer``.
+    """The keyword options that ``OTRTCallback`` and ``OTRTModule`` pass on to ``RepresentationTransfer``.
 
     That class documents them and has their defaults. Its ``process_group`` is missing here: a Trainer's strategy knows
     which processes share a batch.
@@ -154,14 +154,14 @@ def as_written(value: Any) -> str:
 def takes_options_of(
     source: type, *, without: tuple[str, ...] = (), description: str = ""
 ) -> Callable[[Function], Function]:
-    """Show the options of a constructor in place of the ``**options`` of a function that hands them on.
+    """Show the options of a constructor in place of the ``**options`` of a function that passes them on.
 
-    Type checkers and editors read ``Unpack[TransferOptions]``. What looks at a function at run time (``help``, Sphinx,
-    notebooks, jsonargparse behind LightningCLI) finds here each option with its type, default and description.
+    Type checkers and editors read ``Unpack[TransferOptions]``. Tools that look at the function at run time (``help``,
+    Sphinx, notebooks, jsonargparse behind LightningCLI) find each option with its type, default and description.
 
     Args:
         source: The class with the options, which its docstring describes under ``Args:``.
-        without: Options that are not handed on.
+        without: Options that are not passed on.
         description: What the function's own parameters mean, in the form of a docstring.
 
     Returns:

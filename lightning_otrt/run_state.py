@@ -1,4 +1,4 @@
-"""What a run goes on with: its pairs of layers and the engine with plans and statistics. Saved, resumed, reset."""
+"""The state of a run, to save, resume and reset: its pairs of layers, and the engine with plans and statistics."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class RunState:
         return replace(pairings[0], pairs=self.pairs)
 
     def take_bad_calls(self) -> int:
-        """How many calls since the last question gave a value that is not finite. Waits for the device."""
+        """Number of calls since the last read whose value was not finite. Waits for the device."""
         if self.engine is None or self.engine.bad_calls is None:
             return 0
         bad = int(self.engine.bad_calls)

@@ -20,7 +20,7 @@ class _Movable(Protocol):
     """A tensor, or an object that moves its own tensors, such as a batch of graphs."""
 
     def to(self, device: torch.device) -> Any:
-        """The same on a device."""
+        """The object on a device."""
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -51,13 +51,14 @@ def compare_representations(
 
     Each distance is that of arXiv 2007.06737, equation 2, over the observations of all batches together
     (:class:`~lightning_otrt.NeuronTransportDistance`). Memory does not grow with the data: two ``(N, M)`` matrices in
-    float64 for each two layers. Both networks run in evaluation mode without gradient, and are as before afterwards.
+    float64 for each pair of layers. Both networks run in evaluation mode without gradient; their modes and buffers are
+    restored afterwards.
 
-    Two layers are compared at the positions that both have; a map cannot be compared with a sequence. What is close by
-    chance differs: distances are smaller for wider layers, over few observations, and where zero padding shows at the
-    border of each map. So the same pass gives the distance by chance, to the teacher's layer with other samples, and
-    the pairing goes by the quotient of the two. Each sample is compared with the one before it in its batch, so that
-    batches should be shuffled.
+    Two layers are compared at the positions that both have; a map cannot be compared with a sequence. Distances by
+    chance differ from layer to layer: they are smaller for wider layers, over few observations, and where zero padding
+    shows at the border of each map. So the same pass also measures the distance by chance, which is that to the
+    teacher's layer on other samples, and layers are paired by the ratio of the two. For it each sample is compared with
+    the one before it in its batch, so shuffle the batches.
 
     Args:
         student: The student. Names of its layers are relative to this module.
@@ -129,7 +130,7 @@ def compare_representations(
 
 
 class _Table:
-    """Two metrics for each two layers, with the same and with other samples, updated batch by batch."""
+    """Two metrics for each pair of layers, on the same and on other samples, updated batch by batch."""
 
     def __init__(
         self,

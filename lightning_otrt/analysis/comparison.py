@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RepresentationComparison"]
 
-#: What can be drawn and listed, and how a figure calls it.
+#: The values that can be plotted or exported, with their labels in a figure.
 Values: TypeAlias = Literal["relative", "distances", "chance"]
 _LABELS = {
     "relative": "transport distance / that by chance",
@@ -41,7 +41,8 @@ class RepresentationComparison:
         chance: Distances ``(S, T)`` to the same teacher layers with other samples. They differ from layer to layer, and
             so the distances alone do not say which layer is closest.
         pooled: Booleans ``(S, T)``: whether one layer has positions and the other none. The former is then averaged
-            over its positions, and so is another layer: such pairs come after all others in pairing and closest layers.
+            over its positions, which makes it another representation. Such pairs come last in pairing and closest
+            layers.
         student_layers: Names of the S student layers, in the order in which their forwards end.
         teacher_layers: Names of the T teacher layers.
         samples: Number of samples seen.
@@ -75,7 +76,7 @@ class RepresentationComparison:
     def relative(self) -> Tensor:
         """:attr:`distances` over :attr:`chance`, ``(S, T)``: 0 for the same layer, 1 for layers that share nothing.
 
-        See :func:`lightning_otrt.reading.chance.relative_to_chance`. Pairing and closest layers go by it.
+        See :func:`lightning_otrt.reading.chance.relative_to_chance`. Pairing and closest layers use it.
         """
         return relative_to_chance(self.distances, self.chance)
 
@@ -92,7 +93,7 @@ class RepresentationComparison:
     def closest(self) -> dict[str, str]:
         """The teacher layer of least :attr:`relative` distance for each student layer, in any order.
 
-        A :attr:`pooled` one only where there is no other. Layers without a distance are left out.
+        A :attr:`pooled` one is taken only if there is no other. Layers without a distance are left out.
         """
         rows = zip(self.student_layers, self._ranked.nan_to_num(nan=torch.inf), strict=True)
         return {name: self.teacher_layers[int(row.argmin())] for name, row in rows if bool((row < torch.inf).any())}
@@ -134,7 +135,7 @@ class RepresentationComparison:
         return dict(self.pairing)
 
     def __str__(self) -> str:
-        """A table: for each student layer its closest teacher layer, with the distance, that by chance and both."""
+        """A table of the closest teacher layer for each student layer, with the distances and their ratio."""
         rows: list[tuple[str, ...]] = [("student layer", "closest teacher layer", "distance", "by chance", "relative")]
         for student, teacher in self.closest.items():
             at = self.student_layers.index(student), self.teacher_layers.index(teacher)

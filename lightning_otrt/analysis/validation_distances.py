@@ -88,7 +88,7 @@ class ValidationDistances:
             with torch.no_grad():
                 teacher_args, teacher_kwargs = teacher.inputs_for(args, kwargs)
                 self._recorder.current = View("")
-                # The hooks for masks ran before the view was there.
+                # The mask hooks ran before the view was open.
                 self._recorder.note_masks(module, args, kwargs)
                 with self._recorder.teacher_running():
                     teacher.run(teacher_args, teacher_kwargs)

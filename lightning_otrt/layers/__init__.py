@@ -1,1 +1,1 @@
-"""Names of layers, what a traced forward showed of them, and which of them are paired. Plain data."""
+"""Names of layers, the trace of a forward, and which layers are paired. Plain data: no modules, no tensors."""

@@ -77,7 +77,7 @@ def block_groups(trace: Trace) -> list[list[str]]:
 
 
 def evenly_spaced(wanted: int, names: Sequence[str]) -> list[str]:
-    """So many of the names, each the last of an equal part of them; names repeat where there are fewer.
+    """``wanted`` of the names: the last of each of as many equal parts. Names repeat if there are fewer.
 
     Example:
         >>> evenly_spaced(2, ["a", "b", "c", "d", "e", "f"])
@@ -92,7 +92,7 @@ def evenly_spaced(wanted: int, names: Sequence[str]) -> list[str]:
 
 
 def adds_nothing(layer: TracedLayer) -> bool:
-    """Whether a layer gives nothing that its input lacks: dropout, a placeholder, or pooling that does not shrink.
+    """Whether a layer adds no information to its input: dropout, an identity, or pooling that does not shrink.
 
     The 7x7 pooling of VGG repeats the positions of small images.
     """
@@ -193,7 +193,8 @@ def _repeated_blocks(layers: list[TracedLayer]) -> list[list[TracedLayer]]:
     repeated = [group for group in groups.values() if len(group) > 1]
     holders = tuple(f"{layer.name}." for group in repeated for layer in group)
     outermost = [group for group in repeated if not group[0].name.startswith(holders)]
-    # What stands under one numbered name (blocks and their downsampling) is one stack, told by its most frequent part.
+    # Groups that begin with the same name (blocks and their downsampling) are one stack: the largest group stands for
+    # it.
     stacks: dict[str, list[TracedLayer]] = {}
     for group in sorted(outermost, key=len):
         stacks[re.split(r"\d+", group[0].name)[0]] = group

@@ -28,10 +28,10 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
 
     Starting from the whole network, containers are opened level by level: sequences, and modules that hold numbered
     blocks of one type, each with several linear maps. A level is added as long as there are at most ``at_most`` layers
-    in all. Of layers without children, the last one before the next linear map is taken: of a convolution, its
-    normalisation and its activation it is the activation. Left out are the classification head and what comes after
-    it, layers that run more than once, layers without a known neuron axis, layers that add nothing in evaluation mode,
-    and children whose output their parent returns unchanged.
+    in all. Of consecutive layers without children, the last one before the next linear map is taken: of a convolution,
+    its normalisation and its activation this is the activation. Left out are the classification head and what comes
+    after it, layers that run more than once, layers without a known neuron axis, layers that add nothing in evaluation
+    mode, and children whose output their parent returns unchanged.
 
     Args:
         trace: One forward of the network.
@@ -131,7 +131,7 @@ def _is_usable(layer: TracedLayer, trace: Trace, head: TracedLayer | None) -> bo
 
 
 def _representatives(names: list[str], usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> Iterator[str]:
-    """Of siblings all containers, and the last of each group of layers without children."""
+    """All containers among siblings, and the last of each group of layers without children."""
     last: str | None = None
     for name in names:
         layer = known[name]

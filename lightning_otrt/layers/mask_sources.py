@@ -53,8 +53,9 @@ class LayerMasks:
     Args:
         sources: Where its mask may come from, the nearest first.
         used: The one that the traced forward had, None where there was none.
-        misfit: One of another length than the layer, where no mask has the layer's.
-        unread: An argument of the network that may be its mask, where none is found: its name may mean either.
+        misfit: A mask of another length, where none has the length of the layer.
+        unread: An argument of the network that may be its mask, where none is found. Its name does not tell what true
+            means.
         drops_prefix: Whether the mask leaves out the prefix tokens of the layer.
     """
 

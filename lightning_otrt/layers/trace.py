@@ -1,4 +1,4 @@
-"""What one traced forward shows of a model. Plain data; ``reading/tracer.py`` makes it."""
+"""The record of one traced forward of a model. Plain data; ``reading/tracer.py`` makes it."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ def is_sequence_first(module: nn.Module) -> bool | None:
 def count_samples(inputs: Sequence[Tensor], outputs: Iterable[Tensor], *, sequence_first: bool = False) -> int:
     """The number of samples of a forward: the size that most inputs and outputs have along the axis of the samples.
 
-    A label, a camera matrix or anything else that stands first among the inputs has no more say than the others.
+    The first input has no more weight than the others, since it may be a label or a camera matrix.
 
     Args:
         inputs: All tensors that enter.
         outputs: All tensors that leave.
-        sequence_first: Whether sequences are ``(T, B, ...)``; then the second axis votes too, and decides a draw.
+        sequence_first: Whether sequences are ``(T, B, ...)``; then the second axis counts too, and decides a tie.
 
     Returns:
         The number of samples; 0 where no tensor has an axis.

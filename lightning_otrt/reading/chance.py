@@ -1,4 +1,4 @@
-"""What two layers have in common by chance: their distance where the teacher's samples are other ones."""
+"""The distance of two layers by chance: that to the teacher's layer on other samples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 __all__ = ["MIN_SAMPLES", "OtherSamples", "relative_to_chance"]
 
-#: Samples without which there is no other sample.
+#: Fewest samples for a distance by chance: with one there is no other sample.
 MIN_SAMPLES = 2
-#: Below this a distance is the blur of an entropic plan.
+#: A smaller distance is only the blur of an entropic plan.
 _NOTHING = 1e-3
 
 
@@ -40,11 +40,11 @@ class OtherSamples:
 
 
 def relative_to_chance(distances: Tensor, chance: Tensor) -> Tensor:
-    """Distances over those with other samples: 0 where layers are the same, 1 where they share nothing of a sample.
+    """Distances divided by those with other samples: 0 for equal layers, 1 for layers that share nothing of a sample.
 
-    Distances of layers with other widths, sizes and numbers of positions have other chance levels: of wide layers,
-    of few observations, or where zero padding shows at the border of each map, any two are close. Their quotients
-    can be compared. Where both are zero, as of layers that do not depend on the sample, it is 1.
+    Distances by chance differ between layers: they are small for wide layers, for few observations, and where zero
+    padding shows at the border of each map. The ratios can be compared. Where both distances are zero, as for layers
+    that do not depend on the sample, the ratio is 1.
 
     Args:
         distances: Distances of layers that see the same samples.

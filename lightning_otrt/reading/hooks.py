@@ -62,7 +62,7 @@ class OpenView(_Hook):
         recorded = False
         try:
             recorded = recorder.on_forward(self.name, args, kwargs)
-            # Its own hook for masks ran before the view was there.
+            # The hook for its own mask ran before the view was open.
             recorder.note_masks(module, args, kwargs)
         finally:
             if not recorded:
@@ -169,7 +169,7 @@ class _Read(_Hook):
         self.has_warned = False
 
     def read(self, value: Any, own_mask: Tensor | None = None) -> None:
-        """Add the reading of a layer's value to the current view; a mask of its own goes before those around it."""
+        """Add the reading of a layer's value to the current view; a mask of its own comes before the others."""
         recorder = self.recorder
         # In the backward pass activation checkpointing runs layers and their hooks again.
         if recorder is None or recorder.current is None or recorder.nested or is_in_backward():

@@ -21,7 +21,7 @@ _EITHER = ("mask", "masks", "src_mask", "input_mask", "token_mask", "pad_mask")
 def layer_masks(
     side: str, trace: Trace, name: str, axis: int | None, select: str | int | None = None, mask: str | None = "auto"
 ) -> LayerMasks:
-    """The padding masks of one layer; none for what is no sequence.
+    """The padding masks of one layer; none if it is no sequence.
 
     Args:
         side: ``"student"`` or ``"teacher"``, for errors.

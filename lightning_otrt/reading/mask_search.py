@@ -35,7 +35,7 @@ _DECODER = {
     "tgt_padding_mask": "padding",
     "decoder_padding_mask": "padding",
 }
-#: Masks that a decoder gets of the sequence that it looks at.
+#: Masks of the sequence that a decoder attends to.
 _OF_MEMORY = ("src_key_padding_mask", "src_padding_mask", "encoder_padding_mask")
 #: What a decoder, or a layer of one, gets besides its own sequence.
 _MEMORY = ("encoder_hidden_states", "encoder_out", "memory", "key_value_states")
@@ -93,7 +93,7 @@ class MaskSearch:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = {id(tensor) for tensor in inputs}
-        # With the value, so that no other one gets its id while the search goes on.
+        # The value is kept, so that its id is not used again during the search.
         self._known: dict[tuple[MaskSource, int], tuple[Any, TracedMask]] = {}
 
     def masks(self, calls: Sequence[Call]) -> tuple[TracedMask, ...]:
@@ -119,7 +119,7 @@ class MaskSearch:
         return tuple(found)
 
     def _traced(self, call: Call, source: MaskSource) -> TracedMask | None:
-        """The mask of that name; None if what has the name is none."""
+        """The mask of that name; None if the argument of that name is no mask."""
         value = call.arguments.get(source.argument)
         key = source, id(value)
         if key not in self._known:
@@ -198,11 +198,11 @@ def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | 
 
 
 def _is_causal(valid: Tensor, mask: Tensor) -> bool:
-    """Whether it is the ``(T, T)`` triangle of what each token may look at, which tells no padding."""
+    """Whether it is a causal mask ``(T, T)``, which says nothing about padding."""
     if valid.shape[0] != valid.shape[1] or len(valid) < 2:
         return False
     triangle = torch.ones_like(valid).tril()
-    # A triangle of valid tokens is also what sequences of 1 to T tokens have, unless it is added to scores.
+    # Booleans in a triangle may also be the padding mask of sequences of 1 to T tokens.
     shapes = [~triangle, ~triangle.T, *([triangle] if mask.is_floating_point() else [])]
     return any(torch.equal(valid, shape) for shape in shapes)
 

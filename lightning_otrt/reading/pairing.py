@@ -205,7 +205,7 @@ def _trace_teacher(teacher: nn.Module, inputs: Inputs, student: nn.Module, root:
         args, kwargs = inputs
         given = [describe(value) for value in args] + [f"{name}={describe(value)}" for name, value in kwargs.items()]
         whose = f"{root!r} of the student" if root else "the student"
-        # The original words are kept in one string: batch-size finders look for "out of memory" in it.
+        # The original message stays in one piece: batch-size finders look for "out of memory" in it.
         raise RuntimeError(
             f"The teacher ({type(teacher).__name__}) failed on ({', '.join(given)}), from the inputs of {whose} "
             f"({type(student).__name__}). {type(error).__name__}: {error}. If it needs other inputs, make them with "

@@ -23,7 +23,7 @@ def pool(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
     Args:
         x: ``(B, C, *positions)``.
-        sizes: Number of positions to keep along each axis, at most those that there are.
+        sizes: Number of positions to keep along each axis, at most the size of the axis.
 
     Returns:
         ``(B, C, *sizes)``, never ``x`` itself.

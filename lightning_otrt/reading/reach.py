@@ -1,4 +1,4 @@
-"""How much of a student the term reaches, and which trained modules run outside of the part that was taken for it."""
+"""How much of a student the term reaches, and which trained modules run outside of the root that was found."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TrainedForwards:
             self._ran.setdefault(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainedForwards:
-        """The same object: a copy of the student in its first step is not watched for its own sake."""
+        """The same object: a copy that is made during the first step is not watched."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""What one forward of the student gave, and from it the neurons of each pair of layers, or the reason for none."""
+"""The readings of one forward of the student, and the neurons of each pair of layers, or why there are none."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A training run: when plans are solved, and from which sums."""
+"""A training run: when plans are solved and from which sums (``coupling.py``), and the term (``engine.py``)."""

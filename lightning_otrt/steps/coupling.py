@@ -44,7 +44,7 @@ class Coupling(ABC):
         self.cost, self.memory, self.solve_every = cost, memory, solve_every
 
     def prepare(self, state: PairState, y: Tensor, x: Tensor, where: str, index: int) -> None:
-        """Check the state of a pair against a batch, before anything is fed.
+        """Check the state of a pair against a batch, before its statistics are added.
 
         Args:
             state: The state of the pair.
@@ -59,11 +59,11 @@ class Coupling(ABC):
         state.check_plan(y, x, where)
 
     def is_due(self, state: PairState, calls: int) -> bool:
-        """Whether a plan is solved in the call that comes after so many others."""
+        """Whether a plan is solved in this call, which comes after ``calls`` others."""
         return state.plan is None or calls in EARLY_SOLVES or calls % self.solve_every == 0
 
     def remembers(self, state: PairState) -> bool:
-        """Whether calls that solve nothing feed the running cost."""
+        """Whether calls that solve no plan still add to the running cost."""
         return bool(state.memory)
 
     def choose_memory(self, samples: int, neurons: int) -> float:
@@ -86,7 +86,7 @@ class Coupling(ABC):
         return saved if setting == "auto" else None
 
     def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Tensor | None:
-        """Feed the statistics of a pair with a batch of one process.
+        """Add a batch of one process to the statistics of a pair.
 
         Args:
             state: The state of the pair.
@@ -131,7 +131,7 @@ class Coupling(ABC):
         """Count the samples behind a plan, for a coupling that stops solving once there are enough."""
 
     def start(self, state: PairState) -> Tensor | None:
-        """Potential ``(M,)`` from which the next solve starts; None for a start from nothing."""
+        """Potential ``(M,)`` from which the next solve starts; None for a start from scratch."""
         return state.potential
 
     @abstractmethod
@@ -180,7 +180,7 @@ class EntropicCoupling(Coupling):
         self.epsilon = epsilon
 
     def iterations(self, is_warm: bool) -> int:
-        """Updates of a solve, which nothing may stop earlier: that would wait for the device."""
+        """Number of updates of a solve. There is no early stop: to read the error would wait for the device."""
         return WARM_ITERATIONS if is_warm else TRAINING_ITERATIONS
 
     def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
@@ -226,7 +226,7 @@ class StaticCoupling(EntropicCoupling):
             state.samples += int(samples)
 
     def start(self, state: PairState) -> Tensor | None:
-        """Always from nothing: from the potential of fewer samples a solve may need more updates than it gets."""
+        """Always from scratch: from the potential of fewer samples a solve may need more updates than it gets."""
         return None
 
     def iterations(self, is_warm: bool) -> int:

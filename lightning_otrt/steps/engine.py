@@ -271,7 +271,7 @@ class TransportEngine:
             if settings[name] != own:
                 raise ValueError(
                     f"The checkpoint was saved with {name}={settings[name]!r}, but this run has {name}={own!r}. "
-                    f"Statistics and plans of one are of no use to the other. Resume with the same `{name}`, or load "
+                    f"Statistics and plans of one do not fit the other. Resume with the same `{name}`, or load "
                     "the weights alone."
                 )
         self.calls = state["calls"]

@@ -51,7 +51,7 @@ def inspect_batch(names: tuple[str, str], y: Tensor, x: Tensor, cost: Cost, epsi
 
 def inspect_plan(names: tuple[str, str], plan: Plan | None, epsilon: float) -> Iterator[str]:
     """A warning if an entropic plan matches almost nothing."""
-    # With a small epsilon this passes: the neurons of an untrained student are alike, and soon are no more.
+    # With a small epsilon this passes: the neurons of an untrained student are alike only at first.
     if plan is None or epsilon < BLURRING_EPSILON or 1 in plan.matrix.shape:
         return
     entropy = float(diagnose(plan.matrix).entropy)

@@ -15,8 +15,8 @@ Choice = TypeVar("Choice")
 def choice_of_first(ranks: Ranks | None, request: str, choose: Callable[[], Choice]) -> Choice:
     """What ``choose`` returns on the first process, on all processes. A collective.
 
-    A process with another request than the first one keeps its own choice. Its settings differ from theirs, which the
-    engine reports with both of them.
+    A process with another request than the first one keeps its own choice. The engine then reports how the settings
+    differ.
 
     Args:
         ranks: The processes; None: this process alone.

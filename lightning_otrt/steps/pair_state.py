@@ -20,7 +20,7 @@ class Solved(NamedTuple):
 
     Attributes:
         plan: The plan.
-        potential: Where the next solve may start, ``(M,)``; None for a solver that always starts from nothing.
+        potential: Where the next solve may start, ``(M,)``; None for a solver that always starts from scratch.
         is_finite: Scalar; false where cost or plan have values that are not finite. It stays on the device.
     """
 

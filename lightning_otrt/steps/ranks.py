@@ -1,4 +1,4 @@
-"""How the processes of a global batch talk to each other: sums of tensors, and checks that they agree."""
+"""Communication between the processes of a global batch: sums of tensors, and checks that they agree."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ class Ranks:
 
 
 def on_flat_buffers(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> list[Tensor]:
-    """Run an in-place collective on tensors of any shapes and types, laid end to end in as few buffers as it pays.
+    """Run an in-place collective on tensors of any shapes and types, laid end to end in few buffers.
 
-    There is one buffer for each type, but tensors whose type is narrower ride in the buffer of the widest where that
-    adds no more than :data:`COLLECTIVE_BYTES`. Widening loses nothing.
+    There is one buffer for each type, but tensors of a narrower type join the buffer of the widest where that adds no
+    more than :data:`COLLECTIVE_BYTES`. Widening loses nothing.
 
     Args:
         tensors: Tensors on one device. Integers above 2^24 need a float64 among the tensors to keep all digits.

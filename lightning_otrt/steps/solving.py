@@ -1,4 +1,4 @@
-"""Solves the plans that are due in a call, those of equal shape together."""
+"""Solves the plans that are due in a call, those of equal shape together. ``coupling.py`` decides when one is due."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Loading a teacher, and running it frozen on the inputs of the student."""
+"""Loading a teacher, running it frozen on the inputs of the student, and keeping its outputs."""

@@ -112,7 +112,7 @@ class Attachment:
             name, method = split_root(self.student_root)
             self._recorder.watch_roots([(name, modules[name])], method)
             return
-        # A module under two names is one candidate: by one set of hooks it is told once.
+        # A module under two names is one candidate: two sets of hooks would count its forward twice.
         primary = primary_names(modules, "")
         self._recorder.watch_roots([(name, module) for name, module in modules.items() if primary[id(module)] == name])
         if only_words(self.layers):

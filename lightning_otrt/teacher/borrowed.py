@@ -36,7 +36,7 @@ class BorrowedModule:
         self._homes: list[tuple[nn.Module, str, torch.device]] = []
 
     def set_evaluation_mode(self) -> None:
-        """Put the module and all inside it into evaluation mode, where they are not."""
+        """Put the module and all modules inside it into evaluation mode."""
         if not self._modes:
             self._modes = [(module, getattr(module, "training", False)) for module in self.module.modules()]
         # A frozen script module has no such flag.

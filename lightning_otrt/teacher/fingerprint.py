@@ -1,4 +1,4 @@
-"""What a teacher is, in one line: it changes with every bit of its weights and every setting of what is read of it."""
+"""A fingerprint of a teacher: one line that changes with every bit of its weights and with every setting."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ from lightning_otrt.teacher.store import _BYTES_OF_A_KEY, SampleStore, Segment, 
 
 __all__ = ["FolderStore"]
 
-#: Of the files; a store of another version is another sub-folder.
+#: Version of the file format; each version has sub-folders of its own.
 VERSION = 1
 _ENDING = ".safetensors"
-#: Samples wait no longer than this to be written: what a kill costs.
+#: Samples wait no longer than this to be written. A process that is killed loses that much.
 SECONDS_UNTIL_WRITTEN = 60.0
 #: A folder is listed no more often than this, when samples are missing.
 SECONDS_BETWEEN_LISTINGS = 1.0
-#: Files that nobody is writing any more.
+#: Age of unfinished files that no process writes any more.
 _SECONDS_OF_A_LEFTOVER = 3600.0
 _NO_KEYS: Integers = np.empty((0, 2), np.int64)
 

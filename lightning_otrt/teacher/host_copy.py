@@ -9,7 +9,7 @@ __all__ = ["HostCopy"]
 
 
 class HostCopy:
-    """Starts to copy a tensor to the host; :meth:`wait` waits for what is left of that.
+    """Starts to copy a tensor to the host; :meth:`wait` waits until it is complete.
 
     On CUDA the copy goes to pinned memory and the wait is for this copy, not for what was launched after it. Elsewhere
     the copy is made in :meth:`wait`.

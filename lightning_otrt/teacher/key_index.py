@@ -74,7 +74,8 @@ def _sorted(first: Integers, second: Integers, numbers: Integers) -> _Run:
 def _places(run: _Run, keys: Integers) -> tuple[Integers, Integers]:
     """Which keys are in a run, and where.
 
-    Of two keys with one first half, as one in 4·10⁹ tables of 10⁵ keys has, one is not found. That costs time alone.
+    Of two keys with the same first half (one in 4·10⁹ tables of 10⁵ keys has such) one is not found. The teacher then
+    runs on that sample again.
     """
     where = np.searchsorted(run.first, keys[:, 0])
     where[where == len(run.first)] = 0

@@ -149,14 +149,14 @@ class SampleHash:
 
 @functools.lru_cache(maxsize=16)
 def _keys(name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Random numbers ``(LANES, BLOCK + 1)`` that are the same for ever, unlike those of a generator of torch."""
+    """Random numbers ``(LANES, BLOCK + 1)`` that never change, unlike those of a generator of torch."""
     stream = hashlib.shake_256(f"lightning_otrt sample hash {VERSION} {name}".encode())
     numbers = np.frombuffer(stream.digest(LANES * (BLOCK + 1) * 8), dtype="<i8")
     return numbers.astype(np.int64).reshape(LANES, BLOCK + 1)
 
 
 def _blocks(words: int) -> tuple[int, int]:
-    """How many blocks of which width, by the number of words alone; without a remainder where that can be had."""
+    """How many blocks of which width, by the number of words alone; without a remainder where possible."""
     least = max(1, -(-words // BLOCK))
     for count in range(least, 2 * least):
         if words % count == 0:

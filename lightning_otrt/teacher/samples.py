@@ -16,7 +16,7 @@ __all__ = ["Inputs", "batch_size_of", "is_per_sample", "leaves", "select_samples
 #: Positional and keyword arguments of a forward.
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
-#: Values whose `repr` says all there is to know.
+#: Types whose `repr` shows the whole value.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, slice, torch.dtype, torch.device)
 
 
@@ -24,7 +24,7 @@ def leaves(inputs: Any, path: str = "inputs") -> Iterator[tuple[str, Any]]:
     """The tensors and plain values of nested inputs, with a path that tells containers and keys apart.
 
     Raises:
-        TypeError: If a value is neither, so that nothing can be said of its content.
+        TypeError: If a value is neither, so that its content cannot be read.
     """
     name = f"{path}:{type(inputs).__name__}"
     if isinstance(inputs, (Tensor, *_PLAIN)):

@@ -46,7 +46,7 @@ class Segment:
         keys: ``(capacity, 2)``.
         rows: ``(capacity, words of 8 bytes)``.
         count: Samples that it holds.
-        checks: Checksums ``(capacity,)`` of rows that have to be looked at before their first use; None where the rows
+        checks: Checksums ``(capacity,)`` of rows that have to be verified before their first use; None where the rows
             have never left this process.
         checked: Which rows have been.
     """
@@ -234,7 +234,7 @@ class SampleStore:
         self._index.forget(keys)
         warnings.warn(
             f"{len(keys)} of the samples of {self} are not what was written, and the teacher runs on them again. "
-            "Its files were damaged; delete the folder if that comes again.",
+            "Its files were damaged; delete the folder if this happens again.",
             stacklevel=2,
         )
 

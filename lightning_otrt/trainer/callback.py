@@ -1,4 +1,4 @@
-"""Representation transfer as a callback of the Lightning Trainer."""
+"""The callback of the Lightning Trainer: its arguments. ``transfer_callback.py`` has what it does in a fit."""
 
 from __future__ import annotations
 

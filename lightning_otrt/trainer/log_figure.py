@@ -1,4 +1,4 @@
-"""Gives figures to the loggers of a Trainer."""
+"""Sends figures to the loggers of a Trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["log_figure"]
 
 
 def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to a logger through its own API. Loggers that take no figures are skipped.
+    """Send a figure to a logger through its own API. Loggers that take no figures are skipped.
 
     TensorBoard and W&B show it under ``name``; MLflow gets the artifact ``<name>/step=<step>.png``; a CSV logger gets
     that file in its directory.

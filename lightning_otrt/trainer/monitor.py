@@ -1,4 +1,4 @@
-"""A callback that logs distances, plans and gradients of a running transfer, and warns where something is off."""
+"""A callback that logs distances, plans and gradients of a running transfer, and warns where something is wrong."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class OTRTMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Follow this step if it is due, or the first one, of which some warnings are."""
+        """Measure this step if it is due, or if it is the first one, which some warnings are about."""
         for monitored in self._monitored:
             if self._is_due(trainer) or not monitored.has_started:
                 # Not in `setup`: the term of the transfer has to be added before.
@@ -108,7 +108,7 @@ class OTRTMonitor(pl.Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Measure the gradients of task and term, while the graph of the loss is there."""
+        """Measure the gradients of task and term, while the graph of the loss exists."""
         for monitored in self._monitored:
             monitored.measure(loss)
 
@@ -124,7 +124,7 @@ class OTRTMonitor(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to record. Before the first training step the layers are not known, and nothing is."""
+        """Begin to record. Before the first training step the layers are not known, so nothing is recorded."""
         if self.validation and self._is_due_epoch(trainer) and not trainer.sanity_checking:
             for monitored in self._monitored:
                 monitored.open_validation(pl_module)
@@ -145,7 +145,7 @@ class OTRTMonitor(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave nothing behind."""
+        """Remove all hooks."""
         if stage == "fit":
             self._release(pl_module)
 

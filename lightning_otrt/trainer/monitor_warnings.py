@@ -1,4 +1,4 @@
-"""Warnings of the monitor: what is off in a running transfer, and what to change. Each is given once."""
+"""Warnings of the monitor: what is wrong in a running transfer, and what to change. Each is given once."""
 
 from __future__ import annotations
 

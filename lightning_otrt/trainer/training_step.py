@@ -16,7 +16,7 @@ _PATCHED = ("training_step", "manual_backward")
 
 
 class ExtraTerm:
-    """What is added to the loss. This base class adds nothing; subclasses override what they need."""
+    """A term of the loss. This base class adds nothing; subclasses override what they need."""
 
     def training_step(self) -> AbstractContextManager[None]:
         """A context that is entered around the user's ``training_step``."""

@@ -1,4 +1,4 @@
-"""The transfer in a Trainer: when it is attached, recorded, logged, saved and released."""
+"""What the callback does in a fit: attach, record, log, save. ``training_step.py`` adds the term to the loss."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give module and teacher back as they came."""
+        """Remove the term and all hooks, and restore the teacher."""
         if stage == "fit":
             self._release()
 
@@ -252,7 +252,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
             rank_zero_warn(
                 f"The transfer term has no effect: it reaches the parameters {reached[:5]} alone, {len(reached)} in "
                 "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or "
-                "choose `layers` that what is trained leads to."
+                "choose `layers` that come after trained parameters."
             )
 
     def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The correlation cost.
+"""The correlation cost: 1 - r, with its value and gradient in closed form (:meth:`CorrelationCost.value`).
 
 The difficulty is a neuron that is constant on the batch. Its correlation is 0 / 0, and what rounding leaves of its
 variance must not be taken for activity. The code therefore carries moments that tell the two apart.

@@ -1,4 +1,4 @@
-"""Figures that describe a transport plan."""
+"""Numbers that describe a transport plan."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lightning_otrt.transport.tensors import (
 
 __all__ = ["EuclideanCost", "SquaredEuclideanCost"]
 
-#: Share of the mean cost below which the gradient of a distance, 1/M, is no longer followed.
+#: Share of the mean cost below which the gradient of a distance, 1/M, is scaled down.
 DISTANCE_FLOOR = 1e-2
 
 

@@ -61,7 +61,7 @@ def annealed_potential(cost: Tensor, epsilon: float, inverse: Tensor) -> Tensor:
     """
     epsilons = annealing(epsilon)
     if sinkhorn_loop is None:
-        # It raises if a cost is not finite. That pair gets no plan anyway, and must not take those of others with it.
+        # It raises if a cost is not finite. That pair gets no plan anyway, and must not stop the others.
         finite = (cost * inverse).nan_to_num_(1.0, 1.0, 1.0)
         return solve_batch(finite, reg=epsilons[-1], max_iter=len(epsilons)).potential_b.to(cost.dtype)
     return run_geomloss_loop(cost, epsilons, ScalingSoftmin(cost, inverse)).g_ab

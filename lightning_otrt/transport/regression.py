@@ -1,4 +1,4 @@
-r"""Linear regression of the teacher's neurons on the student's: how much of the teacher a linear map could read off.
+r"""Linear regression of the teacher's neurons on the student's: how much of the teacher a linear map predicts.
 
 The map W is the ridge solution on running moments, in closed form, so there is nothing to train:
 
@@ -36,7 +36,7 @@ _MOMENTS = CorrelationCost()
 
 @dataclass(frozen=True)
 class Regression:
-    """What a training run needs of the regression. The state (sums, reference, map) belongs to the caller.
+    """The regression as a training run calls it. The state (sums, reference, map) belongs to the caller.
 
     Args:
         standardised: Divide each neuron of both sides by its deviation on the batch, so that the value is the mean of
@@ -171,7 +171,7 @@ class Regression:
         return value, product(weights.mT, residual, like=y).mul_((-2 * scale)[..., None, None])
 
     def _along(self, y: Tensor, pull: Tensor, inverse_y: Tensor) -> Tensor:
-        """What the norm of each student neuron takes off its pull: along y_i / ‖y_i‖."""
+        """The part of the gradient along y_i / ‖y_i‖, which the norm of each student neuron removes."""
         return torch.linalg.vecdot(y, pull) * inverse_y
 
     def _gradient(self, y: Tensor, pull: Tensor, along: Tensor, inverse_y: Tensor) -> Tensor:

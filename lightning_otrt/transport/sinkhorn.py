@@ -142,7 +142,7 @@ def _without_floor(cost: Tensor, potential: Tensor, epsilon: float, inverse: Ten
 
 
 def _logarithmic_updates(cost: Tensor, potential: Tensor, epsilon: float, iterations: int, inverse: Tensor) -> Tensor:
-    """The potential after alternating updates of logarithms: slow, and right whatever range the costs span."""
+    """The potential after alternating updates of logarithms: slow, but correct for any range of costs."""
     rows, columns = cost.shape[1:]
     scaled = cost * (inverse / -epsilon)
     potential = potential / epsilon
