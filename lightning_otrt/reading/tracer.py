@@ -185,7 +185,7 @@ class _TraceHooks:
         frame = self._running.pop()
         while frame.module is not module:  # an inner forward raised, and its caller went on
             frame = self._running.pop()
-        output = sequence_output(module, output)
+        returned, output = output, sequence_output(module, output)
         tensors = [(key, value) for key, value in output_items(output) if isinstance(value, Tensor)]
         entered = frame.input
         masks: tuple[TracedMask, ...] = ()
@@ -204,7 +204,7 @@ class _TraceHooks:
             input=None if entered is None else self._traced_input(frame, entered, length),
             output=traced[0][1] if is_single else None,
             output_kind=describe(output),
-            parts=() if isinstance(output, Tensor) else traced,
+            parts=() if isinstance(returned, Tensor) else traced,
             input_from=frame.source.layer if frame.source else None,
             output_from=made_by.layer if made_by is not None else name,
             takes_model_input=frame.takes_model_input,

@@ -25,6 +25,7 @@ def fingerprint(module: nn.Module, **settings: Any) -> str:
         settings: What else decides on what is kept of a sample; the ``repr`` of each value has to say all of it.
 
     Raises:
+        ValueError: If a parameter or buffer is on the meta device.
         TypeError: If a parameter or buffer is no dense tensor, such as one that is spread over processes.
 
     Example:
@@ -38,6 +39,14 @@ def fingerprint(module: nn.Module, **settings: Any) -> str:
         >>> fingerprint(net, layers=("0",), grid=4) == before
         False
     """
+    unset = next(
+        (name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta), ""
+    )
+    if unset:
+        raise ValueError(
+            f"{unset!r} of the teacher is on the meta device and has no values. Materialise the teacher first: "
+            "`to_empty`, then load its weights."
+        )
     tensors = {name: tensor[None] for name, tensor in chain(module.named_parameters(), module.named_buffers())}
     weights = SampleHash()(((tensors,), {}), 1)[0].tolist() if tensors else []
     structure = hashlib.sha256(repr(module).encode()).hexdigest()[:16]

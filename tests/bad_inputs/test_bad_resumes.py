@@ -34,7 +34,7 @@ RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]]
         Fit(""),
         Fit("", options={"cost": "euclidean"}),
         MisconfigurationException,
-        ("or the cost", "plans and statistics cannot go on", "load the weights alone"),
+        ("or the cost", "plans and statistics cannot be used", "load the weights alone"),
     ),
     ("from a run without the term", None, Fit(""), None, ()),
     (
@@ -49,21 +49,27 @@ RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]]
         Fit(""),
         Fit("", layers="penultimate"),
         MisconfigurationException,
-        ("'net.block1", "this run has", "'penultimate'", "plans and statistics cannot go on", "load the weights alone"),
+        (
+            "'net.block1",
+            "this run has",
+            "'penultimate'",
+            "plans and statistics cannot be used",
+            "load the weights alone",
+        ),
     ),
     (
         "layers that are others by their order",
         Fit("", layers=[("net.block1", "block1"), ("net.block2", "block2")]),
         Fit("", layers=[("net.block2", "block2"), ("net.block1", "block1")]),
         MisconfigurationException,
-        ("`layers` or the teacher changed", "Resume with the same ones"),
+        ("`layers`, the teacher or the cost changed", "Resume with the same ones"),
     ),
     (
         "a teacher of other widths",
         Fit(""),
         Fit("", teacher=lambda _: make_teacher(7)),
         MisconfigurationException,
-        ("`layers` or the teacher changed", "load the weights alone"),
+        ("`layers`, the teacher or the cost changed", "load the weights alone"),
     ),
 ]
 

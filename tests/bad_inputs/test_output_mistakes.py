@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bad_inputs.fits import Fit, check_mistake, in_all_ways, named
-from bad_inputs.networks import Grid, SpecialNet, Tokens, special, with_net
+from bad_inputs.networks import Grid, RowTokens, SpecialNet, Tokens, special, with_net
 from helpers import seeded
 from torch import Tensor, nn
 
@@ -101,7 +101,7 @@ MISTAKES = [
         ("'net.norm' -> 'norm'", "positions cannot be paired", "one side is a map and the other a sequence"),
         layers=named("net.norm", "norm"),
         task=lambda: with_net(Tokens),
-        teacher=lambda task: seeded(1, Tokens, (8, 1)),
+        teacher=lambda task: seeded(1, RowTokens),
     ),
     Fit(
         "no classification head",
