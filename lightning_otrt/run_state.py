@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from lightning_otrt.layers.names import has_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pairs_from_state, pairs_to_state
+from lightning_otrt.reading.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.engine import PairDistance, TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.ranks import Ranks
@@ -57,13 +58,16 @@ class RunState:
             return None
         return Ranks.world(self.process_group)
 
-    def settle(self, student: nn.Module, choose: ChoosePairs, device: torch.device | None) -> Pairing:
+    def settle(
+        self, student: nn.Module, choose: ChoosePairs, device: torch.device | None, report: Callable[[str], None]
+    ) -> Pairing:
         """Choose the pairs, or take those that this run has already, and make the engine for them.
 
         Args:
             student: The student.
             choose: Chooses pairs from one traced forward, or traces the given ones.
             device: Where loaded plans and statistics belong.
+            report: Gets a note where the student's layers mix samples of one process alone.
         """
         known, pairings = self._known_pairs(student), []
 
@@ -78,15 +82,30 @@ class RunState:
         if self._saved is not None:
             self.engine.load_state_dict(self._saved["engine"], device or torch.device("cpu"))
             self._saved = None
+        ranks = self.ranks
+        if ranks is not None and ranks.rank == 0 and batch_norms_in_training(student, synchronized=False):
+            report(BATCH_NORM_NOTE)
         return replace(pairings[0], pairs=self.pairs)
 
-    def take_bad_calls(self) -> int:
-        """Number of calls since the last read whose value was not finite. Waits for the device."""
+    def take_bad_calls(self, distances: Sequence[PairDistance]) -> tuple[int, str]:
+        """Number of calls since the last read whose value was not finite. Waits for the device.
+
+        Args:
+            distances: Those of the last call, to name layers.
+
+        Returns:
+            The number of calls, and a message about them.
+        """
         if self.engine is None or self.engine.bad_calls is None:
-            return 0
+            return 0, ""
         bad = int(self.engine.bad_calls)
         self.engine.bad_calls.zero_()
-        return bad
+        found = [each.name for each in distances if bad and each.plan is not None and not each.value.isfinite()]
+        where = f" (last in the layers {found})" if found else ""
+        return bad, (
+            f"{bad} recent values of the transfer term were NaN or infinite{where}. They stay in the loss, so that a "
+            "gradient scaler skips the step and anomaly detection sees them; plans and statistics leave them out."
+        )
 
     def synchronize(self) -> None:
         """Bring the running sums of a global batch together. A collective."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels
 from lightning_otrt.options import FixedOptions, as_written
-from lightning_otrt.reading.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.views import NoTermError, View, trained_views
 from lightning_otrt.run_state import RunState
@@ -318,16 +317,9 @@ class RepresentationTransfer(FixedOptions):
         Returns:
             The number of calls since the last read whose value was NaN or infinite.
         """
-        bad = self._run.take_bad_calls()
+        bad, message = self._run.take_bad_calls(self.distances)
         if bad:
-            found = [d.name for d in self.distances if d.plan is not None and not d.value.isfinite()]
-            where = f" (last in the layers {found})" if found else ""
-            self._warn(
-                f"{bad} recent values of the transfer term up to step {self.step} were NaN or infinite{where}. They "
-                "stay in the loss, so that a gradient scaler skips the step and anomaly detection sees them; plans and "
-                "statistics leave them out.",
-                key="not finite",
-            )
+            self._warn(f"Up to step {self.step}, {message}", key="not finite")
         return bad
 
     def set_processes(self, shares_batch: bool, process_group: Any | None = None) -> None:
@@ -373,14 +365,9 @@ class RepresentationTransfer(FixedOptions):
         student = self.student
         assert student is not None
         report = self.report or log.info
-        pairing = self._run.settle(student, choose, self._attachment.device)
-        ranks = self._run.ranks
-        if ranks is not None and ranks.rank == 0 and batch_norms_in_training(student, synchronized=False):
-            report(BATCH_NORM_NOTE)
-        report(
-            f"Representation transfer from {type(self.teacher.module).__name__} to {type(student).__name__}:\n"
-            f"{pairing.table()}"
-        )
+        pairing = self._run.settle(student, choose, self._attachment.device, report)
+        names = type(self.teacher.module).__name__, type(student).__name__
+        report(f"Representation transfer from {names[0]} to {names[1]}:\n{pairing.table()}")
         return pairing
 
     def _zero(self) -> Tensor:
