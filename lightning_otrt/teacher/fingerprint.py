@@ -39,15 +39,13 @@ def fingerprint(module: nn.Module, **settings: Any) -> str:
         >>> fingerprint(net, layers=("0",), grid=4) == before
         False
     """
-    unset = next(
-        (name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta), ""
-    )
-    if unset:
+    own = dict(chain(module.named_parameters(), module.named_buffers()))
+    if unset := [name for name, tensor in own.items() if tensor.is_meta]:
         raise ValueError(
-            f"{unset!r} of the teacher is on the meta device and has no values. Materialise the teacher first: "
-            "`to_empty`, then load its weights."
+            f"{unset[0]!r} of the teacher is on the meta device, so it has no values: materialise the teacher first with "
+            "`to_empty`, and load its weights."
         )
-    tensors = {name: tensor[None] for name, tensor in chain(module.named_parameters(), module.named_buffers())}
+    tensors = {name: tensor[None] for name, tensor in own.items()}
     weights = SampleHash()(((tensors,), {}), 1)[0].tolist() if tensors else []
     structure = hashlib.sha256(repr(module).encode()).hexdigest()[:16]
     digits = "".join(f"{half % 2**64:016x}" for half in weights)
