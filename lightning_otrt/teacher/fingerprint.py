@@ -42,8 +42,8 @@ def fingerprint(module: nn.Module, **settings: Any) -> str:
     own = dict(chain(module.named_parameters(), module.named_buffers()))
     if unset := [name for name, tensor in own.items() if tensor.is_meta]:
         raise ValueError(
-            f"{unset[0]!r} of the teacher is on the meta device, so it has no values: materialise the teacher first with "
-            "`to_empty`, and load its weights."
+            f"{unset[0]!r} of the teacher is on the meta device, so it has no values: materialise the teacher first "
+            "with `to_empty`, and load its weights."
         )
     tensors = {name: tensor[None] for name, tensor in own.items()}
     weights = SampleHash()(((tensors,), {}), 1)[0].tolist() if tensors else []
