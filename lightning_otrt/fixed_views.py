@@ -24,7 +24,7 @@ class FixedViews(Dataset[Any]):
     """A data set whose random augmentations repeat: ``views`` fixed versions of each item.
 
     Random augmentation makes a new image each time, so a teacher's output for it can never be reused. Here the
-    generators of torch, NumPy and Python are seeded by item and view while the data set makes the item, and put back
+    generators of torch, NumPy and Python are seeded by item and view while the data set makes the item, and restored
     afterwards. So a view is the same in every epoch, worker process and run, and the rest of the program draws what it
     would have drawn. Which of its views an item shows is drawn anew each time, from torch's generator, which data
     loaders seed for each worker and epoch: in epoch ``e``, counted from 0, a share of ``1 - (1 - 1 / views) ** e`` of

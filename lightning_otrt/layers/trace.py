@@ -74,11 +74,6 @@ class TracedLayer:
     masks: tuple[TracedMask, ...] = ()
 
     @property
-    def input_shape(self) -> tuple[int, ...] | None:
-        """Shape of the first positional tensor input."""
-        return self.input.shape if self.input else None
-
-    @property
     def output_shape(self) -> tuple[int, ...] | None:
         """Shape of the output, None if it is not one tensor."""
         return self.output.shape if self.output else None
@@ -87,11 +82,6 @@ class TracedLayer:
     def neuron_axis(self) -> int | None:
         """Axis of the neurons in the output, None if ambiguous."""
         return self.output.neuron_axis if self.output else None
-
-    @property
-    def input_neuron_axis(self) -> int | None:
-        """Axis of the neurons in the input, None if ambiguous."""
-        return self.input.neuron_axis if self.input else None
 
     @property
     def batch_axis(self) -> int:

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 __all__ = [
     "all_tensors",
     "describe",
-    "is_dense",
     "output_items",
     "packed_mask",
     "select_tensor",
@@ -80,11 +79,6 @@ def packed_mask(output: Any) -> Tensor | None:
     _, lengths = pad_packed_sequence(output)
     steps = torch.arange(int(lengths.max()), device=output.data.device)
     return steps < lengths.to(output.data.device)[:, None]
-
-
-def is_dense(value: Any) -> bool:
-    """Whether a value is a tensor with one size along each axis, which nested tensors do not have."""
-    return isinstance(value, Tensor) and not value.is_nested
 
 
 def output_items(output: Any) -> list[tuple[str | int, Any]]:

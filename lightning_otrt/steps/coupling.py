@@ -147,7 +147,7 @@ class Coupling(ABC):
         """
 
     def inspect(self, names: tuple[str, str], plan: Plan) -> Iterator[str]:
-        """What to warn of after the first solve of a pair."""
+        """Warnings about the first plan of a pair."""
         yield from ()
 
     def value(self, state: PairState, y: Tensor, x: Tensor, matrix: Tensor | None = None) -> ValueAndGradient:

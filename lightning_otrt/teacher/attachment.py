@@ -14,16 +14,10 @@ from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.pairing import (
-    Pairing,
-    can_be_root,
-    check_layers,
-    find_teacher_root,
-    pair_layers,
-    split_root,
-)
+from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
 from lightning_otrt.reading.reach import TrainedForwards, why_outside
 from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.root import can_be_root, find_teacher_root, split_root
 from lightning_otrt.reading.views import NoTermError, View, matched_neurons, trained_views
 from lightning_otrt.teacher.frozen import Teacher
 
@@ -157,7 +151,7 @@ class Attachment:
         return matched_neurons(views, self.pairing.pairs)
 
     def take_problem(self) -> str | None:
-        """Why the root that was found may be the wrong one; told once, after the step in which it was found."""
+        """Why the root that was found may be the wrong one; given once, after the step in which it was found."""
         if self._trained is None or self._root is None:
             return None
         outside = self._trained.outside(self._root)

@@ -39,10 +39,10 @@ class FolderStore(SampleStore):
     """A store whose samples lie in files: a process reads those of all others, and keeps none of them in its memory.
 
     Each process writes segments of its own, files in the format of safetensors with ``keys``, ``rows`` and ``checks``.
-    A segment is written under another name, brought to the disk, and renamed when it is whole; then it never changes.
-    So nothing has to be locked, and a process that is killed at any moment leaves whole segments, and at worst a file
-    that nobody reads and a later process removes. Segments are mapped into memory, whose pages the system can take back
-    at any time. Each row is compared with its checksum before its first use in a process.
+    A segment is written under another name, flushed to the disk, and renamed when it is complete; then it never
+    changes. So nothing has to be locked, and a process that is killed at any moment leaves whole segments, and at worst
+    a file that nobody reads and a later process removes. Segments are mapped into memory, whose pages the system can
+    take back at any time. Each row is compared with its checksum before its first use in a process.
 
     A folder that cannot be written is read; one message says so. The same holds for a full disk.
 

@@ -38,12 +38,12 @@ class RowLayout:
         """The layout for tensors ``(samples, ...)``.
 
         Raises:
-            TypeError: If one holds neither floating-point numbers nor truth values.
+            TypeError: If one holds neither floating-point numbers nor booleans.
         """
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() and tensor.dtype != torch.bool:
                 raise TypeError(
-                    f"Expected {name!r} to hold floating-point numbers or truth values, but got {tensor.dtype}, which "
+                    f"Expected {name!r} to hold floating-point numbers or booleans, but got {tensor.dtype}, which "
                     "would be rounded."
                 )
         return cls(

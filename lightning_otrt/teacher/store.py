@@ -113,7 +113,7 @@ class SampleStore:
             Which samples are known, and their tensors, which are the caller's own.
 
         Raises:
-            ValueError: If they are no such keys.
+            ValueError: If the keys have another form.
         """
         wanted = _as_keys(keys)
         places = self._find(wanted)
@@ -143,8 +143,8 @@ class SampleStore:
             How many samples were new and are kept.
 
         Raises:
-            TypeError: If a tensor holds anything but floating-point numbers or truth values.
-            ValueError: If there is no tensor, not one sample for each key, or they are no such keys.
+            TypeError: If a tensor holds anything but floating-point numbers or booleans.
+            ValueError: If there is no tensor, not one sample for each key, or the keys have another form.
         """
         wanted = _as_keys(keys)
         wrong = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape[:1] != (len(wanted),)}

@@ -95,7 +95,7 @@ class _Patch:
         self.__wrapped__ = getattr(self.inner, "__wrapped__", self.inner)
 
     def restore(self) -> None:
-        """Put back what the instance had."""
+        """Restore what the instance had."""
         if self.shadowed is None:
             del self.module.__dict__[self.name]
         else:

@@ -55,7 +55,7 @@ _MOMENTS = CorrelationCost()
 
 @dataclass(frozen=True)
 class OrthogonalAlignment:
-    """What a training run needs of the coupling. The state (sums, reference, matrix) belongs to the caller.
+    """The coupling as a training run calls it. The state (sums, reference, matrix) belongs to the caller.
 
     A call *observes* a batch by :meth:`sums` or :meth:`accumulate`, at times *solves* a matrix from the sums, and
     *evaluates* the batch by :meth:`value`. The sums add over views, steps and processes.
@@ -185,7 +185,7 @@ class OrthogonalAlignment:
         pull = (scale_y * scale_z).mul_((unit_y * unit_z)[..., None])
         shares = products * pull
         cosine = shares.sum(-1)
-        # What the norms of the neuron and of its layer take off the pull: along y_i.
+        # The part of the gradient along y_i, which the norms of the neuron and of its layer remove.
         along = shares.mul_(p * inverse_y.square())
         if p < 1:
             along = torch.addcmul(along, scale_y.square(), ((1 - p) * cosine * unit_y.square())[..., None])

@@ -8,7 +8,7 @@ from helpers import LAYERS, make_task, make_teacher
 from torch import Tensor, nn
 
 from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.reading.pairing import can_be_root, check_layers, pair_layers
+from lightning_otrt.reading.pairing import check_layers, pair_layers
 
 
 @pytest.fixture
@@ -61,22 +61,3 @@ def test_check_layers() -> None:
         check_layers("blok1", task, teacher, None)
     with pytest.raises(ValueError, match="'block1.0.bias' in the teacher .* is a Parameter"):
         check_layers({"net.block1": "block1.0.bias"}, task, teacher, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "expected"),
-    [
-        ("", LAYERS, True),
-        ("net", LAYERS, True),
-        ("net", "auto", True),
-        ("net.block1", LAYERS, False),
-        ("net.block1", {"net.block1.0": "block1"}, True),
-        ("net.head", "auto", False),
-    ],
-)
-def test_can_be_root(name: str, layers: object, expected: bool) -> None:
-    assert can_be_root(name, layers, make_task(), make_teacher()) is expected
-
-
-def test_a_frozen_module_is_no_root() -> None:
-    assert not can_be_root("net", LAYERS, make_task().requires_grad_(False), make_teacher())
