@@ -149,7 +149,7 @@ class RepresentationTransfer(FixedOptions):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A name for each pair, by which its values are logged: its student layer, and more where that has several."""
+        """The name under which each pair is logged. It is the student layer, and more if that has several pairs."""
         return pair_labels(self.pairs)
 
     @property

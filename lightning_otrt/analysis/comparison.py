@@ -76,7 +76,7 @@ class RepresentationComparison:
     def relative(self) -> Tensor:
         """:attr:`distances` over :attr:`chance`, ``(S, T)``: 0 for the same layer, 1 for layers that share nothing.
 
-        See :func:`lightning_otrt.reading.chance.relative_to_chance`. Pairing and closest layers use it.
+        See ``relative_to_chance`` in ``reading/chance.py``. Pairing and closest layers use it.
         """
         return relative_to_chance(self.distances, self.chance)
 
