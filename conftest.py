@@ -11,6 +11,9 @@ import torch
 from expected_warnings import EXPECTED_WARNINGS
 from processes import set_threads
 
+# Before a file of it is collected for its examples, which would make a second module of that file otherwise.
+import lightning_otrt  # noqa: F401
+
 #: Modules that hold assertions of several tests; pytest then shows the values in them, too.
 pytest.register_assert_rewrite("helpers", "bad_inputs.fits", "bad_inputs.messages", "bad_inputs.outcomes")
 
