@@ -13,6 +13,8 @@ from lightning_otrt.layers.names import has_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pairs_from_state, pairs_to_state
 from lightning_otrt.reading.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
 from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.torch_internals import is_compiled
+from lightning_otrt.reading.views import why_absent
 from lightning_otrt.steps.engine import PairDistance, TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
@@ -20,6 +22,12 @@ from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.teacher.attachment import ChoosePairs
 
 __all__ = ["RunState"]
+
+#: Calls after which a pair that never ran is an error, and calls after which it is one that no pair ever ran. Layers
+#: that training skips at random have run by then.
+PATIENCE, PATIENCE_FOR_ALL = 32, 8
+#: The former at the end of a loop or an epoch.
+FEW_CALLS = 2
 
 _KEYS = ("layers", "pairs", "engine")
 
@@ -48,6 +56,8 @@ class RunState:
         #: The resolved pairs, empty before the first forward.
         self.pairs: tuple[LayerPair, ...] = ()
         self.engine: TransportEngine | None = None
+        #: The layers that did not run in the last call, by the number of their pair.
+        self.absent: dict[int, str] = {}
         self._paired_for = ""
         self._saved: dict[str, Any] | None = None
 
@@ -87,6 +97,25 @@ class RunState:
             report(BATCH_NORM_NOTE)
         return replace(pairings[0], pairs=self.pairs)
 
+    def why_absent(self, student: nn.Module | None = None) -> str:
+        """Why layers that never ran are an error now; empty if they are not, or not yet.
+
+        Args:
+            student: The student in a call. None at the end of a loop, when there is less to wait for.
+        """
+        never = [] if self.engine is None else self.engine.absent_pairs()
+        if self.engine is None or not never:
+            return ""
+        if len(never) < len(self.pairs):
+            patience = FEW_CALLS if student is None else PATIENCE
+        else:
+            # Compiled code may lack the hooks, and then will in each call.
+            patience = 1 if student is None or is_compiled(student) else PATIENCE_FOR_ALL
+        if self.engine.calls < patience:
+            return ""
+        layers = [self.absent.get(index, f"student layer {self.pairs[index].student!r}") for index in never]
+        return why_absent(layers)
+
     def take_bad_calls(self, distances: Sequence[PairDistance]) -> tuple[int, str]:
         """Number of calls since the last read whose value was not finite. Waits for the device.
 
@@ -100,7 +129,7 @@ class RunState:
             return 0, ""
         bad = int(self.engine.bad_calls)
         self.engine.bad_calls.zero_()
-        found = [each.name for each in distances if bad and each.plan is not None and not each.value.isfinite()]
+        found = [each.name for each in distances if bad and not each.is_skipped and not each.value.isfinite()]
         where = f" (last in the layers {found})" if found else ""
         return bad, (
             f"{bad} recent values of the transfer term were NaN or infinite{where}. They stay in the loss, so that a "

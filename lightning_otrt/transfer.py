@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels
 from lightning_otrt.options import FixedOptions, as_written
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.reading.views import NoTermError, View, trained_views
+from lightning_otrt.reading.views import View, trained_views
 from lightning_otrt.run_state import RunState
 from lightning_otrt.schedules import Schedule, weight_at
 from lightning_otrt.steps.engine import PairDistance
@@ -189,7 +189,7 @@ class RepresentationTransfer(FixedOptions):
     @property
     def has_views(self) -> bool:
         """Whether a forward with gradient was recorded that :meth:`loss` has not taken yet."""
-        return any(view.has_gradient for view in self.views)
+        return any(view.has_gradient or view.is_empty for view in self.views)
 
     @property
     def recorded_samples(self) -> int:
@@ -205,11 +205,13 @@ class RepresentationTransfer(FixedOptions):
 
         Raises:
             ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
+            RuntimeError: At the end of the block, if a layer never ran.
         """
         self.attach(student)
         try:
             with self.recording():
                 yield self
+                self.check_layers()
                 if self.has_views and not self._was_asked:
                     self._warn(
                         f"{len(self.views)} forwards of the student were recorded, but `loss` was never called while "
@@ -274,11 +276,11 @@ class RepresentationTransfer(FixedOptions):
             A scalar in float32 or wider; zero without graph where the weight is 0.
 
         Raises:
-            RuntimeError: If it is not attached, the student was not called, a layer did not run or ran twice, or the
-                term does not depend on the student's parameters.
+            RuntimeError: If it is not attached, the student was not called, a layer ran twice or in none of 32 calls,
+                no layer in any of 8, or the term does not depend on the student's parameters.
             ValueError: On the first call, if a value is not finite or there are too few observations.
         """
-        if self.student is None:
+        if (student := self.student) is None:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._was_asked = True
         weight = self.current_weight
@@ -292,24 +294,29 @@ class RepresentationTransfer(FixedOptions):
             if self.strict:
                 raise RuntimeError(problem)
             self._warn(problem, key="root")
-        try:
-            (matched, constant), reason = self._attachment.neurons(views), ""
-        except NoTermError as error:
-            matched, constant, reason = [], [], str(error)
-        if constant:
+        matched = self._attachment.neurons(views)
+        if constant := matched.constant:
             self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
-        if not self.strict and (ranks := self._run.ranks) is not None and ranks.any(bool(reason), self._zero().device):
+        reason, ranks = matched.problem, None if self.strict else self._run.ranks
+        if ranks is not None and ranks.any(bool(reason), self._zero().device):
             # Else the other processes would wait for this one in the exchange of the term.
             reason = reason or "Another process of the global batch could form no transfer term."
         if reason:
             self.distances = []
             return self._give_up(reason)
-        engine = self._run.engine
-        assert engine is not None  # there are views only once the layers are resolved
-        term, self.distances = engine.term(matched, sum(view.samples for view in views), reevaluation=reevaluation)
+        engine = self.engine
+        self._run.absent, samples = matched.absent, sum(view.samples for view in views)
+        term, self.distances = engine.term(matched.neurons, samples, absent=matched.absent, reevaluation=reevaluation)
+        if reason := self._run.why_absent(student):
+            self._give_up(reason)
         if engine.calls % self.check_every == 0:
             self.check_finite()
         return weight * term
+
+    def check_layers(self) -> None:
+        """Raise a RuntimeError, or warn unless ``strict``, if a layer never ran. Call it at the end of a loop."""
+        if reason := self._run.why_absent():
+            self._give_up(reason)
 
     def check_finite(self) -> int:
         """Read how many values were not finite, and warn once. This waits for the device.
@@ -376,7 +383,7 @@ class RepresentationTransfer(FixedOptions):
     def _give_up(self, message: str) -> Tensor:
         if self.strict:
             raise RuntimeError(message)
-        self._warn(f"{message} (strict=False: the term is left out.)", key=message)
+        self._warn(f"{message} (strict=False: it is left out.)", key=message)
         return self._zero()
 
     def _warn(self, message: str, key: str) -> None:

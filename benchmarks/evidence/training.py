@@ -311,7 +311,7 @@ def _plans(transfer: RepresentationTransfer) -> Row:
     """The share of mass off the identity in each layer, where widths agree, and the plan of the first layer."""
     found: Row = {}
     for distance in transfer.distances:
-        if distance.plan is None:
+        if distance.plan is None or distance.is_skipped:
             continue
         plan = distance.plan / distance.plan.sum()
         layer: Row = {"value": round(float(distance.value), 4)}

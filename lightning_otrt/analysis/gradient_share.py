@@ -33,6 +33,7 @@ class GradientProbe:
         modules = named_layers(student)
         layers = {pair.student: pair for pair in pairs}
         self.names = tuple(layers)
+        self._layers = [pair.student for pair in pairs]
         self._edges: dict[str, list[GradientEdge]] = {name: [] for name in layers}
         self._active = False
         self._handles: list[RemovableHandle] = []
@@ -54,10 +55,13 @@ class GradientProbe:
         finally:
             self._active = False
 
-    @property
-    def has_outputs(self) -> bool:
-        """Whether every layer was recorded. False for code compiled before, which does not call hooks added later."""
-        return bool(self.names) and all(self._edges.values())
+    def has_outputs(self, views: Sequence[View]) -> bool:
+        """Whether every layer that ran in these views was recorded here.
+
+        False for code compiled before, which does not call hooks added later.
+        """
+        ran = {self._layers[int(key)] for view in views for key in view.student}
+        return bool(ran) and all(self._edges[name] for name in ran)
 
     def split(self, loss: Tensor, views: Sequence[View]) -> tuple[Tensor, Tensor]:
         """Norms of both parts of the gradient of ``loss`` at each of :attr:`names`; the graph is kept.

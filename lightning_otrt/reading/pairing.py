@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from lightning_otrt.layers.lookup import LayerNames, check_names
@@ -22,6 +23,7 @@ from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Readers
 from lightning_otrt.reading.root import split_root
 from lightning_otrt.reading.tracer import trace
+from lightning_otrt.reading.views import NeuronCounts
 
 __all__ = ["Pairing", "check_layers", "pair_layers"]
 
@@ -63,11 +65,23 @@ class Pairing:
             )
         return found
 
+    def neuron_counts(self) -> list[NeuronCounts]:
+        """The neurons of each pair, for steps in which its layers do not run."""
+        return [_neuron_counts(self, pair) for pair in self.pairs]
+
     def table(self) -> str:
         """The pairs as a table with types and shapes."""
         masks = [pair_masks(pair, self.student, self.teacher) for pair in self.pairs]
         table = format_pairs(self.pairs, self.student, self.teacher, masks)
         return f"{self.note}\n{table}" if self.note else table
+
+
+def _neuron_counts(pairing: Pairing, pair: LayerPair) -> NeuronCounts:
+    found = [pairing.student.tensor(pair.student, pair.select), pairing.teacher.tensor(pair.teacher, pair.select)]
+    # A layer that the traced forward did not run cannot be chosen.
+    student, teacher = (tensor for tensor in found if tensor is not None)
+    types = (torch.promote_types(getattr(torch, tensor.dtype), torch.float32) for tensor in (student, teacher))
+    return NeuronCounts(student.shape[pair.axes[0] or 0], teacher.shape[pair.axes[1] or 0], (next(types), next(types)))
 
 
 def pair_layers(

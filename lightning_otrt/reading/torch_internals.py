@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_buffers", "is_in_backward"]
+__all__ = ["all_buffers", "is_compiled", "is_in_backward"]
 
 
 def is_in_backward() -> bool:
@@ -23,3 +23,8 @@ def is_in_backward() -> bool:
 def all_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name. Unlike ``named_buffers`` it includes those that are None."""
     return dict(module._buffers.items())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``module.compile`` was called on the module or a part of it."""
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())

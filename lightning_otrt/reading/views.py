@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.positions import match_positions
 
-__all__ = ["NoTermError", "View", "matched_neurons", "trained_views"]
+__all__ = ["Matched", "NeuronCounts", "NoTermError", "View", "matched_neurons", "trained_views", "why_absent"]
 
 
 @dataclass
@@ -36,6 +38,11 @@ class View:
         return any(reading.requires_grad for readings in self.student.values() for reading in readings)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no recorded layer ran, as where training skips layers at random."""
+        return not self.student
+
+    @property
     def samples(self) -> int:
         """The number of samples, 0 if nothing was recorded."""
         return next((readings[0].shape[0] for readings in self.student.values()), 0)
@@ -45,53 +52,113 @@ class NoTermError(Exception):
     """No term can be formed in this call; the message says why."""
 
 
+class NeuronCounts(NamedTuple):
+    """The neurons of a pair, as the traced forwards showed them.
+
+    Attributes:
+        student: Number of student neurons.
+        teacher: Number of teacher neurons.
+        dtypes: Types of the readings of both.
+    """
+
+    student: int
+    teacher: int
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def none_observed(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """Neurons without an observation, ``(N, 0)`` and ``(M, 0)``."""
+        sizes = zip((self.student, self.teacher), self.dtypes, strict=True)
+        student, teacher = (torch.empty(size, 0, dtype=dtype, device=device) for size, dtype in sizes)
+        return student, teacher
+
+
+class Matched(NamedTuple):
+    """What the views of a call give.
+
+    Attributes:
+        neurons: For each view, student ``(N, n)`` and teacher ``(M, n)`` of each pair; n is 0 where a pair did not run.
+        constant: Names of the student layers that get no gradient.
+        absent: For the number of each pair that ran in no view, the layer that did not run.
+        problem: Why no term can be formed; empty if it can.
+    """
+
+    neurons: list[list[tuple[Tensor, Tensor]]]
+    constant: list[str]
+    absent: dict[int, str]
+    problem: str = ""
+
+
 def trained_views(views: list[View]) -> list[View]:
-    """The views with gradient. If none has one, all of them, so that the error can say why."""
-    return [view for view in views if view.has_gradient] or views
+    """The views with gradient, and those in which no layer ran. If there are none, all, so that the error says why."""
+    return [view for view in views if view.has_gradient or view.is_empty] or views
 
 
 def matched_neurons(
-    views: Sequence[View], pairs: Sequence[LayerPair]
-) -> tuple[list[list[tuple[Tensor, Tensor]]], list[str]]:
+    views: Sequence[View],
+    pairs: Sequence[LayerPair],
+    counts: Sequence[NeuronCounts],
+    device: torch.device | None = None,
+) -> Matched:
     """The neurons of each view and pair.
 
     Args:
         views: What was recorded; the key of a pair is its number.
         pairs: The pairs.
-
-    Returns:
-        For each view, student ``(N, n)`` and teacher ``(M, n)`` of each pair; and the names of the student layers that
-        get no gradient.
+        counts: The neurons of each pair.
+        device: Device of the student.
 
     Raises:
-        NoTermError: If a layer did not run or ran more than once, or no layer gets a gradient.
+        NoTermError: If a layer ran more than once, or all layers ran and none of them gets a gradient.
         ValueError: If the readings of a pair have different positions that cannot be matched.
     """
-    matched = [[_match(index, pair, view) for index, pair in enumerate(pairs)] for view in views]
-    constant = [
-        pair.student for index, pair in enumerate(pairs) if not any(view[index][0].requires_grad for view in matched)
-    ]
-    if len(constant) == len(pairs):
+    neurons: list[list[tuple[Tensor, Tensor]]] = []
+    constant, absent, ran = dict(enumerate(pair.student for pair in pairs)), {}, set()
+    for view in views:
+        neurons.append([])
+        for index, pair in enumerate(pairs):
+            student, teacher = _only_call(index, pair, view, "student"), _only_call(index, pair, view, "teacher")
+            if student is None or teacher is None:
+                side, name = ("student", pair.student) if student is None else ("teacher", pair.teacher)
+                absent[index] = f"{side} layer {name!r}"
+                neurons[-1].append(counts[index].none_observed(device))
+                continue
+            ran.add(index)
+            neurons[-1].append(match_positions(student, teacher, f"{pair.student!r} -> {pair.teacher!r}"))
+            if student.requires_grad:
+                constant.pop(index, None)
+    if len(constant) == len(pairs) == len(ran):
         raise NoTermError(
-            f"The transfer term is constant: the outputs of the student layers {constant} do not depend on any "
-            "parameter that requires a gradient. Unfreeze the layers, choose others, or check for `no_grad`, "
+            f"The transfer term is constant: the outputs of the student layers {list(constant.values())} do not depend "
+            "on any parameter that requires a gradient. Unfreeze the layers, choose others, or check for `no_grad`, "
             "`detach` and reentrant activation checkpointing (use_reentrant=False is supported)."
         )
-    return matched, constant
+    return Matched(
+        neurons,
+        [name for index, name in constant.items() if index in ran],
+        {index: layer for index, layer in absent.items() if index not in ran},
+    )
 
 
-def _match(index: int, pair: LayerPair, view: View) -> tuple[Tensor, Tensor]:
-    found = []
-    for side, name, readings in (("student", pair.student, view.student), ("teacher", pair.teacher, view.teacher)):
-        calls = readings.get(f"{index}", [])
-        # Another transfer may trace this student inside the recorded forward; those readings have no gradient.
-        calls = [reading for reading in calls if reading.requires_grad] or calls
-        if len(calls) != 1:
-            how = "did not run" if not calls else f"ran {len(calls)} times"
-            raise NoTermError(
-                f"The {side} layer {name!r} {how} in this forward, but a representation is one call. A branch that "
-                "is skipped in training, a shared module, or code compiled before the layer was hooked are likely "
-                "causes; choose a layer that runs once, such as its parent."
-            )
-        found.append(calls[0])
-    return match_positions(found[0], found[1], f"{pair.student!r} -> {pair.teacher!r}")
+def why_absent(layers: Iterable[str]) -> str:
+    """What to say of layers that did not run in any call so far."""
+    return (
+        f"The {' and the '.join(layers)} did not run in this forward nor in any before, but did when the layers were "
+        "chosen, in evaluation mode. A branch that is skipped in training, a layer whose parent was compiled before it "
+        "was hooked, or a `forward` that is called directly are likely causes; choose a layer that runs in training, "
+        "such as its parent."
+    )
+
+
+def _only_call(index: int, pair: LayerPair, view: View, side: str) -> Tensor | None:
+    """The reading of one side of a pair, None if its layer did not run."""
+    readings, name = (view.student, pair.student) if side == "student" else (view.teacher, pair.teacher)
+    calls = readings.get(f"{index}", [])
+    # Another transfer may trace this student inside the recorded forward; those readings have no gradient.
+    calls = [reading for reading in calls if reading.requires_grad] or calls
+    if len(calls) > 1:
+        raise NoTermError(
+            f"The {side} layer {name!r} ran {len(calls)} times in this forward, but once when the layers were chosen, "
+            "in evaluation mode. A representation is one call. A shared module or a loop that only training runs are "
+            "likely causes; choose a layer that runs once, such as its parent."
+        )
+    return calls[0] if calls else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.tensor_checks import check_cost
 from lightning_otrt.transport.tensors import common_dtype
 
-__all__ = ["Batch", "PairDistance", "TransportEngine"]
+__all__ = ["Batch", "PairDistance", "TransportEngine", "Values", "counts_of"]
 
-#: Detached neurons ``(N, n)`` and ``(M, n)`` of one pair, for each forward (view) of a call.
+#: Detached neurons ``(N, n)`` and ``(M, n)`` of one pair, for each forward (view) of a call. n is 0 where its layers
+#: did not run.
 Batch = Sequence[tuple[Tensor, Tensor]]
+#: Value and gradient of each pair in the term, for each view in which its layers ran.
+Values: TypeAlias = dict[int, dict[int, ValueAndGradient]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +36,12 @@ class PairDistance:
     Attributes:
         name: Name of the student layer.
         value: ⟨P, M⟩, the mean over views, detached; NaN if the pair was skipped.
-        plan: The plan behind it, ``(N, M)``, or None if the pair was skipped.
+        plan: The plan behind it, ``(N, M)``. If the pair was skipped, its last one, or None if it had none yet.
         memory: Decay of the running cost behind the plan; 0 if the plan sees the batch of its solve alone, None before
             the first call of the pair.
         observations: Observations of the call over all views. Other processes are taken to have as many as this one.
+        is_skipped: Whether the pair is left out of the term of this call: its layers did not run, or there are too few
+            observations.
     """
 
     name: str
@@ -44,6 +49,7 @@ class PairDistance:
     plan: Tensor | None
     memory: float | None
     observations: int
+    is_skipped: bool = False
 
 
 class TransportEngine:
@@ -87,6 +93,7 @@ class TransportEngine:
         self.coupling = get_coupling(plan, cost, epsilon=epsilon, memory=memory, solve_every=solve_every, seed=seed)
         #: The cost of the coupling, which may be another one than the user's.
         self.cost = self.coupling.cost
+        self._absent: Collection[int] = ()
         self._warned: set[str] = set()
         self.reset()
 
@@ -97,50 +104,70 @@ class TransportEngine:
         self.bad_calls: Tensor | None = None
 
     def term(
-        self, views: Sequence[Sequence[tuple[Tensor, Tensor]]], samples: int, *, reevaluation: bool = False
+        self,
+        views: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        samples: int,
+        *,
+        absent: Collection[int] = (),
+        reevaluation: bool = False,
     ) -> tuple[Tensor, list[PairDistance]]:
         """The term of one call.
 
         Args:
-            views: For each view, the neurons ``(N, n)`` and ``(M, n)`` of each pair.
+            views: For each view, the neurons ``(N, n)`` and ``(M, n)`` of each pair. A pair whose layers did not run in
+                a view has no observations there: ``(N, 0)`` and ``(M, 0)``.
             samples: Number of samples in all views.
+            absent: The pairs that ran in no view, whose lack of observations is no fault of the batch.
             reevaluation: Whether this is the batch of the last call again, as in the closures of LBFGS. Plans and
                 statistics then stay as they are.
 
         Returns:
-            Σ_pairs w_pair · mean over views of ⟨P, M⟩, differentiable once, and the distance of each pair.
+            Σ_pairs w_pair · mean over views of ⟨P, M⟩, differentiable once, and the distance of each pair. The mean is
+            that of the views in which the pair ran. A pair that ran in none, or has too few observations, is missing
+            from the sum, and the others keep their weights.
 
         Raises:
             ValueError: On the first call, if a value is not finite, or if ``strict`` and there are too few
                 observations. On any call, if a pair has other numbers of neurons than its plan.
         """
+        self._absent = absent
         with torch.no_grad(), torch.autocast(views[0][0][0].device.type, enabled=False):
             batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
             values = self._values(batches, samples, is_new=self.calls == 0 or not reevaluation)
             total, distances = self._total(batches, values)
         return self._attach(total, views, values), distances
 
-    def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> dict[int, list[ValueAndGradient]]:
-        """Value and gradient of each pair that has any, for each view: observe, solve, evaluate."""
-        active = [index for index, batch in enumerate(batches) if self._has_enough(index, _fewest(batch))]
+    def absent_pairs(self) -> list[int]:
+        """The pairs whose layers did not run in any call so far, on any process."""
+        return [index for index, state in enumerate(self.pairs) if not state.has_run]
+
+    def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> Values:
+        """Value and gradient of each pair that has any: observe, solve, evaluate."""
+        active = {index: self._usable_views(index, counts_of(batch)) for index, batch in enumerate(batches)}
         if self.calls == 0:
             self._inspect(batches)
+        for state, batch in zip(self.pairs, batches, strict=True):
+            state.has_run = state.has_run or any(counts_of(batch))
+        present = {index: [batches[index][view] for view in views] for index, views in active.items() if views}
         reusable: dict[int, Tensor] = {}
         if is_new:
-            problems = self._observe({index: batches[index] for index in active}, samples)
+            problems = self._observe(present, samples)
             if self.cost.needs_matrix:
                 # A problem is the cost of this very batch if it holds no others and is not pooled over views.
-                own = [index for index in problems if not self.pairs[index].memory and len(batches[index]) == 1]
+                own = [index for index in problems if not self.pairs[index].memory and len(present[index]) == 1]
                 reusable = {index: problems[index] for index in own}
             self._solve(problems)
             self.calls += 1
         return {
-            index: [self.coupling.value(state, y, x, reusable.pop(index, None)) for y, x in batches[index]]
-            for index in active
+            index: {
+                view: self.coupling.value(state, *batches[index][view], reusable.pop(index, None))
+                for view in active[index]
+            }
+            for index in present
             if (state := self.pairs[index]).plan is not None
         }
 
-    def _observe(self, batches: dict[int, Batch], samples: int) -> dict[int, Tensor]:
+    def _observe(self, batches: Mapping[int, Batch], samples: int) -> dict[int, Tensor]:
         """Feed the statistics; returns the cost matrices of the pairs whose plans are due."""
         problems = {}
         for index, batch in batches.items():
@@ -154,33 +181,31 @@ class TransportEngine:
 
     def _solve(self, problems: dict[int, Tensor]) -> None:
         """Solve a plan for each cost matrix, all of which are taken out of ``problems``."""
-        if self.calls == 0 and isinstance(self.cost, CustomCost):
-            for problem in problems.values():
-                check_cost(problem, self.cost.function)
+        new = {index for index in problems if self.pairs[index].plan is None}
+        if isinstance(self.cost, CustomCost):
+            for index in new:
+                check_cost(problems[index], self.cost.function)
         for index, solved in solve_plans(self.coupling, problems, self.pairs):
             self.pairs[index].keep(solved)
-            if self.calls == 0:
+            if index in new:
                 self._warn(self.coupling.inspect(self.names[index], solved.plan))
 
-    def _total(
-        self, batches: Sequence[Batch], values: dict[int, list[ValueAndGradient]]
-    ) -> tuple[Tensor, list[PairDistance]]:
+    def _total(self, batches: Sequence[Batch], values: Values) -> tuple[Tensor, list[PairDistance]]:
         """The weighted sum over pairs, and the distance of each."""
         total: Tensor | None = None
         distances = []
         for index, (batch, state) in enumerate(zip(batches, self.pairs, strict=True)):
-            observations = self.processes * sum(y.shape[-1] for y, _ in batch)
-            plan = None
+            observations = self.processes * sum(counts_of(batch))
             if index in values:
-                assert state.plan is not None
-                plan = state.plan.matrix
-                parts = [value for value, _ in values[index]]
+                parts = [value for value, _ in values[index].values()]
                 value = parts[0] if len(parts) == 1 else torch.stack(parts).mean()
                 weighted = value * self.weights[index]
                 total = weighted if total is None else total + weighted
             else:
                 value = batch[0][0].new_full((), float("nan"))
-            distances.append(PairDistance(self.names[index][0], value, plan, state.memory, observations))
+            plan = None if state.plan is None else state.plan.matrix
+            name, skipped = self.names[index][0], index not in values
+            distances.append(PairDistance(name, value, plan, state.memory, observations, skipped))
         if total is None:
             total = batches[0][0][0].new_zeros(())
         if self.bad_calls is None:
@@ -193,18 +218,25 @@ class TransportEngine:
         self,
         total: Tensor,
         views: Sequence[Sequence[tuple[Tensor, Tensor]]],
-        values: dict[int, list[ValueAndGradient]],
+        values: Values,
     ) -> Tensor:
         """The total with its gradients for the student neurons of all views."""
         inputs, gradients, factors = [], [], []
         for index, results in values.items():
-            for view, (_, gradient) in zip(views, results, strict=True):
-                student = view[index][0]
+            for view, (_, gradient) in results.items():
+                student = views[view][index][0]
                 inputs.append(student)
                 gradients.append(gradient.to(student.dtype))
-                factors.append(self.weights[index] / len(views) * self.processes)
+                factors.append(self.weights[index] / len(results) * self.processes)
         with torch.enable_grad():
             return attach_gradients(total, inputs, gradients, factors)
+
+    def _usable_views(self, index: int, counts: Sequence[int]) -> list[int]:
+        """The views in which a pair ran, by the observations of each; none if one of them has too few."""
+        if not any(counts) and index in self._absent:
+            return []
+        fewest = min(filter(None, counts), default=0)
+        return [view for view, count in enumerate(counts) if count] if self._has_enough(index, fewest) else []
 
     def _has_enough(self, index: int, count: int) -> bool:
         """Whether a pair has enough observations for a term. If not, a strict first call raises, and others warn."""
@@ -223,7 +255,8 @@ class TransportEngine:
         """Refuse a first batch with bad values, and warn of what will train badly."""
         for names, batch in zip(self.names, batches, strict=True):
             for y, x in batch:
-                self._warn(inspect_batch(names, y, x, self.cost, self.epsilon))
+                if y.shape[-1]:
+                    self._warn(inspect_batch(names, y, x, self.cost, self.epsilon))
 
     def _warn(self, messages: Iterable[str]) -> None:
         """Give each warning once."""
@@ -279,6 +312,6 @@ class TransportEngine:
         self.pairs = [PairState.of(pair, memory, device) for pair, memory in zip(state["pairs"], memories, strict=True)]
 
 
-def _fewest(batch: Batch) -> int:
-    """Fewest observations of a view."""
-    return min(y.shape[-1] for y, _ in batch)
+def counts_of(batch: Batch) -> list[int]:
+    """Observations of each view."""
+    return [y.shape[-1] for y, _ in batch]

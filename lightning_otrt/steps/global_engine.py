@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.steps.coupling import MEMORY
-from lightning_otrt.steps.engine import Batch, TransportEngine
+from lightning_otrt.steps.engine import Batch, TransportEngine, Values, counts_of
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
@@ -51,6 +51,7 @@ class Observed:
     """What the exchange of a call leaves for the values of a pair: the sums of all processes, or begun rounds.
 
     Attributes:
+        views: The views in which the pair ran on some process. Sums, rounds and replies are those of these views.
         sums: The sums of each view over all processes.
         energy: The scale of the teacher over all processes.
         reference: The points around which the sums were taken.
@@ -58,6 +59,7 @@ class Observed:
         replies: Those answers.
     """
 
+    views: list[int]
     sums: list[Sums] = field(default_factory=list)
     energy: Tensor | None = None
     reference: tuple[Tensor, Tensor] | None = None
@@ -69,7 +71,8 @@ class GlobalTransportEngine(TransportEngine):
     """A :class:`TransportEngine` whose batch is that of all processes together.
 
     Running sums and the scale of the teacher are kept as shares, which add up to the global ones. Every process makes
-    the same calls with as many views. Pairs may have other numbers of observations on each, but not none.
+    the same calls with as many views. Pairs may have other numbers of observations on each process, also none where
+    their layers did not run.
 
     Args:
         ranks: The processes.
@@ -82,7 +85,6 @@ class GlobalTransportEngine(TransportEngine):
 
     def __init__(self, *arguments: Any, ranks: Ranks, **options: Any) -> None:
         self._ranks: Ranks | None = ranks
-        self._active: list[int] = []
         self._is_agreed = self._is_compared = self._sends_plans = self._is_pending = False
         super().__init__(*arguments, **options)
         self.processes = ranks.size
@@ -113,8 +115,8 @@ class GlobalTransportEngine(TransportEngine):
         super().reset()
         self._is_pending = False
 
-    def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> dict[int, list[ValueAndGradient]]:
-        """Value and gradient of each pair that has any, for each view: exchange, solve, evaluate.
+    def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> Values:
+        """Value and gradient of each pair that has any: exchange, solve, evaluate.
 
         Raises:
             ValueError: On all processes, if they have other layers or settings, or on the first call, if one of them
@@ -122,15 +124,16 @@ class GlobalTransportEngine(TransportEngine):
         """
         if self.calls == 0 or not self._is_agreed:
             self._agree(batches, samples)
-        observed = {index: Observed() for index in self._active}
         if is_new:
             problems, observed = self._exchange(batches, samples)
-            self._active = list(observed)
             solved = list(problems)
             self._solve(problems)
             if solved:
                 self._compare_plans([self.pairs[index] for index in solved])
             self.calls += 1
+        else:
+            # Where layers are skipped at random, other pairs may have run than in the call before.
+            observed = {index: Observed(views) for index, views in self._count(batches).items()}
         return self._evaluate(batches, observed)
 
     def _exchange(self, batches: Sequence[Batch], samples: int) -> tuple[dict[int, Tensor], dict[int, Observed]]:
@@ -139,22 +142,38 @@ class GlobalTransportEngine(TransportEngine):
         Returns:
             The cost matrices of the pairs whose plans are due, and what each pair that has a term knows of its value.
         """
+        if any(state.reference is None for state in self.pairs):
+            self._choose_references(batches)
         local = [self._message(index, batch, samples) for index, batch in enumerate(batches)]
         received = self.ranks.sum([message for message, _, _ in local])
         problems, observed = {}, {}
         for index, (got, (_, rounds, unsent)) in enumerate(zip(received, local, strict=True)):
-            # With enough observations of its own a process knows that all have enough together. Others have to read
-            # the total, which waits for the device.
-            count = min(y.shape[-1] for y, _ in batches[index])
-            if count < self.cost.min_observations:
-                count = int(got.counts.min())
-            if not self._has_enough(index, count):
+            views = self._views(index, batches[index], got.counts)
+            if not views:
                 continue
-            observed[index], matrix = self._feed(self.pairs[index], got, unsent)
-            observed[index].rounds = rounds
+            observed[index], matrix = self._feed(self.pairs[index], got, unsent, views)
+            observed[index].rounds = [rounds[view] for view in views] if rounds else []
             if matrix is not None:
                 problems[index] = matrix.to(batches[index][0][0].dtype)
         return problems, observed
+
+    def _count(self, batches: Sequence[Batch]) -> dict[int, list[int]]:
+        """The views in which each pair ran on some process, where no exchange tells. A collective."""
+        local = [batch[0][0].new_tensor(counts_of(batch)) for batch in batches]
+        received = zip(batches, self.ranks.sum(local), strict=True)
+        found = {index: self._views(index, *counted) for index, counted in enumerate(received)}
+        return {index: views for index, views in found.items() if views}
+
+    def _views(self, index: int, batch: Batch, total: Tensor) -> list[int]:
+        """The views of a pair that make its term, from the observations of each on all processes."""
+        counts = counts_of(batch)
+        # With enough observations of its own a process knows that all have enough together. Others have to read the
+        # total, which waits for the device.
+        if min(counts) < self.cost.min_observations:
+            counts = [int(count) for count in total.tolist()]
+        state = self.pairs[index]
+        state.has_run = state.has_run or any(counts)
+        return self._usable_views(index, counts)
 
     def _message(self, index: int, batch: Batch, samples: int) -> tuple[Message, list[Rounds], Sums]:
         """What a pair sends, its begun rounds, and sums that feed the running ones without being sent."""
@@ -168,7 +187,9 @@ class GlobalTransportEngine(TransportEngine):
         due = self.coupling.is_due(state, self.calls)
         sums: list[Sums] = []
         if due or self.coupling.remembers(state):
-            sums = [self.cost.sums(y, x, state.reference) for y, x in batch]
+            # A pair that never ran anywhere has no reference. Its sums are zeros around any point.
+            reference = state.reference or (y.new_zeros(y.shape[0], 1), x.new_zeros(x.shape[0], 1))
+            sums = [self.cost.sums(y, x, reference) for y, x in batch]
         unsent = [] if due or not sums else _add(sums)
         rounds: list[Rounds] = []
         if state.plan is not None and not due:
@@ -184,7 +205,7 @@ class GlobalTransportEngine(TransportEngine):
         )
         return message, rounds, unsent
 
-    def _feed(self, state: PairState, got: Message, unsent: Sums) -> tuple[Observed, Tensor | None]:
+    def _feed(self, state: PairState, got: Message, unsent: Sums, views: list[int]) -> tuple[Observed, Tensor | None]:
         """Feed the statistics of a pair with the message of all; returns the cost matrix, too, if a plan is due."""
         energy, size = got.energy, self.ranks.size
         if energy is not None:
@@ -194,9 +215,9 @@ class GlobalTransportEngine(TransportEngine):
         if got.not_finite is not None:
             state.sums, self._is_pending = _fed(state, state.sums, unsent, got.not_finite == 0), True
         if not got.sums:
-            return Observed(replies=got.rounds), None
+            return Observed(views, replies=[got.rounds[view] for view in views] if got.rounds else []), None
         assert state.reference is not None
-        observed = Observed(sums=got.sums, energy=energy, reference=state.reference)
+        observed = Observed(views, sums=[got.sums[view] for view in views], energy=energy, reference=state.reference)
         total = _add(got.sums)
         is_finite = all_finite(total)
         if state.memory:
@@ -210,14 +231,14 @@ class GlobalTransportEngine(TransportEngine):
             state.reference = y, x
         return observed, self.cost.matrix(total, energy)
 
-    def _evaluate(self, batches: Sequence[Batch], observed: dict[int, Observed]) -> dict[int, list[ValueAndGradient]]:
-        """Value and gradient of each pair that has a plan, for each view, from sums or by further rounds."""
+    def _evaluate(self, batches: Sequence[Batch], observed: dict[int, Observed]) -> Values:
+        """Value and gradient of each pair that has a plan, from sums or by further rounds."""
         values: dict[int, list[ValueAndGradient]] = {}
         waiting: list[int] = []
         rounds: list[Rounds] = []
         replies: list[Sums | None] = []
         for index, known in observed.items():
-            batch, state = batches[index], self.pairs[index]
+            batch, state = [batches[index][view] for view in known.views], self.pairs[index]
             if state.plan is None:
                 continue
             if known.sums:
@@ -231,8 +252,12 @@ class GlobalTransportEngine(TransportEngine):
             rounds += known.rounds or [self.cost.shared_value(y, x, state.plan, state.energy) for y, x in batch]
             replies += known.replies or [None] * len(batch)
         found = iter(run_rounds(rounds, self.ranks.sum, replies))
-        values.update({index: [next(found) for _ in batches[index]] for index in waiting})
-        return {index: values[index] for index in observed if index in values}
+        values.update({index: [next(found) for _ in observed[index].views] for index in waiting})
+        return {
+            index: dict(zip(known.views, values[index], strict=True))
+            for index, known in observed.items()
+            if index in values
+        }
 
     def _agree(self, batches: Sequence[Batch], samples: int) -> None:
         """Compare layers and settings, check the first batch of all, and choose what depends on its size."""
@@ -252,7 +277,7 @@ class GlobalTransportEngine(TransportEngine):
             "cost": self.cost.name,
             "plan": (self.plan, self.epsilon, self.memory, self.solve_every, self.seed),
         }
-        counts = [[y.shape[-1] for y, _ in batch] for batch in batches]
+        counts = [counts_of(batch) for batch in batches]
         gathered = self.ranks.gather((mine, problem, counts, samples))
         for rank, (theirs, *_) in enumerate(gathered):
             for what, value in gathered[0][0].items():
@@ -269,19 +294,17 @@ class GlobalTransportEngine(TransportEngine):
         # After a resume with another memory, "auto" has to choose, too.
         if self.calls == 0 or any(state.memory is None for state in self.pairs):
             self._choose_memories(batches, [each[2] for each in gathered], sum(each[3] for each in gathered))
-        if any(state.reference is None for state in self.pairs):
-            self._choose_references(batches)
 
     def _choose_memories(self, batches: Sequence[Batch], counts: Sequence[list[list[int]]], samples: int) -> None:
         """Check the observations of all processes (process, pair, view), and choose what depends on their samples."""
         for index, batch in enumerate(batches):
             views = [sum(process[index][view] for process in counts) for view in range(len(batch))]
-            self._has_enough(index, min(views))
+            self._usable_views(index, views)
             neurons = max(side.shape[0] for side in batch[0])
             self.pairs[index].memory = self.coupling.choose_memory(samples, neurons)
 
     def _choose_references(self, batches: Sequence[Batch]) -> None:
-        """Take the means of the first batch of all processes as the points around which they take their sums."""
+        """Take the means of a pair's first batch on all processes as the points around which they take their sums."""
         sums = [
             [torch.stack([y.new_full((), y.shape[-1], dtype=torch.float64) for y, _ in batch]).sum()]
             + [torch.stack([pair[side].sum(-1, dtype=torch.float64) for pair in batch]).sum(0) for side in (0, 1)]
@@ -289,7 +312,9 @@ class GlobalTransportEngine(TransportEngine):
         ]
         for state, batch, (count, y, x) in zip(self.pairs, batches, self.ranks.sum(sums), strict=True):
             if state.reference is not None:
-                continue  # from a checkpoint, whose running sums were taken around it
+                continue  # of an earlier call or from a checkpoint, whose running sums were taken around it
+            if not count:
+                continue  # no process ran it
             like = batch[0][0]
             # After a resume this batch is not checked. Zero is as good a reference as any.
             y, x = ((side / count).nan_to_num_(0.0, 0.0, 0.0)[:, None].to(like.dtype) for side in (y, x))

@@ -41,6 +41,7 @@ class PairState:
         energy: Decayed sum of squares and count of the teacher.
         memory: Decay of the running cost; None until the first call has chosen it.
         samples: Finite samples behind a static plan, which is final once there are enough of them.
+        has_run: Whether the layers of the pair ran in some call.
     """
 
     plan: Plan | None = None
@@ -50,6 +51,7 @@ class PairState:
     energy: Tensor | None = None
     memory: float | None = None
     samples: int = 0
+    has_run: bool = False
 
     def keep(self, solved: Solved) -> None:
         """Take a new plan. If it is not finite, keep the old one, or start with the uniform plan."""
@@ -99,6 +101,7 @@ class PairState:
             "energy": self.energy,
             "memory": self.memory,
             "samples": self.samples,
+            "has_run": self.has_run,
         }
 
     @classmethod
@@ -118,6 +121,7 @@ class PairState:
             energy=here(saved["energy"]),
             memory=memory,
             samples=saved["samples"],
+            has_run=saved["has_run"],
         )
 
 

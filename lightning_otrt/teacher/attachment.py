@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.names import named_layers, primary_names
@@ -18,7 +18,7 @@ from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
 from lightning_otrt.reading.reach import TrainedForwards, why_outside
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import can_be_root, find_teacher_root, split_root
-from lightning_otrt.reading.views import NoTermError, View, matched_neurons, trained_views
+from lightning_otrt.reading.views import Matched, NeuronCounts, NoTermError, View, matched_neurons, trained_views
 from lightning_otrt.teacher.frozen import Teacher
 
 __all__ = ["Attachment", "ChoosePairs"]
@@ -56,6 +56,7 @@ class Attachment:
         self.student: nn.Module | None = None
         #: The resolved pairs with the traces of both networks. They stay when the student is detached.
         self.pairing: Pairing | None = None
+        self._counts: list[NeuronCounts] = []
         self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
         self._guard = InputGuard()
@@ -136,19 +137,15 @@ class Attachment:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""
         return trained_views(self._recorder.take())
 
-    def neurons(self, views: list[View]) -> tuple[list[list[tuple[Tensor, Tensor]]], list[str]]:
-        """The neurons of each view and pair.
-
-        Returns:
-            For each view, student ``(N, n)`` and teacher ``(M, n)`` of each pair; and the names of the student layers
-            that no gradient reaches.
-
-        Raises:
-            NoTermError: If no forward was recorded, a layer did not run once, or no layer gets a gradient.
-        """
-        if not views or self.pairing is None:
-            raise NoTermError(self._why_no_view())
-        return matched_neurons(views, self.pairing.pairs)
+    def neurons(self, views: list[View]) -> Matched:
+        """The neurons of each view and pair, or why there are none."""
+        try:
+            if views and self.pairing is not None:
+                return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
+            problem = self._why_no_view()
+        except NoTermError as error:
+            problem = str(error)
+        return Matched([], [], {}, problem)
 
     def take_problem(self) -> str | None:
         """Why the root that was found may be the wrong one; given once, after the step in which it was found."""
@@ -216,6 +213,7 @@ class Attachment:
                 )
 
         self.pairing = self._settle(choose)
+        self._counts = self.pairing.neuron_counts()
         self._root = self.pairing.student.root
         self._recorder.watch_student(self.pairing.readers("student", student, self.grid))
         # After the readers: where the root itself is recorded, it is read before the view is closed.

@@ -95,7 +95,7 @@ class TransferWarnings:
         if transfer.plan not in ("sinkhorn", "exact"):  # a static plan has a memory
             return
         for pair, distance in zip(transfer.pairs, transfer.distances, strict=False):
-            if distance.plan is None or distance.memory != 0:
+            if distance.plan is None or distance.is_skipped or distance.memory != 0:
                 continue
             rows, columns = distance.plan.shape
             if distance.observations < max(rows, columns):

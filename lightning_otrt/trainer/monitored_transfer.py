@@ -84,7 +84,7 @@ class MonitoredTransfer(ExtraTerm):
             self.warnings.on_first_step()
         if self._probe is None:
             return
-        if not self._probe.has_outputs:
+        if not self._probe.has_outputs(views):
             self.warnings.warn("compiled", _NO_OUTPUTS)
             return
         try:
@@ -112,7 +112,7 @@ class MonitoredTransfer(ExtraTerm):
             return {}
         found: dict[str, Tensor] = {}
         for label, distance in zip(self.transfer.labels, self.transfer.distances, strict=False):
-            if distance.plan is None:
+            if distance.plan is None or distance.is_skipped:
                 continue
             numbers = diagnose(distance.plan)
             found[f"otrt/distance/{label}"] = distance.value

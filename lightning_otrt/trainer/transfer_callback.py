@@ -149,7 +149,8 @@ class TransferCallback(pl.Callback, ExtraTerm):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise after a manual loop without a single term. A single step without one may be that of a GAN's critic."""
+        """Raise where all steps so far were without a term. A single step without one may be that of a GAN's critic."""
+        self.transfer.check_layers()
         if self._steps and not self._terms and self.transfer.strict and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} uses manual optimization, and in {self._steps} training steps no "
@@ -224,7 +225,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         layers = {
             f"otrt/{label}": distance.value
             for label, distance in zip(transfer.labels, transfer.distances, strict=False)
-            if distance.plan is not None
+            if not distance.is_skipped
         }
         self._terms += bool(layers)
         self._log(position, {"otrt/weight": weight, **layers}, samples)

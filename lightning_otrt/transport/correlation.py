@@ -15,6 +15,7 @@ from lightning_otrt.transport.tensors import (
     all_nonzero,
     is_long,
     matrix_vector,
+    means,
     norms,
     observation_count,
     product,
@@ -100,7 +101,7 @@ class CorrelationCost(Cost):
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in two rounds: the moments of the neurons, then the products ŷ_i·z_i."""
-        mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        mean_y, mean_x = means(y), means(x)
         y, x = y - mean_y, x - mean_x
         squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
         # Processes have different means, so moments are exchanged: in float64, where their cancellation is harmless.

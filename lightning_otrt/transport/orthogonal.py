@@ -46,7 +46,7 @@ from lightning_otrt.transport.correlation import (
 )
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.polar import polar_factor
-from lightning_otrt.transport.tensors import add_product, norms, product
+from lightning_otrt.transport.tensors import add_product, means, norms, product
 
 __all__ = ["OrthogonalAlignment", "random_projection"]
 
@@ -150,7 +150,7 @@ class OrthogonalAlignment:
             x: Teacher neurons ``(..., M, n)`` of this process.
             matrix: Of :meth:`solve`, the same on all processes.
         """
-        mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        mean_y, mean_x = means(y), means(x)
         y = _deviations(y, mean_y)[0]
         z = self._target(y, x, matrix)
         mean_z = matrix @ mean_x
@@ -174,7 +174,7 @@ class OrthogonalAlignment:
     @staticmethod
     def _target(y: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
         """The centred targets z, in the layout of ``y``. The rounding of a constant teacher is no target."""
-        return product(matrix, _deviations(x, x.mean(-1, keepdim=True))[0], like=y)
+        return product(matrix, _deviations(x, means(x))[0], like=y)
 
     def _evaluate(
         self, y: Tensor, z: Tensor, inverse_y: Tensor, inverse_z: Tensor, products: Tensor

@@ -14,6 +14,7 @@ __all__ = [
     "dot",
     "is_long",
     "matrix_vector",
+    "means",
     "norms",
     "observation_count",
     "product",
@@ -79,6 +80,11 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     if matrix.shape[0] == 1:
         return matrix[0].mv(vector[0])[None]
     return torch.bmm(matrix, vector[..., None]).squeeze(-1)
+
+
+def means(y: Tensor) -> Tensor:
+    """Means ``(..., N, 1)`` of neurons ``(..., N, n)``; 0 where there are no observations, and torch gives NaN."""
+    return y.mean(-1, keepdim=True) if y.shape[-1] else y.new_zeros((*y.shape[:-1], 1))
 
 
 def norms(y: Tensor) -> Tensor:

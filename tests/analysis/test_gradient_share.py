@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_otrt import RepresentationTransfer, suggest_weight
 from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.reading.views import View
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
@@ -77,7 +78,7 @@ def test_keeps_no_activation():
     probe = GradientProbe(net, [LayerPair("body", "body")])
     with probe.watching():
         loss = net(torch.randn(2, 4)).sum()
-    assert probe.has_outputs
+    assert probe.has_outputs([View("", {"0": [torch.zeros(2, 3)]})])
     assert net.outputs[0]() is None
     assert [norm.tolist() for norm in probe.split(loss, [])] == [[pytest.approx(math.sqrt(6))], [0.0]]
     probe.remove()
@@ -87,12 +88,13 @@ def test_keeps_no_activation():
 def test_sees_only_what_runs_with_gradient_inside_the_block():
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     probe = GradientProbe(net, [LayerPair("0", "0"), LayerPair("1:input", "0")])
+    views = [View("", {"0": [torch.zeros(2, 3)], "1": [torch.zeros(2, 3)]})]
     net(torch.randn(2, 4))
     with probe.watching(), torch.no_grad():
         net(torch.randn(2, 4))
-    assert not probe.has_outputs
+    assert not probe.has_outputs(views)
     with probe.watching():
         net(torch.randn(2, 4))
-    assert probe.has_outputs
+    assert probe.has_outputs(views)
     probe.remove()
-    assert not probe.has_outputs
+    assert not probe.has_outputs(views)

@@ -44,7 +44,7 @@ class Log(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         # The Trainer keeps what earlier steps logged.
-        has_term = any(distance.plan is not None for distance in KEPT[0].distances)
+        has_term = any(not distance.is_skipped for distance in KEPT[0].distances)
         names = [name for name in trainer.logged_metrics if has_term or name == "otrt/weight"]
         self.logged.append({name: float(trainer.logged_metrics[name]) for name in names})
 

@@ -106,7 +106,11 @@ MISTAKES = [
     Fit(
         "layer that runs in evaluation alone",
         RuntimeError,
-        ("student layer 'net.block1' did not run in this forward", "skipped in training", "choose a layer"),
+        (
+            "student layer 'net.block1' did not run in this forward nor in any before",
+            "skipped in training",
+            "choose a layer",
+        ),
         task=lambda: with_net(EvaluationNet),
     ),
     Fit(

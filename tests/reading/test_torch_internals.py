@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_otrt.reading.torch_internals import all_buffers, is_in_backward
+from lightning_otrt.reading.torch_internals import all_buffers, is_compiled, is_in_backward
 
 
 def test_is_in_backward() -> None:
@@ -37,3 +37,11 @@ def test_all_buffers() -> None:
     module.register_buffer("b", None, persistent=False)
     module.inner = nn.BatchNorm1d(2)
     assert all_buffers(module) == {"a": module.a, "b": None}
+
+
+def test_is_compiled() -> None:
+    plain, wrapped, called = (nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3))
+    wrapped[0] = torch.compile(wrapped[0], backend="eager")
+    called[1].compile(backend="eager")
+    assert [is_compiled(each) for each in (plain, wrapped, called)] == [False, True, True]
+    assert is_compiled(torch.compile(plain, backend="eager"))
