@@ -16,7 +16,11 @@ __all__ = [
     "check_number",
     "check_seed",
     "is_int",
+    "shown",
 ]
+
+#: Characters of a value in an error.
+_LONGEST = 100
 
 
 def is_int(value: Any) -> bool:
@@ -94,7 +98,19 @@ def _expected(name: str, wanted: str, got: str, hint: str) -> str:
     return f"Expected argument `{name}` to be {wanted}, but got {got}.{' ' if hint else ''}{hint}"
 
 
+def shown(value: Any) -> str:
+    """The ``repr`` of what a user passed, for errors; of long ones, such as weights, only the type.
+
+    Example:
+        >>> shown([1, 2]), shown(list(range(1000)))
+        ('[1, 2]', 'a list')
+    """
+    text = repr(value)
+    name = type(value).__name__
+    return text if len(text) <= _LONGEST else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def _typed(value: Any) -> str:
     """The value with its type, as ``3`` and ``"3"`` may look alike in a message. Long values are left out."""
-    shown = repr(value)
-    return f"{shown if len(shown) <= 100 else 'an object'} of type {type(value).__name__}"
+    text = repr(value)
+    return f"{text if len(text) <= _LONGEST else 'an object'} of type {type(value).__name__}"

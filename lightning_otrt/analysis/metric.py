@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.plot import plot_single_or_multi_val
 
-from lightning_otrt.checks import check_count, check_seed
+from lightning_otrt.checks import check_count, check_seed, shown
 from lightning_otrt.transport.cost import Sums
 from lightning_otrt.transport.distance import TransportResult
 from lightning_otrt.transport.named_costs import get_cost
@@ -108,9 +108,9 @@ class NeuronTransportDistance(Metric):
         check_count("num_teacher_neurons", num_teacher_neurons)
         if not isinstance(cost, str):
             raise TypeError(
-                f"Expected argument `cost` to be a name, but got {cost!r}. The metric adds up sums over observations, "
-                "and a cost of your own may not be such a sum. Use `transport_distance(student, teacher, cost=...)` on "
-                "all observations at once."
+                f"Expected argument `cost` to be a name, but got {shown(cost)}. The metric adds up sums over "
+                "observations, and a cost of your own may not be such a sum. Use "
+                "`transport_distance(student, teacher, cost=...)` on all observations at once."
             )
         check_plan(plan, allowed=ONE_BATCH_PLANS)
         check_epsilon(epsilon)

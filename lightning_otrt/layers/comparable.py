@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from lightning_otrt.checks import is_int
+from lightning_otrt.checks import is_int, shown
 from lightning_otrt.layers.automatic import adds_nothing, classification_head
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.resolve import select_layers
@@ -85,7 +85,7 @@ def choose_layers(choice: LayerChoice, trace: Trace, side: str) -> dict[str, int
     selectors = list(choice) if isinstance(choice, Sequence) and not isinstance(choice, str) else [choice]
     if not all(isinstance(name, str) or is_int(name) for name in selectors):
         raise TypeError(
-            f"Expected the layers of the {side} to be a name, an index or a list of these, but got {choice!r}. "
+            f"Expected the layers of the {side} to be a name, an index or a list of these, but got {shown(choice)}. "
             "`layers` and `teacher_layers` are two lists, not pairs."
         )
     names: list[str | int] = []

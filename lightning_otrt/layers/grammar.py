@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lightning_otrt.checks import is_int
+from lightning_otrt.checks import is_int, shown
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, check_options
 
 __all__ = ["WORDS", "LayerEntry", "only_words", "parse_layers"]
@@ -45,8 +45,8 @@ def parse_layers(spec: LayerSpec) -> tuple[LayerEntry, ...]:
     entries = tuple(_parse(spec))
     if not entries:
         raise ValueError(
-            f"Expected `layers` to name at least one layer pair, but got {spec!r}. Without a layer there is no term; "
-            'pass {"student layer": "teacher layer"}, or "auto".'
+            f"Expected `layers` to name at least one layer pair, but got {shown(spec)}. Without a layer there is no "
+            'term; pass {"student layer": "teacher layer"}, or "auto".'
         )
     for entry in entries:
         for word in ("auto", "matched"):
@@ -113,5 +113,5 @@ def _name(value: Any) -> str | int:
 def _wrong_form(value: Any) -> TypeError:
     return TypeError(
         "Expected an element of `layers` to be a name, an index, a pair (student, teacher), a LayerPair or a mapping "
-        f"from student to teacher, but got {value!r} of type {type(value).__name__}."
+        f"from student to teacher, but got {shown(value)} of type {type(value).__name__}."
     )

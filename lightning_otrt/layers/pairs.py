@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, TypeAlias
 
-from lightning_otrt.checks import is_int
+from lightning_otrt.checks import is_int, shown
 
 __all__ = ["INPUT", "LayerPair", "LayerSpec", "check_options", "pair_labels", "pairs_from_state", "pairs_to_state"]
 
@@ -51,7 +51,7 @@ class LayerPair:
         for side in ("student", "teacher"):
             name = getattr(self, side)
             if not isinstance(name, str):
-                raise TypeError(f"Expected `{side}` of a LayerPair to be the name of a layer, but got {name!r}.")
+                raise TypeError(f"Expected `{side}` of a LayerPair to be the name of a layer, but got {shown(name)}.")
         check_options(
             self.weight, self.neuron_axis, self.select, self.mask, f"LayerPair {self.student!r} -> {self.teacher!r}"
         )
@@ -99,21 +99,22 @@ def check_options(weight: Any, neuron_axis: Any, select: Any, mask: Any, where: 
         ValueError: If the weight is not positive and finite.
     """
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise TypeError(f"Expected `weight` of {where} to be a number, but got {weight!r}.")
+        raise TypeError(f"Expected `weight` of {where} to be a number, but got {shown(weight)}.")
     if not math.isfinite(weight) or weight <= 0:
-        raise ValueError(f"Expected `weight` of {where} to be positive and finite, but got {weight!r}.")
+        raise ValueError(f"Expected `weight` of {where} to be positive and finite, but got {shown(weight)}.")
     is_two_axes = isinstance(neuron_axis, (tuple, list)) and len(neuron_axis) == 2 and all(map(is_int, neuron_axis))
     if neuron_axis is not None and not is_int(neuron_axis) and not is_two_axes:
         raise TypeError(
-            f"Expected `neuron_axis` of {where} to be an axis or (student axis, teacher axis), but got {neuron_axis!r}."
+            f"Expected `neuron_axis` of {where} to be an axis or (student axis, teacher axis), but got "
+            f"{shown(neuron_axis)}."
         )
     if select is not None and not isinstance(select, str) and not is_int(select):
-        raise TypeError(f"Expected `select` of {where} to be a key or an index, but got {select!r}.")
+        raise TypeError(f"Expected `select` of {where} to be a key or an index, but got {shown(select)}.")
     masks = mask if isinstance(mask, (tuple, list)) and len(mask) == 2 else (mask,)
     if not all(name is None or (isinstance(name, str) and name.strip("~")) for name in masks):
         raise TypeError(
             f"Expected `mask` of {where} to be 'auto', None, the name of an argument, '~name', or a tuple (student, "
-            f"teacher) of these, but got {mask!r}."
+            f"teacher) of these, but got {shown(mask)}."
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from lightning_otrt.checks import shown
 from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Cost
 from lightning_otrt.transport.custom_cost import CustomCost
@@ -32,7 +33,9 @@ def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
         return cost
     if isinstance(cost, str):
         if cost not in COSTS:
-            raise ValueError(f"Expected argument `cost` to be one of {list(COSTS)} or a callable, but got {cost!r}.")
+            raise ValueError(
+                f"Expected argument `cost` to be one of {list(COSTS)} or a callable, but got {shown(cost)}."
+            )
         return COSTS[cost]()
     if callable(cost):
         return CustomCost(cost)

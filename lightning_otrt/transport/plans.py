@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_otrt.checks import shown
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 __all__ = [
@@ -38,14 +39,14 @@ PLANS = (*ONE_BATCH_PLANS, "static")
 def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
     """Raise a ValueError unless ``plan`` is one of ``allowed``."""
     if plan not in allowed:
-        raise ValueError(f"Expected argument `plan` to be one of {list(allowed)}, but got {plan!r}.")
+        raise ValueError(f"Expected argument `plan` to be one of {list(allowed)}, but got {shown(plan)}.")
 
 
 def check_epsilon(epsilon: float) -> None:
     """Raise a ValueError unless ``epsilon`` is a number between 0 and 1."""
     if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and 0 < epsilon < 1):
         raise ValueError(
-            f"Expected argument `epsilon` to lie between 0 and 1, but got {epsilon!r}. It is relative to the mean "
+            f"Expected argument `epsilon` to lie between 0 and 1, but got {shown(epsilon)}. It is relative to the mean "
             "cost: 0.01 is close to an exact plan, from 0.2 on nothing is matched, at 1 the plan is uniform."
         )
 

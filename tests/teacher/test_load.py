@@ -10,7 +10,9 @@ from typing import Any
 import lightning
 import pytest
 import pytorch_lightning
+import timm
 import torch
+from safetensors.torch import save_file
 from teacher.networks import Lit, Net, digest, modes
 from torch import Tensor
 
@@ -121,6 +123,40 @@ class TestTorchvision:
             load_teacher("resnet18")
 
 
+class TestTimm:
+    def test_pretrained_or_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+        monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append((name, options)) or Net())
+        load_teacher("timm:test_vit")
+        load_teacher(("timm:test_vit", None), num_classes=3)
+        assert asked == [
+            ("test_vit", {"pretrained": True}),
+            ("test_vit", {"pretrained": False, "num_classes": 3}),
+        ]
+
+    def test_errors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match=r"^No timm model is called 'resnet5'\. Did you mean 'resnet50'"):
+            load_teacher("timm:resnet5")
+        with pytest.raises(TypeError, match=r"^\['weights'\] would have no effect on the teacher 'timm:test_vit'"):
+            load_teacher("timm:test_vit", weights="IMAGENET1K_V1")
+        monkeypatch.setitem(sys.modules, "timm", None)
+        with pytest.raises(ImportError, match=r"^The teacher 'timm:test_vit' needs timm: `pip install timm`\.$"):
+            load_teacher("timm:test_vit")
+
+
+class TestFolder:
+    def test_class_without_from_pretrained(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(TypeError, match="expected a `model_class` with `from_pretrained`, but got 'Net'"):
+            load_teacher(tmp_path, model_class=Net)
+
+    def test_without_transformers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ImportError, match="needs transformers: `pip install transformers`"):
+            load_teacher(str(tmp_path))
+
+
 class TestCheckpoint:
     @pytest.mark.parametrize("wrapped", [True, False])
     @pytest.mark.parametrize("form", [str, Path])
@@ -130,6 +166,26 @@ class TestCheckpoint:
         torch.save({"state_dict": saved.state_dict(), "epoch": 3} if wrapped else saved.state_dict(), path)
         assert digest(load_teacher(form(path), model_class=Net, width=5)) == digest(saved)
         assert digest(load_teacher((form(path), lambda: Net(5)))) == digest(saved)
+
+    def test_class_by_its_import_path(self, tmp_path: Path) -> None:
+        path = tmp_path / "teacher.pt"
+        torch.save(Net().state_dict(), path)
+        assert isinstance(load_teacher(path, model_class="teacher.networks.Net"), Net)
+        for wrong in ("teacher.networks.Ned", "no_such_package.Net", "Net"):
+            with pytest.raises(ImportError, match=f"'my_package.models.MyModule', but '{wrong}' cannot be imported: "):
+                load_teacher((path, wrong))
+
+    def test_safetensors(self, tmp_path: Path) -> None:
+        saved, path = Net(), tmp_path / "teacher.safetensors"
+        harmless = {"embeddings.position_ids": torch.arange(4), "head.total_params": torch.zeros(1)}
+        save_file({**saved.state_dict(), **harmless}, path)
+        assert digest(load_teacher(path, model_class=Net)) == digest(saved)
+        save_file({**saved.state_dict(), "more.weight": torch.zeros(1)}, path)
+        with pytest.raises(ValueError, match=r"do not fit Net\. Missing: none\. Unexpected: 'more\.weight'\.$"):
+            load_teacher(path, model_class=Net)
+        path.write_bytes(b"not a file of tensors")
+        with pytest.raises(RuntimeError, match="could not be read"):
+            load_teacher(path, model_class=Net)
 
     def test_any_existing_file(self, tmp_path: Path) -> None:
         path = tmp_path / "weights.bin"
