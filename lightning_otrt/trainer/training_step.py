@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,7 +32,10 @@ class ExtraTerm:
         return None
 
     def discard(self) -> None:
-        """Forget the forwards since the last call of :meth:`term`, because the user skips this step."""
+        """Forget the forwards since the last call of :meth:`term`."""
+
+    def skip(self) -> None:
+        """The user skips this step."""
 
     def has_term(self) -> bool:
         """Whether there was a forward since the last call of :meth:`term`."""
@@ -114,18 +118,19 @@ class _Step(_Patch):
         self.terms: list[ExtraTerm] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for term in self.terms:
-                stack.enter_context(term.training_step())
-            output = self.inner(*args, **kwargs)
-        if not self.module.automatic_optimization:
-            self._check_manual()
-            return output
-        if output is None:
+        try:
+            with ExitStack() as stack:
+                for term in self.terms:
+                    stack.enter_context(term.training_step())
+                output = self.inner(*args, **kwargs)
+            if not self.module.automatic_optimization:
+                self._check_manual()
+                return output
+            return self._add(output)
+        finally:
+            # Whatever came back: what is kept holds its graph, and would be taken for a part of the next step.
             for term in self.terms:
                 term.discard()
-            return None
-        return self._add(output)
 
     def total(self) -> Tensor | None:
         """The sum of all terms."""
@@ -134,21 +139,31 @@ class _Step(_Patch):
         return sum(present[1:], present[0]) if present else None
 
     def _add(self, output: Any) -> Any:
-        if isinstance(output, Tensor):
+        """The output of an automatic step with all terms in its loss."""
+        if output is None:
+            for term in self.terms:
+                term.skip()
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor):
             total = self.total()
-            return output if total is None else output + total.to(output.device)
-        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
-            total = self.total()
-            return output if total is None else {**output, "loss": output["loss"] + total.to(output["loss"].device)}
-        # Lightning's error says what a step may return.
+            if total is None:
+                return output
+            loss = loss + total.to(loss.device)
+            return _with_loss(output, loss) if isinstance(output, Mapping) else loss
+        if isinstance(output, Mapping) and loss is None:
+            return output  # Lightning's own error says that there has to be a loss
+        if any(term.has_term() for term in self.terms):
+            where = f"a {type(output).__name__} whose 'loss' is " if isinstance(output, Mapping) else ""
+            raise MisconfigurationException(
+                f"The training_step of {type(self.module).__name__} returned {where}a {type(loss).__name__}, to which "
+                "no transfer term can be added. Return the loss as a tensor, a mapping with the key 'loss', or None to "
+                "skip the step; or use manual optimization with `self.manual_backward(loss)`."
+            )
         return output
 
     def _check_manual(self) -> None:
-        left = [term for term in self.terms if term.has_term()]
-        # Also forwards without gradient, which no backward pass takes.
-        for term in self.terms:
-            term.discard()
-        if not left:
+        if not any(term.has_term() for term in self.terms):
             return
         raise MisconfigurationException(
             f"{type(self.module).__name__} uses manual optimization, but its training_step ended without "
@@ -156,6 +171,19 @@ class _Step(_Patch):
             "`self.manual_backward(loss)` instead of `loss.backward()`; run forwards that are not trained on inside "
             "`torch.no_grad()` or `transfer.paused()`."
         )
+
+
+def _with_loss(output: Mapping[str, Any], loss: Tensor) -> Mapping[str, Any]:
+    """A copy of the same type with another loss; a dictionary where the type cannot be copied or changed."""
+    try:
+        copied: Any = copy.copy(output)
+        if copied is not output:
+            copied["loss"] = loss
+            if copied["loss"] is loss:
+                return cast(Mapping[str, Any], copied)
+    except Exception:
+        pass
+    return {**output, "loss": loss}
 
 
 class _ManualBackward(_Patch):

@@ -58,7 +58,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         self._resumed = False
         self._batch: tuple[int, int] | None = None
         self._again = False
-        self._seen = self._steps = self._terms = 0
+        self._seen = self._steps = self._skipped = self._terms = 0
         self._entered = self._leaves_checked = False
 
     if not TYPE_CHECKING:  # a type checker would take any name for an attribute
@@ -127,7 +127,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
             self.transfer.reset()
         self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._batch = None
-        self._seen = self._steps = self._terms = 0
+        self._seen = self._steps = self._skipped = self._terms = 0
         self._leaves_checked = False
 
     @override
@@ -152,13 +152,23 @@ class TransferCallback(pl.Callback, ExtraTerm):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise where all steps so far were without a term. A single step without one may be that of a GAN's critic."""
         self.transfer.check_layers()
-        if self._steps and not self._terms and self.transfer.strict and not pl_module.automatic_optimization:
+        steps = self._steps - self._skipped
+        if steps <= 0 or self._terms or not self.transfer.strict:
+            return
+        kind = type(pl_module).__name__
+        if pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"{type(pl_module).__name__} uses manual optimization, and in {self._steps} training steps no "
-                "`self.manual_backward(loss)` came after a forward of the student with gradient, so the transfer term "
-                "was never added. Call the student as a module (not `.forward`), with its parameters unfrozen, before "
-                "`self.manual_backward(loss)`; or pass the name of what is called as `student_root`."
+                f"In {steps} training steps of {kind} the transfer term was never added. Likely causes are a loop that "
+                "does not take the loss from `training_step`, batches with too few observations, and layers that are "
+                "skipped in each step. Return the loss from `training_step`, as a tensor or under the key 'loss', and "
+                "look at `callback.transfer.distances`."
             )
+        raise MisconfigurationException(
+            f"{kind} uses manual optimization, and in {steps} training steps no `self.manual_backward(loss)` came "
+            "after a forward of the student with gradient, so the transfer term was never added. Call the student as a "
+            "module (not `.forward`), with its parameters unfrozen, before `self.manual_backward(loss)`; or pass the "
+            "name of what is called as `student_root`."
+        )
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -211,8 +221,12 @@ class TransferCallback(pl.Callback, ExtraTerm):
         return self.transfer.has_views
 
     def discard(self) -> None:
-        """Forget the forwards of a step that the user skips."""
+        """Forget the forwards that no loss has taken."""
         self.transfer.discard()
+
+    def skip(self) -> None:
+        """Count a step that has no loss on purpose."""
+        self._skipped += self.transfer.current_weight > 0
 
     def term(self, position: int) -> Tensor | None:
         """The weighted term of the forwards since the last call; None if the weight is 0. It is logged."""
