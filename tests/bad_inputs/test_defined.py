@@ -260,12 +260,12 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
     ),
     (
         Fit("NaN in the student later", task=lambda: make_task(Spoiling), data=lambda: loader(24)),
-        ["1 recent values of the transfer term up to step 2 were NaN or infinite"],
+        ["Up to step 2, 1 recent values of the transfer term were NaN or infinite"],
         check_spoilt,
     ),
     (
         Fit("NaN in the teacher later", options={"teacher_inputs": spoilt_later}, data=lambda: loader(24)),
-        ["1 recent values of the transfer term up to step 2 were NaN or infinite"],
+        ["Up to step 2, 1 recent values of the transfer term were NaN or infinite"],
         check_spoilt,
     ),
     (
