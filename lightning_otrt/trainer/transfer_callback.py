@@ -110,15 +110,15 @@ class TransferCallback(pl.Callback, ExtraTerm):
         transfer.teacher.follow(student_dtype(trainer))
         self._trainer, self._module = trainer, pl_module
         self._batch = None
-        if not is_overridden("configure_model", pl_module):
-            self.transfer.attach(pl_module)
+        # The module's own `setup` comes after this one, and may build the network, as `configure_model` may.
+        if not any(is_overridden(name, pl_module) for name in ("setup", "configure_model")):
+            transfer.attach(pl_module)
         add_term(pl_module, self)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach to a module whose layers exist only after ``configure_model``."""
-        if not self.transfer.is_attached:
-            self.transfer.attach(pl_module)
+        """Attach to a module whose layers exist only after its own ``setup`` or ``configure_model``."""
+        self._attach()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -194,6 +194,11 @@ class TransferCallback(pl.Callback, ExtraTerm):
         """The same: Lightning does not call ``teardown`` after an exception."""
         self._release()
 
+    def _attach(self) -> None:
+        assert self._module is not None
+        if not self.transfer.is_attached:
+            self.transfer.attach(self._module)
+
     def _release(self) -> None:
         if self._module is not None:
             remove_term(self._module, self)
@@ -206,6 +211,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
     def training_step(self) -> Iterator[None]:
         """Record while the user's training step runs."""
         assert self._trainer is not None
+        self._attach()  # finders that come before this callback train before its `on_fit_start`
         trainer = self._trainer
         self.transfer.step = trainer.global_step
         batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
@@ -253,9 +259,10 @@ class TransferCallback(pl.Callback, ExtraTerm):
         """Warn once if the term reaches only parameters that no optimizer has."""
         if self._leaves_checked or self._trainer is None or self._module is None:
             return
-        self._leaves_checked = True
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._module.named_parameters()}
         leaves = leaves_of(loss)
+        # There are none in a step in which this process skipped the layers and another one ran them.
+        self._leaves_checked = bool(leaves)
         trained = {
             parameter
             for optimizer in self._trainer.optimizers
@@ -263,7 +270,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
             for parameter in group["params"]
         }
         # FSDP computes with parameters of its own, which cannot be compared here.
-        if leaves <= names.keys() and not leaves & trained:
+        if leaves and leaves <= names.keys() and not leaves & trained:
             reached = sorted(names[parameter] for parameter in leaves)
             rank_zero_warn(
                 f"The transfer term has no effect: it reaches the parameters {reached[:5]} alone, {len(reached)} in "
