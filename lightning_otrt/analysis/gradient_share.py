@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.reading.outputs import select_tensor
-from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.views import View
 
 __all__ = ["GradientProbe"]
@@ -41,9 +40,9 @@ class GradientProbe:
         for name, pair in layers.items():
             module = modules[name.removesuffix(INPUT)]
             if name.endswith(INPUT):
-                handle = add_forward_pre_hook(module, self._on_input(name), with_kwargs=True)
+                handle = module.register_forward_pre_hook(self._on_input(name), with_kwargs=True)
             else:
-                handle = add_forward_hook(module, self._on_output(name, pair.select))
+                handle = module.register_forward_hook(self._on_output(name, pair.select))
             self._handles.append(handle)
 
     @contextmanager

@@ -225,10 +225,10 @@ class Attachment:
         self._recorder.watch_teacher(self.pairing.readers("teacher", self.teacher.module, self.grid))
 
     def _prepare_teacher(self, student: nn.Module) -> None:
-        """Bring the teacher to the student's device, and a copy of it to the values that it has now."""
+        """Bring the teacher to the student's device, and to its dtype where a precision plugin changed that."""
         for parameter in student.parameters():
             if parameter.is_floating_point():
-                self.teacher.prepare(parameter.device)
+                self.teacher.prepare(parameter.device, parameter.dtype)
                 return  # not `next`, which torch 2.6 cannot compile
 
     def _why_no_view(self) -> str:

@@ -242,14 +242,12 @@ class TestDtype:
         teacher = Teacher(net)
         teacher.prepare("cpu")
         assert teacher.module is net
-        teacher.follow(torch.float64)
+        teacher.prepare("cpu", torch.float64)
         assert modes(net) == modes_before
         running = teacher.module
-        teacher.follow(torch.float64)
-        teacher.prepare("cpu")
+        teacher.prepare("cpu", torch.float64)
         assert teacher.module is running is not net
         assert teacher(torch.randn(5, 4)).dtype == torch.float64
-        teacher.follow(None)
         teacher.prepare("cpu")
         assert teacher.module is net
         teacher.release()
@@ -257,8 +255,7 @@ class TestDtype:
 
     def test_its_own_goes_first(self, net: Net) -> None:
         teacher = Teacher(net, dtype="bfloat16")
-        teacher.follow(torch.float64)
-        teacher.prepare("cpu")
+        teacher.prepare("cpu", torch.float64)
         assert teacher(torch.randn(5, 4)).dtype == torch.bfloat16
 
 
@@ -280,7 +277,7 @@ class TestCopies:
         x = torch.randn(5, 4)
         torch.testing.assert_close(twin(x), teacher(x))
         twin.release()
-        assert twin.checksum() == teacher.checksum()
+        assert twin.fingerprint() == teacher.fingerprint()
         if dtype is None:
             assert twin.module is not net
             assert (digest(twin.module), modes(twin.module)) == (before, modes_before)
