@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ PATIENCE, PATIENCE_FOR_ALL = 32, 8
 #: The former at the end of a loop or an epoch.
 FEW_CALLS = 2
 
-_KEYS = ("layers", "pairs", "engine")
+_KEYS = ("layers", "pairs", "engine", "leading_weights")
 
 
 class RunState:
@@ -43,12 +44,18 @@ class RunState:
         settings: Keyword arguments of the engine, other than its pairs.
         global_batch: What the user passed as ``global_batch``.
         process_group: The processes of the global batch; None: all of torch.distributed.
+        identify: Gives a checksum of the teacher's weights that lead to the layers of a pairing.
     """
 
     def __init__(
-        self, layers: LayerSpec, settings: Mapping[str, Any], global_batch: bool | None, process_group: Any | None
+        self,
+        layers: LayerSpec,
+        settings: Mapping[str, Any],
+        global_batch: bool | None,
+        process_group: Any | None,
+        identify: Callable[[Pairing], str],
     ) -> None:
-        self.layers, self.settings = layers, settings
+        self.layers, self.settings, self._identify = layers, settings, identify
         self.global_batch, self.process_group = global_batch, process_group
         #: Whether the processes of torch.distributed each see a part of the batch and take all steps together. None:
         #: not known, as outside of a Trainer. Then only a global batch communicates.
@@ -59,6 +66,7 @@ class RunState:
         #: The layers that did not run in the last call, by the number of their pair.
         self.absent: dict[int, str] = {}
         self._paired_for = ""
+        self._pairing: Pairing | None = None
         self._saved: dict[str, Any] | None = None
 
     @property
@@ -89,13 +97,15 @@ class RunState:
         self.pairs = choice_of_first(everyone, repr(self.layers), choose_here)
         self._paired_for = repr(self.layers)
         self.engine = self._make_engine(device)
+        self._pairing = replace(pairings[0], pairs=self.pairs)
         if self._saved is not None:
             self.engine.load_state_dict(self._saved["engine"], device or torch.device("cpu"))
+            self._check_teacher(self._saved["leading_weights"])
             self._saved = None
         ranks = self.ranks
         if ranks is not None and ranks.rank == 0 and batch_norms_in_training(student, synchronized=False):
             report(BATCH_NORM_NOTE)
-        return replace(pairings[0], pairs=self.pairs)
+        return self._pairing
 
     def why_absent(self, student: nn.Module | None = None) -> str:
         """Why layers that never ran are an error now; empty if they are not, or not yet.
@@ -158,12 +168,14 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """Pairs, plans and statistics; plain data and tensors."""
-        if self.engine is None:
+        if self.engine is None or self._pairing is None:
             return dict(self._saved or dict.fromkeys(_KEYS))
         return {
             "layers": self._paired_for,
             "pairs": pairs_to_state(self.pairs),
             "engine": self.engine.state_dict(),
+            # As it is now: the owner may train it, and brings it back when the run is resumed.
+            "leading_weights": self._identify(self._pairing),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> bool:
@@ -173,8 +185,8 @@ class RunState:
             Whether the pairs have to be settled again, in the next forward.
 
         Raises:
-            ValueError: If it is no such state, or was saved with other layers. Without an engine yet, the latter is
-                noticed when one is made.
+            ValueError: If it is no such state, or was saved with other layers or another teacher. Without an engine,
+                the latter are noticed when one is made.
         """
         expected = {"step", *_KEYS}
         if missing := expected - set(state):
@@ -188,6 +200,7 @@ class RunState:
         is_same_choice = state["layers"] == repr(self.layers) and pairs_from_state(state["pairs"]) != self.pairs
         if self.engine is not None and not is_same_choice:
             self.engine.load_state_dict(state["engine"], device or torch.device("cpu"))
+            self._check_teacher(state["leading_weights"])
             return False
         self._saved = {name: state[name] for name in _KEYS}
         self.engine = None
@@ -198,6 +211,18 @@ class RunState:
         self._saved = None
         if self.engine is not None:
             self.engine.reset()
+
+    def _check_teacher(self, saved: str) -> None:
+        if self._pairing is None or self._identify(self._pairing) == saved:
+            return
+        names = sorted({pair.teacher for pair in self.pairs})
+        message = (
+            f"The state was saved with another teacher: the weights that lead to its layers {names} differ, so that "
+            "plans and statistics do not belong to this one"
+        )
+        if self.settings["strict"]:
+            raise ValueError(f"{message}. Resume with the same teacher (its head may differ), or start a new run.")
+        warnings.warn(f"{message}. The run goes on with them, because of strict=False.", stacklevel=2)
 
     def _known_pairs(self, student: nn.Module) -> tuple[LayerPair, ...] | None:
         """The pairs of a loaded state or of an earlier attachment, whose plans go on; None for a new choice."""

@@ -40,9 +40,9 @@ class RepresentationTransfer(FixedOptions):
     widths of student and teacher may differ.
 
     Args:
-        teacher: A module, a LightningModule, the name of a torchvision model (its default weights), ``(name, weights)``
-            or ``(checkpoint path, class)``; see :func:`load_teacher`. It is run in evaluation mode without gradient,
-            and never changed.
+        teacher: A module (compiled or not), a LightningModule, the name of a torchvision model (its default weights),
+            ``(name, weights)``, ``"timm:name"``, a folder of Hugging Face or ``(checkpoint path, class)``; see
+            :func:`load_teacher`. It is run in evaluation mode without gradient, in its own dtype, and never changed.
         layers: Which student layers are matched to which teacher layers: a mapping ``{student: teacher}``, a list of
             pairs or of names that both have, globs, ``"re:..."``, negative indices, ``"name:input"``,
             ``"penultimate"``, ``"blocks"``, ``"auto"`` (blocks where there are positions or tokens, else penultimate),
@@ -66,7 +66,8 @@ class RepresentationTransfer(FixedOptions):
             :class:`LinearWarmup`.
         teacher_inputs: From the inputs of the student's root to those of the teacher: a function that returns a tensor,
             a tuple of positional or a dictionary of keyword arguments.
-        teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``.
+        teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``. The copy follows a teacher that
+            its owner trains. None: its own dtype, or that of a true precision (``"bf16-true"``) of the Trainer.
         global_batch: Whether the term is that of the batch over all processes: the same numbers as one process with all
             samples, where gradients are averaged, as DDP and FSDP do. None: where torch.distributed runs several
             processes. False is another objective: each process has plans and a term of its own samples.
@@ -136,7 +137,7 @@ class RepresentationTransfer(FixedOptions):
         self.distances: list[PairDistance] = []
         names = ("plan", "epsilon", "memory", "solve_every", "seed", "strict")
         settings = {"cost": self.ground_cost, **{name: getattr(self, name) for name in names}}
-        self._run = RunState(layers, settings, global_batch, process_group)
+        self._run = RunState(layers, settings, global_batch, process_group, self.teacher.checksum_before)
         self._attachment = Attachment(self.teacher, layers, student_root, grid, self._settle)
         self._is_recording = False
         self._was_asked = False

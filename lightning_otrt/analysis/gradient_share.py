@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.reading.outputs import select_tensor
+from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.views import View
 
 __all__ = ["GradientProbe"]
@@ -40,9 +41,9 @@ class GradientProbe:
         for name, pair in layers.items():
             module = modules[name.removesuffix(INPUT)]
             if name.endswith(INPUT):
-                handle = module.register_forward_pre_hook(self._on_input(name), with_kwargs=True)
+                handle = add_forward_pre_hook(module, self._on_input(name), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(self._on_output(name, pair.select))
+                handle = add_forward_hook(module, self._on_output(name, pair.select))
             self._handles.append(handle)
 
     @contextmanager

@@ -13,6 +13,7 @@ from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.reading.positions import match_positions
 from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.views import View
 from lightning_otrt.transfer import RepresentationTransfer
 
@@ -42,8 +43,8 @@ class ValidationDistances:
         self._recorder.watch_teacher(pairing.readers("teacher", transfer.teacher.module, transfer.grid))
         root = named_layers(student)[pairing.student.root]
         self._handles: list[RemovableHandle] = [
-            root.register_forward_pre_hook(self._open, with_kwargs=True),
-            root.register_forward_hook(self._record, always_call=True),
+            add_forward_pre_hook(root, self._open, with_kwargs=True),
+            add_forward_hook(root, self._record, always_call=True),
         ]
 
     def compute(self) -> list[Tensor]:

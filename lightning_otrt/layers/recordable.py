@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from lightning_otrt.layers.names import is_inside
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 
 __all__ = ["chosen_axis", "recorded_tensor"]
+
+#: Types of modules whose parts TorchScript runs.
+_SCRIPTED = ("RecursiveScriptModule", "ScriptModule", "TopLevelTracedModule", "TracedModule")
 
 
 def recorded_tensor(side: str, trace: Trace, name: str, select: str | int | None = None) -> TracedTensor:
@@ -74,6 +78,14 @@ def _why_not_called(layer: TracedLayer, trace: Trace) -> str:
         return (
             f"did not run: the forward of {trace.root!r} was traced, and the layer is not inside it. Name a layer "
             f"inside {trace.root!r}, or choose the `student_root` that holds the layer."
+        )
+    scripted = [outer for outer in trace.layers if outer.kind in _SCRIPTED and is_inside(layer.name, outer.name)]
+    outside = next((outer for outer in scripted if outer.name != layer.name), None)
+    if outside is not None:
+        return (
+            f"is inside the TorchScript module {outside.name!r}, which runs its parts without Python, so that they "
+            f"cannot be recorded. Name {outside.name!r} itself, whose output can be, or use the network that it was "
+            "made from."
         )
     children = [child.name for child in trace.layers if child.name.rpartition(".")[0] == layer.name and child.name]
     if layer.is_container and any(trace.layer(child).calls for child in children):

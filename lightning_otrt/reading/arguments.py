@@ -37,7 +37,7 @@ def bound_arguments(
     try:
         signature = inspect.signature(getattr(module, method))
         bound = signature.bind_partial(*args, **kwargs)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):  # the last one for methods of script modules
         # No readable signature, or arguments that do not fit it: the call itself then says what is wrong.
         return {**found, **{str(place): value for place, value in enumerate(args)}, **kwargs}
     for name, value in bound.arguments.items():
@@ -61,7 +61,7 @@ def argument_position(module: nn.Module, name: str, method: str = "forward") -> 
     """
     try:
         parameters = list(inspect.signature(getattr(module, method)).parameters.values())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):
         return None
     positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [parameter.name for parameter in parameters if parameter.kind in positional]

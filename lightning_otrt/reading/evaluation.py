@@ -38,7 +38,7 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[N
             # Code compiled earlier would skip new hooks. If Dynamo was never imported, nothing is compiled.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Flags are set one by one: `train` and `eval` may be overridden, to keep parts frozen or to merge weights.
-        for module in model.modules():
+        for module in _with_flags(model):
             module.training = False
         yield
 
@@ -52,7 +52,7 @@ def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
         inputs: Its inputs; the random number generators of their devices are restored too.
     """
     modules = list(model.modules())
-    flags = [module.training for module in modules]
+    flags = [(module, module.training) for module in _with_flags(model)]
     buffers = [
         {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in all_buffers(module).items()}
         for module in modules
@@ -64,9 +64,15 @@ def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
             yield
         finally:
             with torch.no_grad():
-                for module, flag, saved in zip(modules, flags, buffers, strict=True):
+                for module, flag in flags:
                     module.training = flag
+                for module, saved in zip(modules, buffers, strict=True):
                     _restore_buffers(module, saved)
+
+
+def _with_flags(model: nn.Module) -> list[nn.Module]:
+    """The modules with a flag ``training``: frozen script modules have none."""
+    return [module for module in model.modules() if hasattr(module, "training")]
 
 
 def _restore_buffers(module: nn.Module, saved: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
@@ -76,6 +82,8 @@ def _restore_buffers(module: nn.Module, saved: Mapping[str, tuple[Tensor | None,
     for name, (buffer, value) in saved.items():
         # Autograd checks the version of a tensor, which every write raises. So only changed values are written.
         if buffer is not None and value is not None and not torch.equal(buffer, value):
+            if buffer.shape != value.shape:  # observers of quantization grow their buffers in the first forward
+                buffer.resize_(value.shape)
             buffer.copy_(value)
         if name not in now:
             module.register_buffer(name, buffer)

@@ -149,7 +149,7 @@ class MaskSearch:
 
 def argument_names(call: Call) -> tuple[str, ...]:
     """The arguments that a forward got or could have got."""
-    return tuple(dict.fromkeys((*_signature(getattr(type(call.module), call.method)), *call.arguments)))
+    return tuple(dict.fromkeys((*_signature(getattr(type(call.module), call.method, None)), *call.arguments)))
 
 
 @lru_cache(maxsize=4096)

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_otrt.layers.names import is_inside, named_layers, primary_names
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.torch_internals import is_in_backward
+from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
 
-__all__ = ["TrainedForwards", "describe_reach", "why_outside"]
+__all__ = ["TrainedForwards", "describe_reach", "leads_to", "why_outside"]
 
 _SHOWN = 5
 
@@ -39,7 +39,7 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair])
     trained: dict[int, bool] = {}
     # The modules by name, since a wrapper has no name of its own.
     for module in modules.values():
-        is_before = any(_is_before(names[id(module)], pair.student, trace) for pair in pairs)
+        is_before = any(leads_to(names[id(module)], pair.student, trace) for pair in pairs)
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
                 trained[id(parameter)] = trained.get(id(parameter), False) or is_before
@@ -47,7 +47,7 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair])
     return f"root: {root}; {sum(trained.values())} of {len(trained)} trained tensors lie before the recorded layers"
 
 
-def _is_before(name: str, layer: str, trace: Trace) -> bool:
+def leads_to(name: str, layer: str, trace: Trace) -> bool:
     """Whether a module ran before a recorded layer, is part of it or holds it."""
     recorded, found = trace.layer(layer), trace.layer(name)
     if found.order is None or not is_inside(name, trace.root):
@@ -76,7 +76,7 @@ class TrainedForwards:
         seen: set[int] = set()
         for name, module in self._modules.items():
             if id(module) not in seen and any(p.requires_grad for p in module.parameters(recurse=False)):
-                self._handles.append(module.register_forward_pre_hook(partial(self._note, name)))
+                self._handles.append(add_forward_pre_hook(module, partial(self._note, name)))
             seen.add(id(module))
 
     def outside(self, root: str) -> list[str]:

@@ -20,6 +20,7 @@ from lightning_otrt.reading.hooks import (
     ViewAroundMethod,
 )
 from lightning_otrt.reading.neurons import NeuronReader
+from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.views import View
 
 __all__ = ["Readers", "RecordedLayer", "Recorder"]
@@ -85,9 +86,9 @@ class Recorder:
             if method:
                 self._root_handles.append(ViewAroundMethod(module, method, self, name))
                 continue
-            self._root_handles.append(module.register_forward_pre_hook(OpenView(self, name), with_kwargs=True))
+            self._root_handles.append(add_forward_pre_hook(module, OpenView(self, name), with_kwargs=True))
             # `always_call`: a view left open by an exception would keep the next forward from being recorded.
-            self._root_handles.append(module.register_forward_hook(CloseView(self, name), always_call=True))
+            self._root_handles.append(add_forward_hook(module, CloseView(self, name), always_call=True))
 
     def watch_student(self, readers: Readers) -> None:
         """Record these layers of the student."""
@@ -140,13 +141,13 @@ class Recorder:
         for module, note in notes:
             if note.source.method != "forward":  # the root's: noted where its view is opened
                 continue
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            handles.append(add_forward_pre_hook(module, note, with_kwargs=True))
         for key, (name, module, reader, masks) in readers.items():
             if name.endswith(INPUT):
                 hook = ReadInput(self, side, key, reader, masks)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(add_forward_pre_hook(module, hook, with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(ReadOutput(self, side, key, reader, masks)))
+                handles.append(add_forward_hook(module, ReadOutput(self, side, key, reader, masks)))
         return handles
 
     @staticmethod

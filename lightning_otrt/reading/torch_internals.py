@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["all_buffers", "is_compiled", "is_in_backward"]
+__all__ = ["add_forward_hook", "add_forward_pre_hook", "all_buffers", "is_compiled", "is_in_backward"]
 
 
 def is_in_backward() -> bool:
@@ -28,3 +32,16 @@ def all_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``module.compile`` was called on the module or a part of it."""
     return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
+
+
+def add_forward_hook(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    """``module.register_forward_hook``, which script modules refuse although calls of theirs from Python run hooks.
+
+    Hooks of modules that TorchScript calls inside itself do not run.
+    """
+    return nn.Module.register_forward_hook(module, hook, **options)
+
+
+def add_forward_pre_hook(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    """The same for ``module.register_forward_pre_hook``."""
+    return nn.Module.register_forward_pre_hook(module, hook, **options)

@@ -24,7 +24,7 @@ from lightning_otrt.reading.mask_search import Call, MaskSearch
 from lightning_otrt.reading.masks import pad_nested
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, role_of
 from lightning_otrt.reading.outputs import all_tensors, describe, output_items, sequence_output
-from lightning_otrt.reading.torch_internals import is_in_backward
+from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
 
 __all__ = ["trace"]
 
@@ -80,9 +80,9 @@ def trace(
     with in_evaluation(target, inputs), ExitStack() as hooks:
         for name, module in modules.items():
             if primary[id(module)] == name and is_inside(name, root):
-                before = module.register_forward_pre_hook(partial(recorder.before_forward, name), with_kwargs=True)
+                before = add_forward_pre_hook(module, partial(recorder.before_forward, name), with_kwargs=True)
                 hooks.callback(before.remove)
-                after = module.register_forward_hook(partial(recorder.after_forward, name))
+                after = add_forward_hook(module, partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
         run = getattr(target, method) if method else target
         returned = list(all_tensors(run(*args, **(kwargs or {}))))

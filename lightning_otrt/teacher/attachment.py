@@ -62,6 +62,7 @@ class Attachment:
         self._guard = InputGuard()
         self._trained: TrainedForwards | None = None
         self._stance = ExitStack()
+        self._attached_dtype: torch.dtype | None = None
 
     @property
     def views(self) -> list[View]:
@@ -92,6 +93,7 @@ class Attachment:
             # Code that was compiled before has no hooks in it and would never call ours.
             torch.compiler.reset()
         self.student = student
+        self._attached_dtype = _dtype_of(student)
         self._guard = InputGuard()
         self.choose_again()
 
@@ -225,10 +227,12 @@ class Attachment:
         self._recorder.watch_teacher(self.pairing.readers("teacher", self.teacher.module, self.grid))
 
     def _prepare_teacher(self, student: nn.Module) -> None:
-        """Bring the teacher to the student's device, and to its dtype where a precision plugin changed that."""
+        """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""
         for parameter in student.parameters():
             if parameter.is_floating_point():
-                self.teacher.prepare(parameter.device, parameter.dtype)
+                if parameter.dtype != self._attached_dtype:
+                    self.teacher.follow(parameter.dtype)
+                self.teacher.prepare(parameter.device)
                 return  # not `next`, which torch 2.6 cannot compile
 
     def _why_no_view(self) -> str:
@@ -251,3 +255,7 @@ class Attachment:
             f"layers={self.layers!r}. It has to be called as a module (not `.forward`), with gradient; `student_root` "
             "names the submodule whose inputs the teacher gets."
         )
+
+
+def _dtype_of(student: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in student.parameters() if parameter.is_floating_point()), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -11,8 +10,11 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_otrt.checks import shown
+from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.teacher.borrowed import BorrowedModule
-from lightning_otrt.teacher.fingerprint import fingerprint
+from lightning_otrt.teacher.copied import FollowingCopy, has_dtype
+from lightning_otrt.teacher.identity import checksum_before, stem_checksum
 from lightning_otrt.teacher.load import wrong_form
 from lightning_otrt.teacher.separate import check_separate
 
@@ -40,7 +42,8 @@ class Teacher:
         inputs: Function (``teacher_inputs``) from the inputs of the student's root to those of the teacher: a tensor, a
             tuple of positional arguments or a dict of keyword arguments. None passes the student's inputs on.
         dtype: Type to run in (``teacher_dtype``), such as ``torch.bfloat16`` or ``"bf16-true"``. A module of another
-            type runs as a deep copy. None keeps the module's own type, or the type given to :meth:`prepare`.
+            type runs as a deep copy, which follows the module's values. None keeps the module's own type, or the one
+            given to :meth:`follow`.
         role: What error messages call it.
 
     Raises:
@@ -70,18 +73,22 @@ class Teacher:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise wrong_form(module)
-        if getattr(module.forward, "__module__", "") in _NO_FORWARD:
+        if getattr(getattr(module, "_orig_mod", module).forward, "__module__", "") in _NO_FORWARD:
             raise TypeError(
                 f"The {role} {type(module).__name__} has no `forward` and cannot run. Define one, or pass the network "
                 "inside it."
             )
         if inputs is not None and not callable(inputs):
-            raise TypeError(f"Expected `teacher_inputs` to be a function of the student's inputs, but got {inputs!r}.")
+            raise TypeError(
+                f"Expected `teacher_inputs` to be a function of the student's inputs, but got {shown(inputs)}."
+            )
         self._own = module
         self._inputs = inputs
         self._given_dtype = None if dtype is None else _parse_dtype(dtype)
         self._dtype = self._given_dtype
         self._borrowed: BorrowedModule | None = None
+        self._copy: FollowingCopy | None = None
+        self._own_dtype = _dtype_of(module)
         #: Name of the submodule that :meth:`run` runs, ``""`` for the whole.
         self.root = ""
 
@@ -92,19 +99,14 @@ class Teacher:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type that the module is run in; None for its own."""
+        """The type that the module is run in, where one was given; None for its own."""
         return self._dtype
 
-    def prepare(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        """Move the module to a device and put it into evaluation mode. Cheap if nothing has to be done.
-
-        Call it before every forward of the student, outside of compiled code: it does nothing while ``torch.compile``
-        traces.
+    def follow(self, dtype: torch.dtype | None) -> None:
+        """Run in the type that a precision plugin gives the student, unless the constructor was given one.
 
         Args:
-            device: Device of the student.
-            dtype: Type of the student's parameters, if a precision plugin changed it. The ``dtype`` of the constructor
-                takes precedence. A new type replaces :attr:`module`, so register hooks after this call.
+            dtype: That type; None for the module's own. It replaces :attr:`module`, so register hooks after this call.
         """
         if torch.compiler.is_compiling():
             return
@@ -112,7 +114,26 @@ class Teacher:
         if wanted != self._dtype:
             self.release()
             self._dtype = wanted
-        borrowed = self._borrow()
+
+    def prepare(self, device: torch.device | str) -> None:
+        """Move the module to a device and put it into evaluation mode. Cheap if nothing has to be done.
+
+        A copy in another type gets the values that the module has now; its :attr:`module` is another one only if the
+        structure changed.
+
+        Call it before every forward of the student, outside of compiled code: it does nothing while ``torch.compile``
+        traces.
+
+        Args:
+            device: Device of the student.
+        """
+        if torch.compiler.is_compiling():
+            return
+        borrowed, self._own_dtype = self._borrow(), _dtype_of(self._own)
+        if self._copy is not None:
+            self._copy.refresh()
+            if self._copy.module is not borrowed.module:
+                borrowed = self._borrowed = BorrowedModule(self._copy.module)
         borrowed.set_evaluation_mode()
         borrowed.move_to(device)
 
@@ -126,8 +147,9 @@ class Teacher:
         with torch.no_grad():
             if self._inputs is not None:
                 given = _as_arguments(self._inputs(*args, **kwargs))
-            if self._dtype is not None:
-                given = apply_to_collection(given, Tensor, _cast, self._dtype)
+            dtype = self._dtype or self._own_dtype
+            if dtype is not None:
+                given = apply_to_collection(given, Tensor, _cast, dtype)
         return given
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -150,13 +172,17 @@ class Teacher:
 
     def release(self) -> None:
         """Restore the devices and modes of the user's module, and drop a copy in another type."""
-        borrowed, self._borrowed, self._dtype = self._borrowed, None, self._given_dtype
+        borrowed, self._borrowed, self._copy, self._dtype = self._borrowed, None, None, self._given_dtype
         if borrowed is not None and borrowed.module is self._own:
             borrowed.give_back()
 
-    def fingerprint(self) -> str:
-        """A text that tells teachers of one architecture apart, see :func:`lightning_otrt.teacher.fingerprint`."""
-        return fingerprint(self._own)
+    def checksum(self) -> str:
+        """A text that is known before any forward, see :func:`lightning_otrt.teacher.identity.stem_checksum`."""
+        return stem_checksum(self._own)
+
+    def checksum_before(self, pairing: Pairing) -> str:
+        """A checksum of what leads to the matched layers, see :mod:`lightning_otrt.teacher.identity`."""
+        return checksum_before(self._own, (pair.teacher for pair in pairing.pairs), pairing.teacher)
 
     def check_against(self, student: nn.Module) -> None:
         """Check that training the student cannot change the teacher.
@@ -168,7 +194,9 @@ class Teacher:
 
     def _borrow(self) -> BorrowedModule:
         if self._borrowed is None:
-            self._borrowed = BorrowedModule(self._own if self._dtype is None else _in_dtype(self._own, self._dtype))
+            if self._dtype is not None and not has_dtype(self._own, self._dtype):
+                self._copy = FollowingCopy(self._own, self._dtype)
+            self._borrowed = BorrowedModule(self._own if self._copy is None else self._copy.module)
         return self._borrowed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
@@ -178,25 +206,25 @@ class Teacher:
     def __getstate__(self) -> dict[str, Any]:
         """All but a copy in another type, which is made again when it is needed."""
         is_own = self._borrowed is not None and self._borrowed.module is self._own
-        return {**self.__dict__, "_borrowed": self._borrowed if is_own else None}
+        return {**self.__dict__, "_borrowed": self._borrowed if is_own else None, "_copy": None}
 
 
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise ValueError(
-            f"Expected `teacher_dtype` to be one of {list(_DTYPES)}, or that type of torch, but got {dtype!r}. For "
-            "mixed precision leave it out: the teacher runs under the student's autocast."
+            f"Expected `teacher_dtype` to be one of {list(_DTYPES)}, or that type of torch, but got {shown(dtype)}. "
+            "For mixed precision leave it out: the teacher runs under the student's autocast."
         )
     return found
 
 
-def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    tensors = chain(module.parameters(), module.buffers())
-    if all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point()):
-        return module
-    # A copy, because a cast loses digits: from bfloat16 the user's float32 values cannot be restored.
-    return copy.deepcopy(module).to(dtype)
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The type of a module's first tensor with a fraction: inputs of another type would not go with its weights."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

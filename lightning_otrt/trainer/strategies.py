@@ -1,4 +1,4 @@
-"""Which processes share a batch under a strategy of Lightning, and which strategies were tested."""
+"""Which processes share a batch under a strategy of Lightning, which were tested, and the type of the student."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -16,10 +17,18 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
 
-__all__ = ["SharedBatch", "shared_batch"]
+__all__ = ["SharedBatch", "shared_batch", "student_dtype"]
 
 #: Whether processes share a batch, and their process group, None for all of torch.distributed.
 SharedBatch = tuple[bool, Any]
+
+#: Precisions in which a plugin changes the type of the module itself.
+_TRUE_PRECISIONS = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+def student_dtype(trainer: pl.Trainer) -> torch.dtype | None:
+    """The type that the Trainer's precision plugin gives to the module; None where it leaves it as it is."""
+    return _TRUE_PRECISIONS.get(str(trainer.precision))
 
 
 def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:

@@ -17,7 +17,7 @@ from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import OPTIONS, TransferOptions
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.load import TeacherSource
-from lightning_otrt.trainer.strategies import shared_batch
+from lightning_otrt.trainer.strategies import shared_batch, student_dtype
 from lightning_otrt.trainer.training_step import ExtraTerm, add_term, leaves_of, remove_term
 from lightning_otrt.transfer import RepresentationTransfer
 
@@ -52,7 +52,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         transfer = _transfer_of(teacher, layers, options)
         self.transfer = transfer
         transfer.report = transfer.report or rank_zero_info
-        self._fingerprint = transfer.teacher.fingerprint()
+        self._teacher_key = transfer.teacher.checksum()
         self._module: pl.LightningModule | None = None
         self._trainer: pl.Trainer | None = None
         self._resumed = False
@@ -88,7 +88,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         """Tells several callbacks apart. What may change in a resume, such as the weight, is not in it."""
         transfer = self.transfer
         settings = {
-            "teacher": self._fingerprint,
+            "teacher": self._teacher_key,
             "layers": repr(transfer.layers),
             "root": transfer.student_root,
             "cost": str(transfer.ground_cost),
@@ -107,6 +107,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
             )
         transfer = self.transfer
         transfer.set_processes(*shared_batch(trainer, strict=transfer.strict))
+        transfer.teacher.follow(student_dtype(trainer))
         self._trainer, self._module = trainer, pl_module
         self._batch = None
         # The module's own `setup` comes after this one, and may build the network, as `configure_model` may.
@@ -309,11 +310,16 @@ class TransferCallback(pl.Callback, ExtraTerm):
         if self.state_key in saved:
             return
         if others:
-            raise MisconfigurationException(
+            message = (
                 f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers`, the "
-                "teacher or the cost changed, so that its plans and statistics cannot be used. Resume with the same "
-                "ones, or load the weights alone and start a new fit."
+                "teacher or the cost changed, so that its plans and statistics cannot be used"
             )
+            if self.transfer.strict:
+                raise MisconfigurationException(
+                    f"{message}. Resume with the same ones, or load the weights alone and start a new fit."
+                )
+            rank_zero_warn(f"{message}. They start from this run, because of strict=False.")
+            return
         rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
 
 

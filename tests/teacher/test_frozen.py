@@ -242,12 +242,14 @@ class TestDtype:
         teacher = Teacher(net)
         teacher.prepare("cpu")
         assert teacher.module is net
-        teacher.prepare("cpu", torch.float64)
+        teacher.follow(torch.float64)
         assert modes(net) == modes_before
         running = teacher.module
-        teacher.prepare("cpu", torch.float64)
+        teacher.follow(torch.float64)
+        teacher.prepare("cpu")
         assert teacher.module is running is not net
         assert teacher(torch.randn(5, 4)).dtype == torch.float64
+        teacher.follow(None)
         teacher.prepare("cpu")
         assert teacher.module is net
         teacher.release()
@@ -255,7 +257,8 @@ class TestDtype:
 
     def test_its_own_goes_first(self, net: Net) -> None:
         teacher = Teacher(net, dtype="bfloat16")
-        teacher.prepare("cpu", torch.float64)
+        teacher.follow(torch.float64)
+        teacher.prepare("cpu")
         assert teacher(torch.randn(5, 4)).dtype == torch.bfloat16
 
 
@@ -277,7 +280,7 @@ class TestCopies:
         x = torch.randn(5, 4)
         torch.testing.assert_close(twin(x), teacher(x))
         twin.release()
-        assert twin.fingerprint() == teacher.fingerprint()
+        assert twin.checksum() == teacher.checksum()
         if dtype is None:
             assert twin.module is not net
             assert (digest(twin.module), modes(twin.module)) == (before, modes_before)

@@ -47,7 +47,7 @@ def test_every_way_in_gives_the_same_weights(name):
 )
 def test_a_loop_without_lightning_gives_the_same_weights(name, accumulate, clip, autocast, dtype):
     context = CONTEXTS[name]
-    task, transfer = make_task().to(dtype), RepresentationTransfer(make_teacher(), **EXACT)
+    task, transfer = make_task().to(dtype), RepresentationTransfer(make_teacher(), teacher_dtype=dtype, **EXACT)
     optimizer = task.configure_optimizers()
     batches = list(loader()) * 2 if accumulate > 1 else list(loader())[:4]
     with transfer.attached(task):

@@ -1,0 +1,89 @@
+"""A copy of a module in another type that follows its source, since the owner of a teacher may train it."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FollowingCopy", "has_dtype"]
+
+
+class FollowingCopy:
+    """A deep copy of a module in another type; :meth:`refresh` brings it to the values that the source has now.
+
+    A copy, because a cast in place loses digits: from bfloat16 the user's float32 values cannot be restored.
+
+    Args:
+        source: The user's module.
+        dtype: Type of the copy.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> copied = FollowingCopy(net, torch.bfloat16)
+        >>> with torch.no_grad():
+        ...     _ = net.weight.fill_(3.0)
+        >>> copied.refresh()
+        >>> copied.module.weight.tolist()
+        [[3.0, 3.0]]
+    """
+
+    def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
+        self.source = getattr(source, "_orig_mod", source)  # hooks on a compiled module would compile it again
+        self.dtype = dtype
+        self.module = _deep_copy(self.source).to(dtype)
+        self._seen = _values(self.source)
+
+    def refresh(self) -> None:
+        """Copy parameters and buffers where the source changed. Nothing waits for a device.
+
+        Every write to a tensor raises its version, but for writes to its ``data``. On the CPU one value of each tensor
+        shows those; on other devices a look would wait, and the weights are copied every time.
+        """
+        now = _values(self.source)
+        if now == self._seen and now != [None]:
+            return
+        own, theirs = _tensors(self.module), _tensors(self.source)
+        if [tensor.shape for tensor in own] == [tensor.shape for tensor in theirs]:
+            with torch.no_grad():
+                for tensor, given in zip(own, theirs, strict=True):
+                    tensor.copy_(given)
+        else:  # the owner changed its structure
+            self.module = _deep_copy(self.source).to(self.dtype)
+        self._seen = now
+
+
+def has_dtype(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether all parameters and buffers with a fraction are of a type."""
+    return all(tensor.dtype == dtype for tensor in _tensors(module) if tensor.is_floating_point())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return list(chain(module.parameters(), module.buffers()))
+
+
+def _values(module: nn.Module) -> list[Any]:
+    """What shows that a tensor was written to, None for one on another device than the CPU."""
+    found: list[Any] = []
+    for tensor in _tensors(module):
+        if tensor.device.type != "cpu":
+            return [None]
+        version = 0 if tensor.is_inference() else tensor._version
+        plain = tensor.numel() and tensor.layout is torch.strided and not tensor.is_quantized
+        value = tensor.detach()[tuple(size // 2 for size in tensor.shape)].item() if plain else 0
+        found.append((id(tensor), version, value))
+    return found
+
+
+def _deep_copy(module: nn.Module) -> nn.Module:
+    """``copy.deepcopy``, also of modules with a computed weight as attribute, as old-style weight norm has."""
+    computed = {
+        id(value): value.detach().clone()
+        for inner in module.modules()
+        for value in vars(inner).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(module, computed)
