@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["add_forward_hook", "add_forward_pre_hook", "all_buffers", "is_compiled", "is_in_backward"]
+__all__ = [
+    "add_forward_hook",
+    "add_forward_pre_hook",
+    "all_buffers",
+    "has_freed_graph",
+    "is_compiled",
+    "is_in_backward",
+]
 
 
 def is_in_backward() -> bool:
@@ -27,6 +34,37 @@ def is_in_backward() -> bool:
 def all_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name. Unlike ``named_buffers`` it includes those that are None."""
     return dict(module._buffers.items())
+
+
+def has_freed_graph(tensors: Iterable[Tensor]) -> bool:
+    """Whether a backward pass through the graph of one of the tensors would fail, because an earlier one freed it.
+
+    Nothing is computed: what is saved by hooks, as those of activation checkpointing, is not unpacked. Older versions
+    of torch do not tell what is saved by hooks, and for them the answer may be False.
+    """
+    nodes = [tensor.grad_fn for tensor in tensors]
+    known: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if any(_is_freed(node, name) for name in dir(node) if name.startswith("_raw_saved_")):
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def _is_freed(node: Any, name: str) -> bool:
+    try:
+        saved = getattr(node, name)
+        # What is freed has no data, and neither has what was None from the start. Reading it tells them apart.
+        for part in saved if isinstance(saved, (list, tuple)) else [saved]:
+            if getattr(part, "data", part) is None and part.unpack_hook is None:
+                getattr(node, name.removeprefix("_raw"))
+    except RuntimeError as error:
+        return "already been freed" in str(error)
+    return False
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,18 @@ from torch import Tensor
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.positions import match_positions
+from lightning_otrt.reading.torch_internals import has_freed_graph
 
-__all__ = ["Matched", "NeuronCounts", "NoTermError", "View", "matched_neurons", "trained_views", "why_absent"]
+__all__ = [
+    "Matched",
+    "NeuronCounts",
+    "NoTermError",
+    "View",
+    "check_graphs",
+    "matched_neurons",
+    "trained_views",
+    "why_absent",
+]
 
 
 @dataclass
@@ -137,6 +148,24 @@ def matched_neurons(
         [name for index, name in constant.items() if index in ran],
         {index: layer for index, layer in absent.items() if index not in ran},
     )
+
+
+def check_graphs(views: Sequence[View]) -> None:
+    """Look for forwards through which a backward pass has gone.
+
+    Raises:
+        NoTermError: If there are some, because the backward pass of a loss with the term would fail.
+    """
+    freed = sum(has_freed_graph(chain.from_iterable(view.student.values())) for view in views)
+    if freed:
+        raise NoTermError(
+            f"A backward pass has gone through {freed} of the {len(views)} forwards of the student since the last call "
+            "and freed their graphs, so that the backward pass of the term would fail. Forwards of inner steps, as of "
+            "an attack, of meta-learning or of another critic step, are no part of the term. Leave them out:\n\n"
+            "    with transfer.paused():  # in a Trainer: callback.transfer.paused()\n"
+            "        (gradient,) = torch.autograd.grad(loss_of(student(x)), x)\n\n"
+            "Where the forward is the one that is trained on, call `transfer.loss()` before its backward pass."
+        )
 
 
 def why_absent(layers: Iterable[str]) -> str:

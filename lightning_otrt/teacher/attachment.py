@@ -18,13 +18,24 @@ from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
 from lightning_otrt.reading.reach import TrainedForwards, why_outside
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import can_be_root, find_teacher_root, split_root
-from lightning_otrt.reading.views import Matched, NeuronCounts, NoTermError, View, matched_neurons, trained_views
+from lightning_otrt.reading.views import (
+    Matched,
+    NeuronCounts,
+    NoTermError,
+    View,
+    check_graphs,
+    matched_neurons,
+    trained_views,
+)
 from lightning_otrt.teacher.frozen import Teacher
 
 __all__ = ["Attachment", "ChoosePairs"]
 
 #: Traces both networks and chooses pairs of layers, or takes those that are given.
 ChoosePairs: TypeAlias = Callable[[tuple[LayerPair, ...] | None], Pairing]
+
+#: Calls whose graphs are checked: an inner step that frees them does so from the start.
+GRAPH_CHECKS = 3
 
 
 class Attachment:
@@ -57,6 +68,7 @@ class Attachment:
         #: The resolved pairs with the traces of both networks. They stay when the student is detached.
         self.pairing: Pairing | None = None
         self._counts: list[NeuronCounts] = []
+        self._graph_checks = 0
         self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
         self._guard = InputGuard()
@@ -95,6 +107,7 @@ class Attachment:
         self.student = student
         self._attached_dtype = _dtype_of(student)
         self._guard = InputGuard()
+        self._graph_checks = GRAPH_CHECKS
         self.choose_again()
 
     def choose_again(self) -> None:
@@ -142,12 +155,14 @@ class Attachment:
     def neurons(self, views: list[View]) -> Matched:
         """The neurons of each view and pair, or why there are none."""
         try:
-            if views and self.pairing is not None:
-                return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
-            problem = self._why_no_view()
+            if not views or self.pairing is None:
+                raise NoTermError(self._why_no_view())
+            if self._graph_checks:
+                check_graphs(views)
+                self._graph_checks -= 1
+            return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
         except NoTermError as error:
-            problem = str(error)
-        return Matched([], [], {}, problem)
+            return Matched([], [], {}, str(error))
 
     def take_problem(self) -> str | None:
         """Why the root that was found may be the wrong one; given once, after the step in which it was found."""

@@ -10,8 +10,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from processes import run_processes
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import BartConfig, BartModel, Data2VecAudioConfig, Data2VecAudioModel, Wav2Vec2Config, Wav2Vec2Model
 
@@ -270,3 +273,33 @@ def test_a_fit_with_the_monitor() -> None:
 def test_a_fit_without_the_layer_is_an_error_at_the_end_of_the_epoch() -> None:
     with pytest.raises(RuntimeError, match=r"'layer\.1\.second' did not run"):
         fitted(Never(), {"layer.1.first": "1.first", "layer.1.second": "1.second"}, schedule=LinearWarmup(2))
+
+
+def train_apart(build: str) -> tuple[list[list[bool]], list[float], list[float]]:
+    """Which layers ran here, the terms, and the sum of the gradients, where each process skips others."""
+    make, layers, draw = MODELS[build]
+    torch.manual_seed(0)
+    student, transfer = make(16).train(), RepresentationTransfer(make(24), layers, weight=2.0)
+    model = DistributedDataParallel(student, find_unused_parameters=True)
+    ran, terms = [], []
+    with transfer.attached(model):
+        for step in range(12):
+            torch.manual_seed(100 * dist.get_rank() + step)
+            output = model(*draw())
+            ran.append([str(index) in transfer.views[0].student for index in range(3)])
+            task = (output if isinstance(output, Tensor) else output.last_hidden_state).square().mean()
+            loss = transfer.loss()
+            (task + loss).backward()
+            terms.append(float(loss.detach()))
+    return ran, terms, [float(p.grad.sum()) for p in student.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["blocks", "Wav2Vec2"])
+def test_two_processes_that_skip_other_layers(name: str) -> None:
+    """They neither wait for each other nor disagree."""
+    (ran, terms, gradients), (others, same, averaged) = run_processes(2, train_apart, name)
+    assert ran != others
+    assert any(not any(each) for each in ran) or name != "blocks"  # a process without any layer takes part
+    assert terms == same
+    assert all(term > 0 for term in terms)
+    assert gradients == pytest.approx(averaged)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_otrt.reading.torch_internals import all_buffers, is_compiled, is_in_backward
+from lightning_otrt.reading.torch_internals import all_buffers, has_freed_graph, is_compiled, is_in_backward
 
 
 def test_is_in_backward() -> None:
@@ -45,3 +49,61 @@ def test_is_compiled() -> None:
     called[1].compile(backend="eager")
     assert [is_compiled(each) for each in (plain, wrapped, called)] == [False, True, True]
     assert is_compiled(torch.compile(plain, backend="eager"))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (2 * grad).view_as(*ctx.saved_tensors)
+
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a linear layer": nn.Linear(8, 4),
+    "a convolution with BatchNorm": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU()),
+    "a normalisation without weights": nn.Sequential(nn.BatchNorm2d(3, affine=False, track_running_stats=False)),
+    "attention": lambda x: nn.functional.scaled_dot_product_attention(x, x, x),
+    "a custom function": Doubled.apply,
+    "a list": lambda x: torch.stack([x.exp(), x.sin()]),
+    "an index": lambda x: x.exp()[torch.tensor([0, 1])],
+    "checkpointing": lambda x: checkpoint(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), x, use_reentrant=False),
+    "compiled code": torch.compile(nn.Sequential(nn.Linear(8, 8), nn.GELU()), backend="aot_eager"),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch._C._autograd.SavedTensor, "data"), reason="torch cannot tell what hooks save")
+@pytest.mark.parametrize("name", GRAPHS)
+def test_has_freed_graph(name: str) -> None:
+    x = X.clone().requires_grad_()
+    y = GRAPHS[name](x)
+    # A reading of the layer, which the first backward pass does not go through.
+    reading = y.mean(-1).square()
+    assert not has_freed_graph([reading])
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert not has_freed_graph([reading])
+    y.sum().backward()
+    assert has_freed_graph([torch.ones(2), reading])
+    with pytest.raises(RuntimeError, match="second time"):
+        reading.sum().backward()
+    torch.compiler.reset()
+
+
+def test_looking_for_a_freed_graph_runs_nothing_again() -> None:
+    seen = []
+
+    def layer(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.exp().sin()
+
+    y = checkpoint(layer, X.clone().requires_grad_(), use_reentrant=False)
+    assert not has_freed_graph([y * y])
+    assert len(seen) == 1
+
+
+def test_a_tensor_without_a_graph_has_none_that_is_freed() -> None:
+    assert not has_freed_graph([torch.ones(1), torch.ones(1, requires_grad=True)])
