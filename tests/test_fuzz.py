@@ -85,6 +85,8 @@ def build(spec: Any) -> Any:
     return spec() if callable(spec) else spec
 
 
+# The image enters the first block: nothing before "block1:input" is trained.
+@pytest.mark.filterwarnings("ignore:.* get no gradient. nothing before them is trained:UserWarning")
 @both(spec=specs, cost=st.sampled_from(["correlation", "euclidean"]))
 def test_layers(spec: Any, cost: str) -> None:
     """A term and its gradient, or an error; and networks as they were."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
@@ -27,8 +28,9 @@ class TokenGrid(NamedTuple):
 def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> TokenGrid:
     """How many tokens are a prefix, and the rows and columns of the others where they come from the cells of a map.
 
-    The map is that of a patch embedding or of a convolution before the layer. A number of tokens that no such map has
-    is no grid, even if it is a square: masked autoencoders keep a random part of the patches.
+    The map is that of a patch embedding or of a convolution before the layer, or what is left of it where neighbouring
+    tokens were merged, as in Swin transformers. Any other number of tokens is no grid, even if it is a square: masked
+    autoencoders keep a random part of the patches.
 
     Args:
         trace: Trace of the network.
@@ -36,7 +38,7 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         tensor: What it gives, or what enters it: ``(B, T, C)`` or ``(T, B, C)``.
     """
     tokens = tensor.shape[1 - tensor.batch_axis]
-    maps = [size for earlier in _before(trace, layer) if (size := _map_size(earlier, trace)) is not None]
+    maps = _maps([*_before(trace, layer), replace(layer, output=None)], trace)
     if not maps:
         return TokenGrid()
     # The declared prefix first, then none: some models add it after this layer.
@@ -67,10 +69,34 @@ def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
     return sorted(ran, key=lambda other: other.order or 0)
 
 
-def _map_size(layer: TracedLayer, trace: Trace) -> tuple[int, int] | None:
-    """Rows and columns of a layer that gives a map of each sample."""
-    tensor = layer.output
-    if tensor is None or tensor.neuron_axis is None or len(tensor.shape) != 4 or tensor.shape[0] != trace.batch_size:
+def _maps(layers: list[TracedLayer], trace: Trace) -> list[tuple[int, int]]:
+    """Rows and columns of the maps that the layers give, and of merged tokens that enter them, in order."""
+    found: list[tuple[int, int]] = []
+    #: The numbers of channels that were seen with each number of positions.
+    channels: dict[int, set[int]] = {}
+    for layer in layers:
+        if layer.input is not None and (merged := _merged(layer.input, found, channels)) is not None:
+            found.append(merged)
+        tensor = layer.output
+        if tensor is None:
+            continue
+        if len(tensor.shape) == 4 and tensor.neuron_axis is not None and tensor.shape[0] == trace.batch_size:
+            rows, columns = tensor.positions
+            found.append((rows, columns))
+            channels.setdefault(rows * columns, set()).add(tensor.shape[tensor.neuron_axis])
+        elif len(tensor.shape) == 3:
+            channels.setdefault(tensor.shape[1 - tensor.batch_axis], set()).add(tensor.shape[2])
+    return found
+
+
+def _merged(tensor: TracedTensor, maps: list[tuple[int, int]], channels: dict[int, set[int]]) -> tuple[int, int] | None:
+    """Rows and columns of tokens that each hold the channels of a square of ``side`` x ``side`` earlier ones."""
+    if len(tensor.shape) != 3:
         return None
-    rows, columns = tensor.positions
-    return rows, columns
+    tokens, width = tensor.shape[1 - tensor.batch_axis], tensor.shape[2]
+    for rows, columns in reversed(maps):
+        side = math.isqrt(rows * columns // tokens) if tokens else 0
+        divides = side > 1 and rows % side == columns % side == 0 and rows * columns == tokens * side**2
+        if divides and width in {side**2 * before for before in channels.get(rows * columns, ())}:
+            return rows // side, columns // side
+    return None

@@ -330,4 +330,4 @@ def test_every_demo_with_every_callback(demo: str, name: str, tmp_path: Path) ->
     torch.testing.assert_close(found.finding, expected.finding, rtol=1e-9, atol=1e-9)
     if tool.depends:
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(found.finding, plain.finding, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found.finding, plain.finding, rtol=1e-6, atol=1e-6)
