@@ -17,7 +17,7 @@ from pathlib import Path
 FILES = [
     *(
         f"transport/{name}"
-        for name in ("cost", "correlation", "euclidean", "gradient", "distance", "sinkhorn", "plans")
+        for name in ("cost", "correlation", "moments", "euclidean", "gradient", "distance", "sinkhorn", "plans")
     ),
     *(f"reading/{name}" for name in ("neurons", "pooling", "hooks", "recorder")),
 ]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.correlation import DEAD_SHARE, CorrelationCost
+from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Cost, Plan
 from lightning_otrt.transport.diagnostics import diagnose
+from lightning_otrt.transport.moments import DEAD_SHARE
 from lightning_otrt.transport.tensor_checks import check_values
 from lightning_otrt.transport.tensors import norms
 

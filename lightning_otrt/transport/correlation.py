@@ -1,8 +1,4 @@
-"""The correlation cost: 1 - r, with its value and gradient in closed form (:meth:`CorrelationCost.value`).
-
-The difficulty is a neuron that is constant on the batch. Its correlation is 0 / 0, and what rounding leaves of its
-variance must not be taken for activity. The code therefore carries moments that tell the two apart.
-"""
+"""The correlation cost: 1 - r, with its value and gradient in closed form (:meth:`CorrelationCost.value`)."""
 
 from __future__ import annotations
 
@@ -10,26 +6,28 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.moments import (
+    around_mean,
+    centred,
+    centred_squares,
+    deviations,
+    inverse_norm,
+    moments,
+    recentre,
+)
 from lightning_otrt.transport.tensors import (
     add_product,
     all_nonzero,
     is_long,
     matrix_vector,
     means,
-    norms,
     observation_count,
     product,
     widen_if_long,
     zero_unless,
 )
 
-__all__ = ["DEAD_SHARE", "CorrelationCost"]
-
-#: A neuron whose centred norm is below this share of its layer's mean norm carries no correlation: it is *dead*.
-DEAD_SHARE = 1e-3
-#: Share of the squared mean below which a variance is rounding error: a bound for a batch in float32, and for raw
-#: moments that are added up in float64 over thousands of batches.
-ROUNDING_SHARE = 1e-12
+__all__ = ["CorrelationCost"]
 
 
 class CorrelationCost(Cost):
@@ -51,18 +49,18 @@ class CorrelationCost(Cost):
         dtype = y.dtype
         y, x = widen_if_long(y, x)
         y0, x0 = reference or (y.mean(-1, keepdim=True), x.mean(-1, keepdim=True))
-        (y, yy), (x, xx) = _deviations(y, y0), _deviations(x, x0)
+        (y, yy), (x, xx) = deviations(y, y0), deviations(x, x0)
         if reference is None:
             return [observation_count(y), y.sum(-1), x.sum(-1), yy, xx, y @ x.mT]
-        (count, sum_y, yy), (_, sum_x, xx) = (_moments(*_centred_squares(side)).unbind(-1) for side in (y, x))
+        (count, sum_y, yy), (_, sum_x, xx) = (moments(*centred_squares(side)).unbind(-1) for side in (y, x))
         return [count[..., 0], sum_y, sum_x, yy, xx, (y @ x.mT).to(dtype)]
 
     def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """1 - r from the moments."""
         count, y, x, yy, xx, yx = sums
         count = count[..., None]
-        inverse_y, dead_y = _inverse_norm(_around_mean(count, y, yy).sqrt())
-        inverse_x, dead_x = _inverse_norm(_around_mean(count, x, xx).sqrt())
+        inverse_y, dead_y = inverse_norm(around_mean(count, y, yy).sqrt())
+        inverse_x, dead_x = inverse_norm(around_mean(count, x, xx).sqrt())
         # Three terms of rank one in one pass: the means, the constant 1, and -1 between dead neurons.
         left = torch.stack((y * inverse_y / count, torch.ones_like(y), -dead_y), -1)
         right = torch.stack((x * inverse_x, torch.ones_like(x), dead_x), -2)
@@ -76,20 +74,20 @@ class CorrelationCost(Cost):
         """See :meth:`Cost.accumulate`; one matrix product that adds to the running one."""
         if is_long(y) or running[-1].dtype != y.dtype or reference is None:
             return super().accumulate(running, decay, y, x, reference)
-        (y, yy), (x, xx) = _deviations(y, reference[0]), _deviations(x, reference[1])
+        (y, yy), (x, xx) = deviations(y, reference[0]), deviations(x, reference[1])
         is_finite = torch.isfinite(yy.sum() + xx.sum())
         y, x, yy, xx, count = zero_unless(is_finite, y, x, yy, xx, observation_count(y))
         factor = torch.where(is_finite, y.new_full((), decay), 1.0)  # two Python numbers would give float32
-        *moments, products = running
-        for total, new in zip(moments, (count, y.sum(-1), x.sum(-1), yy, xx), strict=True):
+        *parts, products = running
+        for total, new in zip(parts, (count, y.sum(-1), x.sum(-1), yy, xx), strict=True):
             total.mul_(factor).add_(new)
         add_product(products.mul_(factor), y, x.mT)
         return running
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ P - Σ_i ŷ_i·z_i - Σ_(dead, dead) P with z = P x̂; gradient -(z_i - (ŷ_i·z_i) ŷ_i) / ‖y_i - ȳ_i‖."""
-        y, inverse_y = _centred(y)
-        x, inverse_x = _centred(x)
+        y, inverse_y = centred(y)
+        x, inverse_x = centred(x)
         z = product(plan.matrix, x.mul_(inverse_x[..., None]), like=y)
         products = torch.linalg.vecdot(y, z).mul_(inverse_y)
         value = plan.student_mass.sub(products)
@@ -106,12 +104,12 @@ class CorrelationCost(Cost):
         squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
         # Processes have different means, so moments are exchanged: in float64, where their cancellation is harmless.
         count = y.shape[-1]
-        all_y, all_x = yield [_moments(count, mean_y, squares_y), _moments(count, mean_x, squares_x)]
-        shift_y, squares_y = _recentre(all_y, mean_y)
-        shift_x, squares_x = _recentre(all_x, mean_x)
+        all_y, all_x = yield [moments(count, mean_y, squares_y), moments(count, mean_x, squares_x)]
+        shift_y, squares_y = recentre(all_y, mean_y)
+        shift_x, squares_x = recentre(all_x, mean_x)
         y, x = y.add_(shift_y), x.add_(shift_x)
-        inverse_y, dead_y = _inverse_norm(squares_y.sqrt())
-        inverse_x, dead_x = _inverse_norm(squares_x.sqrt())
+        inverse_y, dead_y = inverse_norm(squares_y.sqrt())
+        inverse_x, dead_x = inverse_norm(squares_x.sqrt())
         z = plan.matrix @ x.mul_(inverse_x[..., None])
         y.mul_(inverse_y[..., None])
         [products] = yield [torch.linalg.vecdot(y, z)]
@@ -126,8 +124,8 @@ class CorrelationCost(Cost):
         dtype = y.dtype
         count, sum_y, sum_x, yy, xx, yx = sums
         mean_y, mean_x = sum_y / count, sum_x / count
-        inverse_y, dead_y = _inverse_norm(_around_mean(count, sum_y, yy).sqrt())
-        inverse_x, dead_x = _inverse_norm(_around_mean(count, sum_x, xx).sqrt())
+        inverse_y, dead_y = inverse_norm(around_mean(count, sum_y, yy).sqrt())
+        inverse_x, dead_x = inverse_norm(around_mean(count, sum_x, xx).sqrt())
         weights = plan.matrix.to(yx.dtype) * inverse_x.to(yx.dtype)
         # Row by row, products of the plan with the covariance; the means make a term of rank one.
         means = (weights @ mean_x.to(yx.dtype)).to(sum_y.dtype)
@@ -143,68 +141,3 @@ class CorrelationCost(Cost):
         """The reference plus the mean deviation from it."""
         y, x = ((part / sums[0])[..., None].to(reference[0].dtype) for part in sums[1:3])
         return reference[0] + y, reference[1] + x
-
-
-def _inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors: 1 / norm of live neurons and 0 of dead ones; 1 for dead neurons and 0 for live ones."""
-    mean = norm.mean(-1, keepdim=True)
-    # If one norm is infinite this makes all of them NaN. Otherwise all other neurons would count as dead.
-    norm = torch.add(norm, mean, alpha=0)
-    dead = norm <= DEAD_SHARE * mean
-    return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
-
-
-def _centred(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Neurons without their means, and 1 / norm of live neurons and 0 of those that are dead or constant."""
-    mean = y.mean(-1, keepdim=True)
-    y = y - mean
-    norm = norms(y)
-    rounding = mean.squeeze(-1).abs_().mul_((ROUNDING_SHARE * y.shape[-1]) ** 0.5)
-    average = norm.mean(-1, keepdim=True)
-    norm = torch.add(norm, average, alpha=0)  # see `_inverse_norm`
-    dead = norm <= torch.maximum(rounding, average.mul_(DEAD_SHARE))
-    return y, norm.reciprocal_().masked_fill_(dead, 0.0)
-
-
-def _centred_squares(y: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Count, means ``(..., N, 1)`` and sums of squares around them; zeros where there are no observations."""
-    mean = y.sum(-1, keepdim=True) / max(y.shape[-1], 1)
-    return y.shape[-1], mean, _without_rounding(norms(y - mean).square_(), y.shape[-1], mean.squeeze(-1))
-
-
-def _around_mean(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    """Sums of squares around the means, from the moments around any point; 0 if they are rounding error."""
-    mean = total / count
-    return _without_rounding(squares - total * mean, count, mean).clamp_min(0)
-
-
-def _moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
-    """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares; in float64, which MPS lacks."""
-    mean = mean.squeeze(-1)
-    mean = mean if mean.device.type == "mps" else mean.double()
-    return torch.stack((torch.full_like(mean, count), count * mean, count * mean**2 + squares), -1)
-
-
-def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The shift from neurons centred by ``mean`` to neurons centred by the mean of all, and their centred squares."""
-    count, sums, squares = total.unbind(-1)
-    overall = sums / count
-    centred = (squares - count * overall**2).clamp_min(0).to(mean.dtype)
-    shift = (mean.double() - overall[..., None]).to(mean.dtype)
-    return shift, _without_rounding(centred, count.to(mean.dtype), overall.to(mean.dtype))
-
-
-def _deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Deviations from ``reference`` and their sums of squares, both 0 if they are rounding error."""
-    y = y - reference
-    squares = _without_rounding(norms(y).square_(), y.shape[-1], reference.squeeze(-1))
-    if not all_nonzero(squares):
-        # `masked_fill_` takes ten times as long.
-        y.mul_((squares != 0)[..., None])
-    return y, squares
-
-
-def _without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
-    """Centred squares, with 0 for a constant neuron: scaled to unit norm, its rounding error has huge gradients."""
-    # Strictly less: if both sides overflow, nothing says that the squares are rounding error.
-    return torch.where(squares < ROUNDING_SHARE * count * mean**2, 0.0, squares)

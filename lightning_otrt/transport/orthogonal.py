@@ -36,15 +36,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.correlation import (
-    CorrelationCost,
-    _around_mean,
-    _centred,
-    _deviations,
-    _inverse_norm,
-    _without_rounding,
-)
+from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.moments import around_mean, centred, deviations, inverse_norm, without_rounding
 from lightning_otrt.transport.polar import polar_factor
 from lightning_otrt.transport.tensors import add_product, means, norms, product
 
@@ -114,8 +108,8 @@ class OrthogonalAlignment:
             ``(..., N, M)`` in the type of the neurons; NaN where the sums are not finite.
         """
         count, sum_y, sum_x, yy, xx, yx = sums
-        inverse_y = _inverse_norm(_around_mean(count[..., None], sum_y, yy).sqrt())[0]
-        inverse_x = _inverse_norm(_around_mean(count[..., None], sum_x, xx).sqrt())[0]
+        inverse_y = inverse_norm(around_mean(count[..., None], sum_y, yy).sqrt())[0]
+        inverse_x = inverse_norm(around_mean(count[..., None], sum_x, xx).sqrt())[0]
         scale_y, scale_x = (self._scale(inverse).to(yx.dtype) for inverse in (inverse_y, inverse_x))
         if projection is None:
             left, right = (sum_y / count[..., None])[..., None].to(yx.dtype), sum_x[..., None, :].to(yx.dtype)
@@ -135,9 +129,9 @@ class OrthogonalAlignment:
             The value ``(...)``, from 0 to 2, and the gradient, of the shape of ``y``. Where all neurons of a layer are
             dead, the value is 1 and the gradient 0.
         """
-        y, inverse_y = _centred(y)
+        y, inverse_y = centred(y)
         z = self._target(y, x, matrix)
-        return self._evaluate(y, z, inverse_y, _inverse_norm(norms(z))[0], torch.linalg.vecdot(y, z))
+        return self._evaluate(y, z, inverse_y, inverse_norm(norms(z))[0], torch.linalg.vecdot(y, z))
 
     def shared_value(self, y: Tensor, x: Tensor, matrix: Tensor) -> Rounds:
         """:meth:`value` where several processes each hold a part of the observations.
@@ -151,18 +145,18 @@ class OrthogonalAlignment:
             matrix: Of :meth:`solve`, the same on all processes.
         """
         mean_y, mean_x = means(y), means(x)
-        y = _deviations(y, mean_y)[0]
+        y = deviations(y, mean_y)[0]
         z = self._target(y, x, matrix)
         mean_z = matrix @ mean_x
         local = _moments(y, z, mean_y, mean_z)
         [total] = yield [local]
         count, sum_y, sum_z, yy, zz, yz = total.unbind(-1)
         all_y, all_z = sum_y / count, sum_z / count
-        yy = _without_rounding((yy - sum_y * all_y).clamp_min(0), count, all_y)
+        yy = without_rounding((yy - sum_y * all_y).clamp_min(0), count, all_y)
         zz, yz = (zz - sum_z * all_z).clamp_min(0), yz - sum_y * all_z
         y = y + (mean_y - all_y[..., None]).to(y.dtype)
         z = z + (mean_z - all_z[..., None]).to(z.dtype)
-        inverse_y, inverse_z = _inverse_norm(yy.sqrt())[0], _inverse_norm(zz.sqrt())[0]
+        inverse_y, inverse_z = inverse_norm(yy.sqrt())[0], inverse_norm(zz.sqrt())[0]
         return self._evaluate(y, z, inverse_y.to(y.dtype), inverse_z.to(y.dtype), yz.to(y.dtype))
 
     def _scale(self, inverse: Tensor) -> Tensor:
@@ -174,7 +168,7 @@ class OrthogonalAlignment:
     @staticmethod
     def _target(y: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
         """The centred targets z, in the layout of ``y``. The rounding of a constant teacher is no target."""
-        return product(matrix, _deviations(x, means(x))[0], like=y)
+        return product(matrix, deviations(x, means(x))[0], like=y)
 
     def _evaluate(
         self, y: Tensor, z: Tensor, inverse_y: Tensor, inverse_z: Tensor, products: Tensor

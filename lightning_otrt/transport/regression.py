@@ -18,15 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.correlation import (
-    CorrelationCost,
-    _around_mean,
-    _centred,
-    _inverse_norm,
-    _moments,
-    _recentre,
-)
+from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.moments import around_mean, centred, inverse_norm, moments, recentre
 from lightning_otrt.transport.tensors import add_product, product, widen_if_long
 
 __all__ = ["Regression"]
@@ -94,8 +88,8 @@ class Regression:
         """
         count, sum_y, sum_x, squares_y, squares_x, yy, yx = sums
         count, dtype = count[..., None], yx.dtype
-        inverse_y = _inverse_norm(_around_mean(count, sum_y, squares_y).sqrt())[0].to(dtype)
-        inverse_x = _inverse_norm(_around_mean(count, sum_x, squares_x).sqrt())[0].to(dtype)
+        inverse_y = inverse_norm(around_mean(count, sum_y, squares_y).sqrt())[0].to(dtype)
+        inverse_x = inverse_norm(around_mean(count, sum_x, squares_x).sqrt())[0].to(dtype)
         mean, sum_y, sum_x = (part.to(dtype) for part in (sum_y / count, sum_y, sum_x))
         yy = add_product(yy.clone(), mean[..., None], sum_y[..., None, :], alpha=-1)
         yx = add_product(yx.clone(), mean[..., None], sum_x[..., None, :], alpha=-1)
@@ -131,8 +125,8 @@ class Regression:
             The value ``(...)`` and the gradient, of the shape of ``y``. The value is above 1 where the map predicts the
             batch worse than the teacher's mean would.
         """
-        y, inverse_y = _centred(y)
-        x, inverse_x = _centred(x)
+        y, inverse_y = centred(y)
+        x, inverse_x = centred(x)
         total, pull = self._residual(y, x, weights, inverse_y, inverse_x)
         along = self._along(y, pull, inverse_y)
         return total, self._gradient(y, pull, along, inverse_y)
@@ -143,13 +137,13 @@ class Regression:
         y, x = y - mean_y, x - mean_x
         count = y.shape[-1]
         total_y, total_x = yield [
-            _moments(count, mean_y, torch.linalg.vecdot(y, y)),
-            _moments(count, mean_x, torch.linalg.vecdot(x, x)),
+            moments(count, mean_y, torch.linalg.vecdot(y, y)),
+            moments(count, mean_x, torch.linalg.vecdot(x, x)),
         ]
-        shift_y, squares_y = _recentre(total_y, mean_y)
-        shift_x, squares_x = _recentre(total_x, mean_x)
+        shift_y, squares_y = recentre(total_y, mean_y)
+        shift_x, squares_x = recentre(total_x, mean_x)
         y, x = y + shift_y, x + shift_x
-        inverse_y, inverse_x = _inverse_norm(squares_y.sqrt())[0], _inverse_norm(squares_x.sqrt())[0]
+        inverse_y, inverse_x = inverse_norm(squares_y.sqrt())[0], inverse_norm(squares_x.sqrt())[0]
         local, pull = self._residual(y, x, weights, inverse_y, inverse_x)
         total, along = yield [local, self._along(y, pull, inverse_y)]
         return total, self._gradient(y, pull, along, inverse_y)

@@ -1,0 +1,95 @@
+"""Moments of neurons over their observations, and which neurons are dead.
+
+The difficulty is a neuron that is constant on the batch. Its correlation is 0 / 0, and what rounding leaves of its
+variance must not be taken for activity. The moments here tell the two apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.transport.tensors import all_nonzero, norms
+
+__all__ = [
+    "DEAD_SHARE",
+    "around_mean",
+    "centred",
+    "centred_squares",
+    "deviations",
+    "inverse_norm",
+    "moments",
+    "recentre",
+    "without_rounding",
+]
+
+#: A neuron whose centred norm is below this share of its layer's mean norm carries no correlation: it is *dead*.
+DEAD_SHARE = 1e-3
+#: Share of the squared mean below which a variance is rounding error: a bound for a batch in float32, and for raw
+#: moments that are added up in float64 over thousands of batches.
+ROUNDING_SHARE = 1e-12
+
+
+def inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors: 1 / norm of live neurons and 0 of dead ones; 1 for dead neurons and 0 for live ones."""
+    mean = norm.mean(-1, keepdim=True)
+    # If one norm is infinite this makes all of them NaN. Otherwise all other neurons would count as dead.
+    norm = torch.add(norm, mean, alpha=0)
+    dead = norm <= DEAD_SHARE * mean
+    return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
+
+
+def centred(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Neurons without their means, and 1 / norm of live neurons and 0 of those that are dead or constant."""
+    mean = y.mean(-1, keepdim=True)
+    y = y - mean
+    norm = norms(y)
+    rounding = mean.squeeze(-1).abs_().mul_((ROUNDING_SHARE * y.shape[-1]) ** 0.5)
+    average = norm.mean(-1, keepdim=True)
+    norm = torch.add(norm, average, alpha=0)  # see `inverse_norm`
+    dead = norm <= torch.maximum(rounding, average.mul_(DEAD_SHARE))
+    return y, norm.reciprocal_().masked_fill_(dead, 0.0)
+
+
+def centred_squares(y: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, means ``(..., N, 1)`` and sums of squares around them; zeros where there are no observations."""
+    mean = y.sum(-1, keepdim=True) / max(y.shape[-1], 1)
+    return y.shape[-1], mean, without_rounding(norms(y - mean).square_(), y.shape[-1], mean.squeeze(-1))
+
+
+def around_mean(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """Sums of squares around the means, from the moments around any point; 0 if they are rounding error."""
+    mean = total / count
+    return without_rounding(squares - total * mean, count, mean).clamp_min(0)
+
+
+def moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
+    """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares; in float64, which MPS lacks."""
+    mean = mean.squeeze(-1)
+    mean = mean if mean.device.type == "mps" else mean.double()
+    return torch.stack((torch.full_like(mean, count), count * mean, count * mean**2 + squares), -1)
+
+
+def recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The shift from neurons centred by ``mean`` to neurons centred by the mean of all, and their centred squares."""
+    count, sums, squares = total.unbind(-1)
+    overall = sums / count
+    centred = (squares - count * overall**2).clamp_min(0).to(mean.dtype)
+    shift = (mean.double() - overall[..., None]).to(mean.dtype)
+    return shift, without_rounding(centred, count.to(mean.dtype), overall.to(mean.dtype))
+
+
+def deviations(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviations from ``reference`` and their sums of squares, both 0 if they are rounding error."""
+    y = y - reference
+    squares = without_rounding(norms(y).square_(), y.shape[-1], reference.squeeze(-1))
+    if not all_nonzero(squares):
+        # `masked_fill_` takes ten times as long.
+        y.mul_((squares != 0)[..., None])
+    return y, squares
+
+
+def without_rounding(squares: Tensor, count: int | Tensor, mean: Tensor) -> Tensor:
+    """Centred squares, with 0 for a constant neuron: scaled to unit norm, its rounding error has huge gradients."""
+    # Strictly less: if both sides overflow, nothing says that the squares are rounding error.
+    return torch.where(squares < ROUNDING_SHARE * count * mean**2, 0.0, squares)
