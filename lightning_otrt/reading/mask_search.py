@@ -194,7 +194,11 @@ def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | 
     valid = valid_tokens(mask, source)
     if _is_causal(valid, mask):
         return None
-    return replace(traced, empty=int((valid.sum(1) == 0).sum()))
+    return replace(traced, empty=_empty_samples(valid))
+
+
+def _empty_samples(valid: Tensor) -> int:
+    return int((valid.sum(1) == 0).sum())
 
 
 def _is_causal(valid: Tensor, mask: Tensor) -> bool:

@@ -68,8 +68,13 @@ def _is_freed(node: Any, name: str) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` or ``module.compile`` was called on the module or a part of it."""
-    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
+    """Whether ``torch.compile`` or ``module.compile`` was called on the module, a part of it or a method of these."""
+    return any(
+        hasattr(part, "_orig_mod")
+        or part._compiled_call_impl is not None
+        or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(part).values())
+        for part in module.modules()
+    )
 
 
 def add_forward_hook(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:

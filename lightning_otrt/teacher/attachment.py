@@ -18,6 +18,7 @@ from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
 from lightning_otrt.reading.reach import TrainedForwards, why_outside
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import can_be_root, find_teacher_root, split_root
+from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.views import (
     Matched,
     NeuronCounts,
@@ -36,6 +37,12 @@ ChoosePairs: TypeAlias = Callable[[tuple[LayerPair, ...] | None], Pairing]
 
 #: Calls whose graphs are checked: an inner step that frees them does so from the start.
 GRAPH_CHECKS = 3
+
+#: Such code cannot be found from the student.
+_COMPILED_BEFORE = (
+    " If a function that was compiled and ran before calls it, call `torch.compiler.reset()` before the student is "
+    "attached: what is compiled already has no hooks in it."
+)
 
 
 class Attachment:
@@ -101,8 +108,9 @@ class Attachment:
             raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
         self.teacher.check_against(student)
         check_layers(self.layers, student, self.teacher.module, self.student_root)
-        if "torch._dynamo" in sys.modules:
-            # Code that was compiled before has no hooks in it and would never call ours.
+        if is_compiled(student) or is_compiled(self.teacher.module):
+            # Code that was compiled before has no hooks in it and would never call ours. Only in this case, since
+            # everything that the process has compiled is compiled anew.
             torch.compiler.reset()
         self.student = student
         self._attached_dtype = _dtype_of(student)
@@ -258,6 +266,7 @@ class Attachment:
                 f"The student ({kind}) was not called with gradient since the last call, so there is no transfer term: "
                 f"no forward of its root {self._root or 'itself'!r} was recorded. Call the module itself (not "
                 "`.forward`), once per loss, outside `no_grad`; or pass the name of what is called as `student_root`."
+                f"{_COMPILED_BEFORE if 'torch._dynamo' in sys.modules else ''}"
             )
         if not any(parameter.requires_grad for parameter in self.student.parameters()):
             return (
@@ -269,6 +278,7 @@ class Attachment:
             f"No forward of {where} of the student ({kind}) was recorded, so there is no transfer term for "
             f"layers={self.layers!r}. It has to be called as a module (not `.forward`), with gradient; `student_root` "
             "names the submodule whose inputs the teacher gets."
+            f"{_COMPILED_BEFORE if 'torch._dynamo' in sys.modules else ''}"
         )
 
 

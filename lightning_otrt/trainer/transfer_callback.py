@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -279,11 +280,19 @@ class TransferCallback(pl.Callback, ExtraTerm):
             )
 
     def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
+        """Log in the student's module.
+
+        Nothing of it waits for a device. Lightning puts plain numbers there, in a copy that waits, so they are logged
+        as tensors on the CPU. What is shown in the progress bar it reads in each step, even where there is no bar.
+        """
         assert self._module is not None
         # So that two callbacks on one module do not log under the same names.
         suffix = f"-{position + 1}" if position else ""
         for name, value in values.items():
-            self._module.log(f"{name}{suffix}", value, prog_bar=prog_bar, batch_size=max(samples, 1))
+            if not isinstance(value, Tensor):
+                value = torch.tensor(value, device="cpu")
+            shown = prog_bar and value.device.type == "cpu"
+            self._module.log(f"{name}{suffix}", value, prog_bar=shown, batch_size=max(samples, 1))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    Net,
     Task,
     ValidatedTask,
     assert_agree,
@@ -15,13 +16,14 @@ from helpers import (
     make_task,
     make_teacher,
     make_trainer,
+    seeded,
     weights,
 )
 from torch import Tensor
 from torch.nn import functional as F
 from trainer.contexts import CONTEXTS, EXACT, Context, by_hand, by_name, without
 
-from lightning_otrt import LinearWarmup, OTRTCallback, OTRTModule
+from lightning_otrt import LinearWarmup, OTRTCallback, OTRTModule, RepresentationTransfer
 
 
 def whole(task: Any, **how: Any) -> Any:
@@ -133,3 +135,41 @@ def test_compiled_by_inductor():
     task = submodule(context.make())
     context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
     assert_agree(by_name(weights(task)), by_hand(context), without(context), context.tolerance)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_what_others_compiled_stays_compiled() -> None:
+    """A reset throws away all that the process has compiled."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    other = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    other(torch.ones(3))
+    context = Context()
+    context.fit(context.make(), callbacks=[OTRTCallback(make_teacher(), **EXACT)])
+    other(torch.ones(3))
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_function_around_the_student_ran_before() -> None:
+    """It cannot be found from the student, and its code has no hooks in it."""
+    student, teacher = seeded(0, Net), make_teacher()
+    images = next(iter(loader()))[0]
+    step = torch.compile(lambda images: student(images).sum(), backend="eager")
+    step(images)
+    transfer = RepresentationTransfer(teacher)
+
+    def train(steps: int) -> None:
+        with transfer.attached(student):
+            for _ in range(steps):
+                (step(images) + transfer.loss()).backward()
+
+    with pytest.raises(RuntimeError, match=r"compiled and ran before calls it, call `torch.compiler.reset\(\)`"):
+        train(2)
+    torch.compiler.reset()
+    train(3)
+    assert transfer.step > 3

@@ -1,0 +1,192 @@
+"""Fits on a GPU that is not there: fake tensors hold no values, so that whatever would wait for the device raises."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["BATCH", "STEPS", "Task", "fake_fit", "fake_gpu", "images", "needs_cuda_build", "network"]
+
+needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a build of torch with CUDA")
+
+#: Steps of a fit: plans are solved in calls 0, 1, 2, 4 and 8.
+BATCH, STEPS = 12, 6
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Fake tensors, and without what is allowed to wait: it happens once, and not in each step.
+
+    - the checksum of the teacher's weights, and the check that the student has none of them, when it is attached;
+    - the generators of random numbers and the buffers that are restored after the trace of the first batch, and the
+      values of its masks;
+    - the checks of the values and plans of the first batch, and the monitor's look whether the student is a copy;
+    - the read of the flags for values that are not finite, every ``log_every_n_steps`` and at the end.
+    """
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
+        patch.setattr("lightning_otrt.teacher.identity._checksum", lambda *args: 1)
+        patch.setattr("lightning_otrt.teacher.separate._identities", lambda tensor: (id(tensor),))
+        patch.setattr("torch.random.fork_rng", lambda devices: contextlib.nullcontext())
+        patch.setattr("lightning_otrt.reading.evaluation._restore_buffers", lambda module, saved: None)
+        patch.setattr("lightning_otrt.reading.mask_search._is_causal", lambda valid, mask: False)
+        patch.setattr("lightning_otrt.reading.mask_search.problem_of", lambda mask, source: "")
+        patch.setattr("lightning_otrt.reading.mask_search._empty_samples", lambda valid: 0)
+        patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
+        patch.setattr("lightning_otrt.steps.engine.inspect_batch", lambda *args: ())
+        patch.setattr("lightning_otrt.steps.coupling.inspect_plan", lambda *args: ())
+        patch.setattr("lightning_otrt.run_state.RunState.take_bad_calls", lambda self, distances: (0, ""))
+        # Else autocast is off where there is no driver.
+        patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+        patch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+        # torchmetrics copies the fake tensors that Lightning logs, which torch cannot do.
+        patch.setattr(FakeTensor, "__deepcopy__", lambda self, memo: self.detach().clone(), raising=False)
+        yield
+
+
+class _Accelerator(CPUAccelerator):
+    """Takes the fake device."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Nothing to set up."""
+
+
+class _OneDevice(SingleDeviceStrategy):
+    """Leaves the parameters on the fake device, where they were made: torch cannot always move fake ones."""
+
+    def model_to_device(self) -> None:
+        """They are there."""
+
+    def teardown(self) -> None:
+        """Nothing to give back."""
+
+
+def network(width: int, dtype: torch.dtype | None = None) -> nn.Sequential:
+    """Two blocks of convolutions, and a head, on the fake device."""
+    with torch.device("cuda"), _default(dtype):
+        return _layers(width)
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    yield
+    torch.set_default_dtype(before)
+
+
+def _layers(width: int) -> nn.Sequential:
+    first = nn.Sequential(nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+    second = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU())
+    return nn.Sequential(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+class Task(pl.LightningModule):
+    """Classification of images."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = net or network(8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def backward(self, loss: Tensor) -> None:
+        """Left out: autograd needs the driver of the device. Its operations are counted in other tests."""
+        assert loss.device.type == "cuda"
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class _Batches:
+    """Random inputs with labels. It has no length, which Lightning would put on the device and read."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        self.draw = draw
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        """Batches on the CPU."""
+        return iter([(self.draw(), torch.randint(10, (BATCH,))) for _ in range(STEPS)])
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies between host and device: each waits for what runs on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            sources = [arg for arg in args if isinstance(arg, Tensor)][-1:]
+            self.count += any(source.device != found.device for source in sources)
+        return found
+
+
+class CopiesPerStep(pl.Callback):
+    """The copies of each step, without those of the batch. Put it last."""
+
+    def __init__(self) -> None:
+        self.mode, self.found = Copies(), []
+        self._counting = contextlib.ExitStack()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """After the batch was moved."""
+        self.mode.count = 0
+        self._counting.enter_context(self.mode)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Before the next batch is moved."""
+        self._counting.close()
+        self.found.append(self.mode.count)
+
+    def on_exception(self, *args: Any) -> None:
+        """A step failed."""
+        self._counting.close()
+
+
+def images() -> Tensor:
+    """A batch of images."""
+    return torch.randn(BATCH, 3, 16, 16)
+
+
+def fake_fit(
+    task: pl.LightningModule,
+    callbacks: list[pl.Callback],
+    draw: Callable[[], Any] = images,
+    **options: Any,
+) -> list[int]:
+    """Fit on random batches. Call it inside :func:`fake_gpu`.
+
+    Returns:
+        The copies between host and device in each step, those of the batch left out.
+    """
+    copies = CopiesPerStep()
+    trainer = pl.Trainer(
+        strategy=_OneDevice(device=torch.device("cuda:0"), accelerator=_Accelerator()),
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks, copies],
+        **options,
+    )
+    trainer.fit(task, _Batches(draw))
+    assert len(copies.found) == STEPS
+    return copies.found

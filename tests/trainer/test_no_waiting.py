@@ -1,0 +1,224 @@
+"""A fit with the callback on a GPU: no step waits for the device.
+
+What may wait is named in :func:`trainer.fake_gpu.fake_gpu`: it happens in the first batch, or every
+``log_every_n_steps``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.nn import functional as F
+from trainer.fake_gpu import BATCH, STEPS, Task, fake_fit, fake_gpu, images, needs_cuda_build, network
+
+from lightning_otrt import LinearWarmup, OTRTCallback, OTRTModule, OTRTMonitor
+
+pytestmark = needs_cuda_build
+
+
+def check(copies: list[int]) -> None:
+    """The first batch may copy, and no other one."""
+    assert copies[1:] == [0] * (STEPS - 1), copies
+
+
+#: The first two run by default, the rest of each table where slow tests run.
+QUICK = 2
+
+
+def quick_and_slow(values: list[Any]) -> list[Any]:
+    """Marks for all but the first values."""
+    return [*values[:QUICK], *(pytest.param(value, marks=pytest.mark.slow) for value in values[QUICK:])]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    *[{"cost": cost, "memory": memory} for cost in ("correlation", "euclidean", "sqeuclidean") for memory in (0, 0.9)],
+    *[{"plan": plan} for plan in ("uniform", "random")],
+    {"solve_every": 1},
+    {"layers": "blocks", "grid": None},
+    {"layers": "penultimate", "grid": 1},
+    {"schedule": LinearWarmup(3)},
+    {"strict": False},
+]
+
+
+@pytest.mark.parametrize("options", quick_and_slow(OPTIONS), ids=repr)
+def test_options(options: dict[str, Any]) -> None:
+    with fake_gpu():
+        check(fake_fit(Task(), [OTRTCallback(network(12), **options)]))
+
+
+def test_autocast() -> None:
+    with fake_gpu():
+        check(fake_fit(Task(), [OTRTCallback(network(12))], precision="bf16-mixed"))
+
+
+TYPES = [torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("types", quick_and_slow(list(itertools.product(TYPES, TYPES))), ids=str)
+def test_types(types: tuple[torch.dtype, torch.dtype]) -> None:
+    """Of the weights. The teacher gets inputs in its own type."""
+    with fake_gpu():
+        student, teacher = types
+        task = Task(network(8, student))
+        check(fake_fit(task, [OTRTCallback(network(12, teacher))], lambda: images().to(student)))
+
+
+@pytest.mark.parametrize("trainer", [{"accumulate_grad_batches": 2}, {"log_every_n_steps": 1}], ids=repr)
+def test_trainers(trainer: dict[str, Any]) -> None:
+    with fake_gpu():
+        check(fake_fit(Task(), [OTRTCallback(network(12))], **trainer))
+
+
+def test_wrapper() -> None:
+    with fake_gpu():
+        check(fake_fit(OTRTModule(Task(), network(12)), []))
+
+
+class TwoViews(Task):
+    """Two forwards in a step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch and of its mirror images."""
+        images, labels = batch
+        return F.cross_entropy(self.net(images) + self.net(images.flip(-1)), labels)
+
+
+class Manual(Task):
+    """Manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One step of the optimizer."""
+        images, labels = batch
+        self.manual_backward(F.cross_entropy(self.net(images), labels))
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("task", [TwoViews, Manual])
+def test_tasks(task: type[Task]) -> None:
+    with fake_gpu():
+        check(fake_fit(task(), [OTRTCallback(network(12))]))
+
+
+def test_monitor() -> None:
+    """It reads what it logs every 50 steps. Gradients are left out, since autograd needs a driver."""
+    with fake_gpu():
+        check(fake_fit(Task(), [OTRTCallback(network(12)), OTRTMonitor(every_n_steps=50, gradients=False)]))
+
+
+class Encoder(nn.Module):
+    """A transformer on padded words, and a head on their mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits."""
+        x = self.words(words)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=attention_mask == 0)
+        weights = attention_mask / attention_mask.sum(1, keepdim=True)
+        return self.head((x * weights[..., None]).sum(1))
+
+
+class Words(Task):
+    """Classification of padded words."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        (words, mask), labels = batch
+        return F.cross_entropy(self.net(words, attention_mask=mask), labels)
+
+
+def padded_words() -> tuple[Tensor, Tensor]:
+    """Words and the mask of those that are no padding."""
+    lengths = torch.randint(2, 9, (BATCH, 1))
+    return torch.randint(20, (BATCH, 8)), (torch.arange(8) < lengths).long()
+
+
+@pytest.mark.parametrize("cost", ["correlation", "sqeuclidean"])
+def test_padding(cost: str) -> None:
+    with fake_gpu(), torch.device("cuda"):
+        student, teacher = Encoder(8), Encoder(12)
+    with fake_gpu():
+        check(fake_fit(Words(student), [OTRTCallback(teacher, cost=cost, layers="blocks")], padded_words))
+
+
+def test_what_waits_raises() -> None:
+    """Lightning reads what its progress bar shows in each step."""
+
+    class Logs(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, prog_bar=True)
+            return loss
+
+    with fake_gpu(), pytest.raises(DataDependentOutputException):
+        fake_fit(Logs(), [])
+
+
+def test_copies_are_counted() -> None:
+    class Logs(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("number", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    with fake_gpu():
+        assert fake_fit(Logs(), [])[1:] == [1] * (STEPS - 1)
+
+
+#: Functions on the path of each step, in which a read of a value is planted.
+PLACES = [
+    "trainer.transfer_callback.TransferCallback._log",
+    "transport.correlation.CorrelationCost.value",
+    "reading.neurons.pool",
+    "reading.views.match_positions",
+    "reading.hooks.select_tensor",
+    "reading.hooks.sequence_output",
+    "teacher.frozen._cast",
+    "transfer.weight_at",
+    "steps.engine.attach_gradients",
+    "steps.engine.solve_plans",
+    "steps.engine.TransportEngine._total",
+    "steps.coupling.Coupling.value",
+    "steps.coupling.EntropicCoupling.solve",
+    "steps.coupling.sinkhorn_plan",
+    "transport.correlation.norms",
+    "transport.correlation.product",
+    "trainer.transfer_callback.TransferCallback.discard",
+]
+
+
+@pytest.mark.parametrize("place", quick_and_slow(PLACES))
+def test_a_read_in_any_place_is_found(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, _, name = f"lightning_otrt.{place}".rpartition(".")
+    owner = pkgutil.resolve_name(where)
+    function, reached = getattr(owner, name), []
+
+    def reads(*args: Any, **kwargs: Any) -> Any:
+        reached.append(place)
+        torch.ones((), device="cuda").item()
+        return function(*args, **kwargs)
+
+    with fake_gpu():
+        callback = OTRTCallback(network(12))
+        monkeypatch.setattr(owner, name, reads)
+        with pytest.raises(DataDependentOutputException):
+            fake_fit(Task(), [callback])
+    assert reached
