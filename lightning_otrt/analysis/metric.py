@@ -19,6 +19,7 @@ from lightning_otrt.transport.distance import TransportResult
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.plans import ONE_BATCH_PLANS, check_epsilon, check_plan, fixed_plan, solve_plan
 from lightning_otrt.transport.tensor_checks import check_finite
+from lightning_otrt.transport.tensors import lacks_float64
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,8 @@ class NeuronTransportDistance(Metric):
     - ``distance`` (:class:`~torch.Tensor`): A scalar, not negative; NaN, with a warning, if there were too few
       observations (none, or fewer than 3 for the correlation).
 
-    The statistics stay in float64, also after ``set_dtype`` or ``half`` and under a Trainer's precision. ``dtype`` is
+    The statistics stay in float64, also after ``set_dtype`` or ``half`` and under a Trainer's precision. An Apple GPU
+    has no float64: there they stay on the CPU, and so does the value. ``dtype`` is
     the type of the value; if it is float64, entropic plans are solved in float64, else in float32. ``forward`` solves a
     plan for each batch: call ``update`` instead where the value of the batch is not needed.
 
@@ -155,7 +157,7 @@ class NeuronTransportDistance(Metric):
             )
         for start in range(0, student.shape[1], _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            sums = self._sums_of(student.detach()[:, chunk].double(), teacher.detach()[:, chunk].double())
+            sums = self._sums_of(*(_in_float64(side.detach()[:, chunk]) for side in (student, teacher)))
             self.sums = self.sums + _flatten(sums)
 
     def compute(self) -> Tensor:
@@ -244,6 +246,8 @@ class NeuronTransportDistance(Metric):
         # `set_dtype`, or `to` of a module that holds the metric, would cast the sums to a type with too few digits.
         # `fn` may move and cast at once: only the move is applied here. `reset` takes the device from the state.
         def move(tensor: Tensor) -> Tensor:
+            if lacks_float64(fn(torch.empty(0, device=tensor.device))):
+                return tensor
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -286,6 +290,10 @@ class NeuronTransportDistance(Metric):
         cost = matrix if precise else matrix.float()
         coupling = solve_plan(cost[None], self.plan, self.epsilon, self.seed)[0].to(matrix)
         return TransportResult.of((coupling * matrix).sum(), coupling, matrix)
+
+
+def _in_float64(neurons: Tensor) -> Tensor:
+    return (neurons.cpu() if lacks_float64(neurons) else neurons).double()
 
 
 def _flatten(sums: Sums) -> Tensor:

@@ -147,7 +147,7 @@ def suggest_weight(
 
 def _suggestion(names: Sequence[str], norms: Sequence[tuple[Tensor, Tensor]], fraction: float) -> WeightSuggestion:
     """The weight for norms ``(task, term)`` at each layer, one pair for each batch."""
-    table = torch.stack([torch.stack(pair) for pair in norms]).double().cpu()
+    table = torch.stack([torch.stack(pair) for pair in norms]).cpu().double()
     if not bool(table.isfinite().all()):
         raise ValueError(f"No weight can be suggested: a gradient at the layers {list(names)} is not finite.")
     task, own = table.square().sum(-1).sqrt().mean(0).tolist()

@@ -20,6 +20,7 @@ from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Plan, Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
+from lightning_otrt.transport.tensors import widest
 
 __all__ = ["GlobalTransportEngine"]
 
@@ -306,8 +307,8 @@ class GlobalTransportEngine(TransportEngine):
     def _choose_references(self, batches: Sequence[Batch]) -> None:
         """Take the means of a pair's first batch on all processes as the points around which they take their sums."""
         sums = [
-            [torch.stack([y.new_full((), y.shape[-1], dtype=torch.float64) for y, _ in batch]).sum()]
-            + [torch.stack([pair[side].sum(-1, dtype=torch.float64) for pair in batch]).sum(0) for side in (0, 1)]
+            [torch.stack([y.new_full((), y.shape[-1], dtype=widest(y)) for y, _ in batch]).sum()]
+            + [torch.stack([pair[side].sum(-1, dtype=widest(pair[side])) for pair in batch]).sum(0) for side in (0, 1)]
             for batch in batches
         ]
         for state, batch, (count, y, x) in zip(self.pairs, batches, self.ranks.sum(sums), strict=True):

@@ -60,6 +60,6 @@ def _checksum(parameters: Iterable[Tensor]) -> str:
     checksum = 0
     for parameter in parameters:
         if not parameter.is_meta and not nn.parameter.is_lazy(parameter):
-            values = parameter.detach().flatten()[:_VALUES].double().cpu()
+            values = parameter.detach().flatten()[:_VALUES].cpu().double()
             checksum = zlib.crc32(repr(tuple(parameter.shape)).encode() + values.numpy().tobytes(), checksum)
     return f"{checksum:08x}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.tensors import all_nonzero, norms
+from lightning_otrt.transport.tensors import all_nonzero, norms, widest
 
 __all__ = [
     "DEAD_SHARE",
@@ -64,9 +64,8 @@ def around_mean(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
 
 
 def moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
-    """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares; in float64, which MPS lacks."""
-    mean = mean.squeeze(-1)
-    mean = mean if mean.device.type == "mps" else mean.double()
+    """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares; in the widest type."""
+    mean = mean.squeeze(-1).to(widest(mean))
     return torch.stack((torch.full_like(mean, count), count * mean, count * mean**2 + squares), -1)
 
 
@@ -75,7 +74,7 @@ def recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     count, sums, squares = total.unbind(-1)
     overall = sums / count
     centred = (squares - count * overall**2).clamp_min(0).to(mean.dtype)
-    shift = (mean.double() - overall[..., None]).to(mean.dtype)
+    shift = (mean.to(widest(mean)) - overall[..., None]).to(mean.dtype)
     return shift, without_rounding(centred, count.to(mean.dtype), overall.to(mean.dtype))
 
 

@@ -40,7 +40,7 @@ from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.moments import around_mean, centred, deviations, inverse_norm, without_rounding
 from lightning_otrt.transport.polar import polar_factor
-from lightning_otrt.transport.tensors import add_product, means, norms, product
+from lightning_otrt.transport.tensors import add_product, means, norms, product, widest
 
 __all__ = ["OrthogonalAlignment", "random_projection"]
 
@@ -205,8 +205,8 @@ def random_projection(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def _moments(y: Tensor, z: Tensor, mean_y: Tensor, mean_z: Tensor) -> Tensor:
-    """Count, sums, squares and products ``(..., N, 6)`` from deviations and means; in float64 but on MPS."""
-    dtype = y.dtype if y.device.type == "mps" else torch.float64
+    """Count, sums, squares and products ``(..., N, 6)`` from deviations and means; in the widest type."""
+    dtype = widest(y)
     yy, zz, yz, mean_y, mean_z = (
         part.to(dtype)
         for part in (

@@ -83,7 +83,7 @@ def exact_plan(cost: Tensor) -> Tensor:
         ModuleNotFoundError: If the widths differ and POT is not installed.
     """
     _, rows, columns = cost.shape
-    costs = cost.detach().double().cpu().numpy()
+    costs = cost.detach().cpu().double().numpy()
     if rows == columns:
         from scipy.optimize import linear_sum_assignment
 

@@ -13,6 +13,7 @@ __all__ = [
     "common_dtype",
     "dot",
     "is_long",
+    "lacks_float64",
     "matrix_vector",
     "means",
     "norms",
@@ -20,11 +21,14 @@ __all__ = [
     "product",
     "subtract_product",
     "widen_if_long",
+    "widest",
     "zero_unless",
 ]
 
 #: Above so many observations a sum in float32 loses digits that a correlation needs.
 FLOAT64_OBSERVATIONS = 100_000
+#: Types of devices without float64.
+WITHOUT_FLOAT64 = ("mps",)
 
 
 def common_dtype(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,8 +45,18 @@ def is_long(y: Tensor) -> bool:
 
 
 def widen_if_long(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Neurons in float64 if they have too many observations for sums in float32, else unchanged."""
-    return (y.double(), x.double()) if is_long(y) else (y, x)
+    """Neurons in the :func:`widest` type if they have too many observations for sums in float32, else unchanged."""
+    return (y.to(widest(y)), x.to(widest(x))) if is_long(y) else (y, x)
+
+
+def lacks_float64(tensor: Tensor) -> bool:
+    """Whether the device of the tensor has no float64, as Apple GPUs (MPS)."""
+    return tensor.device.type in WITHOUT_FLOAT64
+
+
+def widest(tensor: Tensor) -> torch.dtype:
+    """Float64, or float32 where the device of the tensor has none."""
+    return torch.float32 if lacks_float64(tensor) else torch.float64
 
 
 def all_nonzero(values: Tensor) -> bool:

@@ -199,7 +199,7 @@ PLACES = [
     "steps.coupling.Coupling.value",
     "steps.coupling.EntropicCoupling.solve",
     "steps.coupling.sinkhorn_plan",
-    "transport.correlation.norms",
+    "transport.moments.norms",
     "transport.correlation.product",
     "trainer.transfer_callback.TransferCallback.discard",
 ]
