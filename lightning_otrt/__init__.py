@@ -3,7 +3,7 @@
 from lightning_otrt.analysis.compare import compare_representations
 from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
-from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan
+from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan, plot_singular_values
 from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
 from lightning_otrt.fixed_views import FixedViews
 from lightning_otrt.layers.pairs import LayerPair
@@ -38,6 +38,7 @@ __all__ = [
     "plot_distances",
     "plot_history",
     "plot_plan",
+    "plot_singular_values",
     "suggest_weight",
     "transport_distance",
 ]

@@ -75,7 +75,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     ),
     "global_batch": _check_global_batch,
     "strict": lambda value: check_flag("strict", value, "It says whether a step without a term is an error."),
-    "seed": lambda value: check_seed("seed", value, 'It seeds `plan="random"`.'),
+    "seed": lambda value: check_seed("seed", value, 'It seeds `plan="random"` and `plan="random_orthogonal"`.'),
 }
 
 

@@ -22,6 +22,7 @@ from lightning_otrt.teacher.attachment import Attachment, ChoosePairs
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
 from lightning_otrt.transport.named_costs import get_cost
+from lightning_otrt.transport.plans import check_plan_and_cost
 
 __all__ = ["RepresentationTransfer"]
 
@@ -54,9 +55,11 @@ class RepresentationTransfer(FixedOptions):
         student_root: Name of the student's submodule whose inputs the teacher gets too, or of its method, as in
             ``"net:forward_features"``; None: the outermost one that holds the layers and is called.
         cost: ``"correlation"``, ``"euclidean"``, ``"sqeuclidean"`` or a function of raw neurons ``(N, n)``, ``(M, n)``
-            that gives ``(N, M)``.
-        plan: ``"sinkhorn"``, ``"exact"``, ``"static"`` (fixed once 256 samples were seen), or a control:
-            ``"identity"``, ``"uniform"``, ``"random"``.
+            that gives ``(N, M)``. ``plan="orthogonal"`` takes ``"correlation"`` (standardised neurons) or
+            ``"covariance"`` (neurons keep their scale).
+        plan: ``"sinkhorn"``, ``"exact"``, ``"static"`` (fixed once 256 samples were seen), ``"orthogonal"`` (a rotation
+            of the teacher's neurons instead of a transport plan), or a control: ``"identity"``, ``"uniform"``,
+            ``"random"``, ``"random_orthogonal"``.
         epsilon: Entropic regularisation, relative to the mean cost.
         memory: Decay of a running cost behind the plan: 0 sees the current batch alone; ``"auto"`` is 0.98 for layers
             with more neurons than the batch has samples, else 0.
@@ -72,7 +75,7 @@ class RepresentationTransfer(FixedOptions):
             samples, where gradients are averaged, as DDP and FSDP do. None: where torch.distributed runs several
             processes. False is another objective: each process has plans and a term of its own samples.
         strict: Raise where a term cannot be formed; else warn once and leave it out.
-        seed: Seed of ``plan="random"``.
+        seed: Seed of random plans and rotations.
         process_group: The processes of the global batch; None: the default group, where one is initialised. Only for
             loops without a Trainer, whose strategy knows its processes.
 
@@ -125,6 +128,7 @@ class RepresentationTransfer(FixedOptions):
         self.global_batch, self.strict, self.seed, self.process_group = global_batch, strict, seed, process_group
         #: The cost behind its name.
         self.ground_cost = get_cost(cost)
+        check_plan_and_cost(plan, self.ground_cost)
         self._teacher_text = as_written(teacher)
         self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
         #: Step that the schedule sees; :meth:`loss` advances it.

@@ -12,13 +12,27 @@ from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.transport.named_costs import get_cost
 
 COSTS = ("correlation", "euclidean", "sqeuclidean")
+#: Costs of transport plans, and couplings that are none.
+TERMS: dict[str, dict[str, Any]] = {
+    **{cost: {"cost": cost, "plan": "sinkhorn"} for cost in COSTS},
+    "orthogonal": {"cost": "correlation", "plan": "orthogonal"},
+    "covariance": {"cost": "covariance", "plan": "orthogonal"},
+    "random_orthogonal": {"cost": "correlation", "plan": "random_orthogonal"},
+}
 
 
 def make(cost: Any = "correlation", pairs: int = 1, **options: Any) -> TransportEngine:
-    """An engine for pairs of equal weights that remembers nothing and solves every tenth call."""
+    """An engine for pairs of equal weights that remembers nothing and solves every tenth call.
+
+    Args:
+        cost: A cost, or the name of one of :data:`TERMS`.
+        pairs: Number of pairs.
+        options: Other settings of the engine.
+    """
     names = [(f"s{index}", f"t{index}") for index in range(pairs)]
-    settings = {"plan": "sinkhorn", "epsilon": 0.01, "memory": 0.0, "solve_every": 10, "seed": 0} | options
-    return TransportEngine(names, [1 / pairs] * pairs, get_cost(cost), **settings)
+    term = TERMS.get(cost, {"cost": cost, "plan": "sinkhorn"}) if isinstance(cost, str) else {"cost": cost}
+    settings = {"plan": "sinkhorn", "epsilon": 0.01, "memory": 0.0, "solve_every": 10, "seed": 0} | term | options
+    return TransportEngine(names, [1 / pairs] * pairs, get_cost(settings.pop("cost")), **settings)
 
 
 def draw(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import COSTS, make
+from engines import COSTS, TERMS, make
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +48,7 @@ def test_float64_raises() -> None:
         draw(2).double()
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 @pytest.mark.parametrize("observations", [40, FLOAT64_OBSERVATIONS + 1])
 def test_training(cost: str, memory: float, observations: int) -> None:

@@ -14,10 +14,19 @@ from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from lightning_otrt.checks import check_count, check_seed, shown
-from lightning_otrt.transport.cost import Sums
+from lightning_otrt.transport.cost import Plan, Sums
 from lightning_otrt.transport.distance import TransportResult
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.plans import ONE_BATCH_PLANS, check_epsilon, check_plan, fixed_plan, solve_plan
+from lightning_otrt.transport.orthogonal import OrthogonalAlignment, fixed_projection
+from lightning_otrt.transport.plans import (
+    ONE_BATCH_PLANS,
+    ORTHOGONAL,
+    check_epsilon,
+    check_plan,
+    check_plan_and_cost,
+    fixed_plan,
+    solve_plan,
+)
 from lightning_otrt.transport.tensor_checks import check_finite
 from lightning_otrt.transport.tensors import lacks_float64
 
@@ -65,14 +74,18 @@ class NeuronTransportDistance(Metric):
             in the sum over processes.
         num_teacher_neurons: M.
         cost: ``"correlation"`` (1 - r), ``"euclidean"`` or ``"sqeuclidean"`` (both in units of the teacher's root mean
-            square activation and per observation).
-        plan: ``"sinkhorn"`` (entropic), ``"exact"``, or a control: ``"identity"``, ``"uniform"``, ``"random"``.
+            square activation and per observation), or ``"covariance"`` for an orthogonal plan; see
+            :func:`~lightning_otrt.transport_distance`.
+        plan: ``"sinkhorn"`` (entropic), ``"exact"``, ``"orthogonal"`` (the best rotation, which takes another
+            ``(M, M)`` matrix of memory), or a control: ``"identity"``, ``"uniform"``, ``"random"``,
+            ``"random_orthogonal"``.
         epsilon: Entropic regularisation, relative to the mean cost.
-        seed: Seed of ``plan="random"``.
+        seed: Seed of random plans and rotations.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If an argument is out of range, or ``plan="identity"`` is used with different widths.
+        ValueError: If an argument is out of range, if plan and cost do not go together, or if ``plan="identity"`` is
+            used with different widths.
         TypeError: If ``cost`` is not a name or ``seed`` not an integer.
 
     Example:
@@ -126,6 +139,7 @@ class NeuronTransportDistance(Metric):
         self.epsilon = epsilon
         self.seed = seed
         self._rule = get_cost(cost)
+        check_plan_and_cost(plan, self._rule)
         self._transport: TransportResult | None = None
         nothing = self._sums_of(
             torch.zeros(num_student_neurons, 0, dtype=torch.float64),
@@ -162,7 +176,7 @@ class NeuronTransportDistance(Metric):
 
     def compute(self) -> Tensor:
         """The transport distance over all observations of all processes, a scalar."""
-        *sums, energy = self._unflatten()
+        *sums, last = self._unflatten()
         count = int(sums[0])
         if count < self._rule.min_observations:
             if count > 0:
@@ -173,7 +187,10 @@ class NeuronTransportDistance(Metric):
                 )
             self._transport = None
             return self.sums.new_tensor(math.nan, dtype=self.dtype)
-        self._transport = self._solve(self._rule.matrix(sums, energy))
+        if self.plan in ORTHOGONAL:
+            self._transport = self._align(sums, last)
+        else:
+            self._transport = self._solve(self._rule.matrix(sums, last))
         return self._transport.value.to(self.dtype)
 
     def transport(self) -> TransportResult:
@@ -254,9 +271,8 @@ class NeuronTransportDistance(Metric):
         super()._apply(fn, exclude_state=(*exclude_state, "sums"))
         self.sums = move(self.sums)
         if self._transport is not None:
-            self._transport = replace(
-                self._transport, **{name: move(tensor) for name, tensor in vars(self._transport).items()}
-            )
+            tensors = {name: part for name, part in vars(self._transport).items() if part is not None}
+            self._transport = replace(self._transport, **{name: move(tensor) for name, tensor in tensors.items()})
         return self
 
     def _check(self, name: str, neurons: Tensor, width: int) -> None:
@@ -272,12 +288,13 @@ class NeuronTransportDistance(Metric):
         check_finite(neurons, f"`{name}`")
 
     def _sums_of(self, y: Tensor, x: Tensor) -> Sums:
-        """Sums of float64 neurons; the last one scales the cost."""
+        """Sums of float64 neurons, with what scales the cost, or gives the norms of rotated teacher neurons, last."""
         # Moments around zero. Moments around a reference taken from the data could not be added up, because each
         # process has other data. In float64 no reference is needed: over 2,000 batches cancellation changes 1 - r by
         # 5e-9 at mean / std = 1e3 and by 4e-7 at 1e4. The rounding of float32 activations changes it by 4e-7 and 7e-6.
         zeros = y.new_zeros(y.shape[0], 1), x.new_zeros(x.shape[0], 1)
-        return [*self._rule.sums(y, x, reference=zeros), self._rule.energy(x)]
+        last = x @ x.mT if self.plan in ORTHOGONAL else self._rule.energy(x)
+        return [*self._rule.sums(y, x, reference=zeros), last]
 
     def _unflatten(self) -> Sums:
         parts = self.sums.split_with_sizes([shape.numel() for shape in self._shapes])
@@ -289,7 +306,14 @@ class NeuronTransportDistance(Metric):
         precise = self.plan != "sinkhorn" or self.dtype == torch.float64
         cost = matrix if precise else matrix.float()
         coupling = solve_plan(cost[None], self.plan, self.epsilon, self.seed)[0].to(matrix)
-        return TransportResult.of((coupling * matrix).sum(), coupling, matrix)
+        return TransportResult.of((coupling * matrix).sum(), Plan.of(coupling), matrix)
+
+    def _align(self, sums: Sums, squares: Tensor) -> TransportResult:
+        rule = OrthogonalAlignment.of_cost(self._rule)
+        projection = fixed_projection(self.plan, self.num_student_neurons, self.num_teacher_neurons, seed=self.seed)
+        alignment = rule.align(rule.problem(sums), projection)
+        value = rule.value_of_sums(sums, squares, alignment.matrix)
+        return TransportResult.of(value, alignment, self._rule.matrix(sums, None))
 
 
 def _in_float64(neurons: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures: transport plans and costs, distances between layers, training curves. Needs matplotlib.
+"""Figures: transport plans and costs, singular values, distances between layers, training curves. Needs matplotlib.
 
 Each function returns the figure and its axes, as torchmetrics does. Showing, saving and closing the figure is up to
 the caller. What is not set here (fonts, sizes) follows the user's settings; no global setting is changed.
@@ -6,6 +6,7 @@ the caller. What is not set here (fonts, sizes) follows the user's settings; no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, cast
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_cost", "plot_distances", "plot_history", "plot_plan"]
+__all__ = ["plot_cost", "plot_distances", "plot_history", "plot_plan", "plot_singular_values"]
 
 
 def plot_plan(
@@ -132,6 +133,55 @@ def plot_cost(
         matrix = matrix[row_order][:, column_order]
     labels = _neuron_labels(student_label, teacher_label, matrix, ordered=plan is not None)
     return _heat_map(matrix, ax=ax, colours=COST_COLOURS, labels=labels, bar="cost")
+
+
+def plot_singular_values(values: Mapping[str, Tensor | None], *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    r"""Singular values of the cross-correlations behind orthogonal couplings, in place of pictures of plans.
+
+    The i-th value says how much both layers agree along their i-th common direction. A curve that falls at once means
+    that they agree along a few directions only; the dotted line is that of N = M neurons that agree along all, 1 / N.
+
+    Args:
+        values: For each curve its name and the singular values, such as ``result.singular_values`` of
+            ``transport_distance(..., plan="orthogonal")``.
+        ax: Axes to draw on. None makes a figure.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: If there is no curve, or values are not a vector.
+        ModuleNotFoundError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_otrt import plot_singular_values, transport_distance
+        >>> result = transport_distance(torch.randn(16, 200), torch.randn(24, 200), plan="orthogonal")
+        >>> figure, axes = plot_singular_values({"layer4": result.singular_values})
+        >>> axes.get_xlabel()
+        'direction'
+    """
+    if not values:
+        raise ValueError("Expected argument `values` to contain at least one curve, but it is empty.")
+    curves = {}
+    for name, given in values.items():
+        if given is None:
+            raise ValueError(
+                f"The singular values {name!r} are None, as those of a transport plan are. Pass those of a distance "
+                'with plan="orthogonal", or draw the plan with `plot_plan`.'
+            )
+        curves[name] = torch.as_tensor(given).detach().float().cpu()
+        if curves[name].dim() != 1 or not len(curves[name]):
+            shape = tuple(curves[name].shape)
+            raise ValueError(f"Expected the singular values {name!r} to be a non-empty vector, but got {shape}.")
+    longest = max(map(len, curves.values()))
+    padded = {name: each.tolist() + [math.nan] * (longest - len(each)) for name, each in curves.items()}
+    figure, ax = plot_history(padded, range(1, longest + 1), ax=ax)
+    ax.axhline(1 / longest, color="0.6", linestyle=":", linewidth=1.0)
+    ax.set_xlabel("direction")
+    ax.set_ylabel("singular value")
+    ax.set_ylim(bottom=0)
+    return figure, ax
 
 
 def plot_distances(

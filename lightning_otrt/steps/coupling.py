@@ -1,26 +1,40 @@
 """Couplings: when the plan of a pair is solved, from which statistics, and how.
 
 A coupling is one object for all pairs of a run; what it keeps of a pair is in that pair's :class:`PairState`. The
-engine calls :meth:`Coupling.observe` with a batch, :meth:`Coupling.solve` with the cost matrices that this returns, and
-:meth:`Coupling.value` with the batch and its plan. A new kind of plan is a subclass. If it also has statistics and
-values of its own, it brings its own :class:`Cost`, which the engine takes from it.
+engine calls :meth:`Coupling.observe` with a batch, :meth:`Coupling.solve` with the problems that this returns, and
+:meth:`Coupling.value` with the batch and its plan. A new kind of plan is a subclass.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_otrt.steps.first_batch import inspect_plan
 from lightning_otrt.steps.pair_state import PairState, Solved
-from lightning_otrt.transport.cost import Cost, Plan, Sums, ValueAndGradient, all_finite
+from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient, all_finite
+from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import exact_plan, fixed_plan
 from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
 
-__all__ = ["MEMORY", "Coupling", "EntropicCoupling", "ExactCoupling", "FixedCoupling", "StaticCoupling", "get_coupling"]
+__all__ = [
+    "EARLY_SOLVES",
+    "MEMORY",
+    "Coupling",
+    "EntropicCoupling",
+    "ExactCoupling",
+    "FixedCoupling",
+    "Problem",
+    "StaticCoupling",
+]
+
+#: What a plan is solved from: a cost matrix ``(N, M)``, or several tensors. With a leading dimension B in all of them
+#: it is a batch of problems.
+Problem: TypeAlias = list[Tensor]
 
 #: Calls that solve whatever ``solve_every`` is: a student from scratch changes fastest at the start.
 EARLY_SOLVES = (0, 1, 2, 4, 8)
@@ -39,6 +53,11 @@ class Coupling(ABC):
         memory: Decay of the running cost, or ``"auto"``: 0.98 where a call has fewer samples than neurons, else 0.
         solve_every: Calls between two solves.
     """
+
+    #: The type of its plans.
+    plan_type: type[Plan | Alignment] = Plan
+    #: Whether value and gradient follow from the sums behind the plan. Otherwise processes have to exchange more.
+    has_value_of_sums = True
 
     def __init__(self, cost: Cost, memory: float | str = 0.0, solve_every: int = 1) -> None:
         self.cost, self.memory, self.solve_every = cost, memory, solve_every
@@ -85,7 +104,7 @@ class Coupling(ABC):
             return float(self.memory)
         return saved if setting == "auto" else None
 
-    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Tensor | None:
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Problem | None:
         """Add a batch of one process to the statistics of a pair.
 
         Args:
@@ -96,7 +115,7 @@ class Coupling(ABC):
             calls: Number of calls before this one.
 
         Returns:
-            The cost matrix ``(N, M)`` to solve a plan from, or None if no plan is due.
+            What to solve a plan from, or None if no plan is due.
         """
         if self.cost.scaled:
             energy = self.cost.energy(x)
@@ -109,7 +128,11 @@ class Coupling(ABC):
         if not due and not self.remembers(state):
             return None
         sums = self._feed(state, y, x)
-        return self.cost.matrix(sums, state.energy).to(y.dtype) if due else None
+        return self.problem(sums, state.energy, y.dtype) if due else None
+
+    def problem(self, sums: Sums, energy: Tensor | None, dtype: torch.dtype) -> Problem:
+        """What to solve a plan from, in the type of the neurons: the cost matrix of these sums."""
+        return [self.cost.matrix(sums, energy).to(dtype)]
 
     def _feed(self, state: PairState, y: Tensor, x: Tensor) -> Sums:
         """The running sums with this batch, or those of the batch alone without memory."""
@@ -135,34 +158,52 @@ class Coupling(ABC):
         return state.potential
 
     @abstractmethod
-    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
         """Plans of a batch of pairs.
 
         Args:
-            costs: ``(B, N, M)``. Values that are not finite are allowed.
-            start: Potentials ``(B, M)`` of earlier solves, or None.
+            problem: Of :meth:`problem`, with a leading dimension B. Values that are not finite are allowed.
+            start: What :meth:`start` gave for each pair, ``(B, ...)``, or None.
 
         Returns:
             The plans, with a leading dimension B in every part.
         """
 
-    def inspect(self, names: tuple[str, str], plan: Plan) -> Iterator[str]:
+    def inspect(self, names: tuple[str, str], plan: Plan | Alignment) -> Iterator[str]:
         """Warnings about the first plan of a pair."""
         yield from ()
 
-    def value(self, state: PairState, y: Tensor, x: Tensor, matrix: Tensor | None = None) -> ValueAndGradient:
+    def value(self, state: PairState, y: Tensor, x: Tensor, problem: Problem | None = None) -> ValueAndGradient:
         """⟨P, M⟩ of a batch of one process, and its gradient with respect to the student neurons.
 
         Args:
             state: The state of the pair, with a plan.
             y: Student neurons ``(N, n)``.
             x: Teacher neurons ``(M, n)``.
-            matrix: The cost matrix of this batch, where there is one that saves work. It is overwritten.
+            problem: That of this batch, where there is one that saves work. It is overwritten.
         """
-        assert state.plan is not None
-        if matrix is None:
+        assert isinstance(state.plan, Plan)
+        if problem is None:
             return self.cost.value(y, x, state.plan, state.energy)
-        return self.cost.value_of_matrix(y, x, state.plan, matrix, state.energy)
+        return self.cost.value_of_matrix(y, x, state.plan, problem[0], state.energy)
+
+    def shared_value(self, state: PairState, y: Tensor, x: Tensor, energy: Tensor | None) -> Rounds:
+        """:meth:`value` where several processes each hold a part of the batch; see :meth:`Cost.shared_value`."""
+        assert isinstance(state.plan, Plan)
+        return self.cost.shared_value(y, x, state.plan, energy)
+
+    def value_of_sums(
+        self,
+        state: PairState,
+        y: Tensor,
+        x: Tensor,
+        sums: Sums,
+        energy: Tensor | None,
+        reference: tuple[Tensor, Tensor],
+    ) -> ValueAndGradient:
+        """:meth:`shared_value` without any exchange, where the sums are known; see :meth:`Cost.value_of_sums`."""
+        assert isinstance(state.plan, Plan)
+        return self.cost.value_of_sums(y, x, state.plan, sums, energy, reference)
 
 
 class EntropicCoupling(Coupling):
@@ -183,8 +224,9 @@ class EntropicCoupling(Coupling):
         """Number of updates of a solve. There is no early stop: to read the error would wait for the device."""
         return WARM_ITERATIONS if is_warm else TRAINING_ITERATIONS
 
-    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
         """See :meth:`Coupling.solve`."""
+        [costs] = problem
         mean = costs.mean((1, 2))
         iterations = self.iterations(start is not None)
         entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=iterations, mean=mean)
@@ -193,8 +235,9 @@ class EntropicCoupling(Coupling):
         is_finite = torch.isfinite(mean) & torch.isfinite(entropic.marginal_error)
         return Solved(Plan(entropic.matrix, student_mass, entropic.teacher_mass), entropic.potential, is_finite)
 
-    def inspect(self, names: tuple[str, str], plan: Plan) -> Iterator[str]:
+    def inspect(self, names: tuple[str, str], plan: Plan | Alignment) -> Iterator[str]:
         """See :func:`inspect_plan`."""
+        assert isinstance(plan, Plan)
         return inspect_plan(names, plan, self.epsilon)
 
 
@@ -212,7 +255,7 @@ class StaticCoupling(EntropicCoupling):
         """Never: once a call solves nothing, the plan is final."""
         return False
 
-    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Tensor | None:
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Problem | None:
         """See :meth:`Coupling.observe`. Until the plan is final this waits for the device."""
         matrix = super().observe(state, y, x, samples, calls)
         if matrix is not None:
@@ -237,8 +280,9 @@ class StaticCoupling(EntropicCoupling):
 class ExactCoupling(Coupling):
     """Optimal plans, solved on the CPU."""
 
-    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
         """See :meth:`Coupling.solve`."""
+        [costs] = problem
         is_finite = torch.isfinite(costs.mean((1, 2)))
         return Solved(Plan.of(exact_plan(torch.where(is_finite[:, None, None], costs, 1.0))), None, is_finite)
 
@@ -268,28 +312,6 @@ class FixedCoupling(Coupling):
         """Never."""
         return False
 
-    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
+    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
         """Never called, since no plan is ever due."""
         raise NotImplementedError("A fixed plan is not solved.")
-
-
-def get_coupling(
-    plan: str, cost: Cost, *, epsilon: float, memory: float | str, solve_every: int, seed: int
-) -> Coupling:
-    """The coupling for a kind of plan.
-
-    Args:
-        plan: One of :data:`lightning_otrt.transport.plans.PLANS`.
-        cost: The ground cost.
-        epsilon: Entropic regularisation relative to the mean cost.
-        memory: Decay of the running cost, or ``"auto"``.
-        solve_every: Calls between two solves.
-        seed: Seed of random plans.
-    """
-    if plan == "sinkhorn":
-        return EntropicCoupling(cost, epsilon, memory, solve_every)
-    if plan == "static":
-        return StaticCoupling(cost, epsilon)
-    if plan == "exact":
-        return ExactCoupling(cost, memory, solve_every)
-    return FixedCoupling(cost, plan, seed)

@@ -10,13 +10,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_otrt.steps.coupling import get_coupling
+from lightning_otrt.steps.coupling import Problem
 from lightning_otrt.steps.first_batch import inspect_batch
+from lightning_otrt.steps.kinds import get_coupling
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.solving import solve_plans
 from lightning_otrt.transport.cost import Cost, ValueAndGradient
 from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.gradient import attach_gradients
+from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.tensor_checks import check_cost
 from lightning_otrt.transport.tensors import common_dtype
 
@@ -36,12 +38,14 @@ class PairDistance:
     Attributes:
         name: Name of the student layer.
         value: ⟨P, M⟩, the mean over views, detached; NaN if the pair was skipped.
-        plan: The plan behind it, ``(N, M)``. If the pair was skipped, its last one, or None if it had none yet.
+        plan: The plan behind it, ``(N, M)``. If the pair was skipped, its last one, or None if it had none yet. Of an
+            orthogonal coupling it is the matrix from centred teacher neurons to targets.
         memory: Decay of the running cost behind the plan; 0 if the plan sees the batch of its solve alone, None before
             the first call of the pair.
         observations: Observations of the call over all views. Other processes are taken to have as many as this one.
         is_skipped: Whether the pair is left out of the term of this call: its layers did not run, or there are too few
             observations.
+        alignment: The orthogonal coupling behind it, None for a transport plan.
     """
 
     name: str
@@ -50,6 +54,7 @@ class PairDistance:
     memory: float | None
     observations: int
     is_skipped: bool = False
+    alignment: Alignment | None = None
 
 
 class TransportEngine:
@@ -91,8 +96,7 @@ class TransportEngine:
         self.names, self.weights, self.plan, self.epsilon = names, weights, plan, epsilon
         self.memory, self.solve_every, self.seed, self.strict = memory, solve_every, seed, strict
         self.coupling = get_coupling(plan, cost, epsilon=epsilon, memory=memory, solve_every=solve_every, seed=seed)
-        #: The cost of the coupling, which may be another one than the user's.
-        self.cost = self.coupling.cost
+        self.cost = cost
         self._absent: Collection[int] = ()
         self._warned: set[str] = set()
         self.reset()
@@ -149,7 +153,7 @@ class TransportEngine:
         for state, batch in zip(self.pairs, batches, strict=True):
             state.has_run = state.has_run or any(counts_of(batch))
         present = {index: [batches[index][view] for view in views] for index, views in active.items() if views}
-        reusable: dict[int, Tensor] = {}
+        reusable: dict[int, Problem] = {}
         if is_new:
             problems = self._observe(present, samples)
             if self.cost.needs_matrix:
@@ -167,24 +171,24 @@ class TransportEngine:
             if (state := self.pairs[index]).plan is not None
         }
 
-    def _observe(self, batches: Mapping[int, Batch], samples: int) -> dict[int, Tensor]:
-        """Feed the statistics; returns the cost matrices of the pairs whose plans are due."""
+    def _observe(self, batches: Mapping[int, Batch], samples: int) -> dict[int, Problem]:
+        """Feed the statistics; returns the problems of the pairs whose plans are due."""
         problems = {}
         for index, batch in batches.items():
             y, x = batch[0] if len(batch) == 1 else (torch.cat(side, -1) for side in zip(*batch, strict=True))
             state = self.pairs[index]
             self.coupling.prepare(state, y, x, self._where(index), index)
-            matrix = self.coupling.observe(state, y, x, samples, self.calls)
-            if matrix is not None:
-                problems[index] = matrix
+            problem = self.coupling.observe(state, y, x, samples, self.calls)
+            if problem is not None:
+                problems[index] = problem
         return problems
 
-    def _solve(self, problems: dict[int, Tensor]) -> None:
-        """Solve a plan for each cost matrix, all of which are taken out of ``problems``."""
+    def _solve(self, problems: dict[int, Problem]) -> None:
+        """Solve a plan for each problem, all of which are taken out of ``problems``."""
         new = {index for index in problems if self.pairs[index].plan is None}
         if isinstance(self.cost, CustomCost):
             for index in new:
-                check_cost(problems[index], self.cost.function)
+                check_cost(problems[index][0], self.cost.function)
         for index, solved in solve_plans(self.coupling, problems, self.pairs):
             self.pairs[index].keep(solved)
             if index in new:
@@ -205,7 +209,8 @@ class TransportEngine:
                 value = batch[0][0].new_full((), float("nan"))
             plan = None if state.plan is None else state.plan.matrix
             name, skipped = self.names[index][0], index not in values
-            distances.append(PairDistance(name, value, plan, state.memory, observations, skipped))
+            alignment = state.plan if isinstance(state.plan, Alignment) else None
+            distances.append(PairDistance(name, value, plan, state.memory, observations, skipped, alignment))
         if total is None:
             total = batches[0][0][0].new_zeros(())
         if self.bad_calls is None:
@@ -309,7 +314,10 @@ class TransportEngine:
                 )
         self.calls = state["calls"]
         memories = [self.coupling.resumed_memory(pair["memory"], settings["memory"]) for pair in state["pairs"]]
-        self.pairs = [PairState.of(pair, memory, device) for pair, memory in zip(state["pairs"], memories, strict=True)]
+        self.pairs = [
+            PairState.of(pair, memory, device, self.coupling.plan_type)
+            for pair, memory in zip(state["pairs"], memories, strict=True)
+        ]
 
 
 def counts_of(batch: Batch) -> list[int]:

@@ -1,7 +1,8 @@
 """The transport term of a batch whose samples lie on several processes, as one process with all of them has it.
 
-A call that solves a plan makes one exchange for all pairs, and its values follow from the same sums. Between solves the
-values take a few rounds of exchanges; see :meth:`Cost.shared_value`. Nothing is sent in the backward pass.
+A call that solves a plan makes one exchange for all pairs, and its values follow from the same sums; those of an
+orthogonal coupling take one more round of vectors. Between solves the values take a few rounds of exchanges; see
+:meth:`Cost.shared_value`. Nothing is sent in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_otrt.steps.coupling import MEMORY
+from lightning_otrt.steps.coupling import MEMORY, Problem
 from lightning_otrt.steps.engine import Batch, TransportEngine, Values, counts_of
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
-from lightning_otrt.transport.cost import Plan, Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
+from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
 from lightning_otrt.transport.tensors import widest
 
 __all__ = ["GlobalTransportEngine"]
@@ -137,11 +138,11 @@ class GlobalTransportEngine(TransportEngine):
             observed = {index: Observed(views) for index, views in self._count(batches).items()}
         return self._evaluate(batches, observed)
 
-    def _exchange(self, batches: Sequence[Batch], samples: int) -> tuple[dict[int, Tensor], dict[int, Observed]]:
+    def _exchange(self, batches: Sequence[Batch], samples: int) -> tuple[dict[int, Problem], dict[int, Observed]]:
         """Sum over processes once, and feed the statistics.
 
         Returns:
-            The cost matrices of the pairs whose plans are due, and what each pair that has a term knows of its value.
+            The problems of the pairs whose plans are due, and what each pair that has a term knows of its value.
         """
         if any(state.reference is None for state in self.pairs):
             self._choose_references(batches)
@@ -152,10 +153,11 @@ class GlobalTransportEngine(TransportEngine):
             views = self._views(index, batches[index], got.counts)
             if not views:
                 continue
-            observed[index], matrix = self._feed(self.pairs[index], got, unsent, views)
+            dtype = batches[index][0][0].dtype
+            observed[index], problem = self._feed(self.pairs[index], got, unsent, views, dtype)
             observed[index].rounds = [rounds[view] for view in views] if rounds else []
-            if matrix is not None:
-                problems[index] = matrix.to(batches[index][0][0].dtype)
+            if problem is not None:
+                problems[index] = problem
         return problems, observed
 
     def _count(self, batches: Sequence[Batch]) -> dict[int, list[int]]:
@@ -194,7 +196,7 @@ class GlobalTransportEngine(TransportEngine):
         unsent = [] if due or not sums else _add(sums)
         rounds: list[Rounds] = []
         if state.plan is not None and not due:
-            rounds = [self.cost.shared_value(y, x, state.plan, energy) for y, x in batch]
+            rounds = [self.coupling.shared_value(state, y, x, energy) for y, x in batch]
         message = Message(
             counts=torch.stack([y.new_full((), view.shape[-1]) for view, _ in batch]),
             energy=energy,
@@ -206,8 +208,10 @@ class GlobalTransportEngine(TransportEngine):
         )
         return message, rounds, unsent
 
-    def _feed(self, state: PairState, got: Message, unsent: Sums, views: list[int]) -> tuple[Observed, Tensor | None]:
-        """Feed the statistics of a pair with the message of all; returns the cost matrix, too, if a plan is due."""
+    def _feed(
+        self, state: PairState, got: Message, unsent: Sums, views: list[int], dtype: torch.dtype
+    ) -> tuple[Observed, Problem | None]:
+        """Feed the statistics of a pair with the message of all; returns the problem, too, if a plan is due."""
         energy, size = got.energy, self.ranks.size
         if energy is not None:
             if state.energy is not None:
@@ -230,7 +234,7 @@ class GlobalTransportEngine(TransportEngine):
             better = self.cost.means(total, state.reference)
             y, x = (torch.where(is_finite, *sides) for sides in zip(better, state.reference, strict=True))
             state.reference = y, x
-        return observed, self.cost.matrix(total, energy)
+        return observed, self.coupling.problem(total, energy, dtype)
 
     def _evaluate(self, batches: Sequence[Batch], observed: dict[int, Observed]) -> Values:
         """Value and gradient of each pair that has a plan, from sums or by further rounds."""
@@ -242,15 +246,15 @@ class GlobalTransportEngine(TransportEngine):
             batch, state = [batches[index][view] for view in known.views], self.pairs[index]
             if state.plan is None:
                 continue
-            if known.sums:
+            if known.sums and self.coupling.has_value_of_sums:
                 assert known.reference is not None
                 values[index] = [
-                    self.cost.value_of_sums(y, x, state.plan, sums, known.energy, known.reference)
+                    self.coupling.value_of_sums(state, y, x, sums, known.energy, known.reference)
                     for (y, x), sums in zip(batch, known.sums, strict=True)
                 ]
                 continue
             waiting.append(index)
-            rounds += known.rounds or [self.cost.shared_value(y, x, state.plan, state.energy) for y, x in batch]
+            rounds += known.rounds or [self.coupling.shared_value(state, y, x, state.energy) for y, x in batch]
             replies += known.replies or [None] * len(batch)
         found = iter(run_rounds(rounds, self.ranks.sum, replies))
         values.update({index: [next(found) for _ in observed[index].views] for index in waiting})
@@ -323,11 +327,12 @@ class GlobalTransportEngine(TransportEngine):
 
     def _compare_plans(self, states: Sequence[PairState]) -> None:
         """Check that all processes solved the same plans. If they differ, as by rounding, use those of process 0."""
-        plans = [state.plan.matrix for state in states if state.plan is not None]
+        plans = [state.plan for state in states]
         potentials = [state.potential for state in states]
         if not self._is_compared:
             self._is_compared = True
-            self._sends_plans = not self.ranks.have_same(plans + [each for each in potentials if each is not None])
+            solved = [plan.matrix for plan in plans if plan is not None]
+            self._sends_plans = not self.ranks.have_same(solved + [each for each in potentials if each is not None])
             if self._sends_plans:
                 warnings.warn(
                     "The processes solved transport plans from the same sums that differ in some bits, as on unlike "
@@ -337,7 +342,7 @@ class GlobalTransportEngine(TransportEngine):
         if self._sends_plans:
             plans, potentials = self.ranks.broadcast((plans, potentials))
             for state, plan, potential in zip(states, plans, potentials, strict=True):
-                state.plan, state.potential = Plan.of(plan), potential
+                state.plan, state.potential = plan, potential
 
     def synchronize(self) -> None:
         """Share the running sums that each process kept to itself since the last solve. A collective."""

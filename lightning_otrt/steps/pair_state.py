@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.transport.cost import Plan, Sums
+from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.tensors import all_nonzero
 
 __all__ = ["PairState", "Solved"]
@@ -19,12 +20,12 @@ class Solved(NamedTuple):
     """A new plan for one pair.
 
     Attributes:
-        plan: The plan.
+        plan: The plan, or the alignment of an orthogonal coupling.
         potential: Where the next solve may start, ``(M,)``; None for a solver that always starts from scratch.
         is_finite: Scalar; false where cost or plan have values that are not finite. It stays on the device.
     """
 
-    plan: Plan
+    plan: Plan | Alignment
     potential: Tensor | None
     is_finite: Tensor
 
@@ -34,8 +35,8 @@ class PairState:
     """What one pair of layers keeps between calls. All tensors are on the student's device and carry no graph.
 
     Attributes:
-        plan: The plan in use.
-        potential: Where the next Sinkhorn solve starts from.
+        plan: The plan in use, or the alignment of an orthogonal coupling.
+        potential: Where the next Sinkhorn solve starts from, or the projection that a random alignment keeps.
         sums: Decayed sums of the running cost.
         reference: Points near the neurons' means around which the sums are taken.
         energy: Decayed sum of squares and count of the teacher.
@@ -44,7 +45,7 @@ class PairState:
         has_run: Whether the layers of the pair ran in some call.
     """
 
-    plan: Plan | None = None
+    plan: Plan | Alignment | None = None
     potential: Tensor | None = None
     sums: Sums | None = None
     reference: tuple[Tensor, Tensor] | None = None
@@ -54,11 +55,10 @@ class PairState:
     has_run: bool = False
 
     def keep(self, solved: Solved) -> None:
-        """Take a new plan. If it is not finite, keep the old one, or start with the uniform plan."""
+        """Take a new plan. If it is not finite, keep the old one, or start with the one that matches nothing."""
         plan, potential, is_finite = solved
-        rows, columns = plan.matrix.shape
-        older: Sequence[Tensor | float] = self.plan or (1 / (rows * columns), 1 / rows, 1 / columns)
-        self.plan = Plan(*(_where(is_finite, new, old) for new, old in zip(plan, older, strict=True)))
+        older: Sequence[Tensor | float] = self.plan or plan.fallback(*plan.matrix.shape)
+        self.plan = type(plan)(*(_where(is_finite, new, old) for new, old in zip(plan, older, strict=True)))
         if potential is not None:
             self.potential = _where(is_finite, potential, 0.0 if self.potential is None else self.potential)
 
@@ -82,7 +82,7 @@ class PairState:
                 "run, or call `reset()` to start anew."
             )
         if self.plan.matrix.dtype != y.dtype:
-            self.plan = Plan(*(part.to(y.dtype) for part in self.plan))
+            self.plan = type(self.plan)(*(part.to(y.dtype) for part in self.plan))
             if self.potential is not None:
                 self.potential = self.potential.to(y.dtype)
             if self.reference is not None:
@@ -92,8 +92,8 @@ class PairState:
         """Plain tensors, lists and numbers, which :func:`torch.load` reads with ``weights_only=True``."""
         return {
             "plan": None if self.plan is None else self.plan.matrix,
-            # Saved, not computed again from the matrix: that would change their last bits.
-            "masses": None if self.plan is None else list(self.plan[1:]),
+            # Its masses, for example. Saved, not computed again from the matrix: that would change their last bits.
+            "parts": None if self.plan is None else list(self.plan[1:]),
             "potential": self.potential,
             # A copy: later calls add to the running sums in place.
             "sums": None if self.sums is None else [value.clone() for value in self.sums],
@@ -105,15 +105,17 @@ class PairState:
         }
 
     @classmethod
-    def of(cls, saved: dict[str, Any], memory: float | None, device: torch.device) -> PairState:
-        """The state behind :meth:`state_dict`, on a device, with the memory of this run."""
+    def of(
+        cls, saved: dict[str, Any], memory: float | None, device: torch.device, kind: type[Plan | Alignment] = Plan
+    ) -> PairState:
+        """The state behind :meth:`state_dict`, on a device, with the memory of this run and its kind of plan."""
 
         def here(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device)
 
         plan, sums, reference = saved["plan"], saved["sums"], saved["reference"]
         return cls(
-            plan=None if plan is None else Plan(*(part.to(device) for part in (plan, *saved["masses"]))),
+            plan=None if plan is None else kind(*(part.to(device) for part in (plan, *saved["parts"]))),
             potential=here(saved["potential"]),
             # A copy, for the same reason. Without memory nothing would add to the sums, so they are dropped.
             sums=None if sums is None or not memory else [value.to(device, copy=True) for value in sums],

@@ -28,14 +28,17 @@ class OTRTMonitor(pl.Callback):
       many neurons are not matched to the neuron of the same index;
     - ``otrt/marginal_error/<layer>``: how far the plan is from the teacher's masses (L1, of a total of 1);
     - ``otrt/entropy/<layer>``: the entropy of the plan, as a share of that of a uniform plan, which matches nothing;
+    - ``otrt/directions/<layer>``, in place of these three, of an orthogonal coupling: over how many directions of the
+      teacher the agreement spreads, :math:`(\sum s)^2 / \sum s^2` of the singular values s of the cross-correlation;
     - ``otrt/layer_share/<layer>`` and ``otrt/gradient_share``: :math:`\alpha g / (\alpha g + t)`, with the norms
       :math:`\alpha g` of the gradient of the weighted term and t of that of the task, at the output of the layer and at
       all of them.
 
     At every validation of each ``every_n_epochs``-th epoch it logs ``val/otrt/<layer>``, the distance over the whole
     validation set (:class:`NeuronTransportDistance`), which a ``ModelCheckpoint`` or ``EarlyStopping`` may monitor.
-    At the end of such an epoch it gives heat maps of the plans to TensorBoard, W&B and MLflow, or puts them next to the
-    file of a CSV logger. With several transfers the names of the second end with ``-2``.
+    At the end of such an epoch it gives heat maps of the plans, or the singular values of orthogonal couplings, to
+    TensorBoard, W&B and MLflow, or puts them next to the file of a CSV logger. With several transfers the names of the
+    second end with ``-2``.
 
     It warns once, and says what to change, if a plan is solved from fewer observations than there are neurons; if a
     student that starts as a copy of its teacher differs from it by BatchNorm layers in train mode; if a plan is nearly

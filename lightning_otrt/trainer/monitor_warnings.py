@@ -92,7 +92,7 @@ class TransferWarnings:
 
     def _few_observations(self) -> None:
         transfer = self.transfer
-        if transfer.plan not in ("sinkhorn", "exact"):  # a static plan has a memory
+        if transfer.plan not in ("sinkhorn", "exact", "orthogonal"):  # a static plan has a memory
             return
         for pair, distance in zip(transfer.pairs, transfer.distances, strict=False):
             if distance.plan is None or distance.is_skipped or distance.memory != 0:
@@ -101,7 +101,8 @@ class TransferWarnings:
             if distance.observations < max(rows, columns):
                 self.warn(
                     "few",
-                    f"The transport plan of {pair.student!r} -> {pair.teacher!r} is solved from "
+                    f"The {'transport plan' if distance.alignment is None else 'orthogonal coupling'} of "
+                    f"{pair.student!r} -> {pair.teacher!r} is solved from "
                     f"{distance.observations} observations of {rows} and {columns} neurons and without memory, so that "
                     'it follows the noise of each batch. Use memory="auto" (a running cost), a larger batch, or layers '
                     "with positions.",

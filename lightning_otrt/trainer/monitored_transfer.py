@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_otrt.analysis.gradient_share import GradientProbe
-from lightning_otrt.analysis.plots import plot_plan
+from lightning_otrt.analysis.plots import plot_plan, plot_singular_values
 from lightning_otrt.analysis.validation_distances import ValidationDistances
 from lightning_otrt.reading.views import View
 from lightning_otrt.trainer.log_figure import log_figure
@@ -114,8 +114,11 @@ class MonitoredTransfer(ExtraTerm):
         for label, distance in zip(self.transfer.labels, self.transfer.distances, strict=False):
             if distance.plan is None or distance.is_skipped:
                 continue
-            numbers = diagnose(distance.plan)
             found[f"otrt/distance/{label}"] = distance.value
+            if distance.alignment is not None:
+                found[f"otrt/directions/{label}"] = distance.alignment.directions
+                continue
+            numbers = diagnose(distance.plan)
             found[f"otrt/marginal_error/{label}"] = numbers.teacher_error
             found[f"otrt/entropy/{label}"] = numbers.entropy
             if distance.plan.shape[0] == distance.plan.shape[1]:
@@ -158,18 +161,25 @@ class MonitoredTransfer(ExtraTerm):
         return [(name, value) for name, value in zip(names, values, strict=False) if bool(value.isfinite())]
 
     def draw(self, loggers: list[Logger], step: int) -> bool:
-        """Give heat maps of the current plans to all loggers. Returns whether figures can be drawn."""
+        """Give figures of the current plans to all loggers. Returns whether figures can be drawn."""
         transfer = self.transfer
         for label, pair, distance in zip(transfer.labels, transfer.pairs, transfer.distances, strict=False):
             if distance.plan is None:
                 continue
             try:
-                figure, _ = plot_plan(distance.plan, student_label=pair.student, teacher_label=pair.teacher)
+                if distance.alignment is None:
+                    what = "plan"
+                    figure, _ = plot_plan(distance.plan, student_label=pair.student, teacher_label=pair.teacher)
+                else:
+                    what = "singular_values"
+                    figure, _ = plot_singular_values(
+                        {f"{pair.student} and {pair.teacher}": torch.linalg.svdvals(distance.alignment.correlations)}
+                    )
             except ModuleNotFoundError as error:
                 self.warnings.warn("figures", f"OTRTMonitor draws no plans. {error}")
                 return False
             for logger in loggers:
-                log_figure(logger, f"otrt/plan/{label}{self.suffix}", figure, step)
+                log_figure(logger, f"otrt/{what}/{label}{self.suffix}", figure, step)
             # Else pyplot keeps the figure, and a notebook shows it.
             import_module("matplotlib.pyplot").close(figure)
         return True

@@ -27,7 +27,7 @@ from lightning_otrt.transport.tensors import (
     zero_unless,
 )
 
-__all__ = ["CorrelationCost"]
+__all__ = ["CorrelationCost", "CovarianceCost"]
 
 
 class CorrelationCost(Cost):
@@ -141,3 +141,9 @@ class CorrelationCost(Cost):
         """The reference plus the mean deviation from it."""
         y, x = ((part / sums[0])[..., None].to(reference[0].dtype) for part in sums[1:3])
         return reference[0] + y, reference[1] + x
+
+
+class CovarianceCost(CorrelationCost):
+    """The correlation cost for orthogonal couplings of neurons that keep their scale. It has the same sums."""
+
+    name = "covariance"

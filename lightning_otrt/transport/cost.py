@@ -48,6 +48,11 @@ class Plan(NamedTuple):
         """
         return cls(matrix, matrix.sum(-1), matrix.sum(-2))
 
+    @classmethod
+    def fallback(cls, rows: int, columns: int) -> tuple[float, ...]:
+        """The entries of each part where no solve has found a plan yet: those of the uniform plan."""
+        return 1 / (rows * columns), 1 / rows, 1 / columns
+
 
 class Cost(ABC):
     """A ground cost M between student and teacher neurons."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 
 import torch
 from torch import Tensor
@@ -12,7 +13,15 @@ from lightning_otrt.transport.cost import Cost, Plan
 from lightning_otrt.transport.diagnostics import diagnose
 from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.named_costs import get_cost
-from lightning_otrt.transport.plans import ONE_BATCH_PLANS, check_epsilon, check_plan, solve_plan
+from lightning_otrt.transport.orthogonal import Alignment, OrthogonalAlignment, fixed_projection
+from lightning_otrt.transport.plans import (
+    ONE_BATCH_PLANS,
+    ORTHOGONAL,
+    check_epsilon,
+    check_plan,
+    check_plan_and_cost,
+    solve_plan,
+)
 from lightning_otrt.transport.tensor_checks import check_cost, check_values
 from lightning_otrt.transport.tensors import common_dtype
 
@@ -25,13 +34,17 @@ class TransportResult:
 
     Attributes:
         value: ⟨P, M⟩, a scalar or ``(B,)``; differentiable with respect to the student neurons.
-        plan: P, ``(N, M)`` or ``(B, N, M)``; a constant.
-        cost: M, of the same shape; a constant.
+        plan: P, ``(N, M)`` or ``(B, N, M)``; a constant. Of an orthogonal coupling it is the matrix from centred
+            teacher neurons to targets.
+        cost: M, of the same shape; a constant. Of an orthogonal coupling it is 1 - r.
         marginal_error: L1 distance of the teacher's masses to 1/M, of a total mass of 1. The student's are exact up to
             rounding for the plans solved here.
         student_marginal_error: The same on the student's side.
         entropy: Entropy of the plan over that of the uniform plan: 1 matches nothing.
         off_identity: Share of the mass off the diagonal for equal widths, else NaN.
+        singular_values: Those of the cross-correlation behind an orthogonal coupling, ``(min(N, M),)`` or
+            ``(B, min(N, M))``, the largest first: how much both layers agree along each direction. They sum to 1 at
+            most. None for a transport plan. With an orthogonal coupling errors, entropy and ``off_identity`` are NaN.
 
     Example:
         >>> import torch
@@ -49,14 +62,18 @@ class TransportResult:
     student_marginal_error: Tensor
     entropy: Tensor
     off_identity: Tensor
+    singular_values: Tensor | None = None
 
     @classmethod
-    def of(cls, value: Tensor, plan: Tensor, cost: Tensor) -> TransportResult:
+    def of(cls, value: Tensor, plan: Plan | Alignment, cost: Tensor) -> TransportResult:
         """A value with its plan, its cost and the diagnostics that follow from them."""
-        numbers = diagnose(plan)
+        if isinstance(plan, Alignment):
+            none = torch.full_like(value, nan)
+            return cls(value, plan.matrix, cost, none, none, none, none, torch.linalg.svdvals(plan.correlations))
+        numbers = diagnose(plan.matrix)
         return cls(
             value=value,
-            plan=plan,
+            plan=plan.matrix,
             cost=cost,
             marginal_error=numbers.teacher_error,
             student_marginal_error=numbers.student_error,
@@ -78,19 +95,22 @@ def transport_distance(
 
     .. math:: \Omega(T, S) = \langle P^*, M\rangle = \min_{P \in \Pi(a, b)} \sum_{ij} P_{ij} M_{ij}
 
-    with uniform masses (arXiv 2007.06737, equation 2). The plan is a constant of the backward pass (envelope theorem);
-    the gradient flows to ``student`` alone, and is that of ⟨P, M⟩ with P held fixed.
+    with uniform masses (arXiv 2007.06737, equation 2). With ``plan="orthogonal"`` the targets of the student's neurons
+    are rotated teacher neurons, z = Q x, and the distance is :math:`1 - \langle\hat y, \hat z\rangle`. Plan and
+    targets are constants of the backward pass; the gradient flows to ``student`` alone.
 
     Args:
         student: Student neurons, ``(N, n)`` or ``(B, N, n)``: rows are neurons, columns observations.
         teacher: Teacher neurons, ``(M, n)`` or ``(B, M, n)``, over the same observations. A constant.
         cost: ``"correlation"`` (1 - r), ``"euclidean"``, ``"sqeuclidean"`` (both in units of the teacher's root mean
             square activation and per observation) or a function of the raw neurons, in float32 or wider, that gives the
-            ``(N, M)`` costs.
+            ``(N, M)`` costs. An orthogonal plan takes ``"correlation"`` (standardised neurons) or ``"covariance"``
+            (neurons keep their scale, and a rotated copy is at distance 0).
         plan: ``"sinkhorn"`` (entropic, by GeomLoss' annealed loop and then alternating updates until the marginal error
-            is below 1e-3), ``"exact"``, or a control: ``"identity"``, ``"uniform"``, ``"random"``.
+            is below 1e-3), ``"exact"``, ``"orthogonal"`` (the best rotation), or a control: ``"identity"``,
+            ``"uniform"``, ``"random"``, ``"random_orthogonal"``.
         epsilon: Entropic regularisation, relative to the mean cost.
-        seed: Seed of ``plan="random"``.
+        seed: Seed of random plans and rotations.
 
     Returns:
         The value with its plan, cost and diagnostics.
@@ -114,6 +134,7 @@ def transport_distance(
     """
     rule = get_cost(cost)
     check_plan(plan, allowed=ONE_BATCH_PLANS)
+    check_plan_and_cost(plan, rule)
     check_epsilon(epsilon)
     _check_neurons(student, teacher, rule)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -121,12 +142,21 @@ def transport_distance(
         y, x = common_dtype(student.detach(), teacher.detach())
         y, x = (y, x) if batched else (y[None], x[None])
         energy = rule.energy(x)
-        matrix = rule.matrix(rule.sums(y, x), energy).to(y.dtype)
+        sums = rule.sums(y, x)
+        matrix = rule.matrix(sums, energy).to(y.dtype)
         check_cost(matrix, cost)
-        coupling = solve_plan(matrix, plan, epsilon, seed)
-        value, gradient = rule.value(y, x, Plan.of(coupling), energy)
+        coupling: Plan | Alignment
+        if plan in ORTHOGONAL:
+            alignment = OrthogonalAlignment.of_cost(rule)
+            projection = fixed_projection(plan, y.shape[1], x.shape[1], seed=seed)
+            coupling = alignment.align([part.to(y.dtype) for part in alignment.problem(sums)], projection)
+            value, gradient = alignment.value(y, x, coupling.matrix)
+        else:
+            coupling = Plan.of(solve_plan(matrix, plan, epsilon, seed))
+            value, gradient = rule.value(y, x, coupling, energy)
         if not batched:
-            value, gradient, coupling, matrix = value[0], gradient[0], coupling[0], matrix[0]
+            value, gradient, matrix = value[0], gradient[0], matrix[0]
+            coupling = type(coupling)(*(part[0] for part in coupling))
     return TransportResult.of(attach_gradients(value, [student], [gradient]), coupling, matrix)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lightning_otrt.checks import shown
-from lightning_otrt.transport.correlation import CorrelationCost
+from lightning_otrt.transport.correlation import CorrelationCost, CovarianceCost
 from lightning_otrt.transport.cost import Cost
 from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.euclidean import EuclideanCost, SquaredEuclideanCost
@@ -15,7 +15,9 @@ from lightning_otrt.transport.euclidean import EuclideanCost, SquaredEuclideanCo
 __all__ = ["COSTS", "get_cost"]
 
 #: The costs that have a name.
-COSTS: dict[str, type[Cost]] = {cost.name: cost for cost in (CorrelationCost, EuclideanCost, SquaredEuclideanCost)}
+COSTS: dict[str, type[Cost]] = {
+    cost.name: cost for cost in (CorrelationCost, EuclideanCost, SquaredEuclideanCost, CovarianceCost)
+}
 
 
 def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
@@ -27,7 +29,7 @@ def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
 
     Example:
         >>> get_cost("sqeuclidean").name, list(COSTS)
-        ('sqeuclidean', ['correlation', 'euclidean', 'sqeuclidean'])
+        ('sqeuclidean', ['correlation', 'euclidean', 'sqeuclidean', 'covariance'])
     """
     if isinstance(cost, Cost):
         return cost

@@ -31,20 +31,44 @@ Q, and the two gradients differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.correlation import CorrelationCost
-from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.correlation import CorrelationCost, CovarianceCost
+from lightning_otrt.transport.cost import Cost, Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.moments import around_mean, centred, deviations, inverse_norm, without_rounding
 from lightning_otrt.transport.polar import polar_factor
-from lightning_otrt.transport.tensors import add_product, means, norms, product, widest
+from lightning_otrt.transport.tensors import add_product, dot, means, norms, product, widest
 
-__all__ = ["OrthogonalAlignment", "random_projection"]
+__all__ = ["Alignment", "OrthogonalAlignment", "fixed_projection", "random_projection"]
 
 _MOMENTS = CorrelationCost()
+
+
+class Alignment(NamedTuple):
+    """A solved coupling, in the place of a transport plan.
+
+    Attributes:
+        matrix: From centred teacher neurons to targets, ``(..., N, M)``: Q, its columns over the teacher's norms to
+            the p.
+        correlations: C, of the same shape, in units in which both layers have norm 1. Its singular values sum to 1 at
+            most, and to 1 for a student that agrees with its targets.
+        directions: (Σ s)² / Σ s² of its singular values s, ``(...)``: over how many directions the agreement spreads.
+            For a random projection it is a number without that meaning.
+    """
+
+    matrix: Tensor
+    correlations: Tensor
+    directions: Tensor
+
+    @classmethod
+    def fallback(cls, rows: int, columns: int) -> tuple[float, ...]:
+        """The entries of each part where no solve has found an alignment yet: no targets, and so no gradient."""
+        return 0.0, 0.0, 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,11 @@ class OrthogonalAlignment:
                 f"{self.power!r}."
             )
 
+    @classmethod
+    def of_cost(cls, cost: Cost) -> OrthogonalAlignment:
+        """The coupling that goes with a cost of the correlation family."""
+        return cls(power=0.0 if isinstance(cost, CovarianceCost) else 1.0)
+
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
         """Count, means, squares and products; those of :meth:`CorrelationCost.sums`."""
         return _MOMENTS.sums(y, x, reference)
@@ -97,25 +126,46 @@ class OrthogonalAlignment:
         """The means of the neurons, the best ``reference`` of the next sums."""
         return _MOMENTS.means(sums, reference)
 
-    def solve(self, sums: Sums, projection: Tensor | None = None) -> Tensor:
-        """The matrix that maps centred teacher neurons to targets: Q, its columns over the teacher's norms to the p.
+    def problem(self, sums: Sums) -> tuple[Tensor, Tensor]:
+        """What a matrix is solved from.
 
         Args:
             sums: Sums of the observations, of all processes.
-            projection: Q of a control, ``(N, M)``, in place of the best one; see :func:`random_projection`.
 
         Returns:
-            ``(..., N, M)`` in the type of the neurons; NaN where the sums are not finite.
+            C ``(..., N, M)``, as in :class:`Alignment`, and the scale of each teacher neuron, 1 / norm to the p,
+            ``(..., M)``. Both are NaN where the sums are not finite.
         """
         count, sum_y, sum_x, yy, xx, yx = sums
-        inverse_y = inverse_norm(around_mean(count[..., None], sum_y, yy).sqrt())[0]
-        inverse_x = inverse_norm(around_mean(count[..., None], sum_x, xx).sqrt())[0]
-        scale_y, scale_x = (self._scale(inverse).to(yx.dtype) for inverse in (inverse_y, inverse_x))
-        if projection is None:
-            left, right = (sum_y / count[..., None])[..., None].to(yx.dtype), sum_x[..., None, :].to(yx.dtype)
-            products = add_product(yx.clone(), left, right, alpha=-1)
-            projection = polar_factor(products.mul_(scale_y[..., None]).mul_(scale_x[..., None, :]))
-        return projection.to(yx) * scale_x[..., None, :]
+        inverse_y, inverse_x = (
+            inverse_norm(around_mean(count[..., None], total, squares).sqrt())[0]
+            for total, squares in ((sum_y, yy), (sum_x, xx))
+        )
+        left, right = (sum_y / count[..., None])[..., None].to(yx.dtype), sum_x[..., None, :].to(yx.dtype)
+        products = add_product(yx.clone(), left, right, alpha=-1)
+        scale_y, unit_y = self._units(inverse_y)
+        scale_x, unit_x = self._units(inverse_x)
+        rows, columns = (scale * unit[..., None] for scale, unit in ((scale_y, unit_y), (scale_x, unit_x)))
+        products.mul_(rows.to(yx.dtype)[..., None]).mul_(columns.to(yx.dtype)[..., None, :])
+        return products, scale_x.to(yx.dtype)
+
+    def align(self, problem: Sequence[Tensor], projection: Tensor | None = None) -> Alignment:
+        """The alignment of a problem.
+
+        Args:
+            problem: Of :meth:`problem`.
+            projection: Q of a control, ``(N, M)``, in place of the best one; see :func:`random_projection`.
+        """
+        correlations, scale = problem
+        projection = polar_factor(correlations) if projection is None else projection.to(correlations)
+        agreement = dot(projection.expand_as(correlations), correlations)
+        squares = dot(correlations, correlations)
+        directions = torch.where(squares == 0, 0.0, agreement.square() / squares)
+        return Alignment(projection * scale[..., None, :], correlations, directions)
+
+    def solve(self, sums: Sums, projection: Tensor | None = None) -> Tensor:
+        """The matrix of :meth:`align` for the :meth:`problem` of these sums; NaN where they are not finite."""
+        return self.align(self.problem(sums), projection).matrix
 
     def value(self, y: Tensor, x: Tensor, matrix: Tensor) -> ValueAndGradient:
         """Ω on these observations, and its gradient with respect to ``y``, the matrix and the target held fixed.
@@ -159,6 +209,24 @@ class OrthogonalAlignment:
         inverse_y, inverse_z = inverse_norm(yy.sqrt())[0], inverse_norm(zz.sqrt())[0]
         return self._evaluate(y, z, inverse_y.to(y.dtype), inverse_z.to(y.dtype), yz.to(y.dtype))
 
+    def value_of_sums(self, sums: Sums, squares: Tensor, matrix: Tensor) -> Tensor:
+        """Ω ``(...)`` without the neurons, where the products of the teacher's neurons with each other are known.
+
+        Args:
+            sums: Of :meth:`sums`.
+            squares: Σ x xᵀ of the same deviations, ``(..., M, M)``.
+            matrix: Of :meth:`solve`.
+        """
+        count, sum_y, sum_x, yy, _, yx = sums
+        count = count[..., None]
+        mean_y, mean_z = sum_y / count, torch.linalg.vecdot(matrix, (sum_x / count)[..., None, :])
+        zz = torch.linalg.vecdot(matrix @ squares, matrix) - count * mean_z.square()
+        yz = torch.linalg.vecdot(matrix, yx) - count * mean_y * mean_z
+        inverse_y = inverse_norm(around_mean(count, sum_y, yy).sqrt())[0]
+        scale_y, unit_y = self._units(inverse_y)
+        scale_z, unit_z = self._units(inverse_norm(zz.clamp_min(0).sqrt())[0])
+        return 1 - (yz * scale_y * scale_z).sum(-1) * unit_y * unit_z
+
     def _scale(self, inverse: Tensor) -> Tensor:
         """1 / norm to the power p, 0 where a neuron is dead."""
         if self.power == 1:
@@ -173,16 +241,27 @@ class OrthogonalAlignment:
     def _evaluate(
         self, y: Tensor, z: Tensor, inverse_y: Tensor, inverse_z: Tensor, products: Tensor
     ) -> ValueAndGradient:
-        """From centred neurons and targets, their 1 / norms and y_i·z_i over all observations; ``z`` is overwritten."""
+        """From centred neurons and targets, their 1 / norms and the products y_i·z_i over all observations.
+
+        ``z`` and ``products`` are overwritten.
+        """
         p = self.power
-        (scale_y, unit_y), (scale_z, unit_z) = (self._units(inverse) for inverse in (inverse_y, inverse_z))
+        if p == 1:
+            # The same as below in fewer operations, whose number is what counts for small layers.
+            live = (inverse_y.count_nonzero(-1) * inverse_z.count_nonzero(-1)).clamp_min_(1)
+            pull = (inverse_y * inverse_z).mul_(live.to(y.dtype).rsqrt_()[..., None])
+            shares = products.mul_(pull)
+            cosine = shares.sum(-1)
+            along = shares.mul_(inverse_y).mul_(inverse_y)
+            return 1 - cosine, z.mul_(pull.neg_()[..., None]).addcmul_(y, along[..., None])
+        scale_y, unit_y = self._units(inverse_y)
+        scale_z, unit_z = self._units(inverse_z)
         pull = (scale_y * scale_z).mul_((unit_y * unit_z)[..., None])
         shares = products * pull
         cosine = shares.sum(-1)
         # The part of the gradient along y_i, which the norms of the neuron and of its layer remove.
         along = shares.mul_(p * inverse_y.square())
-        if p < 1:
-            along = torch.addcmul(along, scale_y.square(), ((1 - p) * cosine * unit_y.square())[..., None])
+        along = torch.addcmul(along, scale_y.square(), ((1 - p) * cosine * unit_y.square())[..., None])
         return 1 - cosine, z.mul_(pull.neg_()[..., None]).addcmul_(y, along[..., None])
 
     def _units(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +271,11 @@ class OrthogonalAlignment:
         scale = self._scale(inverse)
         norm = torch.linalg.vector_norm(torch.where(inverse == 0, 0.0, scale / inverse), dim=-1)
         return scale, torch.where(norm == 0, 0.0, 1 / norm)
+
+
+def fixed_projection(plan: str, rows: int, columns: int, *, seed: int) -> Tensor | None:
+    """The projection of a control that does not look at the correlations, ``(N, M)``; None where it must be solved."""
+    return random_projection(rows, columns, seed) if plan == "random_orthogonal" else None
 
 
 def random_projection(rows: int, columns: int, seed: int) -> Tensor:

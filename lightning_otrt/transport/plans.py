@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.checks import shown
+from lightning_otrt.transport.correlation import CorrelationCost, CovarianceCost
+from lightning_otrt.transport.cost import Cost
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 __all__ = [
     "CONTROLS",
     "ONE_BATCH_PLANS",
+    "ORTHOGONAL",
     "PLANS",
     "check_epsilon",
     "check_plan",
+    "check_plan_and_cost",
     "exact_plan",
     "fixed_plan",
     "identity_plan",
@@ -30,8 +34,10 @@ __all__ = [
 
 #: Plans that follow from the widths alone.
 CONTROLS = ("identity", "uniform", "random")
+#: Couplings by a rotation in place of a transport plan: the best one, and its control, a fixed random one.
+ORTHOGONAL = ("orthogonal", "random_orthogonal")
 #: Plans of one batch of observations.
-ONE_BATCH_PLANS = ("sinkhorn", "exact", *CONTROLS)
+ONE_BATCH_PLANS = ("sinkhorn", "exact", *CONTROLS, *ORTHOGONAL)
 #: All kinds of plan. "static" exists in a training run only: a Sinkhorn plan that is solved once and kept.
 PLANS = (*ONE_BATCH_PLANS, "static")
 
@@ -40,6 +46,21 @@ def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
     """Raise a ValueError unless ``plan`` is one of ``allowed``."""
     if plan not in allowed:
         raise ValueError(f"Expected argument `plan` to be one of {list(allowed)}, but got {shown(plan)}.")
+
+
+def check_plan_and_cost(plan: str, cost: Cost) -> None:
+    """Raise a ValueError if a kind of plan and a cost do not go together."""
+    if plan in ORTHOGONAL and not isinstance(cost, CorrelationCost):
+        raise ValueError(
+            f"plan={plan!r} cannot be combined with cost={cost.name!r}: its targets are rotations of the teacher's "
+            'neurons, which follow from correlations and not from a cost. Pass cost="correlation", which standardises '
+            'neurons, cost="covariance", which leaves them their scale, or plan="sinkhorn" with this cost.'
+        )
+    if plan not in ORTHOGONAL and isinstance(cost, CovarianceCost):
+        raise ValueError(
+            f'cost="covariance" cannot be combined with plan={plan!r}: it says how neurons enter an orthogonal '
+            'coupling, and is no cost between two neurons. Pass cost="correlation", or plan="orthogonal".'
+        )
 
 
 def check_epsilon(epsilon: float) -> None:

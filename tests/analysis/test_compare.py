@@ -260,6 +260,18 @@ def test_a_plan_that_is_not_found_is_nan_and_told(monkeypatch):
     assert result.distances.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"cost": "covariance"}])
+def test_rotations(options):
+    """A rotated layer is closest to the one that it was made of, as it is not for plans."""
+    teacher = make_teacher()
+    result = compare(teacher, teacher, plan="orthogonal", **options)
+    assert result.as_layers() == {name: name for name in result.teacher_layers}
+    assert result.distances.diagonal().abs().max() < 1e-6
+    assert result.transport("block1", "block1").singular_values.sum().item() == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="cannot be combined with"):
+        compare(teacher, teacher, plan="orthogonal", cost="euclidean")
+
+
 def test_progress_bar(capsys):
     compare_representations(make_task().net, make_teacher(), loader(), progress=True, max_batches=2)
     assert "0/2" in capsys.readouterr().err

@@ -54,6 +54,18 @@ ARGUMENTS: list[tuple[str, Callable[[Path], Any], Error, tuple[str, ...]]] = [
         ValueError,
         ("`cost`", "'correlation', 'euclidean'", "'cosine'"),
     ),
+    (
+        "cost of a rotation",
+        lambda _: callback(plan="orthogonal", cost="euclidean"),
+        ValueError,
+        ("plan='orthogonal'", "cost='euclidean'", "follow from correlations", 'cost="covariance"'),
+    ),
+    (
+        "cost of a rotation for a plan",
+        lambda _: callback(cost="covariance"),
+        ValueError,
+        ('cost="covariance"', "plan='sinkhorn'", 'plan="orthogonal"'),
+    ),
     ("cost no function", lambda _: callback(cost=2), TypeError, ("`cost`", "a name or a callable", "int")),
     ("memory of one", lambda _: callback(memory=1.0), ValueError, ("`memory`", "[0, 1)", '`plan="static"` keeps one')),
     ("solve_every zero", lambda _: callback(solve_every=0), ValueError, ("`solve_every`", "positive integer", "0")),

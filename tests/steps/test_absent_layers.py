@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_problem import assert_close
-from engines import COSTS, OneRank, assert_same_state, draw, make
+from engines import TERMS, OneRank, assert_same_state, draw, make
 from processes import run_processes
 from torch import Tensor
 
@@ -46,8 +46,8 @@ def blank(pair: int) -> tuple[Tensor, Tensor]:
 
 def engine(cost: str, memory: float, ranks: Any = None) -> TransportEngine:
     names = [(f"s{pair}", f"t{pair}") for pair in range(3)]
-    settings = {"plan": "sinkhorn", "epsilon": 0.02, "memory": memory, "solve_every": 3, "seed": 0}
-    arguments = (names, WEIGHTS, get_cost(cost))
+    settings = {"plan": TERMS[cost]["plan"], "epsilon": 0.02, "memory": memory, "solve_every": 3, "seed": 0}
+    arguments = (names, WEIGHTS, get_cost(TERMS[cost]["cost"]))
     return (
         GlobalTransportEngine(*arguments, ranks=ranks, **settings) if ranks else TransportEngine(*arguments, **settings)
     )
@@ -100,7 +100,7 @@ def train_at_once(cost: str, memory: float) -> tuple[list[Any], dict[str, Any]]:
     return found, transport.state_dict()
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", TERMS)
 def test_two_processes_that_skip_other_layers_have_the_numbers_of_one(cost: str) -> None:
     for memory in (0.0, 0.9):
         both = run_processes(2, train_globally, cost, memory)
@@ -119,7 +119,7 @@ def test_two_processes_that_skip_other_layers_have_the_numbers_of_one(cost: str)
                 assert_close(own["plan"], other["plan"])
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_pair_that_did_not_run_changes_nothing(cost: str, processes: int) -> None:
     """Its plan and statistics stay, its weight is missing, and the others are what they are alone."""
@@ -157,7 +157,7 @@ def test_the_mean_is_that_of_the_views_in_which_a_pair_ran() -> None:
     torch.testing.assert_close(gradient, expected / 2)
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("ranks", [None, OneRank()])
 def test_a_reevaluation_may_run_other_layers(cost: str, ranks: Any) -> None:
     """The closures of LBFGS draw other layers each time."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_problem import LAYERS, TOLERANCE, assert_close, batch, net
-from engines import COSTS
+from engines import TERMS
 from processes import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -64,7 +64,9 @@ def train_all(settings: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[
 
 def settings(**options: Any) -> list[dict[str, Any]]:
     return [
-        {"cost": cost, "memory": memory, "solve_every": 3, **options} for cost in COSTS for memory in (0, 0.9, "auto")
+        {**term, "memory": memory, "solve_every": 3, **options}
+        for term in TERMS.values()
+        for memory in (0, 0.9, "auto")
     ]
 
 
@@ -135,7 +137,7 @@ def test_views_skipped_pairs_and_values_that_are_not_finite() -> None:
         ((1, 1), 2, None),
         ((2, 6), 1, None),
     ]
-    plans = [{"cost": cost, "memory": memory, "solve_every": 4} for cost in COSTS for memory in (0, 0.9)]
+    plans = [{**term, "memory": memory, "solve_every": 4} for term in TERMS.values() for memory in (0, 0.9)]
     controls = [{"cost": "correlation", "plan": plan} for plan in ("uniform", "random", "exact")]
     check_calls(shards, [*plans, *controls])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import COSTS, call, draw, make
+from engines import TERMS, call, draw, make
 from operations import operations
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -30,7 +30,7 @@ def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 @pytest.mark.parametrize("solve_every", [1, 10])
 def test_nothing_waits_for_the_device(cost: str, memory: float, solve_every: int) -> None:
@@ -51,13 +51,13 @@ def test_plans_that_are_known_to_wait(options: dict[str, Any]) -> None:
         call_on_a_fake_gpu(make(pairs=2, **options))
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", TERMS)
 def test_the_backward_pass_reads_nothing(cost: str) -> None:
     loss = call(make(cost), draw())
     assert operations(loss.backward).reads() == 0
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 @pytest.mark.parametrize("dead", [0, 2])
 def test_a_cpu_and_a_device_take_paths_to_the_same_numbers(
@@ -67,7 +67,7 @@ def test_a_cpu_and_a_device_take_paths_to_the_same_numbers(
     found = []
     for looks in (True, False):
         if not looks:
-            for module in ("transport.correlation", "transport.tensors", "steps.pair_state"):
+            for module in ("transport.correlation", "transport.moments", "transport.tensors", "steps.pair_state"):
                 monkeypatch.setattr(f"lightning_otrt.{module}.all_nonzero", lambda values: False)
         engine = make(cost, memory=memory, solve_every=1)
         for step in range(4):

@@ -7,7 +7,7 @@ import torch
 from engines import call, draw, make
 from torch import Tensor
 
-from lightning_otrt.steps.coupling import EntropicCoupling
+from lightning_otrt.steps.coupling import EntropicCoupling, Problem
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.steps.solving import STACKED_ENTRIES, solve_plans
 from lightning_otrt.transport.named_costs import get_cost
@@ -20,16 +20,16 @@ class Watched(EntropicCoupling):
         super().__init__(get_cost("correlation"), 0.05)
         self.solves: list[tuple[tuple[int, ...], bool]] = []
 
-    def solve(self, costs: Tensor, start: Tensor | None) -> Solved:
-        self.solves.append((tuple(costs.shape), start is not None))
-        return super().solve(costs, start)
+    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
+        self.solves.append((tuple(problem[0].shape), start is not None))
+        return super().solve(problem, start)
 
 
 def problem(rows: int, columns: int, seed: int) -> Tensor:
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def solve_all(coupling: EntropicCoupling, problems: dict[int, Tensor], states: list[PairState]) -> None:
+def solve_all(coupling: EntropicCoupling, problems: dict[int, Problem], states: list[PairState]) -> None:
     for index, solved in solve_plans(coupling, problems, states):
         assert index not in problems, "the cost matrix is kept longer than it is needed"
         states[index].keep(solved)
@@ -42,9 +42,9 @@ def test_equal_shapes_are_solved_at_once() -> None:
     together, alone = Watched(), Watched()
     states, singles = [PairState() for _ in shapes], [PairState() for _ in shapes]
     for number in range(3):
-        costs = {index: problem(*shape, seed=10 * number + index) for index, shape in enumerate(shapes)}
+        costs = {index: [problem(*shape, seed=10 * number + index)] for index, shape in enumerate(shapes)}
         for index, cost in costs.items():
-            solve_all(alone, {0: cost.clone()}, [singles[index]])
+            solve_all(alone, {0: [cost[0].clone()]}, [singles[index]])
         solve_all(together, costs, states)
         is_warm = number > 0
         expected = [(2, 12, 9), (1, 7, 9), (1, wide, wide), (1, wide, wide)]
@@ -58,15 +58,15 @@ def test_equal_shapes_are_solved_at_once() -> None:
 def test_pairs_with_and_without_potentials_are_not_mixed() -> None:
     """A pair that was skipped at first starts from nothing, not from the potential of another."""
     coupling, states = Watched(), [PairState(), PairState()]
-    solve_all(coupling, {0: problem(6, 5, seed=0)}, states)
-    solve_all(coupling, {0: problem(6, 5, seed=1), 1: problem(6, 5, seed=2)}, states)
+    solve_all(coupling, {0: [problem(6, 5, seed=0)]}, states)
+    solve_all(coupling, {0: [problem(6, 5, seed=1)], 1: [problem(6, 5, seed=2)]}, states)
     assert coupling.solves[1:] == [((1, 6, 5), True), ((1, 6, 5), False)]
 
 
 def test_types_are_not_mixed() -> None:
     dtypes = torch.float32, torch.float64
     coupling, states = Watched(), [PairState(), PairState()]
-    solve_all(coupling, {index: problem(6, 5, seed=0).to(dtype) for index, dtype in enumerate(dtypes)}, states)
+    solve_all(coupling, {index: [problem(6, 5, seed=0).to(dtype)] for index, dtype in enumerate(dtypes)}, states)
     assert [state.plan.matrix.dtype for state in states] == list(dtypes)
 
 

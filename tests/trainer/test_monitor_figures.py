@@ -20,9 +20,9 @@ from lightning_otrt.trainer.monitor import OTRTMonitor
 
 
 class TestFigures:
-    def run(self, logger, **options):
-        monitor = OTRTMonitor(1, **options)
-        return fit(make_task(), OTRTCallback(make_teacher(), LAYERS), monitor, logger=logger, max_epochs=2)
+    def run(self, logger, plan="sinkhorn"):
+        callback = OTRTCallback(make_teacher(), LAYERS, plan=plan)
+        return fit(make_task(), callback, OTRTMonitor(1), logger=logger, max_epochs=2)
 
     def test_tensorboard(self, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,6 +41,18 @@ class TestFigures:
         files = sorted((Path(logger.log_dir) / "otrt" / "plan" / "net.block2").iterdir())
         assert [file.name for file in files] == ["step=16.png", "step=8.png"]
         assert files[0].read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize("plan", ["orthogonal", "random_orthogonal"])
+    def test_rotations(self, tmp_path, plan):
+        """They have singular values and directions in place of the picture and the figures of a plan."""
+        logger = CSVLogger(tmp_path)
+        self.run(logger, plan)
+        files = sorted((Path(logger.log_dir) / "otrt" / "singular_values" / "net.block2").iterdir())
+        assert [file.name for file in files] == ["step=16.png", "step=8.png"]
+        assert not (Path(logger.log_dir) / "otrt" / "plan").exists()
+        header = Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0].split(",")
+        assert {"otrt/distance/net.block1", "otrt/directions/net.block1", "otrt/gradient_share"} <= set(header)
+        assert not [name for name in header if "entropy" in name or "marginal" in name]
 
     def test_wandb(self, tmp_path, monkeypatch):
         wandb = pytest.importorskip("wandb")

@@ -36,6 +36,9 @@ RESUMED = [
     {"plan": "static"},
     {"plan": "random", "seed": 3},
     {"plan": "exact", "solve_every": 7},
+    {"plan": "orthogonal", "memory": 0.9, "solve_every": 3},
+    {"plan": "orthogonal", "cost": "covariance", "layers": "auto"},
+    {"plan": "random_orthogonal", "seed": 3, "memory": 0.9, "solve_every": 3},
     {"schedule": LinearWarmup(12), "layers": "auto"},
     {"schedule": CosineDecay(12), "layers": "penultimate"},
 ]

@@ -228,7 +228,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cost": lambda y, x: -torch.cdist(y, x)}, ValueError, "not to be negative, but its smallest value is -"),
     ({"cost": lambda y, x: torch.cdist(y, x) / 0}, ValueError, "The cost <function .* 30 NaN or infinite values of 30"),
     ({"cost": lambda y, x: torch.ones(6, 5)}, ValueError, "does not depend on the student neurons"),
-    ({"plan": "static"}, ValueError, r"`plan` to be one of \['sinkhorn', .*'random'\], but got 'static'"),
+    ({"plan": "static"}, ValueError, r"`plan` to be one of \['sinkhorn', .*'random_orthogonal'\], but got 'static'"),
     ({"plan": None}, ValueError, "`plan` to be one of .* but got None"),
     ({"plan": "identity"}, ValueError, "needs equal widths, but the pair has 6 student and 5 teacher neurons"),
     ({"epsilon": 0.0}, ValueError, "`epsilon` to lie between 0 and 1, but got 0.0"),
