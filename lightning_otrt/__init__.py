@@ -9,6 +9,7 @@ from lightning_otrt.fixed_views import FixedViews
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.neurons import neurons
 from lightning_otrt.schedules import CosineDecay, LinearWarmup
+from lightning_otrt.teacher.cache_options import TeacherCache
 from lightning_otrt.teacher.load import load_teacher
 from lightning_otrt.trainer.callback import OTRTCallback
 from lightning_otrt.trainer.module import OTRTModule
@@ -29,6 +30,7 @@ __all__ = [
     "OTRTMonitor",
     "RepresentationComparison",
     "RepresentationTransfer",
+    "TeacherCache",
     "TransportResult",
     "WeightSuggestion",
     "compare_representations",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 
 from lightning_otrt.checks import check_callable, check_count, check_decay, check_flag, check_number, check_seed
 from lightning_otrt.schedules import Schedule
+from lightning_otrt.teacher.cache_options import TeacherCache, parse_cache
 from lightning_otrt.transport.plans import check_epsilon, check_plan
 
 __all__ = ["FixedOptions", "OPTIONS", "TransferOptions", "as_written", "takes_options_of"]
@@ -40,6 +42,7 @@ class TransferOptions(TypedDict, total=False):
     schedule: Schedule | None
     teacher_inputs: Callable[..., Any] | None
     teacher_dtype: torch.dtype | str | None
+    teacher_cache: TeacherCache | str | os.PathLike[str] | None
     global_batch: bool | None
     strict: bool
     seed: int
@@ -56,7 +59,7 @@ def _check_global_batch(value: Any) -> None:
 
 
 #: Checks of single options. The teacher, the layers and the cost are checked where they are used.
-_CHECKS: dict[str, Callable[[Any], None]] = {
+_CHECKS: dict[str, Callable[[Any], object]] = {
     "weight": lambda value: check_number("weight", value, "It is the factor α on the term; 0 switches the term off."),
     "plan": check_plan,
     "epsilon": check_epsilon,
@@ -73,6 +76,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "teacher_inputs": lambda value: check_callable(
         "teacher_inputs", value, "It makes the teacher's inputs from those of the student's root: pass a function."
     ),
+    "teacher_cache": parse_cache,
     "global_batch": _check_global_batch,
     "strict": lambda value: check_flag("strict", value, "It says whether a step without a term is an error."),
     "seed": lambda value: check_seed("seed", value, 'It seeds `plan="random"` and `plan="random_orthogonal"`.'),

@@ -76,6 +76,23 @@ class RunState:
             return None
         return Ranks.world(self.process_group)
 
+    @property
+    def _everyone(self) -> Ranks | None:
+        """The processes that take all steps together, None for this one alone."""
+        return self.ranks or (Ranks.world(self.process_group) if self.shares_batch else None)
+
+    def agree(self, problem: str) -> str:
+        """A problem of some process, on all of them; ``""`` if there is none. A collective.
+
+        Args:
+            problem: That of this process, ``""`` for none.
+        """
+        everyone = self._everyone
+        if everyone is None:
+            return problem
+        others = enumerate(everyone.gather(problem))
+        return problem or next((f"on process {rank}, {other}" for rank, other in others if other), "")
+
     def settle(
         self, student: nn.Module, choose: ChoosePairs, device: torch.device | None, report: Callable[[str], None]
     ) -> Pairing:
@@ -93,8 +110,7 @@ class RunState:
             pairings.append(choose(known))
             return pairings[0].pairs
 
-        everyone = self.ranks or (Ranks.world(self.process_group) if self.shares_batch else None)
-        self.pairs = choice_of_first(everyone, repr(self.layers), choose_here)
+        self.pairs = choice_of_first(self._everyone, repr(self.layers), choose_here)
         self._paired_for = repr(self.layers)
         self.engine = self._make_engine(device)
         self._pairing = replace(pairings[0], pairs=self.pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,8 @@ from lightning_otrt.run_state import RunState
 from lightning_otrt.schedules import Schedule, weight_at
 from lightning_otrt.steps.engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment, ChoosePairs
+from lightning_otrt.teacher.cache import SampleCache
+from lightning_otrt.teacher.cache_options import TeacherCache
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
 from lightning_otrt.transport.named_costs import get_cost
@@ -71,9 +74,12 @@ class RepresentationTransfer(FixedOptions):
             a tuple of positional or a dictionary of keyword arguments.
         teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``. The copy follows a teacher that
             its owner trains. None: its own dtype, or that of a true precision (``"bf16-true"``) of the Trainer.
+        teacher_cache: Run the teacher once for each distinct sample, and keep what is used of its outputs: in
+            ``"memory"``, in memory up to a size such as ``"4GB"``, or in a folder that runs and processes share; see
+            :class:`TeacherCache`, and :class:`FixedViews` for random augmentation.
         global_batch: Whether the term is that of the batch over all processes: the same numbers as one process with all
             samples, where gradients are averaged, as DDP and FSDP do. None: where torch.distributed runs several
-            processes. False is another objective: each process has plans and a term of its own samples.
+            processes. False is another objective: plans and a term of the samples of each process.
         strict: Raise where a term cannot be formed; else warn once and leave it out.
         seed: Seed of random plans and rotations.
         process_group: The processes of the global batch; None: the default group, where one is initialised. Only for
@@ -116,6 +122,7 @@ class RepresentationTransfer(FixedOptions):
         schedule: Schedule | None = None,
         teacher_inputs: Callable[..., Any] | None = None,
         teacher_dtype: torch.dtype | str | None = None,
+        teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
         global_batch: bool | None = None,
         strict: bool = True,
         seed: int = 0,
@@ -125,6 +132,7 @@ class RepresentationTransfer(FixedOptions):
         self.cost, self.plan, self.epsilon = cost, plan, epsilon
         self.memory, self.solve_every, self.grid = memory, solve_every, grid
         self.schedule, self.teacher_inputs, self.teacher_dtype = schedule, teacher_inputs, teacher_dtype
+        self.teacher_cache = teacher_cache
         self.global_batch, self.strict, self.seed, self.process_group = global_batch, strict, seed, process_group
         #: The cost behind its name.
         self.ground_cost = get_cost(cost)
@@ -137,12 +145,15 @@ class RepresentationTransfer(FixedOptions):
         self.check_every = 50
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
-        #: The distances of the last call of :meth:`loss`.
-        self.distances: list[PairDistance] = []
+        self.distances: list[PairDistance] = []  #: The distances of the last call of :meth:`loss`.
         names = ("plan", "epsilon", "memory", "solve_every", "seed", "strict")
         settings = {"cost": self.ground_cost, **{name: getattr(self, name) for name in names}}
         self._run = RunState(layers, settings, global_batch, process_group, self.teacher.checksum_before)
-        self._attachment = Attachment(self.teacher, layers, student_root, grid, self._settle)
+        #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
+        self.cache = SampleCache.of(teacher_cache)
+        self._attachment = Attachment(
+            self.teacher, layers, student_root, grid, self._settle, self.cache, strict, self._run.agree
+        )
         self._is_recording = False
         self._was_asked = False
         self._warned: set[str] = set()
@@ -343,10 +354,7 @@ class RepresentationTransfer(FixedOptions):
         self._run.forget_processes(self.process_group)
 
     def synchronize(self) -> None:
-        """Bring the running cost of a global batch together, so that one process can save the state of all.
-
-        A collective: call it on all processes before :meth:`state_dict`. The callbacks do.
-        """
+        """Bring the running cost of a global batch together: a collective before a save, which callbacks do."""
         self._run.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
@@ -356,8 +364,7 @@ class RepresentationTransfer(FixedOptions):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; plans are placed on the student's device when the layers are resolved.
 
-        If ``layers`` is the same, the saved pairs are used. A new choice may depend on the first batch, which is
-        another one in this run.
+        If ``layers`` is the same, the saved pairs are used: a new choice may depend on the first batch.
 
         Raises:
             ValueError: If it is no such state, or was saved with other layers; for a student that has not run yet the

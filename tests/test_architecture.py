@@ -25,7 +25,7 @@ BELOW = {
     "layers": {"checks"},
     "reading": {"layers", "transport"},
     "teacher": {"reading"},
-    "options": {"transport", "schedules"},
+    "options": {"teacher", "schedules"},
     "run_state": {"steps", "teacher"},
     "transfer": {"options", "run_state"},
     "analysis": {"transfer"},

@@ -12,7 +12,15 @@ import torch
 from helpers import LAYERS, Net, Task, assert_same, loader, make_task, make_teacher, make_trainer, weights
 from torch import Tensor, nn
 
-from lightning_otrt import CosineDecay, LayerPair, LinearWarmup, OTRTCallback, OTRTModule, RepresentationTransfer
+from lightning_otrt import (
+    CosineDecay,
+    LayerPair,
+    LinearWarmup,
+    OTRTCallback,
+    OTRTModule,
+    RepresentationTransfer,
+    TeacherCache,
+)
 from lightning_otrt.options import OPTIONS, TransferOptions
 
 PARAMETERS = inspect.signature(RepresentationTransfer).parameters
@@ -42,6 +50,7 @@ VALUES: dict[str, list[Any]] = {
     "schedule": [LinearWarmup(5), CosineDecay(3, final=0.1)],
     "teacher_inputs": [same],
     "teacher_dtype": ["bf16-true", torch.float16],
+    "teacher_cache": ["memory", "4GB", TeacherCache(limit="1MB", dtype="bfloat16")],
     "global_batch": [True, False],
     "strict": [False],
     "seed": [3],

@@ -28,6 +28,8 @@ from lightning_otrt.reading.views import (
     matched_neurons,
     trained_views,
 )
+from lightning_otrt.teacher.cache import SampleCache
+from lightning_otrt.teacher.cached_run import CachedRun
 from lightning_otrt.teacher.frozen import Teacher
 
 __all__ = ["Attachment", "ChoosePairs"]
@@ -57,6 +59,9 @@ class Attachment:
         student_root: What the user passed as ``student_root``.
         grid: Positions kept along each axis of a feature map.
         settle: Called on the first forward with a function that chooses the pairs. It returns the pairs to record.
+        cache: Where readings of the teacher are kept; None: it runs on each batch.
+        strict: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
+        agree: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
     """
 
     def __init__(
@@ -66,6 +71,9 @@ class Attachment:
         student_root: str | None,
         grid: int | None,
         settle: Callable[[ChoosePairs], Pairing],
+        cache: SampleCache | None,
+        strict: bool,
+        agree: Callable[[str], str],
     ) -> None:
         self.teacher = teacher
         self.layers, self.student_root, self.grid = layers, student_root, grid
@@ -78,6 +86,8 @@ class Attachment:
         self._graph_checks = 0
         self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
+        #: Runs the teacher where readings are kept.
+        self.cached = None if cache is None else CachedRun(teacher, self._recorder, cache, strict, agree)
         self._guard = InputGuard()
         self._trained: TrainedForwards | None = None
         self._stance = ExitStack()
@@ -141,6 +151,8 @@ class Attachment:
         self._stance.close()
         self._forget_trained()
         self._recorder.remove()
+        if self.cached is not None:
+            self.cached.close()
         self.teacher.release()
         self.student = self._root = None
 
@@ -196,7 +208,7 @@ class Attachment:
         # Networks that write to their inputs show it here, where the batch can still be restored.
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
             self._resolve(self.student, name, own_args, own_kwargs)
-            self._run_teacher(self.student, *self._guard.copied((own_args, own_kwargs)))
+            self._run_teacher(self.student, *self._guard.copied((own_args, own_kwargs)), is_first=True)
         return True
 
     def _copied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -204,14 +216,36 @@ class Attachment:
         copied: tuple[tuple[Any, ...], dict[str, Any]] = self._guard.copied((args, kwargs))
         return copied
 
-    def _run_teacher(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _run_teacher(
+        self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_first: bool = False
+    ) -> None:
+        if self.cached is not None:
+            self._run_cached(student, self.cached, args, kwargs, is_first)
+            return
+        self._ready_teacher(student)
+        teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
+        with self._recorder.teacher_running():
+            self.teacher.run(teacher_args, teacher_kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_cached(
+        self, student: nn.Module, cached: CachedRun, args: tuple[Any, ...], kwargs: dict[str, Any], is_first: bool
+    ) -> None:
+        """The same through the cache, whose tables are no tensors: compiled code is left for it."""
+        self._ready_teacher(student)
+        inputs = self.teacher.inputs_for(args, kwargs)
+        if is_first:
+            assert self.pairing is not None
+            readers = self.pairing.readers("teacher", self.teacher.module, self.grid)
+            cached.first(inputs, self.pairing, readers)
+        else:
+            cached(inputs)
+
+    def _ready_teacher(self, student: nn.Module) -> None:
         hooked = self.teacher.module
         self._prepare_teacher(student)
         if self.teacher.module is not hooked:
             self._watch_teacher()
-        teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
-        with self._recorder.teacher_running():
-            self.teacher.run(teacher_args, teacher_kwargs)
 
     def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""

@@ -93,6 +93,11 @@ class FolderStore(SampleStore):
         self._prepare()
         self.refresh()
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"the teacher cache in {str(self.folder)!r}"
+
     def refresh(self) -> None:
         """Look for segments that other processes have written since."""
         self._listed = time.monotonic()

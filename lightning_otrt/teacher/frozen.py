@@ -98,6 +98,17 @@ class Teacher:
         return self._borrow().module
 
     @property
+    def source(self) -> nn.Module:
+        """The user's own module, whose values the one that runs has; without what compiled it."""
+        source: nn.Module = getattr(self._own, "_orig_mod", self._own)
+        return source
+
+    @property
+    def run_dtype(self) -> torch.dtype:
+        """The type that the module computes in, outside of autocast."""
+        return self._dtype or self._own_dtype or torch.float32
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The type that the module is run in, where one was given; None for its own."""
         return self._dtype

@@ -98,6 +98,11 @@ class SampleStore:
         self._open: int | None = None
 
     @property
+    def title(self) -> str:
+        """What messages call it."""
+        return "the teacher cache in memory"
+
+    @property
     def samples(self) -> int:
         """The number of samples that are known."""
         return sum(segment.count for segment in self._segments)
@@ -168,6 +173,9 @@ class SampleStore:
             self.bytes += size * len(chosen)
         return len(chosen)
 
+    def refresh(self) -> None:
+        """Look for samples of other processes; there are none in memory."""
+
     def flush(self) -> None:
         """Make what was added last as durable as the rest; nothing to do in memory."""
 
@@ -233,7 +241,7 @@ class SampleStore:
     def _drop(self, keys: Integers) -> None:
         self._index.forget(keys)
         warnings.warn(
-            f"{len(keys)} of the samples of {self} are not what was written, and the teacher runs on them again. "
+            f"{len(keys)} of the samples of {self.title} are not what was written, and the teacher runs on them again. "
             "Its files were damaged; delete the folder if this happens again.",
             stacklevel=2,
         )
@@ -242,8 +250,9 @@ class SampleStore:
         """Take no more samples, and say so, once."""
         if not self.is_full:
             self.is_full = True
+            title = f"{self.title[0].upper()}{self.title[1:]}"
             warnings.warn(
-                f"{self} takes no more samples: {reason}. The teacher runs on all others, in each epoch.", stacklevel=2
+                f"{title} takes no more samples: {reason}. The teacher runs on all others, in each epoch.", stacklevel=2
             )
 
     def _settings(self) -> dict[str, Any]:

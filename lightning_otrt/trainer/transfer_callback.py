@@ -132,6 +132,12 @@ class TransferCallback(pl.Callback, ExtraTerm):
         self._leaves_checked = False
 
     @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the cache of the teacher read what other processes have written."""
+        if self.transfer.cache is not None:
+            self.transfer.cache.start_epoch()
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -152,6 +158,8 @@ class TransferCallback(pl.Callback, ExtraTerm):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise where all steps so far were without a term. A single step without one may be that of a GAN's critic."""
+        if self.transfer.cache is not None:
+            self.transfer.cache.end_epoch()
         self.transfer.check_layers()
         steps = self._steps - self._skipped
         if steps <= 0 or self._terms or not self.transfer.strict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -31,6 +32,10 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "stride": lambda net: setattr(net[0], "stride", (2, 2)),
     "type": lambda net: net.double(),
     "swapped weights": lambda net: net[4].weight.data.copy_(net[4].weight.data.flip(0)),
+    "fraction": lambda net: setattr(net[3], "scale", 2.0),
+    "text": lambda net: setattr(net[3], "pooling", "mean"),
+    "tensor that is no buffer": lambda net: setattr(net[3], "mean", torch.ones(3)),
+    "its value": lambda net: setattr(net[3], "mean", torch.zeros(3)),
     "hidden buffer": lambda net: net.register_buffer("scale", torch.ones(2), persistent=False),
 }
 
@@ -52,6 +57,8 @@ def test_each_change_counts() -> None:
         lambda net: net.requires_grad_(False),
         lambda net: net.to(memory_format=torch.channels_last),
         lambda net: net.double().float(),
+        torch.compile,
+        lambda net: setattr(net[3], "calls", 3) or net,
     ],
 )
 def test_what_changes_no_output(change: Callable[[nn.Module], nn.Module]) -> None:
@@ -67,6 +74,37 @@ def test_settings_count() -> None:
 
 def test_without_weights() -> None:
     assert fingerprint(nn.ReLU()) != fingerprint(nn.Tanh())
+
+
+class Scaled(nn.Module):
+    def __init__(self, function: Callable[[float], float]) -> None:
+        super().__init__()
+        self.function = function
+
+    def extra_repr(self) -> str:
+        return f"{self.function}"
+
+
+def test_where_objects_lie_does_not_count() -> None:
+    """Each process has its own addresses, which the ``repr`` of some layers shows."""
+    assert fingerprint(Scaled(lambda x: x)) == fingerprint(Scaled(lambda x: x))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_weights_that_are_no_parameters() -> None:
+    """Those of frozen script modules are constants of their code, those of quantized layers packed."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(2, 2)).eval() for _ in range(2)]
+    frozen = [torch.jit.freeze(torch.jit.script(net)) for net in (*nets, nets[0])]
+    assert not list(frozen[0].parameters())
+    with warnings.catch_warnings(action="error"):
+        assert fingerprint(frozen[0]) != fingerprint(frozen[1])
+        assert fingerprint(frozen[0]) == fingerprint(frozen[2])
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        quantized = [torch.ao.quantization.quantize_dynamic(net) for net in nets]
+        assert not list(quantized[0].parameters())
+        assert fingerprint(quantized[0]) != fingerprint(quantized[1])
+        assert fingerprint(quantized[0]) == fingerprint(copy.deepcopy(quantized[0]))
 
 
 @pytest.mark.gpu

@@ -173,7 +173,7 @@ def test_damage_is_seen(tmp_path: Path, part: str) -> None:
         # A sample that nobody asks for.
         assert check(later, SAMPLES).tolist() == others
     else:
-        with pytest.warns(UserWarning, match="1 of the samples of FolderStore.* are not what was written"):
+        with pytest.warns(UserWarning, match="1 of the samples of the teacher cache in .* are not what was written"):
             assert check(later, SAMPLES).tolist() == others
     with warnings.catch_warnings(action="error"):
         assert check(later, SAMPLES).tolist() == others

@@ -99,6 +99,12 @@ CASES: dict[str, dict[str, Any]] = {
         "schedule": {"class_path": "lightning_otrt.LinearWarmup", "init_args": {"steps": 4}},
     },
     "a teacher in half precision": {"teacher": NET, "teacher_dtype": "bfloat16"},
+    "a cache in memory": {"teacher": NET, "teacher_cache": "memory"},
+    "a cache with settings": {"teacher": NET, "teacher_cache": {"limit": "2MB", "dtype": "bfloat16"}},
+    "a cache by its class": {
+        "teacher": NET,
+        "teacher_cache": {"class_path": "lightning_otrt.TeacherCache", "init_args": {"limit": "2MB"}},
+    },
     "everything": {
         "teacher": NET,
         "layers": "auto",
@@ -113,6 +119,7 @@ CASES: dict[str, dict[str, Any]] = {
         "schedule": None,
         "teacher_inputs": f"{__name__}.same",
         "teacher_dtype": None,
+        "teacher_cache": "1GB",
         "global_batch": None,
         "strict": False,
         "seed": 3,
@@ -151,11 +158,23 @@ def test_from_yaml(tmp_path, name):
     if name == "a teacher in half precision":
         assert callback.transfer.teacher.module.head.weight.dtype in (torch.float32, torch.bfloat16)
         assert callback.transfer.teacher.dtype == torch.bfloat16
+    if name.startswith("a cache"):
+        expected = {"a cache in memory": None}.get(name, "2MB")
+        assert callback.transfer.cache.options.limit == expected
+        callback.transfer.cache.flush()
+        assert callback.transfer.cache.store.samples == 8
     if name == "everything":
         transfer = callback.transfer
         given = {key: options[key] for key in ("weight", "plan", "epsilon", "memory", "solve_every", "grid", "seed")}
         assert {key: getattr(transfer, key) for key in given} == given
         assert transfer.teacher._inputs is same
+
+
+def test_a_cache_in_a_folder(tmp_path):
+    options = {"teacher": NET, "teacher_cache": str(tmp_path / "kept")}
+    first = run(tmp_path, options, "--trainer.callbacks.init_args.layers=blocks")
+    again = run(tmp_path, options, "--trainer.callbacks.init_args.layers=blocks")
+    assert [each.trainer.callbacks[0].transfer.cache.hits for each in (first, again)] == [0, 8]
 
 
 def test_arguments_on_the_command_line(tmp_path):
@@ -194,7 +213,12 @@ def test_a_saved_configuration_can_be_run_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"weigth": 1.0}, "weigth"), ({"plan": "sinkhron"}, "sinkhron"), ({"layers": ["block7"]}, "block7")],
+    [
+        ({"weigth": 1.0}, "weigth"),
+        ({"plan": "sinkhron"}, "sinkhron"),
+        ({"layers": ["block7"]}, "block7"),
+        ({"teacher_cache": {"limt": "2MB"}}, "limt"),
+    ],
 )
 def test_a_misspelt_configuration_is_named(tmp_path, capsys, change, words):
     with pytest.raises((SystemExit, ValueError)) as error:

@@ -1,0 +1,169 @@
+"""A teacher that runs on the samples of a batch that are new, and whose readings of the others come from a cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_otrt.reading.evaluation import state_restored
+from lightning_otrt.reading.outputs import all_tensors
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.recorder import Readers, Recorder
+from lightning_otrt.teacher.cache import CannotCacheError, SampleCache
+from lightning_otrt.teacher.fingerprint import fingerprint
+from lightning_otrt.teacher.frozen import Teacher
+from lightning_otrt.teacher.samples import Inputs
+from lightning_otrt.teacher.weight_watch import WeightWatch
+
+__all__ = ["CachedRun"]
+
+
+class CachedRun:
+    """Fills the current view with the readings of the teacher, whatever its hooks put there.
+
+    A reading ``(B, C, *positions)`` is a tensor per sample. Masks of the teacher are read with the samples that run.
+
+    Args:
+        teacher: The teacher.
+        recorder: The recorder whose hooks are on it.
+        cache: Where readings are kept.
+        strict: Raise where they cannot be; else warn once, and run the teacher on all samples.
+        agree: Makes the problem of one process that of all. A collective where processes train together.
+    """
+
+    def __init__(
+        self, teacher: Teacher, recorder: Recorder, cache: SampleCache, strict: bool, agree: Callable[[str], str]
+    ) -> None:
+        self.teacher, self.recorder, self.cache = teacher, recorder, cache
+        self._strict, self._agree = strict, agree
+        self._watch: WeightWatch | None = None
+        self._settings: dict[str, Any] = {}
+        self._known = ""
+        self._compared = 0
+        self._off = False
+
+    def first(self, inputs: Inputs, pairing: Pairing, readers: Readers) -> None:
+        """Open the cache for the chosen pairs, and run the first batch. All processes call it together.
+
+        Args:
+            inputs: The teacher's inputs.
+            pairing: The pairs of layers.
+            readers: What is recorded of the teacher.
+
+        Raises:
+            ValueError: If the teacher cannot be cached, here or on another process, and ``strict``.
+        """
+        self._off, self._compared, problem = False, self.cache.epoch, ""
+        kept = [(key, layer.name, layer.reader, [mask for mask, _ in layer.masks]) for key, layer in readers.items()]
+        self._settings = {"layers": kept, "root": self.teacher.root}
+        try:
+            self._known = self._fingerprint()
+            self._watch = WeightWatch(self.teacher.source)
+            self.cache.open(self._known, pairing.teacher.batch_size, inputs, self.teacher.run_dtype)
+            self._fill(inputs)
+        except CannotCacheError as error:
+            problem = str(error)
+        problem = self._agree(problem)
+        if problem:
+            self._give_up(problem, inputs)
+
+    def __call__(self, inputs: Inputs) -> None:
+        """Run a later batch.
+
+        Raises:
+            ValueError: If the teacher cannot be cached, or its weights have changed, and ``strict``.
+        """
+        if self._off:
+            self._run_whole(inputs)
+            return
+        try:
+            self._fill(inputs)
+        except CannotCacheError as error:
+            self._give_up(str(error), inputs)
+
+    def close(self) -> None:
+        """Write what was kept, at the end of a run."""
+        self._watch = None
+        self.cache.flush()
+
+    def _fill(self, inputs: Inputs) -> None:
+        assert self.recorder.current is not None
+        watch = self._watch or WeightWatch(self.teacher.source)
+        self._watch, looked = watch, watch.look()
+
+        def verify() -> None:
+            # At the start of each epoch all of the weights, since a watch sees some of each tensor.
+            if (name := watch.changed(looked)) or self._compared != self.cache.epoch:
+                self._compare(name)
+
+        given = list(all_tensors((inputs[0], dict(inputs[1]))))
+        tensors = self.cache.tensors(inputs, self._run, verify, lambda: state_restored(self.teacher.module, given))
+        self.recorder.current.teacher = _as_readings(tensors)
+
+    def _run(self, inputs: Inputs, size: int) -> dict[str, Tensor]:
+        """Run the teacher, and take what its hooks read out of the view."""
+        view = self.recorder.current
+        assert view is not None
+        view.teacher = {}
+        self._run_whole(inputs)
+        readings, view.teacher = view.teacher, {}
+        return _as_tensors(readings, size)
+
+    def _run_whole(self, inputs: Inputs) -> None:
+        with self.recorder.teacher_running():
+            self.teacher.run(*inputs)
+
+    def _fingerprint(self) -> str:
+        try:
+            return fingerprint(self.teacher.module, dtype=self.teacher.run_dtype, **self._settings)
+        except (TypeError, ValueError) as error:
+            raise CannotCacheError(f"its weights cannot be compared ({error})") from error
+
+    def _compare(self, name: str) -> None:
+        """Compare all weights with those that the cache was opened for.
+
+        Args:
+            name: A tensor that may have changed.
+        """
+        self._compared = self.cache.epoch
+        if self._fingerprint() != self._known:
+            where = f" ({name!r} among them)" if name else ""
+            raise CannotCacheError(
+                f"its weights changed during the run{where}, as those of a moving average do, so that what was kept is "
+                "that of another teacher"
+            )
+        self._watch = WeightWatch(self.teacher.source)
+
+    def _give_up(self, problem: str, inputs: Inputs) -> None:
+        """Raise; or warn, and go on without the cache."""
+        message = f"`teacher_cache` cannot be used with this teacher ({type(self.teacher.source).__name__}): {problem}."
+        if self._strict:
+            raise ValueError(f"{message} Leave out `teacher_cache`; with strict=False the teacher runs on all samples.")
+        self._off = True
+        warnings.warn(f"{message} It runs on all samples, because of strict=False.", stacklevel=2)
+        assert self.recorder.current is not None
+        self.recorder.current.teacher = {}
+        self._run_whole(inputs)
+
+
+def _as_tensors(readings: Mapping[str, Sequence[Tensor]], size: int) -> dict[str, Tensor]:
+    """One tensor ``(samples, rows of a sample, ...)`` for each call of each layer; of all rows where size is 0."""
+    found = {}
+    for key, calls in readings.items():
+        for number, reading in enumerate(calls):
+            rows = len(reading)
+            if size and rows % size:
+                raise CannotCacheError(f"a layer gives {rows} rows for {size} samples, which belong to no single one")
+            found[f"{key}.{number}"] = reading.reshape(size or 1, rows // (size or 1), *reading.shape[1:])
+    return found
+
+
+def _as_readings(tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The readings of :func:`_as_tensors`."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(name.rpartition(".")[0], []).append(tensor.flatten(0, 1))
+    return found

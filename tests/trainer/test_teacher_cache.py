@@ -1,0 +1,427 @@
+"""Fits with ``teacher_cache``: the losses are those without it, and the teacher runs once for each sample."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import (
+    LAYERS,
+    Net,
+    Task,
+    forwards,
+    loader,
+    make_data,
+    make_task,
+    make_teacher,
+    make_trainer,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_otrt import FixedViews, OTRTCallback, OTRTModule, RepresentationTransfer, TeacherCache
+
+#: Batches of an epoch, and forwards of the first one: the trace, the whole batch and its halves.
+BATCHES, FIRST = 8, 4
+
+
+class Values(pl.Callback):
+    """The term of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.values.append(float(trainer.callback_metrics["train/otrt"]))
+
+
+def fit(
+    cache: Any = None,
+    *,
+    teacher: nn.Module | None = None,
+    task: Task | None = None,
+    data: Any = None,
+    trainer: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[list[float], OTRTCallback]:
+    """The terms of two epochs and the callback."""
+    torch.manual_seed(0)
+    callback = OTRTCallback(
+        make_teacher() if teacher is None else teacher,
+        **{"layers": LAYERS, "weight": 2.0, **options},
+        teacher_cache=cache,
+    )
+    noted = Values()
+    make_trainer(**{"max_epochs": 2, "callbacks": [callback, noted], **(trainer or {})}).fit(
+        make_task() if task is None else task, loader(shuffle=True) if data is None else data
+    )
+    return noted.values, callback
+
+
+def assert_same_values(found: list[float], expected: list[float], tolerance: float = 1e-5) -> None:
+    assert len(found) == len(expected) > 0
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.fixture(params=["memory", "1MB", "folder"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "kept") if request.param == "folder" else request.param
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "the defaults": {},
+    "euclidean": {"cost": "euclidean"},
+    "squared": {"cost": "sqeuclidean", "plan": "exact"},
+    "static": {"plan": "static"},
+    "random": {"plan": "random"},
+    "a running cost": {"memory": 0.9, "solve_every": 1},
+    "the last layer": {"layers": "penultimate"},
+    "chosen layers": {"layers": "auto"},
+    "all positions": {"grid": None},
+    "a part of the student": {"layers": ["block1", "block2"], "student_root": "net"},
+    "its method": {"layers": ["block1", "block2"], "student_root": "net:forward"},
+    "a copied teacher": {"teacher_dtype": "float64"},
+    "an adapter": {"teacher_inputs": lambda x: (x * 0.5,)},
+    "a layer twice": {"layers": [("net.block1", "block2"), ("net.block2", "block2")]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_losses_are_those_without_it(name: str) -> None:
+    expected, _ = fit(**OPTIONS[name])
+    teacher = make_teacher()
+    # A deep copy would copy the counting, too.
+    with nullcontext([]) if "copied" in name else forwards(teacher) as count:
+        found, callback = fit("memory", teacher=teacher, **OPTIONS[name])
+    assert_same_values(found, expected)
+    assert len(count) == (0 if "copied" in name else FIRST + BATCHES - 1)
+    transfer_cache = callback.transfer.cache
+    assert (transfer_cache.hits, transfer_cache.misses) == (64, 64)
+
+
+def test_each_place(cache: str) -> None:
+    expected, _ = fit()
+    found, callback = fit(cache)
+    assert_same_values(found, expected)
+    assert callback.transfer.cache.hits == 64
+    assert callback.teacher_cache == cache
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    expected, _ = fit()
+    for options in (TeacherCache(dtype="bfloat16"), TeacherCache(str(tmp_path), dtype="bfloat16")):
+        found, callback = fit(options)
+        assert_same_values(found[:BATCHES], expected[:BATCHES])
+        assert_same_values(found, expected, tolerance=1e-2)
+        store = callback.transfer.cache.store
+        assert store.bytes / store.samples < 0.6 * 4 * (6 * 16 + 12 * 16) + 24
+
+
+@pytest.mark.parametrize("way", ["wrapper", "plain loop"])
+def test_the_other_ways_in(way: str) -> None:
+    expected, _ = fit(data=loader())
+    task, options = make_task(), {"layers": LAYERS, "weight": 2.0, "teacher_cache": "memory"}
+    if way == "wrapper":
+        noted = Values()
+        wrapped: Any = OTRTModule(task, make_teacher(), **options)
+        make_trainer(max_epochs=2, callbacks=[noted]).fit(wrapped, loader())
+        assert_same_values(noted.values, expected)
+        assert wrapped.otrt.cache.hits == 64
+        return
+    transfer, found = RepresentationTransfer(make_teacher(), **options), []
+    optimizer = task.configure_optimizers()
+    with transfer.attached(task):
+        for _ in range(2):
+            for batch in loader():
+                loss = task.loss(batch)
+                term = transfer.loss()
+                found.append(float(term.detach()) / 2)
+                optimizer.zero_grad()
+                (loss + term).backward()
+                optimizer.step()
+    assert_same_values(found, expected)
+    assert transfer.cache.hits == 64
+
+
+class Views(Task):
+    """Two forwards in a step, of the batch and its mirror image."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return super().loss(batch) + F.cross_entropy(self.net(batch[0].flip(3)), batch[1])
+
+
+class Quasi(Task):
+    """Its closures run the same batch several times."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.05, max_iter=3)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "several views": {"task": lambda: make_task(Views)},
+    "closures": {"task": lambda: make_task(Quasi)},
+    "accumulation": {"trainer": {"accumulate_grad_batches": 4}},
+    "mixed precision": {"trainer": {"precision": "bf16-mixed"}},
+    "true precision": {"trainer": {"precision": "bf16-true"}},
+    "true double": {"trainer": {"precision": "64-true"}},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_other_kinds(name: str) -> None:
+    setting = STEPS[name]
+    task = setting.get("task", make_task)
+    expected, _ = fit(task=task(), trainer=setting.get("trainer"))
+    found, callback = fit("memory", task=task(), trainer=setting.get("trainer"))
+    # A run without the cache sums in another order, which a shorter type shows more.
+    assert_same_values(found, expected, tolerance=2e-2 if "bf16" in str(setting) else 1e-5)
+    counted = callback.transfer.cache
+    assert counted.misses == (128 if name == "several views" else 64)
+    assert counted.hits > 0
+
+
+def test_partly_known_batches(tmp_path: Path) -> None:
+    """A run on a part of the data, and then one on all of it."""
+    fit(str(tmp_path), data=loader(20, 10))
+    teacher = make_teacher()
+    expected, _ = fit(trainer={"max_epochs": 1})
+    with forwards(teacher) as count:
+        found, callback = fit(str(tmp_path), teacher=teacher, trainer={"max_epochs": 1})
+    assert_same_values(found, expected)
+    counted = callback.transfer.cache
+    assert counted.hits + counted.misses == 64
+    assert (counted.misses, counted.store.samples) == (44, 64)
+    assert len(count) > 1
+
+
+def test_a_later_run_does_not_run_the_teacher(tmp_path: Path) -> None:
+    expected, _ = fit(str(tmp_path))
+    teacher = make_teacher()
+    with forwards(teacher) as count:
+        found, callback = fit(str(tmp_path), teacher=teacher)
+    assert len(count) == 1, "the trace"
+    assert_same_values(found, expected)
+    assert callback.transfer.cache.hit_rate == 1.0
+    assert "GB" not in str(os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("change", ["weights", "layers", "grid", "dtype", "scale"])
+def test_another_teacher_shares_nothing(tmp_path: Path, change: str) -> None:
+    fit(str(tmp_path))
+    teacher, options = make_teacher(), {}
+    if change == "weights":
+        teacher.head.bias.data[-1] += 1e-6
+    elif change == "layers":
+        options = {"layers": {"net.block1": "block1"}}
+    elif change == "grid":
+        options = {"grid": 2}
+    elif change == "dtype":
+        options = {"teacher_dtype": "float64"}
+    else:
+        teacher.block1.temperature = 0.5
+    _, callback = fit(str(tmp_path), teacher=teacher, **options)
+    assert callback.transfer.cache.hits == 64
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_the_same_teacher_again() -> None:
+    """A second fit with the callback goes on with what is kept."""
+    callback = OTRTCallback(make_teacher(), LAYERS, teacher_cache="memory")
+    with forwards(callback.transfer.teacher.module) as count:
+        for _ in range(2):
+            make_trainer(max_epochs=1, callbacks=[callback]).fit(make_task(), loader())
+    assert callback.transfer.cache.hits == 64
+    assert len(count) == FIRST + BATCHES - 1 + 1
+
+
+class Averaged(pl.Callback):
+    """Trains the teacher, as methods with a moving average do."""
+
+    def __init__(self, teacher: nn.Module, *, by_data: bool) -> None:
+        self.teacher, self.by_data = teacher, by_data
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        with torch.no_grad():
+            for parameter in self.teacher.parameters():
+                (parameter.data if self.by_data else parameter).mul_(0.99)
+
+
+@pytest.mark.parametrize("by_data", [False, True])
+@pytest.mark.parametrize("options", [{}, {"teacher_dtype": "bfloat16"}])
+def test_a_teacher_that_is_trained_is_refused(by_data: bool, options: dict[str, Any]) -> None:
+    teacher = make_teacher()
+    callbacks = [OTRTCallback(teacher, LAYERS, teacher_cache="memory", **options), Averaged(teacher, by_data=by_data)]
+    with pytest.raises(ValueError, match=r"its weights changed during the run \('block1.0.weight' among them\)"):
+        make_trainer(callbacks=callbacks).fit(make_task(), loader())
+
+
+def test_a_teacher_that_is_trained_runs_on_all_samples_where_not_strict() -> None:
+    terms = []
+    for cache in (None, "memory"):
+        teacher, noted = make_teacher(), Values()
+        callback = OTRTCallback(teacher, LAYERS, teacher_cache=cache, strict=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(max_epochs=2, callbacks=[callback, noted, Averaged(teacher, by_data=True)]).fit(
+                make_task(), loader()
+            )
+        told = [str(w.message) for w in caught if "teacher_cache" in str(w.message)]
+        assert len(told) == (cache is not None)
+        terms.append(noted.values)
+    assert_same_values(terms[1], terms[0])
+
+
+def test_weights_that_change_between_two_fits() -> None:
+    teacher = make_teacher()
+    callback = OTRTCallback(teacher, LAYERS, teacher_cache="memory")
+    for _ in range(2):
+        make_trainer(max_epochs=1, callbacks=[callback]).fit(make_task(), loader())
+        teacher.block1[0].weight.data.mul_(0.5)
+    assert callback.transfer.cache.hits == 0
+
+
+class BatchNormAlways(Net):
+    """Normalises by the batch, whatever its mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.batch_norm(x, None, None, training=True))
+
+
+class DropoutAlways(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.1))
+
+
+class AcrossSamples(Net):
+    """Attention between the samples of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1)[None]
+        return super().forward(F.scaled_dot_product_attention(rows, rows, rows)[0].view_as(x))
+
+
+REFUSED = {
+    BatchNormAlways: "mixes the samples of a batch",
+    DropoutAlways: "random in evaluation mode",
+    AcrossSamples: "mixes the samples of a batch",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_teachers_that_cannot_be_kept(kind: type[Net]) -> None:
+    with pytest.raises(ValueError, match=REFUSED[kind]) as error:
+        fit("memory", teacher=kind(6))
+    assert "Leave out `teacher_cache`" in str(error.value)
+    assert kind.__name__ in str(error.value)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_they_run_on_all_samples_where_not_strict(kind: type[Net]) -> None:
+    torch.manual_seed(1)
+    teacher = kind(6)
+    state = {name: value.clone() for name, value in teacher.state_dict().items()}
+    expected, _ = fit(teacher=teacher, strict=False)
+    teacher.load_state_dict(state)
+    with pytest.warns(UserWarning, match=f"`teacher_cache` cannot be used.*{REFUSED[kind]}.*strict=False"):
+        found, callback = fit("memory", teacher=teacher, strict=False)
+    assert callback.transfer.cache.hits == 0
+    if kind is not DropoutAlways:
+        assert_same_values(found, expected)
+
+
+def test_the_check_draws_no_random_number_and_writes_no_buffer() -> None:
+    teacher, x = make_teacher(), make_data()[:8][0]
+    buffers = {name: value.clone() for name, value in teacher.named_buffers()}
+    transfer, student = RepresentationTransfer(teacher, {"block1": "block1"}, teacher_cache="memory"), Net()
+    torch.manual_seed(5)
+    with transfer.attached(student):
+        student(x)
+        transfer.loss()
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert all(torch.equal(value, buffers[name]) for name, value in teacher.named_buffers())
+
+
+class Augmented(Dataset[Any]):
+    """Images with noise, other in each epoch."""
+
+    def __init__(self) -> None:
+        self.data = make_data()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.data[index]
+        return x + 0.1 * torch.randn_like(x), y
+
+
+def test_random_augmentation() -> None:
+    with pytest.warns(UserWarning, match=r"In 2 epochs no sample came a second time.*FixedViews") as caught:
+        _, callback = fit("memory", data=DataLoader(Augmented(), 8), trainer={"max_epochs": 4})
+    assert len([w for w in caught if "FixedViews" in str(w.message)]) == 1
+    assert callback.transfer.cache.store.samples == 128
+    fixed = DataLoader(FixedViews(Augmented(), views=2), 8, shuffle=True)
+    _, callback = fit("memory", data=fixed, trainer={"max_epochs": 6})
+    assert callback.transfer.cache.store.samples <= 128
+    assert callback.transfer.cache.hits > 200
+
+
+def test_a_weight_of_zero_runs_no_teacher() -> None:
+    teacher = make_teacher()
+    with forwards(teacher) as count, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callback = OTRTCallback(teacher, LAYERS, teacher_cache="memory", schedule=lambda step: float(step >= 4))
+        make_trainer(max_steps=8, callbacks=[callback]).fit(make_task(), loader())
+    assert callback.transfer.cache.misses == 32
+    assert len(count) == FIRST + 3
+
+
+def test_what_was_kept_is_written_when_a_fit_fails(tmp_path: Path) -> None:
+    class Failing(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 3:
+                raise KeyError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(KeyError, match="on purpose"):
+        fit(str(tmp_path), task=make_task(Failing), data=loader())
+    _, callback = fit(str(tmp_path), data=loader(), trainer={"max_epochs": 1})
+    assert (callback.transfer.cache.hits, callback.transfer.cache.misses) == (24, 40)
+
+
+def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(str(tmp_path), data=loader(32))
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.warns(UserWarning, match="only read") as caught:
+        _, callback = fit(str(tmp_path), data=loader(64))
+    assert len([w for w in caught if "only read" in str(w.message)]) == 1
+    assert (callback.transfer.cache.hits, callback.transfer.cache.misses) == (64, 64)
+
+
+def test_a_folder_that_goes_away(tmp_path: Path) -> None:
+    class Clearing(pl.Callback):
+        def on_train_epoch_end(self, *args: Any) -> None:
+            shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+
+    expected, _ = fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callback = OTRTCallback(make_teacher(), LAYERS, weight=2.0, teacher_cache=str(tmp_path / "kept"))
+        noted = Values()
+        torch.manual_seed(0)
+        make_trainer(max_epochs=2, callbacks=[Clearing(), callback, noted]).fit(make_task(), loader(shuffle=True))
+    assert_same_values(noted.values, expected)
