@@ -18,6 +18,7 @@ class MaskSource:
         true_at: What its true elements are: ``"valid"`` tokens or ``"padding"``.
         method: Name of the method that is called in place of the forward.
         is_named: Whether the user named it, and so says what its elements mean.
+        is_pairwise: Whether it says which token sees which, as ``(B, 1, T, T)`` does. What none sees is padding.
     """
 
     module: str
@@ -25,6 +26,7 @@ class MaskSource:
     true_at: str
     method: str = "forward"
     is_named: bool = False
+    is_pairwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class TracedMask:
         frames: Number of frames that the module makes of ``T`` samples of a signal, where it tells.
         problem: Why its elements cannot be read, ``""`` where they can.
         empty: Number of samples in which it leaves no token.
+        padded: Number of samples in which it leaves out a token.
     """
 
     source: MaskSource
@@ -44,6 +47,7 @@ class TracedMask:
     frames: int | None = None
     problem: str = ""
     empty: int = 0
+    padded: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class LayerMasks:
         misfit: A mask of another length, where none has the length of the layer.
         unread: An argument of the network that may be its mask, where none is found. Its name does not tell what true
             means.
+        on_grid: A mask that leaves out tokens of a layer whose tokens are read as a map, which has no padding.
         drops_prefix: Whether the mask leaves out the prefix tokens of the layer.
     """
 
@@ -63,6 +68,7 @@ class LayerMasks:
     used: TracedMask | None = None
     misfit: TracedMask | None = None
     unread: TracedMask | None = None
+    on_grid: TracedMask | None = None
     drops_prefix: bool = False
 
 
@@ -89,6 +95,7 @@ def choose_masks(
     lengths = {tokens, tokens - prefix}
     sources: list[MaskSource] = []
     misfit: TracedMask | None = None
+    unread: TracedMask | None = None
     for mask in found:
         if mask.shape is None:
             sources.append(mask.source)
@@ -98,6 +105,9 @@ def choose_masks(
         if not fits and not (time_first and mask.shape[0] in lengths and mask.shape[1] == samples):
             misfit = misfit or (mask if has_samples else None)
             continue
+        if mask.source.is_pairwise and mask.problem:
+            unread = unread or mask
+            continue
         drops_prefix = prefix > 0 and has_samples and mask.shape[1] == tokens - prefix
         return LayerMasks((*sources, mask.source), used=mask, drops_prefix=drops_prefix)
-    return LayerMasks(tuple(sources), misfit=misfit)
+    return LayerMasks(tuple(sources), misfit=misfit, unread=unread)

@@ -146,7 +146,7 @@ class NoteMask(_Hook):
             value = args[self.position]
         if value is None and len(args) == 1 and isinstance(args[0], Mapping):
             value = args[0].get(name)
-        mask = as_rows(value)
+        mask = as_rows(value, self.source)
         recorder.current.masks[self.key] = None if mask is None else valid_tokens(mask, self.source)
 
 

@@ -9,13 +9,11 @@ from dataclasses import replace
 from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.mask_search import may_mark_padding
 from lightning_otrt.reading.masks import unknown_polarity
 from lightning_otrt.reading.token_grid import find_token_grid
 
 __all__ = ["layer_masks", "pair_masks", "warn_of_one_sided_masks", "warn_of_unused_masks"]
-
-#: Names under which libraries pass a padding mask, some with true at valid tokens and some with true at padding.
-_EITHER = ("mask", "masks", "src_mask", "input_mask", "token_mask", "pad_mask")
 
 
 def layer_masks(
@@ -40,9 +38,9 @@ def layer_masks(
     if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
         return LayerMasks()
     samples, tokens = (tensor.shape[place] for place in (tensor.batch_axis, _position_axis(axis, tensor.batch_axis)))
-    if mask == "auto" and axis in (2, -1) and find_token_grid(trace, trace.layer(name), tensor).size is not None:
-        return LayerMasks()
     masks = choose_masks(found, samples, tokens, trace.prefix_tokens, time_first=tensor.batch_axis == 1)
+    if mask == "auto" and axis in (2, -1) and find_token_grid(trace, trace.layer(name), tensor).size is not None:
+        return LayerMasks(on_grid=masks.used if masks.used is not None and masks.used.padded else None)
     if masks.used is not None and masks.used.problem:
         raise ValueError(unknown_polarity(masks.used.source, masks.used.problem))
     if mask != "auto" and masks.used is None and found[0].shape is not None:
@@ -50,9 +48,11 @@ def layer_masks(
             f"The mask {found[0].source.argument!r} has the shape {found[0].shape}, but the {side} layer {name!r} has "
             f"{tokens} positions of {samples} samples. Name its own mask, or pass mask=None for this side."
         )
-    if mask == "auto" and masks.used is None and masks.misfit is None:
+    if mask == "auto" and masks.used is None and masks.misfit is None and masks.unread is None:
         shape = samples, tokens
-        unread = (known for known in trace.arguments if known.source.argument in _EITHER and known.shape == shape)
+        unread = (
+            known for known in trace.arguments if known.shape == shape and may_mark_padding(known.source.argument)
+        )
         return replace(masks, unread=next(unread, None))
     return masks
 
@@ -81,7 +81,26 @@ def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
             "is their mask, name it with LayerPair(mask=...); mask=None says that padding is to be read.",
             stacklevel=2,
         )
+    on_grid = {name: found.on_grid for name, found in masks.items() if found.on_grid is not None}
+    if on_grid:
+        mask = next(iter(on_grid.values()))
+        warnings.warn(
+            f"The mask {mask.source.argument!r} leaves out tokens of the {side} layers {list(on_grid)}, which are the "
+            "patches of a map and are pooled like one: their padding is read. Give the network images of one size, "
+            "match layers after the tokens are put together, or pass LayerPair(mask=None).",
+            stacklevel=2,
+        )
     unread = {name: found.unread for name, found in masks.items() if found.unread is not None}
+    pairwise = {name: mask for name, mask in unread.items() if mask.source.is_pairwise}
+    unread = {name: mask for name, mask in unread.items() if name not in pairwise}
+    if pairwise:
+        source = next(iter(pairwise.values())).source
+        warnings.warn(
+            f"The mask {source.argument!r} of {source.module or 'the network'!r} says which tokens see which, and each "
+            f"token of the {side} layers {list(pairwise)} is seen. It does not tell their padding, which is read. "
+            "LayerPair(mask=...) names an argument of shape (B, T); mask=None says that there is no padding.",
+            stacklevel=2,
+        )
     if unread:
         name = next(iter(unread.values())).source.argument
         warnings.warn(

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
-from lightning_otrt.reading.masks import as_rows, count_frames, problem_of, valid_tokens
+from lightning_otrt.reading.masks import as_rows, count_frames, is_pairwise, problem_of, valid_tokens
 
-__all__ = ["Call", "MaskSearch", "argument_names"]
+__all__ = ["Call", "MaskSearch", "argument_names", "may_mark_padding"]
 
 _ENCODER = {
     "attention_mask": "valid",
+    "valid_mask": "valid",
     "src_key_padding_mask": "padding",
     "src_padding_mask": "padding",
     "key_padding_mask": "padding",
@@ -38,8 +39,15 @@ _DECODER = {
 #: Masks of the sequence that a decoder attends to.
 _OF_MEMORY = ("src_key_padding_mask", "src_padding_mask", "encoder_padding_mask")
 #: What a decoder, or a layer of one, gets besides its own sequence.
-_MEMORY = ("encoder_hidden_states", "encoder_out", "memory", "key_value_states")
+_MEMORY = ("encoder_hidden_states", "encoder_out", "memory", "key_value_states", "cross_attention_states")
+#: The same, where the first tensor is another one: latent vectors that look at inputs.
+_MEMORY_OF_LATENTS = ("inputs", "context")
+_UNKNOWN_PADDING = "each token is seen by another or by itself, but not by the same ones in each sample"
 _OF_TARGET = ("decoder", "tgt", "target")
+
+
+#: Words in the names of masks that mark no padding of the network's own sequence.
+_OTHER_MASKS = {"cross", "encoder", "global", "head", "inputs", "label", "labels", "loss", "memory", "special"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,9 @@ class Call:
     @property
     def looks_at_memory(self) -> bool:
         """Whether it is a decoder or a part of one, which gets another sequence too."""
-        return any(
-            self.arguments.get(name) is not None and self.arguments[name] is not self.sequence for name in _MEMORY
-        )
+        names = [name for name in _MEMORY if self.arguments.get(name) is not None]
+        names += [name for name in _MEMORY_OF_LATENTS if _is_tensor(self.arguments.get(name))]
+        return any(self.arguments[name] is not self.sequence for name in names)
 
     @property
     def is_cross_attention(self) -> bool:
@@ -102,13 +110,15 @@ class MaskSearch:
         Args:
             calls: The layer and the modules around it that are running, innermost first.
         """
-        found = []
+        found: list[TracedMask] = []
+        pairwise: list[TracedMask] = []
         for place, call in enumerate(calls):
             for name, true_at in _candidates(call, calls[:place]).items():
                 mask = self._traced(call, MaskSource(call.name, name, true_at, call.method))
                 if mask is not None and all(self._continues(inner, call, name) for inner in calls[:place]):
-                    found.append(mask)
-        return tuple(found)
+                    (pairwise if mask.source.is_pairwise else found).append(mask)
+        # Last: tokens may see themselves although they are padding, and libraries let padding see everything.
+        return (*found, *pairwise)
 
     def named(self, root: Call) -> tuple[TracedMask, ...]:
         """What the user may name as mask: the arguments of the root's forward."""
@@ -134,7 +144,8 @@ class MaskSearch:
         start = inner.sequence
         if start is None or not (id(start) in self._inputs or _is_ids(start)):
             return True
-        mask = as_rows(outer.arguments.get(name))
+        value = outer.arguments.get(name)
+        mask = as_rows(value, MaskSource(outer.name, name, "valid", is_pairwise=is_pairwise(value)))
         of_target = name.startswith(_OF_TARGET)
         own = [
             value
@@ -145,6 +156,18 @@ class MaskSearch:
         if not own:  # inside of a container that is no mapping, or not given by name
             return _may_belong(start, mask)
         return _is_same(start, own[0])
+
+
+def may_mark_padding(name: str) -> bool:
+    """Whether an argument may be a padding mask by its name, of which it is not known what its true elements are.
+
+    Example:
+        >>> may_mark_padding("src_mask"), may_mark_padding("attention_mask"), may_mark_padding("head_mask")
+        (True, False, False)
+    """
+    *words, last = name.split("_")
+    is_known = name in _ENCODER or name in _DECODER
+    return last in ("mask", "masks") and not is_known and _OTHER_MASKS.isdisjoint(words)
 
 
 def argument_names(call: Call) -> tuple[str, ...]:
@@ -184,7 +207,8 @@ def _candidates(call: Call, inner: Sequence[Call]) -> dict[str, str]:
 
 
 def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | None:
-    mask = as_rows(value)
+    source = replace(source, is_pairwise=source.true_at == "valid" and not source.is_named and is_pairwise(value))
+    mask = as_rows(value, source)
     if mask is None or mask.is_complex():
         return None
     frames = count_frames(module, mask.shape[1])
@@ -192,13 +216,18 @@ def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | 
     if traced.problem or source.is_named:
         return traced
     valid = valid_tokens(mask, source)
-    if _is_causal(valid, mask):
+    padded = _count((~valid).any(1))
+    if source.is_pairwise and not padded:
+        # One for all samples says nothing about padding, such as a causal one.
+        return None if torch.equal(value, value[:1].expand_as(value)) else replace(traced, problem=_UNKNOWN_PADDING)
+    if _is_causal(valid, mask) and not source.is_pairwise:
         return None
-    return replace(traced, empty=_empty_samples(valid))
+    return replace(traced, empty=_count(valid.sum(1) == 0), padded=padded)
 
 
-def _empty_samples(valid: Tensor) -> int:
-    return int((valid.sum(1) == 0).sum())
+def _count(samples: Tensor) -> int:
+    """How many of the samples it is true for. It waits for the device, in the traced forward only."""
+    return int(samples.sum())
 
 
 def _is_causal(valid: Tensor, mask: Tensor) -> bool:

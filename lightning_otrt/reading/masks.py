@@ -13,6 +13,7 @@ __all__ = [
     "as_rows",
     "count_frames",
     "fit_mask",
+    "is_pairwise",
     "lengths_mask",
     "pad_nested",
     "problem_of",
@@ -21,13 +22,27 @@ __all__ = [
 ]
 
 
-def as_rows(value: Any) -> Tensor | None:
-    """A mask ``(B, T)``, also one given as ``(B, 1, T)`` or ``(B, 1, 1, T)``; None for anything else."""
+def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
+    """A mask ``(B, T)``, also one given as ``(B, 1, T)`` or ``(B, 1, 1, T)``; None for anything else.
+
+    Args:
+        value: What the argument holds.
+        source: Where it is from. A pairwise mask gives its tokens that some token sees.
+    """
+    if source is not None and source.is_pairwise and is_pairwise(value):
+        return torch.amax(value, dim=tuple(range(1, value.dim() - 1)))
     if not isinstance(value, Tensor) or value.is_nested or not 2 <= value.dim() <= 4:
         return None
     if any(size != 1 for size in value.shape[1:-1]):
         return None
     return value.flatten(1)
+
+
+def is_pairwise(value: Any) -> bool:
+    """Whether a mask says for each sample which token sees which: ``(B, T, T)`` or ``(B, heads, T, T)``."""
+    if not isinstance(value, Tensor) or value.is_nested or value.dim() not in (3, 4):
+        return False
+    return value.shape[-1] == value.shape[-2] > 1
 
 
 def problem_of(mask: Tensor, source: MaskSource) -> str:

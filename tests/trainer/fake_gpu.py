@@ -41,7 +41,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.reading.evaluation._restore_buffers", lambda module, saved: None)
         patch.setattr("lightning_otrt.reading.mask_search._is_causal", lambda valid, mask: False)
         patch.setattr("lightning_otrt.reading.mask_search.problem_of", lambda mask, source: "")
-        patch.setattr("lightning_otrt.reading.mask_search._empty_samples", lambda valid: 0)
+        patch.setattr("lightning_otrt.reading.mask_search._count", lambda samples: 0)
         patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
         patch.setattr("lightning_otrt.steps.engine.inspect_batch", lambda *args: ())
         patch.setattr("lightning_otrt.steps.coupling.inspect_plan", lambda *args: ())
