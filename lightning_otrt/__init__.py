@@ -5,6 +5,7 @@ from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan, plot_singular_values
 from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
+from lightning_otrt.distillation import LogitDistillation
 from lightning_otrt.fixed_views import FixedViews
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.neurons import neurons
@@ -24,6 +25,7 @@ __all__ = [
     "FixedViews",
     "LayerPair",
     "LinearWarmup",
+    "LogitDistillation",
     "NeuronTransportDistance",
     "OTRTCallback",
     "OTRTModule",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lightning_otrt.checks import check_callable, check_count, check_decay, check_flag, check_number, check_seed
+from lightning_otrt.distillation import LogitDistillation, check_distillation
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.cache_options import TeacherCache, parse_cache
 from lightning_otrt.transport.plans import check_epsilon, check_plan
@@ -40,6 +41,7 @@ class TransferOptions(TypedDict, total=False):
     solve_every: int
     grid: int | None
     schedule: Schedule | None
+    distillation: float | LogitDistillation
     teacher_inputs: Callable[..., Any] | None
     teacher_dtype: torch.dtype | str | None
     teacher_cache: TeacherCache | str | os.PathLike[str] | None
@@ -73,6 +75,7 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "schedule": lambda value: check_callable(
         "schedule", value, "It maps the step to a factor on `weight`: pass LinearWarmup(steps) or a function."
     ),
+    "distillation": check_distillation,
     "teacher_inputs": lambda value: check_callable(
         "teacher_inputs", value, "It makes the teacher's inputs from those of the student's root: pass a function."
     ),

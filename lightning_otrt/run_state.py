@@ -16,6 +16,7 @@ from lightning_otrt.reading.batch_norm import BATCH_NORM_NOTE, batch_norms_in_tr
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.views import why_absent
+from lightning_otrt.steps.distillation import Distillation
 from lightning_otrt.steps.engine import PairDistance, TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
@@ -30,7 +31,7 @@ PATIENCE, PATIENCE_FOR_ALL = 32, 8
 #: The former at the end of a loop or an epoch.
 FEW_CALLS = 2
 
-_KEYS = ("layers", "pairs", "engine", "leading_weights")
+_KEYS = ("layers", "pairs", "engine", "leading_weights", "distillation")
 
 
 class RunState:
@@ -45,6 +46,7 @@ class RunState:
         global_batch: What the user passed as ``global_batch``.
         process_group: The processes of the global batch; None: all of torch.distributed.
         identify: Gives a checksum of the teacher's weights that lead to the layers of a pairing.
+        distillation: The term of the logits, where they are distilled.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class RunState:
         global_batch: bool | None,
         process_group: Any | None,
         identify: Callable[[Pairing], str],
+        distillation: Distillation | None = None,
     ) -> None:
         self.layers, self.settings, self._identify = layers, settings, identify
         self.global_batch, self.process_group = global_batch, process_group
@@ -63,11 +66,17 @@ class RunState:
         #: The resolved pairs, empty before the first forward.
         self.pairs: tuple[LayerPair, ...] = ()
         self.engine: TransportEngine | None = None
+        self.distillation = distillation
         #: The layers that did not run in the last call, by the number of their pair.
         self.absent: dict[int, str] = {}
         self._paired_for = ""
         self._pairing: Pairing | None = None
         self._saved: dict[str, Any] | None = None
+
+    @property
+    def calls(self) -> int:
+        """Number of calls that had a term."""
+        return max(each.calls for each in (self.engine, self.distillation) if each is not None)
 
     @property
     def ranks(self) -> Ranks | None:
@@ -115,8 +124,7 @@ class RunState:
         self.engine = self._make_engine(device)
         self._pairing = replace(pairings[0], pairs=self.pairs)
         if self._saved is not None:
-            self.engine.load_state_dict(self._saved["engine"], device or torch.device("cpu"))
-            self._check_teacher(self._saved["leading_weights"])
+            self._load(self._saved, device)
             self._saved = None
         ranks = self.ranks
         if ranks is not None and ranks.rank == 0 and batch_norms_in_training(student, synchronized=False):
@@ -151,12 +159,13 @@ class RunState:
         Returns:
             The number of calls, and a message about them.
         """
-        if self.engine is None or self.engine.bad_calls is None:
-            return 0, ""
-        bad = int(self.engine.bad_calls)
-        self.engine.bad_calls.zero_()
-        found = [each.name for each in distances if bad and not each.is_skipped and not each.value.isfinite()]
-        where = f" (last in the layers {found})" if found else ""
+        kept = [each.bad_calls for each in (self.engine, self.distillation) if each is not None]
+        counts = [count for count in kept if count is not None]
+        bad = max(map(int, counts), default=0)
+        for count in counts:
+            count.zero_()
+        names = [each.name for each in distances if bad and not each.is_skipped and not each.value.isfinite()]
+        where = f" (last in the layers {names})" if names else ""
         return bad, (
             f"{bad} recent values of the transfer term were NaN or infinite{where}. They stay in the loss, so that a "
             "gradient scaler skips the step and anomaly detection sees them; plans and statistics leave them out."
@@ -192,6 +201,7 @@ class RunState:
             "engine": self.engine.state_dict(),
             # As it is now: the owner may train it, and brings it back when the run is resumed.
             "leading_weights": self._identify(self._pairing),
+            "distillation": None if self.distillation is None else self.distillation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> bool:
@@ -215,8 +225,7 @@ class RunState:
             return False
         is_same_choice = state["layers"] == repr(self.layers) and pairs_from_state(state["pairs"]) != self.pairs
         if self.engine is not None and not is_same_choice:
-            self.engine.load_state_dict(state["engine"], device or torch.device("cpu"))
-            self._check_teacher(state["leading_weights"])
+            self._load(state, device)
             return False
         self._saved = {name: state[name] for name in _KEYS}
         self.engine = None
@@ -225,8 +234,18 @@ class RunState:
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""
         self._saved = None
-        if self.engine is not None:
-            self.engine.reset()
+        for kept in (self.engine, self.distillation):
+            if kept is not None:
+                kept.reset()
+
+    def _load(self, state: Mapping[str, Any], device: torch.device | None) -> None:
+        assert self.engine is not None
+        device = device or torch.device("cpu")
+        self.engine.load_state_dict(state["engine"], device)
+        # A run may begin or cease to distill, as it may have another weight.
+        if self.distillation is not None and state["distillation"] is not None:
+            self.distillation.load_state_dict(state["distillation"], device)
+        self._check_teacher(state["leading_weights"])
 
     def _check_teacher(self, saved: str) -> None:
         if self._pairing is None or self._identify(self._pairing) == saved:

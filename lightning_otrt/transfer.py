@@ -6,24 +6,29 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.distillation import LogitDistillation, as_distillation
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels
-from lightning_otrt.options import FixedOptions, as_written
+from lightning_otrt.options import as_written
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.reading.views import View, trained_views
+from lightning_otrt.reading.views import NoTermError
+from lightning_otrt.recording import RecordedStudent
 from lightning_otrt.run_state import RunState
 from lightning_otrt.schedules import Schedule, weight_at
+from lightning_otrt.steps.distillation import Distillation
 from lightning_otrt.steps.engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment, ChoosePairs
 from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.cache_options import TeacherCache
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
+from lightning_otrt.teacher.logits import LogitRecording
+from lightning_otrt.terms import Weights, make_terms
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.plans import check_plan_and_cost
 
@@ -32,7 +37,7 @@ __all__ = ["RepresentationTransfer"]
 log = logging.getLogger(__name__)
 
 
-class RepresentationTransfer(FixedOptions):
+class RepresentationTransfer(RecordedStudent):
     r"""Optimal transport between the neurons of a frozen teacher and those of a student, as a term of the loss.
 
     While it is attached, each training forward of the student records the neurons of the chosen layers and runs the
@@ -68,8 +73,10 @@ class RepresentationTransfer(FixedOptions):
             with more neurons than the batch has samples, else 0.
         solve_every: Calls between two solves of the plan; the first come after 0, 1, 2, 4 and 8 calls.
         grid: Positions kept along each axis of a feature map; see :func:`neurons`.
-        schedule: From the step (``trainer.global_step``, or calls of :meth:`loss`) to a factor on the weight, such as
+        schedule: From the step (``trainer.global_step``, or calls of :meth:`loss`) to a factor on both weights, such as
             :class:`LinearWarmup`.
+        distillation: Weight of a second term, the distillation of logits (arXiv 1503.02531), or
+            :class:`LogitDistillation` with a temperature.
         teacher_inputs: From the inputs of the student's root to those of the teacher: a function that returns a tensor,
             a tuple of positional or a dictionary of keyword arguments.
         teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``. The copy follows a teacher that
@@ -120,6 +127,7 @@ class RepresentationTransfer(FixedOptions):
         solve_every: int = 10,
         grid: int | None = 4,
         schedule: Schedule | None = None,
+        distillation: float | LogitDistillation = 0.0,
         teacher_inputs: Callable[..., Any] | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         teacher_cache: TeacherCache | str | os.PathLike[str] | None = None,
@@ -131,8 +139,8 @@ class RepresentationTransfer(FixedOptions):
         self.layers, self.weight, self.student_root = layers, weight, student_root
         self.cost, self.plan, self.epsilon = cost, plan, epsilon
         self.memory, self.solve_every, self.grid = memory, solve_every, grid
-        self.schedule, self.teacher_inputs, self.teacher_dtype = schedule, teacher_inputs, teacher_dtype
-        self.teacher_cache = teacher_cache
+        self.schedule, self.distillation, self.teacher_cache = schedule, distillation, teacher_cache
+        self.teacher_inputs, self.teacher_dtype = teacher_inputs, teacher_dtype
         self.global_batch, self.strict, self.seed, self.process_group = global_batch, strict, seed, process_group
         #: The cost behind its name.
         self.ground_cost = get_cost(cost)
@@ -146,16 +154,22 @@ class RepresentationTransfer(FixedOptions):
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
         self.distances: list[PairDistance] = []  #: The distances of the last call of :meth:`loss`.
+        #: The unweighted terms of the last call of :meth:`loss`, detached; None where that had none.
+        self.transport_value: Tensor | None = None
+        self.distillation_value: Tensor | None = None
         names = ("plan", "epsilon", "memory", "solve_every", "seed", "strict")
         settings = {"cost": self.ground_cost, **{name: getattr(self, name) for name in names}}
-        self._run = RunState(layers, settings, global_batch, process_group, self.teacher.checksum_before)
+        option = as_distillation(distillation)
+        self._distills = option.weight
+        state, logits = None, None
+        if self._distills:
+            state, logits = Distillation(option.temperature, strict=strict), LogitRecording(option, grid)
+        self._run = RunState(layers, settings, global_batch, process_group, self.teacher.checksum_before, state)
         #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
         self.cache = SampleCache.of(teacher_cache)
         self._attachment = Attachment(
-            self.teacher, layers, student_root, grid, self._settle, self.cache, strict, self._run.agree
+            self.teacher, layers, student_root, grid, self._settle, self.cache, strict, self._run.agree, logits
         )
-        self._is_recording = False
-        self._was_asked = False
         self._warned: set[str] = set()
 
     @property
@@ -169,48 +183,28 @@ class RepresentationTransfer(FixedOptions):
         return pair_labels(self.pairs)
 
     @property
-    def pairing(self) -> Pairing | None:
-        """The resolved pairs with the traces of both networks; None before the first forward."""
-        return self._attachment.pairing
-
-    @property
     def engine(self) -> Any:
         """What keeps plans and statistics; None before the first forward."""
         return self._run.engine
 
     @property
-    def student(self) -> nn.Module | None:
-        """The attached student."""
-        return self._attachment.student
-
-    @property
-    def views(self) -> list[View]:
-        """The forwards recorded since the last call of :meth:`loss`. The list grows with each of them."""
-        return self._attachment.views
-
-    @property
     def current_weight(self) -> float:
-        """The weight at the current step.
+        """The weight of the transport term at the current step.
 
         Raises:
             ValueError: If the schedule gives anything but a finite number that is not negative.
         """
-        return weight_at(self.step, self.weight, self.schedule)
+        return self.current_weights.transport
 
     @property
-    def is_attached(self) -> bool:
-        """Whether a student is attached."""
-        return self.student is not None
+    def has_weight(self) -> bool:
+        """Whether some term has a weight, whatever the schedule."""
+        return self.weight > 0 or self._distills > 0
 
     @property
-    def has_views(self) -> bool:
-        """Whether a forward with gradient was recorded that :meth:`loss` has not taken yet."""
-        return any(view.has_gradient or view.is_empty for view in self.views)
-
-    @property
-    def recorded_samples(self) -> int:
-        """Number of samples in the forwards that :meth:`loss` would take."""
-        return sum(view.samples for view in trained_views(self.views))
+    def current_weights(self) -> Weights:
+        """The weights of both terms at the current step; see :attr:`current_weight`."""
+        return Weights(*(weight_at(self.step, weight, self.schedule) for weight in (self.weight, self._distills)))
 
     @contextmanager
     def attached(self, student: nn.Module) -> Iterator[RepresentationTransfer]:
@@ -238,49 +232,6 @@ class RepresentationTransfer(FixedOptions):
         finally:
             self.detach()
 
-    def attach(self, student: nn.Module) -> None:
-        """Put hooks on ``student``. They record inside :meth:`recording`.
-
-        Raises:
-            RuntimeError: If it is attached already.
-            ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
-        """
-        self._attachment.attach(student)
-        self._was_asked = False
-
-    def detach(self) -> None:
-        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
-        self._attachment.detach()
-
-    def recording(self) -> AbstractContextManager[None]:
-        """Record the forwards inside the block. Outside of it the hooks do nothing."""
-        return self._switched(True)
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Leave forwards inside the block out of the term, such as the inner steps of an attack."""
-        return self._switched(False)
-
-    @contextmanager
-    def _switched(self, on: bool) -> Iterator[None]:
-        before, self._is_recording = self._is_recording, on
-        self._open_or_close()
-        try:
-            yield
-        finally:
-            self._is_recording = before
-            self._open_or_close()
-
-    def _option_changed(self) -> None:
-        self._open_or_close()
-
-    def _open_or_close(self) -> None:
-        # Where the weight is 0 nothing is recorded, and the teacher does not run.
-        self._attachment.record(self._is_recording and self.current_weight > 0)
-
-    def discard(self) -> None:
-        """Forget what was recorded since the last call of :meth:`loss`."""
-        self._attachment.take()
-
     def loss(self, *, reevaluation: bool = False) -> Tensor:
         """The weighted term of all forwards since the last call. It also counts one step.
 
@@ -299,35 +250,33 @@ class RepresentationTransfer(FixedOptions):
         if (student := self.student) is None:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._was_asked = True
-        weight = self.current_weight
+        weights = self.current_weights
         views = self._attachment.take()
         if not reevaluation:
             self.step += 1
         self._open_or_close()
-        if weight == 0:
+        self.transport_value = self.distillation_value = None
+        if not any(weights):
             return self._zero()
         if (problem := self._attachment.take_problem()) is not None:
             if self.strict:
                 raise RuntimeError(problem)
             self._warn(problem, key="root")
-        matched = self._attachment.neurons(views)
-        if constant := matched.constant:
+        self.distances = []
+        how = {"strict": self.strict, "reevaluation": reevaluation}
+        try:
+            terms = make_terms(views, weights, self._attachment, self._run, **how)
+        except NoTermError as error:
+            return self._give_up(str(error))
+        if constant := terms.constant:
             self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
-        reason, ranks = matched.problem, None if self.strict else self._run.ranks
-        if ranks is not None and ranks.any(bool(reason), self._zero().device):
-            # Else the other processes would wait for this one in the exchange of the term.
-            reason = reason or "Another process of the global batch could form no transfer term."
-        if reason:
-            self.distances = []
-            return self._give_up(reason)
-        engine = self.engine
-        self._run.absent, samples = matched.absent, sum(view.samples for view in views)
-        term, self.distances = engine.term(matched.neurons, samples, absent=matched.absent, reevaluation=reevaluation)
+        self.transport_value, self.distillation_value = terms.transport, terms.distillation
+        self.distances = terms.distances
         if reason := self._run.why_absent(student):
             self._give_up(reason)
-        if engine.calls % self.check_every == 0:
+        if self._run.calls % self.check_every == 0:
             self.check_finite()
-        return weight * term
+        return terms.total
 
     def check_layers(self) -> None:
         """Raise a RuntimeError, or warn unless ``strict``, if a layer never ran. Call it at the end of a loop."""
@@ -386,7 +335,8 @@ class RepresentationTransfer(FixedOptions):
         report = self.report or log.info
         pairing = self._run.settle(student, choose, self._attachment.device, report)
         names = type(self.teacher.module).__name__, type(student).__name__
-        report(f"Representation transfer from {names[0]} to {names[1]}:\n{pairing.table()}")
+        notes = "\n".join(filter(None, (pairing.table(), self._attachment.note)))
+        report(f"Representation transfer from {names[0]} to {names[1]}:\n{notes}")
         return pairing
 
     def _zero(self) -> Tensor:

@@ -1,10 +1,10 @@
-"""How much of the gradient at the recorded layers comes from the task, and how much from the transfer term."""
+"""How much of the gradient at the recorded layers comes from the task, and how much from each term of the transfer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,25 @@ from lightning_otrt.reading.outputs import select_tensor
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.views import View
 
-__all__ = ["GradientProbe"]
+__all__ = ["GradientNorms", "GradientProbe"]
+
+
+class GradientNorms(NamedTuple):
+    """Norms ``(layers,)`` of the parts of a gradient, in float32.
+
+    Attributes:
+        task: That of the loss of the task.
+        transport: That of the transport term.
+        distillation: That of the distillation of logits.
+    """
+
+    task: Tensor
+    transport: Tensor
+    distillation: Tensor
 
 
 class GradientProbe:
-    """Splits the gradient of a loss at the recorded student layers into the part of the task and that of the term.
+    """Splits the gradient of a loss at the recorded student layers into the parts of the task and of both terms.
 
     For each output of a layer it stores a position in the autograd graph, not the activation.
 
@@ -61,41 +75,34 @@ class GradientProbe:
 
         False for code compiled before, which does not call hooks added later.
         """
-        ran = {self._layers[int(key)] for view in views for key in view.student}
-        return bool(ran) and all(self._edges[name] for name in ran)
+        ran = {self._layers[int(key)] for view in views for key in view.student if key.isdigit()}
+        # Where only logits are distilled no layer is read.
+        return all(self._edges[name] for name in ran) if ran else any(self._edges.values())
 
-    def split(self, loss: Tensor, views: Sequence[View]) -> tuple[Tensor, Tensor]:
-        """Norms of both parts of the gradient of ``loss`` at each of :attr:`names`; the graph is kept.
+    def split(self, loss: Tensor, views: Sequence[View]) -> GradientNorms:
+        """Norms of the parts of the gradient of ``loss`` at each of :attr:`names`; the graph is kept.
 
         Args:
-            loss: Any multiple of the task's loss plus the term.
-            views: The forwards that the term was computed from.
-
-        Returns:
-            Norms ``(layers,)`` for the task and for the term, in float32.
+            loss: Any multiple of the task's loss plus the terms.
+            views: The forwards that the terms were computed from.
         """
-        readings = [
-            reading for view in views for calls in view.student.values() for reading in calls if reading.requires_grad
-        ]
+        readings, distilled = _recorded(views)
         edges = [edge for name in self.names for edge in self._edges[name]]
-        inputs: list[Any] = [*readings, *edges]
-        both = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
-        # Only the term depends on the readings, so the gradient that flows back from them is that of the term.
-        used = [(reading, grad) for reading, grad in zip(readings, both, strict=False) if grad is not None]
-        term: Sequence[Tensor | None] = [None] * len(edges)
-        if used:
-            outputs, grads = zip(*used, strict=True)
-            term = torch.autograd.grad(outputs, edges, grads, retain_graph=True, allow_unused=True)
-        squares = torch.zeros(2, len(self.names), device=loss.device)
+        inputs: list[Any] = [*readings, *distilled, *edges]
+        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        count = len(readings) + len(distilled)
+        # Only the terms depend on what was recorded, so the gradient that flows back from there is that of the terms.
+        transport = _flowing_back(readings, found, edges)
+        logits = _flowing_back(distilled, found[len(readings) :], edges)
+        squares = torch.zeros(3, len(self.names), device=loss.device)
         layers = [index for index, name in enumerate(self.names) for _ in self._edges[name]]
-        for layer, total, own in zip(layers, both[len(readings) :], term, strict=True):
+        for layer, total, *own in zip(layers, found[count:], transport, logits, strict=True):
             if total is None:
                 continue
-            own = torch.zeros_like(total) if own is None else own.float()
-            squares[0, layer] += (total.float() - own).square().sum()
-            squares[1, layer] += own.square().sum()
-        norms = squares.sqrt()
-        return norms[0], norms[1]
+            parts = [torch.zeros_like(total) if part is None else part.float() for part in own]
+            for row, part in enumerate([total.float() - parts[0] - parts[1], *parts]):
+                squares[row, layer] += part.square().sum()
+        return GradientNorms(*squares.sqrt())
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -121,3 +128,27 @@ class GradientProbe:
         if self._active and value is not None and value.requires_grad:
             # The edge, not the tensor: an in-place operation after the layer would move the tensor in the graph.
             self._edges[name].append(get_gradient_edge(value))
+
+
+def _recorded(views: Sequence[View]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the transport and what the distillation of the views depends on."""
+    pairs: list[Tensor] = []
+    distilled: list[Tensor] = []
+    for view in views:
+        for key, calls in view.student.items():
+            (pairs if key.isdigit() else distilled).extend(calls)
+        if view.logits is not None:
+            distilled.append(view.logits)
+    readings, logits = ([tensor for tensor in found if tensor.requires_grad] for found in (pairs, distilled))
+    return readings, logits
+
+
+def _flowing_back(
+    recorded: Sequence[Tensor], gradients: Sequence[Tensor | None], edges: Sequence[Any]
+) -> Sequence[Tensor | None]:
+    """What the gradients of recorded tensors are at the edges."""
+    used = [(tensor, grad) for tensor, grad in zip(recorded, gradients, strict=False) if grad is not None]
+    if not used or not edges:
+        return [None] * len(edges)
+    outputs, grads = zip(*used, strict=True)
+    return torch.autograd.grad(outputs, edges, grads, retain_graph=True, allow_unused=True)

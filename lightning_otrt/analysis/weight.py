@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.analysis.batches import to_device
-from lightning_otrt.analysis.gradient_share import GradientProbe
+from lightning_otrt.analysis.gradient_share import GradientNorms, GradientProbe
 from lightning_otrt.analysis.task_loss import find_task_loss
 from lightning_otrt.checks import check_count, check_module
+from lightning_otrt.distillation import as_distillation
 from lightning_otrt.reading.evaluation import state_restored
 from lightning_otrt.transfer import RepresentationTransfer
 
@@ -32,6 +33,7 @@ class WeightSuggestion:
         task_norms: Norm of the gradient of the task by student layer, the mean over batches.
         transfer_norms: The same for the term at a weight of 1.
         batches: Number of batches seen.
+        distillation_norms: The same for the distillation of logits at its own weight; empty where there is none.
 
     Example:
         >>> from lightning_otrt import WeightSuggestion
@@ -46,16 +48,19 @@ class WeightSuggestion:
     task_norms: Mapping[str, float]
     transfer_norms: Mapping[str, float]
     batches: int
+    distillation_norms: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """The weight, and the layers as a table."""
         width = max(13, *map(len, self.task_norms))
         lines = [f"weight {self.weight:.3g}: the transfer term has {self.fraction:g} times the gradient of the task"]
-        lines.append(f"  {'student layer'.ljust(width)}  {'task':>9}  {'transfer':>9}  {'ratio':>9}")
+        heading = f"  {'student layer'.ljust(width)}  {'task':>9}  {'transfer':>9}  {'ratio':>9}"
+        lines.append(f"{heading}  {'distillation':>12}" if self.distillation_norms else heading)
         for name, task in self.task_norms.items():
             own = self.weight * self.transfer_norms[name]
             ratio = own / task if task else math.inf
-            lines.append(f"  {name.ljust(width)}  {task:9.3g}  {own:9.3g}  {ratio:9.3g}")
+            line = f"  {name.ljust(width)}  {task:9.3g}  {own:9.3g}  {ratio:9.3g}"
+            lines.append(f"{line}  {self.distillation_norms[name]:12.3g}" if self.distillation_norms else line)
         return "\n".join(lines)
 
 
@@ -77,6 +82,9 @@ def suggest_weight(
     with h the outputs of all recorded student layers together, and means over batches. The best weights of feature
     distillation differ by a factor of 100 between pairs of networks. Take the result as a first value to try, not as an
     optimum: the gradient of the task becomes smaller during training, so the ratio changes.
+
+    The loss of the task is what ``task_loss`` gives, without the transfer's distillation of logits, whose gradient is
+    measured apart.
 
     The student keeps its modes (train or eval) while it runs. Afterwards its parameters, gradients, buffers and modes,
     the state of ``transfer`` and the random number generators are as before.
@@ -121,7 +129,7 @@ def suggest_weight(
         transfer = RepresentationTransfer(transfer)
     loss_of = find_task_loss(student, task_loss, loss_fn)
     device = next((tensor.device for tensor in (*student.parameters(), *student.buffers())), torch.device("cpu"))
-    norms: list[tuple[Tensor, Tensor]] = []
+    norms: list[GradientNorms] = []
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(state_restored(student))
@@ -142,15 +150,17 @@ def suggest_weight(
             norms.append(probe.split(task + transfer.loss().to(task.device), views))
         if probe is None:
             raise ValueError("Expected argument `dataloader` to give at least one batch, but it is empty.")
-    return _suggestion(probe.names, norms, fraction)
+    return _suggestion(probe.names, norms, fraction, distills=as_distillation(transfer.distillation).weight > 0)
 
 
-def _suggestion(names: Sequence[str], norms: Sequence[tuple[Tensor, Tensor]], fraction: float) -> WeightSuggestion:
-    """The weight for norms ``(task, term)`` at each layer, one pair for each batch."""
-    table = torch.stack([torch.stack(pair) for pair in norms]).cpu().double()
+def _suggestion(
+    names: Sequence[str], norms: Sequence[GradientNorms], fraction: float, *, distills: bool
+) -> WeightSuggestion:
+    """The weight for the norms at each layer of each batch."""
+    table = torch.stack([torch.stack(parts) for parts in norms]).cpu().double()
     if not bool(table.isfinite().all()):
         raise ValueError(f"No weight can be suggested: a gradient at the layers {list(names)} is not finite.")
-    task, own = table.square().sum(-1).sqrt().mean(0).tolist()
+    task, own, _ = table.square().sum(-1).sqrt().mean(0).tolist()
     if task == 0:
         raise ValueError(
             f"No weight can be suggested: the loss of the task has no gradient at the student layers {list(names)}. Is "
@@ -168,6 +178,7 @@ def _suggestion(names: Sequence[str], norms: Sequence[tuple[Tensor, Tensor]], fr
         task_norms=dict(zip(names, by_layer[0], strict=True)),
         transfer_norms=dict(zip(names, by_layer[1], strict=True)),
         batches=len(norms),
+        distillation_norms=dict(zip(names, by_layer[2], strict=True)) if distills else {},
     )
 
 

@@ -11,7 +11,15 @@ from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer
 
-__all__ = ["adds_nothing", "block_groups", "block_names", "classification_head", "evenly_spaced", "penultimate_names"]
+__all__ = [
+    "adds_nothing",
+    "block_groups",
+    "block_names",
+    "classification_head",
+    "evenly_spaced",
+    "input_before_dropout",
+    "penultimate_names",
+]
 
 #: Number of transformer blocks that "blocks" chooses.
 _BLOCKS = 4
@@ -20,13 +28,15 @@ _BLOCKS = 4
 def penultimate_names(trace: Trace) -> list[str]:
     """What enters the classification head, as a list of one name; empty where no head is found."""
     head = classification_head(trace)
-    if head is None:
-        return []
-    before = trace.layer(head.input_from) if head.input_from is not None else None
+    return [] if head is None else [input_before_dropout(trace, head)]
+
+
+def input_before_dropout(trace: Trace, layer: TracedLayer) -> str:
+    """What enters a layer, or a dropout before it: behind that the student has noise in training, the teacher none."""
+    before = trace.layer(layer.input_from) if layer.input_from is not None else None
     if before and before.role == "dropout" and before.calls == 1 and before.input and before.input.neuron_axis:
-        # After the dropout the student has noise in training, and the teacher has none.
-        return [before.name + INPUT]
-    return [head.name + INPUT]
+        return before.name + INPUT
+    return layer.name + INPUT
 
 
 def classification_head(trace: Trace) -> TracedLayer | None:

@@ -23,7 +23,7 @@ from lightning_otrt.reading.views import View
 if TYPE_CHECKING:
     from lightning_otrt.reading.recorder import Recorder
 
-__all__ = ["CloseView", "NoteMask", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod"]
+__all__ = ["CloseView", "NoteMask", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod", "mask_key"]
 
 
 class _Hook:
@@ -51,12 +51,15 @@ class OpenView(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a view, unless one is open or the forward is no training forward."""
         recorder = self.recorder
-        if recorder is None or not recorder.enabled:
+        if recorder is None:
             return
-        if recorder.current is not None:
+        if recorder.enabled and recorder.current is not None:
             recorder.nested += recorder.current.root == self.name
             return
-        if not torch.is_grad_enabled() or is_in_backward():
+        if is_in_backward():
+            return
+        recorder.teacher_output = None  # of an earlier forward
+        if not recorder.enabled or not torch.is_grad_enabled():
             return
         recorder.current = View(self.name)
         recorded = False
@@ -84,9 +87,13 @@ class CloseView(_Hook):
         if recorder.nested:
             recorder.nested -= 1
             return
-        if output is not None:  # it is None where the forward raised
-            recorder.views.append(recorder.current)
-        recorder.current = None
+        view, recorder.current = recorder.current, None
+        if output is None:  # the forward raised
+            return
+        if recorder.read_output is not None:
+            with _uncounted_saved_tensors():
+                recorder.read_output(output, view)
+        recorder.views.append(view)
 
 
 class ViewAroundMethod:
@@ -175,6 +182,9 @@ class _Read(_Hook):
         if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
             return
         if self.side == "teacher" and not recorder.runs_teacher:
+            return
+        # Those of the teacher are read all the same: what is kept of a sample may serve another run.
+        if self.side == "student" and not recorder.reads_pairs and self.key.isdigit():
             return
         view = recorder.current
         readings = view.student if self.side == "student" else view.teacher

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pool", "pool_valid", "widened_copy"]
+__all__ = ["pool", "pool_valid", "widened", "widened_copy"]
 
 #: Up to so many positions one matrix product takes a third of the time of sums.
 _SMALL_MAP = 64

@@ -26,6 +26,10 @@ from lightning_otrt.reading.views import View
 __all__ = ["Readers", "RecordedLayer", "Recorder"]
 
 
+#: Where masks may come from, with the modules that get them.
+Masks: TypeAlias = tuple[tuple[MaskSource, nn.Module], ...]
+
+
 class RecordedLayer(NamedTuple):
     """What to record of one layer.
 
@@ -39,7 +43,7 @@ class RecordedLayer(NamedTuple):
     name: str
     module: nn.Module
     reader: NeuronReader
-    masks: tuple[tuple[MaskSource, nn.Module], ...] = ()
+    masks: Masks = ()
 
 
 #: What to record of one network, by key.
@@ -60,6 +64,10 @@ class Recorder:
         nested: Number of running forwards of the root inside the recorded one. Another recorder of the same student
             traces its layers there.
         runs_teacher: Whether this recorder runs the teacher now. Another one may run the same module.
+        reads_pairs: Whether the student's layers of pairs are read, whose keys are numbers.
+        read_output: Called with what the student's root returned and the view of that forward.
+        teacher_output: What the teacher returned in the newest forward of the student's root, in a tuple; None where it
+            did not run in that forward.
     """
 
     def __init__(self, on_forward: Callable[[str, tuple[Any, ...], dict[str, Any]], bool]) -> None:
@@ -69,6 +77,9 @@ class Recorder:
         self.current: View | None = None
         self.nested = 0
         self.runs_teacher = False
+        self.reads_pairs = True
+        self.read_output: Callable[[Any, View], None] | None = None
+        self.teacher_output: tuple[Any] | None = None
         self._root_handles: list[RemovableHandle | ViewAroundMethod] = []
         self._student_handles: list[RemovableHandle] = []
         self._teacher_handles: list[RemovableHandle] = []
@@ -90,13 +101,13 @@ class Recorder:
             # `always_call`: a view left open by an exception would keep the next forward from being recorded.
             self._root_handles.append(add_forward_hook(module, CloseView(self, name), always_call=True))
 
-    def watch_student(self, readers: Readers) -> None:
-        """Record these layers of the student."""
-        self._student_handles = self._install(self._student_handles, "student", readers)
+    def watch_student(self, readers: Readers, masks: Masks = ()) -> None:
+        """Record these layers of the student, and note these masks beside those of the layers."""
+        self._student_handles = self._install(self._student_handles, "student", readers, masks)
 
-    def watch_teacher(self, readers: Readers) -> None:
-        """Record these layers of the teacher."""
-        self._teacher_handles = self._install(self._teacher_handles, "teacher", readers)
+    def watch_teacher(self, readers: Readers, masks: Masks = ()) -> None:
+        """The same for the teacher."""
+        self._teacher_handles = self._install(self._teacher_handles, "teacher", readers, masks)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -119,7 +130,7 @@ class Recorder:
 
     def take(self) -> list[View]:
         """The finished views since the last call."""
-        views, self.views = self.views, []
+        views, self.views, self.teacher_output = self.views, [], None
         return views
 
     def remove(self) -> None:
@@ -129,11 +140,14 @@ class Recorder:
         self._remove(self._teacher_handles)
         self._student_masks = []
         self.views, self.current, self.enabled = [], None, False
+        self.read_output = self.teacher_output = None
         self.nested, self.runs_teacher = 0, False
 
-    def _install(self, handles: list[RemovableHandle], side: str, readers: Readers) -> list[RemovableHandle]:
+    def _install(
+        self, handles: list[RemovableHandle], side: str, readers: Readers, masks: Masks
+    ) -> list[RemovableHandle]:
         self._remove(handles)
-        sources = dict(mask for layer in readers.values() for mask in layer.masks)
+        sources = dict([*masks, *(mask for layer in readers.values() for mask in layer.masks)])
         notes = [(module, NoteMask(self, side, source, module)) for source, module in sources.items()]
         if side == "student":
             self._student_masks = notes
@@ -142,12 +156,12 @@ class Recorder:
             if note.source.method != "forward":  # the root's: noted where its view is opened
                 continue
             handles.append(add_forward_pre_hook(module, note, with_kwargs=True))
-        for key, (name, module, reader, masks) in readers.items():
+        for key, (name, module, reader, own_masks) in readers.items():
             if name.endswith(INPUT):
-                hook = ReadInput(self, side, key, reader, masks)
+                hook = ReadInput(self, side, key, reader, own_masks)
                 handles.append(add_forward_pre_hook(module, hook, with_kwargs=True))
             else:
-                handles.append(add_forward_hook(module, ReadOutput(self, side, key, reader, masks)))
+                handles.append(add_forward_hook(module, ReadOutput(self, side, key, reader, own_masks)))
         return handles
 
     @staticmethod

@@ -36,27 +36,38 @@ class View:
         teacher: Readings of the teacher, without graph.
         masks: The padding masks of the forward by the key of their source: ``(B, T)``, true where a token is valid;
             None where the argument was not given.
+        logits: The student's logits ``(B, K, *positions)``, where they are distilled. Those of the teacher are one of
+            its readings.
+        logit_mask: The mask ``(B, T)`` of the student's logits.
     """
 
     root: str
     student: dict[str, list[Tensor]] = field(default_factory=dict)
     teacher: dict[str, list[Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor | None] = field(default_factory=dict)
+    logits: Tensor | None = None
+    logit_mask: Tensor | None = None
+
+    @property
+    def recorded(self) -> list[Tensor]:
+        """All that was recorded of the student."""
+        readings = list(chain.from_iterable(self.student.values()))
+        return readings if self.logits is None else [*readings, self.logits]
 
     @property
     def has_gradient(self) -> bool:
         """Whether it trains the student. It does not where the parameters are frozen for this step, as in GANs."""
-        return any(reading.requires_grad for readings in self.student.values() for reading in readings)
+        return any(tensor.requires_grad for tensor in self.recorded)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no recorded layer ran, as where training skips layers at random."""
-        return not self.student
+        """Whether nothing was recorded, as where training skips layers at random."""
+        return not self.recorded
 
     @property
     def samples(self) -> int:
         """The number of samples, 0 if nothing was recorded."""
-        return next((readings[0].shape[0] for readings in self.student.values()), 0)
+        return next((tensor.shape[0] for tensor in self.recorded), 0)
 
 
 class NoTermError(Exception):
@@ -90,13 +101,11 @@ class Matched(NamedTuple):
         neurons: For each view, student ``(N, n)`` and teacher ``(M, n)`` of each pair; n is 0 where a pair did not run.
         constant: Names of the student layers that get no gradient.
         absent: For the number of each pair that ran in no view, the layer that did not run.
-        problem: Why no term can be formed; empty if it can.
     """
 
     neurons: list[list[tuple[Tensor, Tensor]]]
     constant: list[str]
     absent: dict[int, str]
-    problem: str = ""
 
 
 def trained_views(views: list[View]) -> list[View]:
@@ -156,7 +165,7 @@ def check_graphs(views: Sequence[View]) -> None:
     Raises:
         NoTermError: If there are some, because the backward pass of a loss with the term would fail.
     """
-    freed = sum(has_freed_graph(chain.from_iterable(view.student.values())) for view in views)
+    freed = sum(has_freed_graph(view.recorded) for view in views)
     if freed:
         raise NoTermError(
             f"A backward pass has gone through {freed} of the {len(views)} forwards of the student since the last call "

@@ -31,6 +31,7 @@ from lightning_otrt.reading.views import (
 from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.cached_run import CachedRun
 from lightning_otrt.teacher.frozen import Teacher
+from lightning_otrt.teacher.logits import FEATURES, LogitRecording, MatchedLogits
 
 __all__ = ["Attachment", "ChoosePairs"]
 
@@ -62,6 +63,7 @@ class Attachment:
         cache: Where readings of the teacher are kept; None: it runs on each batch.
         strict: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
         agree: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
+        logits: Reads the logits of both networks, where they are distilled.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class Attachment:
         cache: SampleCache | None,
         strict: bool,
         agree: Callable[[str], str],
+        logits: LogitRecording | None = None,
     ) -> None:
         self.teacher = teacher
         self.layers, self.student_root, self.grid = layers, student_root, grid
         self._settle = settle
+        self._logits = logits
         #: The attached student.
         self.student: nn.Module | None = None
         #: The resolved pairs with the traces of both networks. They stay when the student is detached.
@@ -87,7 +91,9 @@ class Attachment:
         self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
         #: Runs the teacher where readings are kept.
-        self.cached = None if cache is None else CachedRun(teacher, self._recorder, cache, strict, agree)
+        self.cached = (
+            None if cache is None else CachedRun(teacher, self._recorder, cache, strict, agree, self._read_logits)
+        )
         self._guard = InputGuard()
         self._trained: TrainedForwards | None = None
         self._stance = ExitStack()
@@ -143,7 +149,7 @@ class Attachment:
         # A module under two names is one candidate: two sets of hooks would count its forward twice.
         primary = primary_names(modules, "")
         self._recorder.watch_roots([(name, module) for name, module in modules.items() if primary[id(module)] == name])
-        if only_words(self.layers):
+        if only_words(self.layers) or self._logits is not None:
             self._trained = TrainedForwards(self.student, lambda: self._recorder.enabled)
 
     def detach(self) -> None:
@@ -156,12 +162,18 @@ class Attachment:
         self.teacher.release()
         self.student = self._root = None
 
-    def record(self, on: bool) -> None:
+    def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
 
         Called where that changes, not before each forward: compiled code is compiled anew for each value of the flag.
+
+        Args:
+            on: Whether forwards are recorded.
+            pairs: Whether the layers of the pairs are read, and not the logits alone.
         """
-        self._recorder.enabled = on
+        self._recorder.enabled, self._recorder.reads_pairs = on, pairs
+        if not on:
+            self._recorder.teacher_output = None
         if on and self._root is None and "torch._dynamo" in sys.modules:
             # The first forward chooses the layers, in plain Python. Code that is compiled later has the hooks in it.
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
@@ -172,17 +184,56 @@ class Attachment:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""
         return trained_views(self._recorder.take())
 
+    @property
+    def note(self) -> str:
+        """What is distilled, for the log; empty if nothing is."""
+        return "" if self._logits is None else self._logits.note
+
+    @property
+    def teacher_output(self) -> Any:
+        """What the teacher returned in the newest forward of the student.
+
+        Raises:
+            RuntimeError: If it did not run in that forward.
+        """
+        if self._recorder.teacher_output is None:
+            raise RuntimeError(
+                "There is no output of the teacher for the last forward of the student: `teacher_output` is that of a "
+                "recorded training forward, from its start until `loss` takes it. It is not there before the first "
+                "forward, in steps in which the schedule or all weights are 0, in validation, inside `no_grad` or "
+                "`transfer.paused()`, after `loss`, and with `teacher_cache`, which keeps what the terms need alone."
+            )
+        return self._recorder.teacher_output[0]
+
     def neurons(self, views: list[View]) -> Matched:
-        """The neurons of each view and pair, or why there are none."""
-        try:
-            if not views or self.pairing is None:
-                raise NoTermError(self._why_no_view())
-            if self._graph_checks:
-                check_graphs(views)
-                self._graph_checks -= 1
-            return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
-        except NoTermError as error:
-            return Matched([], [], {}, str(error))
+        """The neurons of each view and pair.
+
+        Raises:
+            NoTermError: If there are none.
+        """
+        assert self.pairing is not None
+        return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
+
+    def logits(self, views: list[View]) -> MatchedLogits:
+        """The logits of each view.
+
+        Raises:
+            NoTermError: If there are none.
+        """
+        assert self._logits is not None
+        return self._logits.matched(views)
+
+    def check_views(self, views: list[View]) -> None:
+        """Look at the forwards of a call before they are used.
+
+        Raises:
+            NoTermError: If there are none, or a backward pass has gone through one.
+        """
+        if not views or self.pairing is None:
+            raise NoTermError(self._why_no_view())
+        if self._graph_checks:
+            check_graphs(views)
+            self._graph_checks -= 1
 
     def take_problem(self) -> str | None:
         """Why the root that was found may be the wrong one; given once, after the step in which it was found."""
@@ -225,7 +276,13 @@ class Attachment:
         self._ready_teacher(student)
         teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
         with self._recorder.teacher_running():
-            self.teacher.run(teacher_args, teacher_kwargs)
+            output = self.teacher.run(teacher_args, teacher_kwargs)
+        self._recorder.teacher_output = (output,)
+        self._read_logits(output)
+
+    def _read_logits(self, output: Any) -> None:
+        if self._logits is not None and self._recorder.current is not None:
+            self._logits.read_teacher(output, self._recorder.current)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_cached(
@@ -237,7 +294,7 @@ class Attachment:
         if is_first:
             assert self.pairing is not None
             readers = self.pairing.readers("teacher", self.teacher.module, self.grid)
-            cached.first(inputs, self.pairing, readers)
+            cached.first(inputs, self.pairing, readers, "" if self._logits is None else self._logits.identity)
         else:
             cached(inputs)
 
@@ -259,7 +316,7 @@ class Attachment:
                 # Each forward gets a copy of its own: both networks may change what they are given.
                 own, for_teacher = self._copied(args, kwargs), self._copied(args, kwargs)
                 given = self.teacher.inputs_for(*for_teacher)
-                return pair_layers(
+                pairing = pair_layers(
                     self.layers,
                     student,
                     root,
@@ -270,18 +327,30 @@ class Attachment:
                     method=method,
                     teacher_root=self.teacher.root,
                 )
+                if self._logits is not None:
+                    self._logits.settle(pairing, student, teacher)
+                return pairing
 
         self.pairing = self._settle(choose)
         self._counts = self.pairing.neuron_counts()
         self._root = self.pairing.student.root
-        self._recorder.watch_student(self.pairing.readers("student", student, self.grid))
+        self._recorder.read_output = None if self._logits is None else self._logits.read_student
+        self._watch_student(student)
         # After the readers: where the root itself is recorded, it is read before the view is closed.
         self._recorder.watch_roots([(self._root, named_layers(student)[self._root])], method)
         self._watch_teacher()
 
+    def _watch_student(self, student: nn.Module) -> None:
+        assert self.pairing is not None
+        readers, logits = dict(self.pairing.readers("student", student, self.grid)), self._logits
+        if logits is not None and logits.features is not None:
+            readers[FEATURES] = logits.features
+        self._recorder.watch_student(readers, () if logits is None else logits.masks("student"))
+
     def _watch_teacher(self) -> None:
         assert self.pairing is not None
-        self._recorder.watch_teacher(self.pairing.readers("teacher", self.teacher.module, self.grid))
+        readers = self.pairing.readers("teacher", self.teacher.module, self.grid)
+        self._recorder.watch_teacher(readers, () if self._logits is None else self._logits.masks("teacher"))
 
     def _prepare_teacher(self, student: nn.Module) -> None:
         """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""

@@ -32,33 +32,41 @@ class CachedRun:
         cache: Where readings are kept.
         strict: Raise where they cannot be; else warn once, and run the teacher on all samples.
         agree: Makes the problem of one process that of all. A collective where processes train together.
+        read: Called with what the teacher returned, after each run. It may add readings to the current view.
     """
 
     def __init__(
-        self, teacher: Teacher, recorder: Recorder, cache: SampleCache, strict: bool, agree: Callable[[str], str]
+        self,
+        teacher: Teacher,
+        recorder: Recorder,
+        cache: SampleCache,
+        strict: bool,
+        agree: Callable[[str], str],
+        read: Callable[[Any], None],
     ) -> None:
         self.teacher, self.recorder, self.cache = teacher, recorder, cache
-        self._strict, self._agree = strict, agree
+        self._strict, self._agree, self._read = strict, agree, read
         self._watch: WeightWatch | None = None
         self._settings: dict[str, Any] = {}
         self._known = ""
         self._compared = 0
         self._off = False
 
-    def first(self, inputs: Inputs, pairing: Pairing, readers: Readers) -> None:
+    def first(self, inputs: Inputs, pairing: Pairing, readers: Readers, more: str = "") -> None:
         """Open the cache for the chosen pairs, and run the first batch. All processes call it together.
 
         Args:
             inputs: The teacher's inputs.
             pairing: The pairs of layers.
             readers: What is recorded of the teacher.
+            more: What else is kept of its output, in words that are equal for equal readings.
 
         Raises:
             ValueError: If the teacher cannot be cached, here or on another process, and ``strict``.
         """
         self._off, self._compared, problem = False, self.cache.epoch, ""
         kept = [(key, layer.name, layer.reader, [mask for mask, _ in layer.masks]) for key, layer in readers.items()]
-        self._settings = {"layers": kept, "root": self.teacher.root}
+        self._settings = {"layers": kept, "root": self.teacher.root, **({"more": more} if more else {})}
         try:
             self._known = self._fingerprint()
             self._watch = WeightWatch(self.teacher.source)
@@ -114,7 +122,8 @@ class CachedRun:
 
     def _run_whole(self, inputs: Inputs) -> None:
         with self.recorder.teacher_running():
-            self.teacher.run(*inputs)
+            output = self.teacher.run(*inputs)
+        self._read(output)
 
     def _fingerprint(self) -> str:
         try:

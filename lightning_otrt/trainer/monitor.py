@@ -32,7 +32,9 @@ class OTRTMonitor(pl.Callback):
       teacher the agreement spreads, :math:`(\sum s)^2 / \sum s^2` of the singular values s of the cross-correlation;
     - ``otrt/layer_share/<layer>`` and ``otrt/gradient_share``: :math:`\alpha g / (\alpha g + t)`, with the norms
       :math:`\alpha g` of the gradient of the weighted term and t of that of the task, at the output of the layer and at
-      all of them.
+      all of them;
+    - with ``distillation`` also ``otrt/distillation_share``: the same for the logits. All shares are then parts of the
+      sum of the three norms.
 
     At every validation of each ``every_n_epochs``-th epoch it logs ``val/otrt/<layer>``, the distance over the whole
     validation set (:class:`NeuronTransportDistance`), which a ``ModelCheckpoint`` or ``EarlyStopping`` may monitor.

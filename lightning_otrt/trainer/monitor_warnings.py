@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.distillation import as_distillation
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.reading.batch_norm import batch_norms_in_training
 from lightning_otrt.steps.first_batch import BLURRING_EPSILON
@@ -22,6 +23,11 @@ PATIENCE = 3
 SOLVED = ("sinkhorn", "exact", "static")
 #: Bounds of the ratio of the term's gradient, at its full weight, to the task's.
 WEAK, STRONG = 0.01, 10.0
+#: What warnings call each term, with the option that is its weight and where to look.
+_TERMS = (
+    ("transfer term", "weight", "; see `suggest_weight`"),
+    ("distillation of logits", "distillation", ""),
+)
 #: A plan that spreads its mass over this share of all pairs of neurons hardly matches any.
 NEARLY_UNIFORM = 0.5
 
@@ -69,22 +75,27 @@ class TransferWarnings:
                     "costs hardly differ. Look for dead neurons and constant inputs, choose other layers, or lower "
                     f"`epsilon` (now {transfer.epsilon:g}).",
                 )
-        share = values.get("otrt/gradient_share", math.nan)
-        if not 0 < share < 1 or not transfer.current_weight:
-            return
-        # A warm-up is meant to be weak.
-        ratio = share / (1 - share) * transfer.weight / transfer.current_weight
-        for key, off, meaning in (
-            ("weak", ratio < WEAK, "so that it changes next to nothing"),
-            ("strong", ratio > STRONG, "so that the task hardly counts"),
+        shares = [values.get(f"otrt/{name}_share", 0.0) for name in ("gradient", "distillation")]
+        task = 1 - sum(shares)
+        full = transfer.weight, as_distillation(transfer.distillation).weight
+        for (name, option, hint), share, weight, now in zip(
+            _TERMS, shares, full, transfer.current_weights, strict=True
         ):
-            if self._persists(key, off):
-                self.warn(
-                    key,
-                    f"On the recorded layers the gradient of the transfer term is {ratio:.2g} times that of the task, "
-                    f"{meaning}. weight={transfer.weight / ratio:.2g} would make them equal (now {transfer.weight:g}); "
-                    "see `suggest_weight`. A ratio that grows while the loss of the task falls is normal.",
-                )
+            if not 0 < share < 1 or not 0 < task < 1 or not now:
+                continue
+            # A warm-up is meant to be weak.
+            ratio = share / task * weight / now
+            for key, off, meaning in (
+                ("weak", ratio < WEAK, "so that it changes next to nothing"),
+                ("strong", ratio > STRONG, "so that the task hardly counts"),
+            ):
+                if self._persists(f"{key} {option}", off):
+                    self.warn(
+                        f"{key} {option}",
+                        f"On the recorded layers the gradient of the {name} is {ratio:.2g} times that of the task, "
+                        f"{meaning}. {option}={weight / ratio:.2g} would make them equal (now {weight:g}){hint}. "
+                        "A ratio that grows while the loss of the task falls is normal.",
+                    )
 
     def _persists(self, key: str, is_so: bool) -> bool:
         self._seen[key] = self._seen[key] + 1 if is_so else 0

@@ -88,15 +88,21 @@ class MonitoredTransfer(ExtraTerm):
             self.warnings.warn("compiled", _NO_OUTPUTS)
             return
         try:
-            task, own = self._probe.split(loss, views)
+            task, own, logits = self._probe.split(loss, views)
         except RuntimeError as error:
             self.warnings.warn("graph", f"OTRTMonitor could not measure the share of the transfer's gradient: {error}")
             return
-        total = own.norm()
-        self._shares = {
-            f"otrt/layer_share/{name}": share for name, share in zip(self._probe.names, own / (own + task), strict=True)
-        }
-        self._shares["otrt/gradient_share"] = total / (total + task.norm())
+        self._shares = {}
+        whole = own.norm() + task.norm() + logits.norm()
+        weights = self.transfer.current_weights
+        if weights.transport:
+            shares = own / (own + task + logits)
+            self._shares = {
+                f"otrt/layer_share/{name}": share for name, share in zip(self._probe.names, shares, strict=True)
+            }
+            self._shares["otrt/gradient_share"] = own.norm() / whole
+        if weights.distillation:
+            self._shares["otrt/distillation_share"] = logits.norm() / whole
 
     def stop(self, module: pl.LightningModule) -> None:
         """End the measurements of the step."""
@@ -108,7 +114,7 @@ class MonitoredTransfer(ExtraTerm):
 
     def values(self) -> dict[str, float]:
         """The measured values by name. This waits for the device once."""
-        if self.transfer.current_weight == 0:
+        if not self.transfer.is_active:
             return {}
         found: dict[str, Tensor] = {}
         for label, distance in zip(self.transfer.labels, self.transfer.distances, strict=False):

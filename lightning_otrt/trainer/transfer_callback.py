@@ -184,7 +184,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         """Report values that were not finite, and bring the statistics of all processes together."""
         self.transfer.check_finite()
         self.transfer.synchronize()
-        never = self._seen > 0 and not self._steps and self.transfer.weight > 0
+        never = self._seen > 0 and not self._steps and self.transfer.has_weight
         if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"The weight of the transfer term was 0 in all {self._seen} training steps of this fit, because "
@@ -226,7 +226,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
         self._again, self._batch = batch == self._batch, batch
         self._seen += 1
-        self._steps += self.transfer.current_weight > 0
+        self._steps += self.transfer.is_active
         self._entered = True
         with self.transfer.recording():
             yield
@@ -241,13 +241,13 @@ class TransferCallback(pl.Callback, ExtraTerm):
 
     def skip(self) -> None:
         """Count a step that has no loss on purpose."""
-        self._skipped += self.transfer.current_weight > 0
+        self._skipped += self.transfer.is_active
 
     def term(self, position: int) -> Tensor | None:
-        """The weighted term of the forwards since the last call; None if the weight is 0. It is logged."""
+        """The weighted term of the forwards since the last call; None if all weights are 0. It is logged."""
         transfer = self.transfer
         weight = transfer.current_weight
-        if weight == 0:
+        if not transfer.is_active:
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
         samples = transfer.recorded_samples
@@ -257,10 +257,13 @@ class TransferCallback(pl.Callback, ExtraTerm):
             for label, distance in zip(transfer.labels, transfer.distances, strict=False)
             if not distance.is_skipped
         }
-        self._terms += bool(layers)
+        values = {"train/otrt": transfer.transport_value if layers else None}
+        values["train/distillation"] = transfer.distillation_value
+        terms = {name: value for name, value in values.items() if value is not None}
+        self._terms += bool(terms)
         self._log(position, {"otrt/weight": weight, **layers}, samples)
-        if layers:
-            self._log(position, {"train/otrt": loss.detach() / weight}, samples, prog_bar=True)
+        if terms:
+            self._log(position, terms, samples, prog_bar=True)
             self._check_leaves(loss)
         return loss
 

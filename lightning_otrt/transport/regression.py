@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.moments import around_mean, centred, inverse_norm, moments, recentre
-from lightning_otrt.transport.tensors import add_product, product, widen_if_long
+from lightning_otrt.transport.tensors import add_product, means, product, widen_if_long
 
 __all__ = ["Regression"]
 
@@ -133,7 +133,7 @@ class Regression:
 
     def shared_value(self, y: Tensor, x: Tensor, weights: Tensor) -> Rounds:
         """:meth:`value` where several processes each hold a part of the observations: two rounds of vectors."""
-        mean_y, mean_x = y.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        mean_y, mean_x = means(y), means(x)
         y, x = y - mean_y, x - mean_x
         count = y.shape[-1]
         total_y, total_x = yield [

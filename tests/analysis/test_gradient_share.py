@@ -12,7 +12,7 @@ from helpers import hooks, loader, make_task, make_teacher
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_otrt import RepresentationTransfer, suggest_weight
+from lightning_otrt import LogitDistillation, RepresentationTransfer, suggest_weight
 from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.views import View
@@ -35,9 +35,46 @@ def test_splits_any_multiple_of_the_loss(scale):
         norms = probe.split(scale * (task + transfer.loss()), views)
         probe.remove()
     assert probe.names == ("block1", "block2")
-    for found, wanted in zip(norms, expected, strict=True):
+    assert norms.distillation.tolist() == [0, 0]
+    for found, wanted in zip(norms[:2], expected, strict=True):
         assert [value / scale for value in found.tolist()] == pytest.approx(wanted, rel=1e-4)
     assert hooks(student, teacher) == []
+
+
+@pytest.mark.parametrize("features", [None, "block2:input"])
+def test_the_distillation_of_logits_is_a_part_of_its_own(features):
+    """Against the gradients of each part alone."""
+    student, teacher = make_task().net.double(), make_teacher().double()
+    x, labels = next(iter(loader(batch_size=16)))
+    outputs = {}
+    for name in NET_LAYERS:
+        student.get_submodule(name).register_forward_hook(
+            lambda m, args, output, name=name: outputs.update({name: output})
+        )
+    transfer = RepresentationTransfer(teacher, NET_LAYERS, distillation=LogitDistillation(3.0, features=features))
+    with transfer.attached(student):
+        student(x.double())
+        transfer.discard()
+        probe = GradientProbe(student, transfer.pairs)
+        with probe.watching():
+            task = F.cross_entropy(student(x.double()), labels)
+        views = list(transfer.views)
+        total = transfer.loss()
+        norms = probe.split(task + total, views)
+        probe.remove()
+    layers = [outputs[name] for name in NET_LAYERS]
+    of_task = torch.autograd.grad(task, layers, retain_graph=True)
+    of_both = torch.autograd.grad(total, layers, retain_graph=True)
+    assert norms.task.tolist() == pytest.approx([float(grad.norm()) for grad in of_task], rel=1e-5)
+    logits = views[0].logits if features is None else views[0].student["features"][0]
+    (flow,) = torch.autograd.grad(total, logits, retain_graph=True)
+    parts = torch.autograd.grad(logits, layers, flow, retain_graph=True, allow_unused=True)
+    parts = [torch.zeros(()) if part is None else part for part in parts]
+    assert norms.distillation.tolist() == pytest.approx([float(part.norm()) for part in parts], rel=1e-5, abs=1e-9)
+    rest = [float((both - part).norm()) for both, part in zip(of_both, parts, strict=True)]
+    assert norms.transport.tolist() == pytest.approx(rest, rel=1e-5)
+    assert min(norms.transport) > 0
+    assert max(norms.distillation) > 0
 
 
 def test_is_not_fooled_by_in_place_operations():
@@ -80,7 +117,7 @@ def test_keeps_no_activation():
         loss = net(torch.randn(2, 4)).sum()
     assert probe.has_outputs([View("", {"0": [torch.zeros(2, 3)]})])
     assert net.outputs[0]() is None
-    assert [norm.tolist() for norm in probe.split(loss, [])] == [[pytest.approx(math.sqrt(6))], [0.0]]
+    assert [norm.tolist() for norm in probe.split(loss, [])] == [[pytest.approx(math.sqrt(6))], [0.0], [0.0]]
     probe.remove()
     assert hooks(net) == []
 

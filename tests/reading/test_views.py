@@ -48,7 +48,7 @@ def test_views_without_gradient_are_left_out_unless_all_are() -> None:
 
 def test_neurons_of_each_view_and_pair() -> None:
     views = [recorded([reading()], [reading(False)]) for _ in range(2)]
-    matched, constant, absent, _ = matched_neurons(views, PAIRS, COUNTS)
+    matched, constant, absent = matched_neurons(views, PAIRS, COUNTS)
     assert (constant, absent) == (["b"], {})
     assert {(tuple(y.shape), tuple(x.shape)) for view in matched for y, x in view} == {((3, 5), (7, 5))}
     assert [len(view) for view in matched] == [2, 2]
@@ -74,7 +74,7 @@ def test_why_there_is_no_term(view: View, words: str) -> None:
 
 def test_a_layer_that_did_not_run_has_no_observations() -> None:
     ran, skipped = recorded([reading()], [reading()]), recorded([reading()])
-    neurons, constant, absent, _ = matched_neurons([ran, skipped], PAIRS, COUNTS)
+    neurons, constant, absent = matched_neurons([ran, skipped], PAIRS, COUNTS)
     assert (constant, absent) == ([], {})
     assert [[(tuple(y.shape), tuple(x.shape)) for y, x in view] for view in neurons] == [
         [((3, 5), (7, 5)), ((3, 5), (7, 5))],

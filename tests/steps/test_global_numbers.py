@@ -16,7 +16,7 @@ from processes import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_otrt import RepresentationTransfer
+from lightning_otrt import LogitDistillation, RepresentationTransfer
 
 EVEN = {2: (6, 6), 4: (3, 3, 3, 3)}
 #: One sample carries no correlation of its own; the last has more than all others together.
@@ -30,7 +30,7 @@ def train(options: dict[str, Any], sizes: Sequence[int], distributed: bool) -> d
     rank = dist.get_rank() if distributed else 0
     student = net(4, seed=1)
     model = DistributedDataParallel(student) if distributed else student
-    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, weight=2.0, **options)
+    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, **{"weight": 2.0, **options})
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
     terms, gradients = [], []
     with transfer.attached(model):
@@ -68,6 +68,27 @@ def settings(**options: Any) -> list[dict[str, Any]]:
         for term in TERMS.values()
         for memory in (0, 0.9, "auto")
     ]
+
+
+def distilled() -> list[dict[str, Any]]:
+    """With soft targets and with a regression, beside the transport term and alone."""
+    ways = [LogitDistillation(2.0, temperature=2.0), LogitDistillation(2.0, features="4:input")]
+    return [{"distillation": way, "memory": 0.9, "weight": weight} for way in ways for weight in (2.0, 0)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_distillation_has_the_numbers_of_one_process(count: int) -> None:
+    sizes = UNEVEN[count]
+    found = run_processes(count, train_all, distilled(), sizes)
+    for number, options in enumerate(distilled()):
+        expected = train(options, sizes, distributed=False)
+        for results in found:
+            for what in ("terms", "gradients", "weights"):
+                assert_close(results[number][what], expected[what])
+            own, other = (each["state"]["distillation"] for each in (results[number], expected))
+            assert own["calls"] == other["calls"] == ACCUMULATE * STEPS
+            assert_close([own["sums"], own["map"]], [other["sums"], other["map"]])
+        assert float(expected["terms"].min()) > 1e-3
 
 
 @pytest.mark.parametrize("uneven", [pytest.param(False, marks=pytest.mark.slow), True])

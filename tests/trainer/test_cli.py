@@ -14,7 +14,14 @@ import yaml
 from helpers import Task, differ, hooks, loader, weights
 from torch.utils.data import DataLoader
 
-from lightning_otrt import LayerPair, LinearWarmup, OTRTCallback, OTRTModule, RepresentationTransfer
+from lightning_otrt import (
+    LayerPair,
+    LinearWarmup,
+    LogitDistillation,
+    OTRTCallback,
+    OTRTModule,
+    RepresentationTransfer,
+)
 
 cli = pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("jsonargparse")
@@ -98,6 +105,15 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher": NET,
         "schedule": {"class_path": "lightning_otrt.LinearWarmup", "init_args": {"steps": 4}},
     },
+    "distillation by its weight": {"teacher": NET, "distillation": 0.5},
+    "distillation in full": {"teacher": NET, "distillation": {"weight": 0.5, "temperature": 2.0}},
+    "distillation by its class": {
+        "teacher": NET,
+        "distillation": {
+            "class_path": "lightning_otrt.LogitDistillation",
+            "init_args": {"weight": 0.5, "select": ["logits", 0]},
+        },
+    },
     "a teacher in half precision": {"teacher": NET, "teacher_dtype": "bfloat16"},
     "a cache in memory": {"teacher": NET, "teacher_cache": "memory"},
     "a cache with settings": {"teacher": NET, "teacher_cache": {"limit": "2MB", "dtype": "bfloat16"}},
@@ -117,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
         "solve_every": 2,
         "grid": 2,
         "schedule": None,
+        "distillation": 1,
         "teacher_inputs": f"{__name__}.same",
         "teacher_dtype": None,
         "teacher_cache": "1GB",
@@ -152,6 +169,12 @@ def test_from_yaml(tmp_path, name):
         assert [pair.student for pair in callback.transfer.pairs] == expected[name]
     if name == "layer pairs":
         assert callback.transfer.pairs[0] == LayerPair("net.block1", "block1", 0.75, (1, 1))
+    if name.startswith("distillation"):
+        assert float(found.trainer.callback_metrics["train/distillation"]) > 0
+    if name == "distillation in full":
+        assert callback.distillation == LogitDistillation(0.5, temperature=2.0)
+    if name == "distillation by its class":
+        assert callback.distillation == LogitDistillation(0.5, select=("logits", 0))
     if name == "a schedule by its class":
         assert callback.transfer.schedule == LinearWarmup(4)
         assert found.trainer.callback_metrics["otrt/weight"] == 2.0

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from trainer.fits import Seen, fitted, make_callback, resuming_trainer
 
-from lightning_otrt import CosineDecay, LinearWarmup, OTRTCallback, OTRTModule
+from lightning_otrt import CosineDecay, LinearWarmup, LogitDistillation, OTRTCallback, OTRTModule
 
 RESUMED = [
     {},
@@ -41,6 +41,8 @@ RESUMED = [
     {"plan": "random_orthogonal", "seed": 3, "memory": 0.9, "solve_every": 3},
     {"schedule": LinearWarmup(12), "layers": "auto"},
     {"schedule": CosineDecay(12), "layers": "penultimate"},
+    {"distillation": 1.0, "weight": 0},
+    {"distillation": LogitDistillation(features="block2")},
 ]
 
 

@@ -1,0 +1,60 @@
+"""Where the logits of a model are, as a trace shows it: which tensor of its output, and which layer makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from lightning_otrt.layers.automatic import classification_head, input_before_dropout
+from lightning_otrt.layers.model_output import output_layers
+from lightning_otrt.layers.trace import Trace, TracedTensor
+
+__all__ = ["head_input", "logit_key", "traced_logits"]
+
+#: Keys under which libraries return logits: Hugging Face, and the segmentation networks of torchvision.
+_KEYS = ("logits", "out")
+_LINEAR = ("linear", "pointwise", "conv")
+
+
+def logit_key(keys: Collection[str | int]) -> str | int | None:
+    """Which of the tensors of an output are the logits; None where that is not known.
+
+    Example:
+        >>> logit_key(["loss", "logits"]), logit_key([0, 1]), logit_key(["boxes"])
+        ('logits', 0, None)
+    """
+    return next((key for key in (*_KEYS, 0) if key in keys), None)
+
+
+def traced_logits(trace: Trace, select: str | int | None) -> TracedTensor | None:
+    """The logits in the traced output of the root; None where the trace does not show them.
+
+    Args:
+        trace: One forward of the model.
+        select: Key or index, where the user gave one.
+    """
+    root = trace.layer(trace.root)
+    parts = dict(root.parts)
+    if not parts:
+        return root.output
+    return parts.get(logit_key(parts) if select is None else select)  # type: ignore[arg-type]
+
+
+def head_input(trace: Trace, logits: TracedTensor) -> str | None:
+    """What enters the last linear map or convolution before the logits; None where none is found.
+
+    Args:
+        trace: One forward of the model.
+        logits: Its logits, with a known axis of the classes.
+    """
+    if len(logits.shape) == 2:
+        head = classification_head(trace)
+        return None if head is None else input_before_dropout(trace, head)
+    made = output_layers(trace)
+    heads = [layer for layer in trace.layers if layer.name in made and layer.role in _LINEAR and layer.calls == 1]
+    if not heads:
+        return None
+    # One head for each tensor of the output, as where a segmentation network has an auxiliary one.
+    outputs = [tensor for _, tensor in trace.layer(trace.root).parts if tensor.shape == logits.shape]
+    heads.sort(key=lambda layer: layer.order or 0)
+    place = next((place for place, tensor in enumerate(outputs) if tensor is logits), 0)
+    return input_before_dropout(trace, heads[place] if len(heads) == len(outputs) else heads[-1])

@@ -1,0 +1,118 @@
+"""The attached student of a transfer: which of its forwards are recorded, and what was recorded so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_otrt.options import FixedOptions
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.views import View, trained_views
+from lightning_otrt.teacher.attachment import Attachment
+from lightning_otrt.terms import Weights
+
+__all__ = ["RecordedStudent"]
+
+
+class RecordedStudent(FixedOptions):
+    """Base of ``RepresentationTransfer``: attaches to a student, and records its forwards where they count."""
+
+    _attachment: Attachment
+    _is_recording = False
+    _was_asked = False
+
+    @property
+    def current_weights(self) -> Weights:
+        """The weights of both terms at the current step."""
+        raise NotImplementedError
+
+    @property
+    def is_active(self) -> bool:
+        """Whether some term counts at the current step, so that forwards are recorded and the teacher runs."""
+        return any(self.current_weights)
+
+    @property
+    def student(self) -> nn.Module | None:
+        """The attached student."""
+        return self._attachment.student
+
+    @property
+    def views(self) -> list[View]:
+        """The forwards recorded since the last call of :meth:`loss`. The list grows with each of them."""
+        return self._attachment.views
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """The resolved pairs with the traces of both networks; None before the first forward."""
+        return self._attachment.pairing
+
+    @property
+    def teacher_output(self) -> Any:
+        """What the teacher returned in the newest training forward of the student, until :meth:`loss` takes that.
+
+        Raises:
+            RuntimeError: If it did not run in the newest forward, as where all weights are 0, and in validation.
+        """
+        return self._attachment.teacher_output
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a student is attached."""
+        return self.student is not None
+
+    @property
+    def has_views(self) -> bool:
+        """Whether a forward with gradient was recorded that :meth:`loss` has not taken yet."""
+        return any(view.has_gradient or view.is_empty for view in self.views)
+
+    @property
+    def recorded_samples(self) -> int:
+        """Number of samples in the forwards that :meth:`loss` would take."""
+        return sum(view.samples for view in trained_views(self.views))
+
+    def attach(self, student: nn.Module) -> None:
+        """Put hooks on ``student``. They record inside :meth:`recording`.
+
+        Raises:
+            RuntimeError: If it is attached already.
+            ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
+        """
+        self._attachment.attach(student)
+        self._was_asked = False
+
+    def detach(self) -> None:
+        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
+        self._attachment.detach()
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Record the forwards inside the block. Outside of it the hooks do nothing."""
+        return self._switched(True)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave forwards inside the block out of the term, such as the inner steps of an attack."""
+        return self._switched(False)
+
+    @contextmanager
+    def _switched(self, on: bool) -> Iterator[None]:
+        before, self._is_recording = self._is_recording, on
+        self._open_or_close()
+        try:
+            yield
+        finally:
+            self._is_recording = before
+            self._open_or_close()
+
+    def _option_changed(self) -> None:
+        self._open_or_close()
+
+    def _open_or_close(self) -> None:
+        # Where both weights are 0 nothing is recorded, and the teacher does not run.
+        weights = self.current_weights
+        self._attachment.record(self._is_recording and any(weights), pairs=weights.transport > 0)
+
+    def discard(self) -> None:
+        """Forget what was recorded since the last call of :meth:`loss`."""
+        self._attachment.take()

@@ -1,0 +1,203 @@
+"""The distillation of logits over the steps of a run: soft targets, or a regression on running moments."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.steps.rounds import run_rounds
+from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
+from lightning_otrt.transport.gradient import attach_gradients
+from lightning_otrt.transport.regression import Regression
+from lightning_otrt.transport.soft_targets import soft_targets
+from lightning_otrt.transport.tensors import common_dtype
+
+__all__ = ["Distillation"]
+
+#: ``(student, teacher, mask)`` of each view: logits ``(B, K, *positions)``, or neurons ``(N, n)`` and ``(K, n)``.
+LogitViews: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor | None]]
+
+#: Decay of the moments behind the regression, and its ridge.
+MEMORY, RIDGE = 0.95, 1e-2
+
+
+class Distillation:
+    """The term of the logits.
+
+    Args:
+        temperature: T of the soft targets.
+        strict: Raise on the first call if there are too few observations for a regression; else it is skipped.
+
+    Attributes:
+        calls: Number of calls so far.
+        bad_calls: Number of calls since the last read whose value was not finite, on the device; None before the first.
+    """
+
+    def __init__(self, temperature: float, *, strict: bool = True) -> None:
+        self.temperature, self.strict = temperature, strict
+        self._regression = Regression(standardised=False, ridge=RIDGE)
+        self._has_warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the moments and the counters."""
+        self.calls = 0
+        self.bad_calls: Tensor | None = None
+        self._sums: Sums | None = None
+        self._reference: tuple[Tensor, Tensor] | None = None
+        self._map: Tensor | None = None
+
+    def term(
+        self, views: LogitViews, ranks: Ranks | None, *, is_regression: bool, reevaluation: bool = False
+    ) -> Tensor:
+        """The term of one call, the mean over views; differentiable.
+
+        Args:
+            views: What was recorded. For soft targets the mask tells which positions count.
+            ranks: The processes of the global batch, None for this one alone.
+            is_regression: Whether the teacher's logits are regressed on the student's neurons.
+            reevaluation: Whether this is the batch of the last call again. Moments and map then stay as they are.
+
+        Returns:
+            T² KL, or 1 - R², over the observations of all processes. Gradients that the processes average are those of
+            one process with all observations.
+
+        Raises:
+            ValueError: On the first call, if a value is not finite, or if ``strict`` and there are too few
+                observations.
+        """
+        if self.calls == 0:
+            self._check(views)
+        with torch.autocast(views[0][0].device.type, enabled=False):
+            if is_regression:
+                total = self._regressed([common_dtype(y, x) for y, x, _ in views], ranks, is_new=not reevaluation)
+            else:
+                total = self._softened(views, ranks)
+        if not reevaluation or self.calls == 0:
+            self.calls += 1
+        with torch.no_grad():
+            if self.bad_calls is None:
+                self.bad_calls = torch.zeros_like(total, dtype=torch.int64)
+            self.bad_calls += (total - total) != 0
+        return total
+
+    def _softened(self, views: LogitViews, ranks: Ranks | None) -> Tensor:
+        found = [soft_targets(y, x, temperature=self.temperature, mask=mask) for y, x, mask in views]
+        if ranks is None:
+            return found[0].mean if len(found) == 1 else torch.stack([each.mean for each in found]).mean()
+        everywhere = ranks.sum([(each.total.detach(), each.positions) for each in found])
+        terms = []
+        for own, (total, positions) in zip(found, everywhere, strict=True):
+            positions = positions.clamp_min(1)
+            local = own.total * (ranks.size / positions)
+            # The value of all, with the gradient of the own part.
+            terms.append(local + (total / positions - local).detach())
+        return torch.stack(terms).mean()
+
+    def _regressed(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None, *, is_new: bool) -> Tensor:
+        if not self._has_enough(views, ranks):
+            return views[0][0].new_zeros(())
+        with torch.no_grad():
+            batches = [(y.detach(), x) for y, x in views]
+            if is_new or self._map is None:
+                self._observe(batches, ranks)
+            assert self._map is not None
+            weights = self._map
+            if ranks is None:
+                values = [self._regression.value(y, x, weights) for y, x in batches]
+            else:
+                values = run_rounds([self._regression.shared_value(y, x, weights) for y, x in batches], ranks.sum)
+            total = torch.stack([value for value, _ in values]).mean()
+        factor = (1 if ranks is None else ranks.size) / len(views)
+        students, gradients = [y for y, _ in views], [gradient for _, gradient in values]
+        return attach_gradients(total, students, gradients, [factor] * len(views))
+
+    def _observe(self, batches: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> None:
+        """Add a batch to the moments, those of all processes on each of them, and solve the map."""
+        y, x = batches[0] if len(batches) == 1 else (torch.cat(side, -1) for side in zip(*batches, strict=True))
+        self._check_state(y, x)
+        if self._reference is None:
+            wide = y.dtype if y.device.type == "mps" else torch.float64
+            moments = [side.sum(-1, dtype=wide) for side in (y, x)]
+            count = moments[0].new_full((), y.shape[-1])
+            sum_y, sum_x, count = (*moments, count) if ranks is None else ranks.sum((*moments, count))
+            means = ((side / count).nan_to_num(0.0, 0.0, 0.0)[:, None].to(y.dtype) for side in (sum_y, sum_x))
+            self._reference = next(means), next(means)
+        new = self._regression.sums(y, x, self._reference)
+        new = new if ranks is None else ranks.sum(new)
+        is_finite = all_finite(new)
+        running = [torch.zeros_like(part) for part in new] if self._sums is None else self._sums
+        self._sums = decay_and_add(running, MEMORY, new, is_finite)
+        solved = self._regression.solve(self._sums)
+        older = torch.zeros_like(solved) if self._map is None else self._map
+        self._map = torch.where(all_finite([solved]), solved, older)
+
+    def _check(self, views: LogitViews) -> None:
+        for y, x, mask in views:
+            for side, name in ((y, "student"), (x, "teacher")):
+                shown = side if mask is None else torch.where(mask.unsqueeze(1), side, 0.0)
+                if not bool(shown.detach().isfinite().all()):
+                    raise ValueError(
+                        f"The logits of the {name}, or what is regressed on, have NaN or infinite values (shape "
+                        f"{tuple(side.shape)}), so that nothing can be distilled. Check its inputs and its weights; "
+                        "classes that are masked by minus infinity cannot be compared."
+                    )
+
+    def _check_state(self, y: Tensor, x: Tensor) -> None:
+        if self._map is None:
+            return
+        if self._map.shape != (x.shape[0], y.shape[0]):
+            raise ValueError(
+                f"The regression of the teacher's logits has {y.shape[0]} student neurons and {x.shape[0]} logits, but "
+                f"its moments, from earlier calls or from a checkpoint, are those of {self._map.shape[1]} and "
+                f"{self._map.shape[0]}. Use the networks of that run, or call `reset()` to start anew."
+            )
+        if self._map.dtype != y.dtype:
+            assert self._sums is not None
+            assert self._reference is not None
+            self._map = self._map.to(y.dtype)
+            self._reference = self._reference[0].to(y.dtype), self._reference[1].to(y.dtype)
+            self._sums = [part if part.dtype == torch.float64 else part.to(y.dtype) for part in self._sums]
+
+    def _has_enough(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> bool:
+        fewest, needed = min(y.shape[-1] for y, _ in views), self._regression.min_observations
+        # Several processes are taken to have enough together: to know it they would have to wait for each other.
+        if fewest >= needed or ranks is not None:
+            return True
+        message = f"The regression of the teacher's logits has {fewest} observations, and needs at least {needed}"
+        if self.calls == 0 and self.strict:
+            raise ValueError(f"{message}. Use a larger batch.")
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"{message}: it is skipped for such batches. Use drop_last=True.", stacklevel=3)
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counter and moments; plain tensors, lists and numbers."""
+        return {
+            "calls": self.calls,
+            "sums": None if self._sums is None else list(self._sums),
+            "reference": None if self._reference is None else list(self._reference),
+            "map": self._map,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore :meth:`state_dict`.
+
+        Args:
+            state: What it returned.
+            device: Device of the student.
+        """
+        self.reset()
+        self.calls = state["calls"]
+        if state["map"] is None:
+            return
+        self._map = state["map"].to(device)
+        self._sums = [part.to(device) for part in state["sums"]]
+        y, x = state["reference"]
+        self._reference = y.to(device), x.to(device)

@@ -1,0 +1,234 @@
+"""The logits of student and teacher in the forwards of a step, for their distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from lightning_otrt.distillation import LogitDistillation
+from lightning_otrt.layers.logits import head_input, traced_logits
+from lightning_otrt.layers.mask_sources import MaskSource
+from lightning_otrt.layers.names import child_names, named_layers
+from lightning_otrt.layers.pairs import INPUT
+from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
+from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.layer_masks import warn_of_unused_masks
+from lightning_otrt.reading.logits import LogitReader, logit_masks, logit_reader
+from lightning_otrt.reading.neurons import NeuronReader
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.positions import match_positions
+from lightning_otrt.reading.readers import recorded_layer
+from lightning_otrt.reading.recorder import RecordedLayer
+from lightning_otrt.reading.views import NoTermError, View
+from lightning_otrt.transport.soft_targets import logit_neurons
+
+__all__ = ["FEATURES", "LogitRecording", "MatchedLogits"]
+
+#: Keys of a view: what the regression reads of the student, and the logits of the teacher with their mask.
+FEATURES, LOGITS, LOGIT_MASK = "features", "logits", "logit mask"
+
+
+class MatchedLogits(NamedTuple):
+    """The logits of the views of a call.
+
+    Attributes:
+        is_regression: Whether the teacher's logits are regressed, because the classes are others.
+        views: For each view ``(student, teacher, mask)``: logits of one shape ``(B, K, *positions)`` with the mask of
+            their positions or None; for a regression neurons ``(N, n)`` of the student, centred logits ``(K, n)`` of
+            the teacher, and None.
+    """
+
+    is_regression: bool
+    views: list[tuple[Tensor, Tensor, Tensor | None]]
+
+
+class LogitRecording:
+    """Reads the logits of both networks, and brings them to one form.
+
+    Args:
+        option: What the user passed.
+        grid: Positions kept along each axis of a map; for a regression.
+    """
+
+    def __init__(self, option: LogitDistillation, grid: int | None) -> None:
+        self.option, self.grid = option, grid
+        #: What to record of the student for a regression.
+        self.features: RecordedLayer | None = None
+        #: What is compared, for the log.
+        self.note = ""
+        self._student: LogitReader | None = None
+        self._teacher: LogitReader | None = None
+        self._pools = False
+
+    def settle(self, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> None:
+        """Take from the traces what to read, and how.
+
+        Raises:
+            ValueError: If the layer that the user named for a regression does not exist or cannot be read.
+        """
+        traces = pairing.student, pairing.teacher
+        modules = named_layers(student), named_layers(teacher)
+        kinds = type(modules[0][traces[0].root]).__name__, type(modules[1][traces[1].root]).__name__
+        self._student, self._teacher = (
+            logit_reader(side, trace, known, kind, select, self.option.class_axis)
+            for side, trace, known, kind, select in zip(
+                ("student", "teacher"), traces, modules, kinds, self.option.selects, strict=True
+            )
+        )
+        for side, trace, select in zip(("student", "teacher"), traces, self.option.selects, strict=True):
+            warn_of_unused_masks(side, {trace.root: logit_masks(trace, select)})
+        counts = [
+            _classes(trace, select, self.option) for trace, select in zip(traces, self.option.selects, strict=True)
+        ]
+        differ = None not in counts and counts[0] != counts[1]
+        self._pools = differ or self.option.features is not None
+        self.features = self._find_features(traces[0], modules[0]) if self._pools else None
+        self.note = self._described(counts)
+
+    @property
+    def identity(self) -> str:
+        """What is read of the teacher's output, in words that are equal for equal readings."""
+        reader = self._teacher
+        assert reader is not None
+        masks = [source for source, _ in reader.masks]
+        grid = self.grid if self._pools else "whole"
+        return f"logits {reader.select!r} {reader.class_axis} {reader.batch_axis} {masks!r} {grid}"
+
+    def masks(self, side: str) -> tuple[tuple[MaskSource, nn.Module], ...]:
+        """The sources of the masks of the logits of one side, with the modules that get them."""
+        reader = self._student if side == "student" else self._teacher
+        return () if reader is None else reader.masks
+
+    def read_student(self, output: Any, view: View) -> None:
+        """Keep the student's logits in a view."""
+        if self._student is not None:
+            view.logits, view.logit_mask = self._student(output, view.masks)
+
+    def read_teacher(self, output: Any, view: View) -> None:
+        """Keep the teacher's logits in a view; for a regression they are pooled at once."""
+        if self._teacher is None:
+            return
+        logits, mask = self._teacher(output, view.masks)
+        if self._pools:
+            logits, mask = self._pooled(logits, mask), None
+        view.teacher[LOGITS] = [logits]
+        if mask is not None:
+            # A number, as a cache keeps it.
+            view.teacher[LOGIT_MASK] = [mask.to(logits.dtype)]
+
+    def matched(self, views: Sequence[View]) -> MatchedLogits:
+        """The logits of each view in one form.
+
+        Raises:
+            NoTermError: If there are no logits in a view, or they do not depend on the student's parameters.
+            ValueError: If the shapes of student and teacher do not fit.
+        """
+        found = [self._of_view(view) for view in views]
+        if not any(student.requires_grad for _, (student, _, _) in found):
+            raise NoTermError(
+                "The distillation of logits is constant: the student's output does not depend on any parameter that "
+                "requires a gradient. Unfreeze its layers, or check for `no_grad` and `detach`."
+            )
+        return MatchedLogits(found[0][0], [triple for _, triple in found])
+
+    def _of_view(self, view: View) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None]]:
+        student, teachers = view.logits, view.teacher.get(LOGITS, [])
+        if student is None or not teachers:
+            raise NoTermError(
+                "No logits were recorded in a forward of the student. Its output is recorded where its root is called "
+                "as a module; code that was compiled before the transfer was attached does not tell it."
+            )
+        teacher = teachers[0]
+        where = "Distillation of logits"
+        shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} as (batch, classes, *positions)"
+        if student.shape[0] != teacher.shape[0]:
+            raise ValueError(
+                f"{where}: the batch sizes differ ({shapes}). Teacher and student must see the same samples. Check "
+                "`teacher_inputs`."
+            )
+        if self.option.features is not None or student.shape[1] != teacher.shape[1]:
+            return True, self._regressed(view, student, teacher)
+        if student.shape[1] == 1:
+            raise ValueError(
+                f"{where}: both networks have a single output ({shapes}), and softened probabilities of one class are "
+                "always 1. Give both a logit for each of two classes, or regress the teacher's output on a layer of "
+                "the student with LogitDistillation(features='name of the layer')."
+            )
+        mask = _mask_of(view) if view.logit_mask is None else view.logit_mask
+        if student.shape != teacher.shape:
+            if student.dim() != 4 or teacher.dim() != 4:
+                raise ValueError(
+                    f"{where}: the positions differ ({shapes}) and cannot be matched. Maps (B, K, H, W) are resized; "
+                    "others have to agree. Check `teacher_inputs`, or leave the distillation out."
+                )
+            size = student.shape[2:]
+            teacher = interpolate(teacher, size, mode="bilinear", align_corners=False, antialias=True)
+        return False, (student, teacher, mask)
+
+    def _regressed(self, view: View, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, None]:
+        calls = view.student.get(FEATURES, [])
+        if self.features is None:
+            raise ValueError(
+                f"The student has {student.shape[1]} classes and the teacher {teacher.shape[1]}, so that the teacher's "
+                "logits are regressed on what enters the student's last linear layer. None was found. Name the layer "
+                "whose output is to be used, with LogitDistillation(features='name') or 'name:input'."
+            )
+        if len(calls) != 1:
+            raise NoTermError(
+                f"The student layer {self.features.name!r}, on which the teacher's logits are regressed, ran "
+                f"{len(calls)} times in this forward, and not once. Name another one with "
+                "LogitDistillation(features='name')."
+            )
+        if not self._pools:
+            teacher = self._pooled(teacher, _mask_of(view))
+        y, x = match_positions(calls[0], teacher, f"{self.features.name!r} -> the teacher's logits")
+        return y, x if len(x) == 1 else logit_neurons(x, class_axis=0), None
+
+    def _pooled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        where = "the logits of the teacher" if self._teacher is None else f"the logits of the {self._teacher.where}"
+        return NeuronReader(layer=where, neuron_axis=1, grid=self.grid)(logits, mask)
+
+    def _find_features(self, trace: Trace, modules: dict[str, nn.Module]) -> RecordedLayer | None:
+        name = self.option.features
+        if name is None:
+            logits = traced_logits(trace, self.option.selects[0])
+            name = None if logits is None else head_input(trace, logits)
+            if name is None:
+                return None
+        bare = name.removesuffix(INPUT)
+        if bare not in modules:
+            inside = f"{trace.root}.{name}" if trace.root else name
+            if inside.removesuffix(INPUT) not in modules:
+                raise ValueError(
+                    f"Expected `features` to name a layer of the student, but there is no {bare!r}. Children of its "
+                    f"root: {child_names(modules[trace.root])}."
+                )
+            name = inside
+        axis = chosen_axis("student", trace, name, None, recorded_tensor("student", trace, name, None))
+        return recorded_layer("student", trace, modules, name, axis, self.grid)
+
+    def _described(self, counts: Sequence[int | None]) -> str:
+        if self.features is not None:
+            return f"Distillation: the teacher's logits, regressed on {self.features.name!r} of the student"
+        classes = "the same" if counts[0] is None else str(counts[0])
+        return f"Distillation: T² KL of {classes} classes at temperature {self.option.temperature:g}"
+
+
+def _mask_of(view: View) -> Tensor | None:
+    """The mask of the teacher's logits."""
+    masks = view.teacher.get(LOGIT_MASK)
+    return masks[0] != 0 if masks else None
+
+
+def _classes(trace: Trace, select: str | int | None, option: LogitDistillation) -> int | None:
+    """The number of classes of a traced network, None where the trace does not show it."""
+    logits = traced_logits(trace, select)
+    if logits is None or len(logits.shape) < 2:
+        return None
+    axis = option.class_axis if option.class_axis is not None else logits.neuron_axis
+    if axis is None:
+        axis = 1 if len(logits.shape) != 3 else None
+    return None if axis is None or not -len(logits.shape) <= axis < len(logits.shape) else logits.shape[axis]
