@@ -115,17 +115,19 @@ class RunState:
         """
         known, pairings = self._known_pairs(student), []
 
-        def choose_here() -> tuple[LayerPair, ...]:
+        def choose_here() -> tuple[tuple[LayerPair, ...], tuple[str, ...]]:
             pairings.append(choose(known))
-            return pairings[0].pairs
+            return pairings[0].pairs, pairings[0].plans
 
-        self.pairs = choice_of_first(self._everyone, repr(self.layers), choose_here)
+        self.pairs, plans = choice_of_first(self._everyone, repr(self.layers), choose_here)
         self._paired_for = repr(self.layers)
-        self.engine = self._make_engine(device)
+        self.engine = self._make_engine(device, plans)
         self._pairing = replace(pairings[0], pairs=self.pairs)
         if self._saved is not None:
             self._load(self._saved, device)
             self._saved = None
+        # Those of an earlier call or a checkpoint, whose plans go on.
+        self._pairing = replace(self._pairing, plans=self.engine.plans if plans else ())
         ranks = self.ranks
         if ranks is not None and ranks.rank == 0 and batch_norms_in_training(student, synchronized=False):
             report(BATCH_NORM_NOTE)
@@ -269,18 +271,20 @@ class RunState:
             return None
         return pairs if layers == repr(self.layers) and has_layers(student, pairs) else None
 
-    def _make_engine(self, device: torch.device | None) -> TransportEngine:
+    def _make_engine(self, device: torch.device | None, plans: tuple[str, ...]) -> TransportEngine:
         """The engine for the pairs, with the plans and statistics of an earlier one for the same pairs."""
         names = [(pair.student, pair.teacher) for pair in self.pairs]
         weights = [pair.weight for pair in self.pairs]
         before = self.engine if self.engine is not None and list(self.engine.names) == names else None
+        if before is not None and plans and not before.calls and before.plans != plans:
+            before = None
         ranks = self.ranks
         if ranks is None:
             if before is not None and not isinstance(before, GlobalTransportEngine):
                 return before
-            engine = TransportEngine(names, weights, **self.settings)
+            engine = TransportEngine(names, weights, **self.settings, plans=plans)
         else:
-            engine = GlobalTransportEngine(names, weights, **self.settings, ranks=ranks)
+            engine = GlobalTransportEngine(names, weights, **self.settings, plans=plans, ranks=ranks)
         if before is not None:
             engine.load_state_dict(before.state_dict(), device or torch.device("cpu"))
         return engine

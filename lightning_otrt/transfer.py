@@ -66,8 +66,8 @@ class RepresentationTransfer(RecordedStudent):
             that gives ``(N, M)``. ``plan="orthogonal"`` takes ``"correlation"`` (standardised neurons) or
             ``"covariance"`` (neurons keep their scale).
         plan: ``"sinkhorn"``, ``"exact"``, ``"static"`` (fixed once 256 samples were seen), ``"orthogonal"`` (a rotation
-            of the teacher's neurons instead of a transport plan), or a control: ``"identity"``, ``"uniform"``,
-            ``"random"``, ``"random_orthogonal"``.
+            of the teacher's neurons instead), ``"auto"`` (orthogonal for pairs without axes of their own, else
+            Sinkhorn), or a control: ``"identity"``, ``"uniform"``, ``"random"``, ``"random_orthogonal"``.
         epsilon: Entropic regularisation, relative to the mean cost.
         memory: Decay of a running cost behind the plan: 0 sees the current batch alone; ``"auto"`` is 0.98 for layers
             with more neurons than the batch has samples, else 0.
@@ -168,7 +168,7 @@ class RepresentationTransfer(RecordedStudent):
         #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
         self.cache = SampleCache.of(teacher_cache)
         self._attachment = Attachment(
-            self.teacher, layers, student_root, grid, self._settle, self.cache, strict, self._run.agree, logits
+            self.teacher, layers, student_root, grid, self._settle, self.cache, strict, self._run.agree, logits, plan
         )
         self._warned: set[str] = set()
 

@@ -43,7 +43,7 @@ VALUES: dict[str, list[Any]] = {
     "weight": [2.0, 0],
     "student_root": ["net", ""],
     "cost": ["euclidean", shifted],
-    "plan": ["exact", "random", "orthogonal", "random_orthogonal"],
+    "plan": ["exact", "random", "orthogonal", "random_orthogonal", "auto"],
     "epsilon": [0.05],
     "memory": [0.9, 0],
     "solve_every": [1],

@@ -69,9 +69,9 @@ class ValidationDistances:
 
     def _make_metrics(self) -> list[NeuronTransportDistance]:
         transfer = self.transfer
-        plan = "sinkhorn" if transfer.plan == "static" else transfer.plan
         metrics = []
-        for distance in transfer.distances:
+        for distance, kind in zip(transfer.distances, transfer.engine.plans, strict=True):
+            plan = "sinkhorn" if kind == "static" else kind
             # A pair without a plan yet (too few observations so far) gets a metric too: all processes have to reduce
             # the same metrics.
             shape = (1, 1) if distance.plan is None else tuple(distance.plan.shape)

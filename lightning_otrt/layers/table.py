@@ -16,6 +16,7 @@ def format_pairs(
     student: Trace,
     teacher: Trace,
     masks: Sequence[tuple[LayerMasks, LayerMasks]] = (),
+    plans: Sequence[str] = (),
 ) -> str:
     """The pairs as a table with types, shapes and neuron axes; with padding masks, where there is any.
 
@@ -24,6 +25,7 @@ def format_pairs(
         student: Trace of the student.
         teacher: Trace of the teacher.
         masks: For each pair the masks of student and teacher.
+        plans: For each pair the kind of plan, where that was chosen pair by pair.
 
     Example:
         >>> from lightning_otrt.layers.trace import TracedLayer, TracedTensor
@@ -40,14 +42,20 @@ def format_pairs(
             shown = tensor.neuron_axis if axis is None and tensor else axis
             cells += [f"{name} ({trace.layer(name).kind})", str(tensor.shape if tensor else "?"), str(shown)]
         rows.append([*cells, f"{pair.weight:.3g}"])
+    left = {0, 3}
+    if plans:
+        left.add(len(rows[0]))
+        for row, plan in zip(rows, ["plan", *plans], strict=True):
+            row.append(plan)
     used = [tuple(found.used.source.argument if found.used else "none" for found in sides) for sides in masks]
     if any(names != ("none", "none") for names in used):
+        left.add(len(rows[0]))
         for row, names in zip(rows, [("mask", "mask"), *used], strict=True):
             row.append(names[0] if names[0] == names[1] else " / ".join(names))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if column in (0, 3, 7) else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

@@ -20,6 +20,8 @@ class TracedTensor:
         is_floating: Whether the dtype is a real floating-point type.
         neuron_axis: Non-negative axis of the neurons, None where it is ambiguous.
         batch_axis: Axis of the samples: 0, or 1 for ``(T, B, C)``.
+        is_rectified: Whether its values look like those behind a nonlinearity that cuts off negative ones; None where
+            the trace was not asked to look.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +29,7 @@ class TracedTensor:
     is_floating: bool = True
     neuron_axis: int | None = None
     batch_axis: int = 0
+    is_rectified: bool | None = None
 
     @property
     def positions(self) -> tuple[int, ...]:

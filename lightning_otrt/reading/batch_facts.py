@@ -7,7 +7,31 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["count_samples", "is_sequence_first"]
+__all__ = ["count_samples", "is_rectified", "is_sequence_first"]
+
+#: Smooth rectifiers (GELU, SiLU, Mish, Hardswish) have small negative values, none of them below this one.
+LOWEST = -0.4
+#: Sum of all negative values over that of all positive ones, up to which values count as rectified. It is 1 for values
+#: that are symmetric around 0, and 0.2 to 0.3 behind GELU and SiLU of a standard normal distribution.
+NEGATIVE_SHARE = 0.5
+
+
+def is_rectified(values: Tensor) -> bool:
+    """Whether values look like those behind a nonlinearity that cuts off negative ones. It waits for the device.
+
+    Example:
+        >>> import torch
+        >>> values = torch.linspace(-3, 3, 100)
+        >>> is_rectified(values), is_rectified(values.relu()), is_rectified(torch.nn.functional.gelu(values))
+        (False, True, True)
+    """
+    if values.is_nested:
+        values = values.values()
+    values = values.detach().float()
+    lowest, positive = values.amin(), values.clamp_min(0).sum()
+    negative = positive - values.sum()
+    few = (lowest >= LOWEST) & (negative <= NEGATIVE_SHARE * positive)
+    return bool((positive > 0) & ((lowest >= 0) | few))
 
 
 def is_sequence_first(module: nn.Module) -> bool | None:

@@ -13,6 +13,7 @@ from lightning_otrt.layers.lookup import LayerNames, check_names
 from lightning_otrt.layers.names import child_names, named_layers, named_tensors
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.layers.resolve import fallback_note, resolve_layers
+from lightning_otrt.layers.streams import choose_plans
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
@@ -40,12 +41,14 @@ class Pairing:
         student: Trace of the student.
         teacher: Trace of the teacher.
         note: What the reader of the table should know about the choice.
+        plans: For each pair the kind of plan, where that is chosen pair by pair.
     """
 
     pairs: tuple[LayerPair, ...]
     student: Trace
     teacher: Trace
     note: str = ""
+    plans: tuple[str, ...] = ()
 
     def readers(self, side: str, model: nn.Module, grid: int | None) -> Readers:
         """What to record of one side; the key is the number of the pair.
@@ -72,7 +75,7 @@ class Pairing:
     def table(self) -> str:
         """The pairs as a table with types and shapes."""
         masks = [pair_masks(pair, self.student, self.teacher) for pair in self.pairs]
-        table = format_pairs(self.pairs, self.student, self.teacher, masks)
+        table = format_pairs(self.pairs, self.student, self.teacher, masks, self.plans)
         return f"{self.note}\n{table}" if self.note else table
 
 
@@ -95,6 +98,7 @@ def pair_layers(
     *,
     method: str = "",
     teacher_root: str = "",
+    plan: str = "",
 ) -> Pairing:
     """Trace one forward of each network and choose the pairs.
 
@@ -108,15 +112,19 @@ def pair_layers(
         known: Pairs that were resolved earlier for both networks, to be used instead of a new choice.
         method: Method of the student's root that is called in place of its forward.
         teacher_root: Name of the teacher's submodule that runs, ``""`` for all of it.
+        plan: Kind of plan; ``"auto"`` chooses one for each pair.
 
     Raises:
         ValueError: If a layer cannot be recorded, or no pair can be found.
         RuntimeError: If the teacher fails on its inputs.
     """
-    student_trace = trace(student, *inputs, root=root, method=method)
-    teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root)
+    looks = plan == "auto"
+    student_trace = trace(student, *inputs, root=root, method=method, values=looks)
+    teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root, values=looks)
     if known is not None:
-        return _checked(Pairing(known, student_trace, teacher_trace, describe_reach(student, student_trace, known)))
+        plans = choose_plans(known, student_trace, teacher_trace) if looks else ()
+        note = describe_reach(student, student_trace, known)
+        return _checked(Pairing(known, student_trace, teacher_trace, note, plans))
 
     def find_matches() -> list[tuple[str, str]]:
         runs = (named_layers(student)[root], *inputs), (named_layers(teacher)[teacher_root], *teacher_inputs)
@@ -124,7 +132,8 @@ def pair_layers(
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
     notes = [fallback_note(layers, student_trace, teacher_trace), describe_reach(student, student_trace, pairs)]
-    return _checked(Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes))))
+    plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
+    return _checked(Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)), plans))
 
 
 def _checked(pairing: Pairing) -> Pairing:
@@ -164,9 +173,11 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
     )
 
 
-def _trace_teacher(teacher: nn.Module, inputs: Inputs, student: nn.Module, root: str, teacher_root: str) -> Trace:
+def _trace_teacher(
+    teacher: nn.Module, inputs: Inputs, student: nn.Module, root: str, teacher_root: str, *, values: bool
+) -> Trace:
     try:
-        return trace(teacher, *inputs, root=teacher_root)
+        return trace(teacher, *inputs, root=teacher_root, values=values)
     except Exception as error:
         args, kwargs = inputs
         given = [describe(value) for value in args] + [f"{name}={describe(value)}" for name, value in kwargs.items()]

@@ -18,7 +18,7 @@ from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.names import child_names, is_inside, named_layers, primary_names
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.arguments import bound_arguments
-from lightning_otrt.reading.batch_facts import count_samples, is_sequence_first
+from lightning_otrt.reading.batch_facts import count_samples, is_rectified, is_sequence_first
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.mask_search import Call, MaskSearch
 from lightning_otrt.reading.masks import pad_nested
@@ -39,6 +39,7 @@ def trace(
     *,
     root: str = "",
     method: str = "",
+    values: bool = False,
 ) -> Trace:
     """Run one forward of ``root`` inside ``model`` and note what every module did.
 
@@ -51,6 +52,7 @@ def trace(
         kwargs: Its keyword arguments.
         root: Name of the module to run, ``""`` for ``model`` itself.
         method: Name of its method to run in place of the module, such as ``"forward_features"``.
+        values: Whether to look at values, for :attr:`TracedTensor.is_rectified`. This waits for the device.
 
     Returns:
         The trace. It includes modules outside ``root``, as modules that did not run.
@@ -74,7 +76,7 @@ def trace(
     inputs = list(all_tensors((tuple(args), dict(kwargs or {}))))
     taken = bound_arguments(target, tuple(args), kwargs or {}, method or "forward")
     call = Call(primary[id(target)], target, taken, method or "forward")
-    recorder = _TraceHooks(inputs)
+    recorder = _TraceHooks(inputs, values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
     with in_evaluation(target, inputs), ExitStack() as hooks:
@@ -144,7 +146,8 @@ class _Source:
 class _TraceHooks:
     """The hooks of one traced forward, and what they noted."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], values: bool) -> None:
+        self._values = values
         self._inputs = {id(tensor) for tensor in inputs}
         self._samples = count_samples(inputs, [])
         self._search = MaskSearch(inputs)
@@ -238,12 +241,17 @@ class _TraceHooks:
 
     def _traced_input(self, frame: _Frame, value: Tensor, length: int | None) -> TracedTensor:
         shape = _shape(value, length)
-        return _facts(value, shape, frame.input_axis, self._batch_axis(frame.module, frame, value, shape))
+        return self._facts(value, shape, frame.input_axis, self._batch_axis(frame.module, frame, value, shape))
 
     def _traced(self, module: nn.Module, frame: _Frame, value: Tensor, length: int | None) -> TracedTensor:
         shape = _shape(value, length)
         axis = self._neuron_axis(module, frame, value, shape)
-        return _facts(value, shape, axis, self._batch_axis(module, frame, value, shape))
+        return self._facts(value, shape, axis, self._batch_axis(module, frame, value, shape))
+
+    def _facts(self, value: Tensor, shape: tuple[int, ...], neuron_axis: int | None, batch_axis: int) -> TracedTensor:
+        dtype, is_floating = str(value.dtype).removeprefix("torch."), value.is_floating_point()
+        rectified = is_rectified(value) if self._values and is_floating and value.numel() else None
+        return TracedTensor(shape, dtype, is_floating, neuron_axis, batch_axis, rectified)
 
     def _neuron_axis(self, module: nn.Module, frame: _Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:
         """The axis by the module's type, else by the layer that made the tensor, the votes of children or the input."""
@@ -291,8 +299,3 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 def _shape(value: Tensor, length: int | None) -> tuple[int, ...]:
     """The shape of a tensor; that of a nested one, as it is padded to the length of the mask."""
     return tuple((pad_nested(value, length)[0] if value.is_nested and value.dim() == 3 else value).shape)
-
-
-def _facts(value: Tensor, shape: tuple[int, ...], neuron_axis: int | None, batch_axis: int) -> TracedTensor:
-    dtype = str(value.dtype).removeprefix("torch.")
-    return TracedTensor(shape, dtype, value.is_floating_point(), neuron_axis, batch_axis)

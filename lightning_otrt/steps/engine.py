@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_otrt.steps.coupling import Problem
+from lightning_otrt.steps.coupling import Coupling, Problem
 from lightning_otrt.steps.first_batch import inspect_batch
 from lightning_otrt.steps.kinds import get_coupling
 from lightning_otrt.steps.pair_state import PairState
@@ -70,8 +70,10 @@ class TransportEngine:
         solve_every: Calls between two solves.
         seed: Seed of random plans.
         strict: Raise on the first call if there are too few observations; else the pair is skipped.
+        plans: Kind of plan of each pair, where ``plan`` is ``"auto"``.
 
     Attributes:
+        plans: Kind of plan of each pair.
         calls: Number of calls so far.
         pairs: What is kept of each pair.
         bad_calls: Number of calls since the last read whose value was not finite, on the device; None before the first.
@@ -92,14 +94,31 @@ class TransportEngine:
         seed: int,
         *,
         strict: bool = True,
+        plans: Sequence[str] = (),
     ) -> None:
         self.names, self.weights, self.plan, self.epsilon = names, weights, plan, epsilon
         self.memory, self.solve_every, self.seed, self.strict = memory, solve_every, seed, strict
-        self.coupling = get_coupling(plan, cost, epsilon=epsilon, memory=memory, solve_every=solve_every, seed=seed)
         self.cost = cost
+        self._use(plans or [plan] * len(names))
         self._absent: Collection[int] = ()
         self._warned: set[str] = set()
         self.reset()
+
+    def _use(self, plans: Sequence[str]) -> None:
+        """Make the couplings of the pairs, one for each kind of plan."""
+        self.plans = tuple(plans)
+        made = {
+            plan: get_coupling(
+                plan,
+                self.cost,
+                epsilon=self.epsilon,
+                memory=self.memory,
+                solve_every=self.solve_every,
+                seed=self.seed,
+            )
+            for plan in dict.fromkeys(plans)
+        }
+        self.couplings: list[Coupling] = [made[plan] for plan in plans]
 
     def reset(self) -> None:
         """Forget plans, statistics and counters."""
@@ -164,7 +183,7 @@ class TransportEngine:
             self.calls += 1
         return {
             index: {
-                view: self.coupling.value(state, *batches[index][view], reusable.pop(index, None))
+                view: self.couplings[index].value(state, *batches[index][view], reusable.pop(index, None))
                 for view in active[index]
             }
             for index in present
@@ -177,8 +196,9 @@ class TransportEngine:
         for index, batch in batches.items():
             y, x = batch[0] if len(batch) == 1 else (torch.cat(side, -1) for side in zip(*batch, strict=True))
             state = self.pairs[index]
-            self.coupling.prepare(state, y, x, self._where(index), index)
-            problem = self.coupling.observe(state, y, x, samples, self.calls)
+            coupling = self.couplings[index]
+            coupling.prepare(state, y, x, self._where(index), index)
+            problem = coupling.observe(state, y, x, samples, self.calls)
             if problem is not None:
                 problems[index] = problem
         return problems
@@ -189,10 +209,12 @@ class TransportEngine:
         if isinstance(self.cost, CustomCost):
             for index in new:
                 check_cost(problems[index][0], self.cost.function)
-        for index, solved in solve_plans(self.coupling, problems, self.pairs):
-            self.pairs[index].keep(solved)
-            if index in new:
-                self._warn(self.coupling.inspect(self.names[index], solved.plan))
+        for coupling in dict.fromkeys(self.couplings):
+            own = {index: problems.pop(index) for index in list(problems) if self.couplings[index] is coupling}
+            for index, solved in solve_plans(coupling, own, self.pairs):
+                self.pairs[index].keep(solved)
+                if index in new:
+                    self._warn(coupling.inspect(self.names[index], solved.plan))
 
     def _total(self, batches: Sequence[Batch], values: Values) -> tuple[Tensor, list[PairDistance]]:
         """The weighted sum over pairs, and the distance of each."""
@@ -283,7 +305,12 @@ class TransportEngine:
         """Counters, plans, potentials and statistics: what a resumed run needs to go on as if it had not stopped."""
         return {
             "names": [list(name) for name in self.names],
-            "settings": {"cost": self.cost.name, "plan": self.plan, "memory": self.memory},
+            "settings": {
+                "cost": self.cost.name,
+                "plan": self.plan,
+                "plans": list(self.plans),
+                "memory": self.memory,
+            },
             "calls": self.calls,
             "pairs": [state.state_dict() for state in self.pairs],
         }
@@ -313,10 +340,10 @@ class TransportEngine:
                     "the weights alone."
                 )
         self.calls = state["calls"]
-        memories = [self.coupling.resumed_memory(pair["memory"], settings["memory"]) for pair in state["pairs"]]
+        self._use(settings["plans"])
         self.pairs = [
-            PairState.of(pair, memory, device, self.coupling.plan_type)
-            for pair, memory in zip(state["pairs"], memories, strict=True)
+            PairState.of(pair, coupling.resumed_memory(pair["memory"], settings["memory"]), device, coupling.plan_type)
+            for pair, coupling in zip(state["pairs"], self.couplings, strict=True)
         ]
 
 

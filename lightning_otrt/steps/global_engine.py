@@ -154,7 +154,7 @@ class GlobalTransportEngine(TransportEngine):
             if not views:
                 continue
             dtype = batches[index][0][0].dtype
-            observed[index], problem = self._feed(self.pairs[index], got, unsent, views, dtype)
+            observed[index], problem = self._feed(index, got, unsent, views, dtype)
             observed[index].rounds = [rounds[view] for view in views] if rounds else []
             if problem is not None:
                 problems[index] = problem
@@ -180,23 +180,23 @@ class GlobalTransportEngine(TransportEngine):
 
     def _message(self, index: int, batch: Batch, samples: int) -> tuple[Message, list[Rounds], Sums]:
         """What a pair sends, its begun rounds, and sums that feed the running ones without being sent."""
-        state = self.pairs[index]
+        state, coupling = self.pairs[index], self.couplings[index]
         y, x = batch[0]
-        self.coupling.prepare(state, y, x, self._where(index), index)
+        coupling.prepare(state, y, x, self._where(index), index)
         energy = None
         if self.cost.scaled:
             energy = torch.stack([self.cost.energy(view) for _, view in batch]).sum(0)
             energy = energy if state.energy is None else MEMORY * state.energy + energy
-        due = self.coupling.is_due(state, self.calls)
+        due = coupling.is_due(state, self.calls)
         sums: list[Sums] = []
-        if due or self.coupling.remembers(state):
+        if due or coupling.remembers(state):
             # A pair that never ran anywhere has no reference. Its sums are zeros around any point.
             reference = state.reference or (y.new_zeros(y.shape[0], 1), x.new_zeros(x.shape[0], 1))
             sums = [self.cost.sums(y, x, reference) for y, x in batch]
         unsent = [] if due or not sums else _add(sums)
         rounds: list[Rounds] = []
         if state.plan is not None and not due:
-            rounds = [self.coupling.shared_value(state, y, x, energy) for y, x in batch]
+            rounds = [coupling.shared_value(state, y, x, energy) for y, x in batch]
         message = Message(
             counts=torch.stack([y.new_full((), view.shape[-1]) for view, _ in batch]),
             energy=energy,
@@ -209,9 +209,10 @@ class GlobalTransportEngine(TransportEngine):
         return message, rounds, unsent
 
     def _feed(
-        self, state: PairState, got: Message, unsent: Sums, views: list[int], dtype: torch.dtype
+        self, index: int, got: Message, unsent: Sums, views: list[int], dtype: torch.dtype
     ) -> tuple[Observed, Problem | None]:
         """Feed the statistics of a pair with the message of all; returns the problem, too, if a plan is due."""
+        state, coupling = self.pairs[index], self.couplings[index]
         energy, size = got.energy, self.ranks.size
         if energy is not None:
             if state.energy is not None:
@@ -229,12 +230,12 @@ class GlobalTransportEngine(TransportEngine):
             total = _fed(state, got.running, total, is_finite)
             state.sums, self._is_pending = [part / size for part in total], False
             assert got.samples is not None
-            self.coupling.count(state, got.samples, is_finite)
+            coupling.count(state, got.samples, is_finite)
         else:
             better = self.cost.means(total, state.reference)
             y, x = (torch.where(is_finite, *sides) for sides in zip(better, state.reference, strict=True))
             state.reference = y, x
-        return observed, self.coupling.problem(total, energy, dtype)
+        return observed, coupling.problem(total, energy, dtype)
 
     def _evaluate(self, batches: Sequence[Batch], observed: dict[int, Observed]) -> Values:
         """Value and gradient of each pair that has a plan, from sums or by further rounds."""
@@ -244,17 +245,18 @@ class GlobalTransportEngine(TransportEngine):
         replies: list[Sums | None] = []
         for index, known in observed.items():
             batch, state = [batches[index][view] for view in known.views], self.pairs[index]
+            coupling = self.couplings[index]
             if state.plan is None:
                 continue
-            if known.sums and self.coupling.has_value_of_sums:
+            if known.sums and coupling.has_value_of_sums:
                 assert known.reference is not None
                 values[index] = [
-                    self.coupling.value_of_sums(state, y, x, sums, known.energy, known.reference)
+                    coupling.value_of_sums(state, y, x, sums, known.energy, known.reference)
                     for (y, x), sums in zip(batch, known.sums, strict=True)
                 ]
                 continue
             waiting.append(index)
-            rounds += known.rounds or [self.coupling.shared_value(state, y, x, state.energy) for y, x in batch]
+            rounds += known.rounds or [coupling.shared_value(state, y, x, state.energy) for y, x in batch]
             replies += known.replies or [None] * len(batch)
         found = iter(run_rounds(rounds, self.ranks.sum, replies))
         values.update({index: [next(found) for _ in observed[index].views] for index in waiting})
@@ -280,7 +282,7 @@ class GlobalTransportEngine(TransportEngine):
             "forwards in a call": len(batches[0]),
             "calls so far": self.calls,
             "cost": self.cost.name,
-            "plan": (self.plan, self.epsilon, self.memory, self.solve_every, self.seed),
+            "plan": (*dict.fromkeys((self.plan, *self.plans)), self.epsilon, self.memory, self.solve_every, self.seed),
         }
         counts = [counts_of(batch) for batch in batches]
         gathered = self.ranks.gather((mine, problem, counts, samples))
@@ -306,7 +308,7 @@ class GlobalTransportEngine(TransportEngine):
             views = [sum(process[index][view] for process in counts) for view in range(len(batch))]
             self._usable_views(index, views)
             neurons = max(side.shape[0] for side in batch[0])
-            self.pairs[index].memory = self.coupling.choose_memory(samples, neurons)
+            self.pairs[index].memory = self.couplings[index].choose_memory(samples, neurons)
 
     def _choose_references(self, batches: Sequence[Batch]) -> None:
         """Take the means of a pair's first batch on all processes as the points around which they take their sums."""

@@ -64,6 +64,7 @@ class Attachment:
         strict: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
         agree: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
         logits: Reads the logits of both networks, where they are distilled.
+        plan: Kind of plan; ``"auto"`` is chosen with the pairs.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Attachment:
         strict: bool,
         agree: Callable[[str], str],
         logits: LogitRecording | None = None,
+        plan: str = "",
     ) -> None:
         self.teacher = teacher
+        self.plan = plan
         self.layers, self.student_root, self.grid = layers, student_root, grid
         self._settle = settle
         self._logits = logits
@@ -326,6 +329,7 @@ class Attachment:
                     known,
                     method=method,
                     teacher_root=self.teacher.root,
+                    plan=self.plan,
                 )
                 if self._logits is not None:
                     self._logits.settle(pairing, student, teacher)

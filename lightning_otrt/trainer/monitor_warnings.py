@@ -20,7 +20,7 @@ __all__ = ["TransferWarnings"]
 #: Measurements in a row that have to show a problem before there is a warning. Single batches are noise.
 PATIENCE = 3
 #: Kinds of plan that follow the cost.
-SOLVED = ("sinkhorn", "exact", "static")
+SOLVED = ("sinkhorn", "exact", "static", "auto")
 #: Bounds of the ratio of the term's gradient, at its full weight, to the task's.
 WEAK, STRONG = 0.01, 10.0
 #: What warnings call each term, with the option that is its weight and where to look.
@@ -103,7 +103,7 @@ class TransferWarnings:
 
     def _few_observations(self) -> None:
         transfer = self.transfer
-        if transfer.plan not in ("sinkhorn", "exact", "orthogonal"):  # a static plan has a memory
+        if transfer.plan not in ("sinkhorn", "exact", "orthogonal", "auto"):  # a static plan has a memory
             return
         for pair, distance in zip(transfer.pairs, transfer.distances, strict=False):
             if distance.plan is None or distance.is_skipped or distance.memory != 0:

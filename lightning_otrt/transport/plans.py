@@ -38,8 +38,9 @@ CONTROLS = ("identity", "uniform", "random")
 ORTHOGONAL = ("orthogonal", "random_orthogonal")
 #: Plans of one batch of observations.
 ONE_BATCH_PLANS = ("sinkhorn", "exact", *CONTROLS, *ORTHOGONAL)
-#: All kinds of plan. "static" exists in a training run only: a Sinkhorn plan that is solved once and kept.
-PLANS = (*ONE_BATCH_PLANS, "static")
+#: All kinds of plan. Two exist in a training run only: "static", a Sinkhorn plan that is solved once and kept, and
+#: "auto", which is "sinkhorn" or "orthogonal" pair by pair.
+PLANS = (*ONE_BATCH_PLANS, "static", "auto")
 
 
 def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
@@ -50,6 +51,11 @@ def check_plan(plan: str, allowed: Sequence[str] = PLANS) -> None:
 
 def check_plan_and_cost(plan: str, cost: Cost) -> None:
     """Raise a ValueError if a kind of plan and a cost do not go together."""
+    if plan == "auto" and type(cost) is not CorrelationCost:
+        raise ValueError(
+            f'plan="auto" cannot be combined with cost={cost.name!r}: it may choose an orthogonal plan, which needs '
+            'correlations. Pass cost="correlation", or name the plan.'
+        )
     if plan in ORTHOGONAL and not isinstance(cost, CorrelationCost):
         raise ValueError(
             f"plan={plan!r} cannot be combined with cost={cost.name!r}: its targets are rotations of the teacher's "

@@ -73,6 +73,6 @@ def test_types_are_not_mixed() -> None:
 def test_engine_stacks_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make(pairs=2)
     watched = Watched()
-    monkeypatch.setattr(engine, "coupling", watched)
+    monkeypatch.setattr(engine, "couplings", [watched] * 2)
     call(engine, draw(seed=0), draw(seed=1))
     assert watched.solves == [((2, 12, 9), False)]
