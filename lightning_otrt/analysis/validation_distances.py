@@ -11,8 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.layers.names import named_layers
+from lightning_otrt.reading.hooks import ViewAroundMethod
 from lightning_otrt.reading.positions import match_positions
 from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.root import split_root
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.views import View
 from lightning_otrt.transfer import RepresentationTransfer
@@ -41,11 +43,16 @@ class ValidationDistances:
         assert pairing is not None
         self._recorder.watch_student(pairing.readers("student", student, transfer.grid))
         self._recorder.watch_teacher(pairing.readers("teacher", transfer.teacher.module, transfer.grid))
+        #: Forwards of the root that were seen.
+        self.forwards = 0
         root = named_layers(student)[pairing.student.root]
-        self._handles: list[RemovableHandle] = [
-            add_forward_pre_hook(root, self._open, with_kwargs=True),
-            add_forward_hook(root, self._record, always_call=True),
-        ]
+        method = split_root(transfer.student_root)[1]
+        self._handles: list[RemovableHandle | ViewAroundMethod] = []
+        if method:
+            self._handles.append(ViewAroundMethod(root, method, self._open, self._record))
+        else:
+            self._handles.append(add_forward_pre_hook(root, self._open, with_kwargs=True))
+            self._handles.append(add_forward_hook(root, self._record, always_call=True))
 
     def compute(self) -> list[Tensor]:
         """The distance of each pair over all forwards of all processes. All processes have to call it.
@@ -82,6 +89,7 @@ class ValidationDistances:
         return metrics
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.forwards += 1
         if self.error is not None or self._recorder.current is not None:
             return
         teacher = self.transfer.teacher

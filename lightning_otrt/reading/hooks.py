@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -100,29 +100,49 @@ class ViewAroundMethod:
     """Stands in for a method of a module and opens and closes a view around it, as the hooks do around a forward.
 
     Copies and pickles of the module get the plain method.
+
+    Args:
+        module: The module.
+        method: Name of its method.
+        opens: Called as a forward pre-hook before the method.
+        closes: Called as a forward hook after it, with None as output where it raised an error.
     """
 
-    def __init__(self, module: nn.Module, method: str, recorder: Recorder, name: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        opens: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+        closes: Callable[[nn.Module, tuple[Any, ...], Any], None],
+    ) -> None:
         self.module, self.method = module, method
         self.inner = getattr(module, method)
         self.__wrapped__ = self.inner
-        self._open, self._close = OpenView(recorder, name), CloseView(recorder, name)
+        self._before = module.__dict__.get(method)
+        self._hooks: tuple[Any, Any] | None = (opens, closes)
         object.__setattr__(module, method, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method inside a view."""
-        self._open(self.module, args, kwargs)
+        if self._hooks is None:  # removed, but another one was put around it
+            return self.inner(*args, **kwargs)
+        opens, closes = self._hooks
+        opens(self.module, args, kwargs)
         output = None
         try:
             output = self.inner(*args, **kwargs)
         finally:
-            self._close(self.module, args, output)
+            closes(self.module, args, output)
         return output
 
     def remove(self) -> None:
-        """Give the module its own method back."""
-        if self.module.__dict__.get(self.method) is self:
-            object.__delattr__(self.module, self.method)
+        """Give the module back what stood there before."""
+        self._hooks = None
+        if self.module.__dict__.get(self.method) is not self:
+            return
+        object.__delattr__(self.module, self.method)
+        if self._before is not None:
+            object.__setattr__(self.module, self.method, self._before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = copy.deepcopy(self.module, memo)

@@ -95,7 +95,8 @@ class Recorder:
         self._remove(self._root_handles)
         for name, module in candidates:
             if method:
-                self._root_handles.append(ViewAroundMethod(module, method, self, name))
+                view = OpenView(self, name), CloseView(self, name)
+                self._root_handles.append(ViewAroundMethod(module, method, *view))
                 continue
             self._root_handles.append(add_forward_pre_hook(module, OpenView(self, name), with_kwargs=True))
             # `always_call`: a view left open by an exception would keep the next forward from being recorded.

@@ -163,6 +163,14 @@ class MonitoredTransfer(ExtraTerm):
                 "validation",
                 f"OTRTMonitor stopped measuring distances in validation, after this error: {distances.error}",
             )
+        elif compute and not distances.forwards and not any(bool(value.isfinite()) for value in values):
+            root = self.transfer.pairing.student.root if self.transfer.pairing else ""
+            self.warnings.warn(
+                "validation",
+                f"OTRTMonitor logs no distances of validation, because it saw no forward of {root or 'the network'!r} "
+                "there, from which the teacher gets its inputs in training. Call the same module or method in "
+                "`validation_step`, or pass validation=False.",
+            )
         names = [f"val/otrt/{label}{self.suffix}" for label in self.transfer.labels]
         return [(name, value) for name, value in zip(names, values, strict=False) if bool(value.isfinite())]
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 
+import lightning.pytorch as L
 import pytest
 import torch
+from helpers import make_trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_otrt import RepresentationTransfer
+from lightning_otrt import OTRTCallback, OTRTMonitor, RepresentationTransfer, compare_representations
+from lightning_otrt.analysis.validation_distances import ValidationDistances
 
 
 class Net(nn.Module):
@@ -118,6 +122,74 @@ def test_a_method_as_root(wrap):
         assert getattr(inner.forward_features, "__func__", None) is Net.forward_features
     assert [pair.student.removeprefix("net.") for pair in named.pairs] == [pair.student for pair in expected.pairs]
     assert found.item() == pytest.approx(value.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: nn.ModuleDict({"net": net})])
+def test_distances_of_validation_where_a_method_is_the_root(wrap):
+    """They are those of a comparison, whose forwards call the whole module."""
+    net, teacher = Net(), Net(6)
+    student = wrap(net)
+    layers = {"body": "body"} if student is net else {"net.body": "body"}
+    root = ":forward_features" if student is net else "net:forward_features"
+    transfer = RepresentationTransfer(teacher, layers, student_root=root)
+    with transfer.attached(student):
+        net.forward_features(X)
+        transfer.loss()
+        distances = ValidationDistances(transfer, student)
+        with torch.no_grad():
+            net.forward_features(X)
+            net.forward_features(2 * X[:4])
+        [found] = distances.compute()
+        distances.close()
+        net.forward_features(X)
+        assert len(transfer.views) == 1, "training is still recorded"
+        transfer.loss()
+    assert "forward_features" not in vars(net)
+    assert distances.forwards == 2
+    expected = compare_representations(net, teacher, [X, 2 * X[:4]], layers=["body"], progress=False)
+    torch.testing.assert_close(found, expected.distances[0, 0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_transfers_at_one_method(first):
+    """Each records until it is detached, in whatever order."""
+    net = Net()
+    transfers = [RepresentationTransfer(Net(6), {"body": "body"}, student_root=":forward_features") for _ in "ab"]
+    blocks = [transfer.attached(net) for transfer in transfers]
+    for block in blocks:
+        block.__enter__()
+    for _ in range(2):
+        net.forward_features(X)
+        assert all(transfer.loss() > 0 for transfer in transfers)
+    blocks[first].__exit__(None, None, None)
+    net.forward_features(X)
+    assert transfers[1 - first].loss() > 0
+    blocks[1 - first].__exit__(None, None, None)
+    net.forward_features(X)
+    assert not any(transfer.views for transfer in transfers)
+
+
+def test_the_monitor_logs_distances_where_a_method_is_the_root():
+    class Task(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.head = Net(), nn.Linear(4, 3)
+
+        def training_step(self, batch, batch_idx):
+            return self.head(self.net.forward_features(batch).mean((2, 3))).square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            self.net.forward_features(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    callback = OTRTCallback(Net(), {"net.body": "body"}, student_root="net:forward_features", plan="identity")
+    callbacks = [callback, OTRTMonitor(1, figures=False)]
+    trainer = make_trainer(max_epochs=1, callbacks=callbacks, limit_val_batches=None)
+    trainer.fit(Task(), DataLoader(X, 6), DataLoader(X, 6))
+    metrics = trainer.callback_metrics
+    assert float(metrics["val/otrt/net.body"]) == pytest.approx(float(metrics["train/otrt"]), rel=1e-3)
 
 
 def test_a_method_that_fails_closes_its_view():
