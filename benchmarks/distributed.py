@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.pages import write_page
 from lightning_otrt import RepresentationTransfer
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,9 +137,9 @@ def measure(size: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], load: float) -> str:
-    """The section of RESULTS.md."""
+    """The page of results."""
     lines = [
-        "## Distributed",
+        "# Distributed",
         "",
         "Bytes of the buffers that one process gives to all-reduce, for one pair of `N` student and `N` teacher",
         "neurons, float32, counted in the run. Between solves a call of the correlation sends two buffers, the others",
@@ -202,9 +203,7 @@ def main() -> None:
         "results": results,
     }
     (RESULTS / "distributed.json").write_text(json.dumps(about, indent=1) + "\n")
-    section = table(results, about["load"][0])
-    (RESULTS / "distributed.md").write_text(section)
-    print(section)
+    print(write_page(table(results, about["load"][0])).read_text())
 
 
 if __name__ == "__main__":

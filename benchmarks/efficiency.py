@@ -2,8 +2,8 @@
 
 A small student from scratch learns lower-case letters from ten labels a class, with a teacher of capitals and digits,
 at batch sizes 8 and 16: ``python -m benchmarks.efficiency``. Differences are paired over seeds (images, initial weights
-and order of batches are the same), with 95 % intervals. Writes ``results/efficiency.json`` and the section "Efficiency"
-of ``RESULTS.md``.
+and order of batches are the same), with 95 % intervals. Writes ``results/efficiency.json`` and the page
+``results/efficiency.md``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scipy import stats
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.sections import write_section
+from benchmarks.pages import write_page
 from examples.glyphs import glyphs
 from examples.networks import STUDENT_WIDTHS, TEACHER_WIDTHS, ConvNet
 from lightning_otrt import RepresentationTransfer
@@ -144,10 +144,10 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
 
 
 def report(options: argparse.Namespace, found: dict[str, dict[str, list[float]]]) -> str:
-    """The section of RESULTS.md."""
+    """The page of results."""
     return "\n".join(
         [
-            "## Efficiency",
+            "# Efficiency",
             "",
             f"`python -m benchmarks.efficiency`: lower-case letters, ten labels a class, students from scratch with a "
             f"teacher of capitals and digits; {options.seeds} paired seeds, {options.steps} steps of 16 images, twice "
@@ -170,7 +170,7 @@ def main() -> None:
     found = run(options.seeds, options.steps, options.teacher_steps)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"settings": vars(options), "accuracy": found}, indent=1) + "\n")
-    write_section(RESULTS.parents[1] / "RESULTS.md", report(options, found))
+    write_page(report(options, found))
     print(table(found))
 
 

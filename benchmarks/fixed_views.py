@@ -3,7 +3,7 @@
 A small student from scratch learns new letters from ten labels a class, with a teacher of capitals and digits, and
 images that are turned, moved and scaled at random: without end, or in 32 or 8 fixed views of each image, or not at all:
 ``python -m benchmarks.fixed_views``. Images, initial weights and order of batches are the same for all. Writes
-``results/fixed_views.json`` and the section "Fixed views" of ``RESULTS.md``.
+``results/fixed_views.json`` and the page ``results/fixed_views.md``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
 from benchmarks.efficiency import BLOCKS, accuracy, build, train
-from benchmarks.sections import write_section
+from benchmarks.pages import write_page
 from examples.glyphs import glyphs
 from examples.networks import STUDENT_WIDTHS, TEACHER_WIDTHS, ConvNet
 from lightning_otrt import FixedViews, RepresentationTransfer
@@ -130,9 +130,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def section(found: Found, settings: dict[str, int]) -> str:
-    """The section of ``RESULTS.md``."""
+    """The page of results."""
     lines = [
-        "## Fixed views",
+        "# Fixed views",
         "",
         f"`python -m benchmarks.fixed_views`: test accuracy in percent of students with half of the teacher's "
         f"channels, ten labels a class, {settings['steps']} steps of {BATCH_SIZE} images, mean of {settings['seeds']} "
@@ -175,7 +175,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"settings": settings, "found": found}, indent=1) + "\n")
     text = section(found, settings)
-    write_section(RESULTS.parents[1] / "RESULTS.md", text)
+    write_page(text)
     print(text)
 
 

@@ -2,7 +2,7 @@
 
 Ratios are taken within interleaved rounds, of processor time of one thread; every method of a solve is tuned to a
 value within 1 % of exact EMD on the same cost. Needs ``pip install -e ".[benchmarks]"``.
-Writes ``results/speed.json``, ``results/speed.png`` and the section "Speed" of ``RESULTS.md``.
+Writes ``results/speed.json``, ``results/speed.png`` and the page ``results/speed.md``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.pages import write_page
 from benchmarks.problems import CLOUDS, COSTS, SHAPES, Problem, make_problem, neurons
 from benchmarks.rivals import ACCURACY, COSINE, MARGINAL, OURS, tune_all
-from benchmarks.sections import write_section
 from benchmarks.steps import Steps, TermAlone, correlation_by_hand, engine_step, resnet18_cifar
 from benchmarks.timing import Quartiles, processor_clock, ratios, rounds
 from lightning_otrt.transport.geomloss_loop import annealing
@@ -202,10 +202,10 @@ def judge(results: dict[str, Any]) -> list[Gate]:
 
 
 def report(results: dict[str, Any], gates: list[Gate]) -> str:
-    """The section of RESULTS.md."""
+    """The page of results."""
     names = list(dict.fromkeys(name for row in results["solve"] for name in row["methods"] if name != OURS))
     lines = [
-        "## Speed",
+        "# Speed",
         "",
         f"`{results['command']}` on {results['machine']}, torch {results['torch']}, one thread. Processor time, ratios "
         "within interleaved rounds, median (quartiles). A star marks a method that no setting tried brought within 1 % "
@@ -214,9 +214,9 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
         "",
         f"{sum(gate.passed for gate in gates)} of {len(gates)} gates and goals pass.",
         "",
-        "![Speed](results/speed.png)",
+        "![Speed](speed.png)",
         "",
-        "### Cold solve, forward and backward: time of others over ours",
+        "## Cold solve, forward and backward: time of others over ours",
         "",
         f"| problem | ours, ms | {' | '.join(names)} |",
         f"|---|---|{'---|' * len(names)}",
@@ -232,7 +232,7 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
         lines.append(f"| {where} | {mine['milliseconds']:.1f} | {' | '.join(cells)} |")
     lines += [
         "",
-        "### Between two solves: time of a step over one bare product of the plan with the teacher",
+        "## Between two solves: time of a step over one bare product of the plan with the teacher",
         "",
         f"*{BY_HAND.capitalize()}* is an autograd function of the closed form alone, in as few PyTorch operations "
         "as it takes, without dead neurons, checks or state: what a step cannot go below.",
@@ -244,7 +244,7 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
         f"| {tuple(row['shape'])} | {row['cost']} | {row['memory']:g} | {Quartiles(*row['ratio']):.2f} |"
         for row in results["between"]
     ]
-    lines += ["", "### Batching: four plans one by one over all at once", "", "| size | ratio |", "|---|---|"]
+    lines += ["", "## Batching: four plans one by one over all at once", "", "| size | ratio |", "|---|---|"]
     lines += [f"| {row['size']} | {Quartiles(*row['ratio']):.2f} |" for row in results["batching"]]
     for step in results.get("step", []):
         lines += [
@@ -253,7 +253,7 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
             f"{Quartiles(*step['term alone']):.2f} % of task step and teacher forward ({step['seconds']:.2f} s); steps "
             f"with and without it differ by {Quartiles(*step['difference']):.1f} %.",
         ]
-    lines += ["", "### Gates and goals", "", "| what | measured | has to be | |", "|---|---|---|---|"]
+    lines += ["", "## Gates and goals", "", "| what | measured | has to be | |", "|---|---|---|---|"]
     return "\n".join(lines + [gate.row() for gate in gates]) + "\n"
 
 
@@ -316,7 +316,7 @@ def main() -> None:
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
         plot(results, HERE / "results" / "speed.png")
-        write_section(HERE / "RESULTS.md", text)
+        write_page(text)
 
 
 if __name__ == "__main__":

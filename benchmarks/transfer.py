@@ -1,7 +1,7 @@
 """Does representation transfer help, when, and against what? Without download, on glyphs and handwritten digits.
 
-``python -m benchmarks.transfer`` runs everything that is missing in ``results/evidence.jsonl`` and writes the section
-"Transfer" of ``RESULTS.md``; ``--quick`` shows within minutes that everything works, and writes to ``outputs`` alone.
+``python -m benchmarks.transfer`` runs everything that is missing in ``results/evidence.jsonl`` and writes the page
+``results/transfer.md``; ``--quick`` shows within minutes that everything works, and writes to ``outputs`` alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.evidence.runs import Results, Run, complete
 from benchmarks.evidence.section import section
 from benchmarks.evidence.training import CACHE, execute
 from benchmarks.evidence.tuning import tune
-from benchmarks.sections import write_section
+from benchmarks.pages import write_page
 
 RESULTS = Path(__file__).parent / "results" / "evidence.jsonl"
 
@@ -48,10 +48,10 @@ def selected(
     return chosen
 
 
-def report(results: Results, page: Path, experiments: Mapping[str, Experiment]) -> None:
-    """Write tables and figures, which lie beside the rows."""
-    write_section(page, section(results, results.path.parent, experiments))
-    print(f"Report: {page.name}, section Transfer")
+def report(results: Results, experiments: Mapping[str, Experiment]) -> None:
+    """Write the page and its figures beside the rows."""
+    folder = results.path.parent
+    print(f"Report: {write_page(section(results, folder, experiments), folder)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, experiment in chosen.items():
             run(name, experiment, results, options.processes)
     everything = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if options.quick else EXPERIMENTS
-    report(results, folder.parent / "RESULTS.md", everything)
+    report(results, everything)
 
 
 if __name__ == "__main__":

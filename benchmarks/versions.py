@@ -2,7 +2,7 @@
 
 Both versions are timed in subprocesses that take turns, so that what else the machine does reaches both alike. Ratios
 are taken within each round. Times are processor time of one thread, of forward and backward of the term of one pair.
-Writes ``results/versions.json`` and the section "Two versions" of ``RESULTS.md``.
+Writes ``results/versions.json`` and the page ``results/two_versions.md``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.pages import write_page
 from benchmarks.problems import COSTS
-from benchmarks.sections import write_section
 from benchmarks.timing import Quartiles
 
 HERE = Path(__file__).parent
@@ -80,10 +80,10 @@ def compare(before: Path, count: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The section of RESULTS.md."""
+    """The page of results."""
     rows = results["rows"]
     lines = [
-        "## Two versions",
+        "# Two versions",
         "",
         f"`{results['command']}`: {results['before']} (before) and {results['after']} (after) on {results['machine']}, "
         f"torch {results['torch']}, one thread, {results['rounds']} rounds of subprocesses that take turns. Processor "
@@ -140,7 +140,7 @@ def main() -> None:
     text = report(results)
     print(text)
     (HERE / "results" / "versions.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_section(HERE / "RESULTS.md", text)
+    write_page(text)
 
 
 if __name__ == "__main__":

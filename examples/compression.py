@@ -43,7 +43,7 @@ def compress(
 def main() -> None:
     """Compresses a classifier of printed characters and one of handwritten digits."""
     options = report.options(__doc__, "compression.png")
-    # The learning rates and weight decays that suit plain training best (benchmarks/RESULTS.md, section Transfer).
+    # The learning rates and weight decays that suit plain training best (benchmarks/results/transfer.md).
     results = {
         "Printed A–Z and 0–9, 10 labels per class": compress(
             partial(glyphs, "source"),

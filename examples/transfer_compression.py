@@ -25,7 +25,7 @@ def main() -> None:
         lambda: OTRTCallback(teacher.net, LAYERS, student_root="net"),
         steps=options.steps(400),
         seeds=options.seeds,
-        # What suits plain training best (benchmarks/RESULTS.md, section Transfer).
+        # What suits plain training best (benchmarks/results/transfer.md).
         lr=1.0,
         weight_decay=0.03,
     )

@@ -38,7 +38,7 @@ class FixedViews(Dataset[Any]):
         dataset: A map-style data set with random augmentation.
         views: Versions of each item. With few, outputs of the teacher are soon reused; many are closer to endless
             augmentation: on letters with ten labels a class, 8 views cost 2.2 ± 1.6 points of accuracy and 32 views 0.3
-            ± 1.0 (``benchmarks/RESULTS.md``, section "Fixed views"); no augmentation at all cost 9.4 ± 3.6.
+            ± 1.0 (``benchmarks/results/fixed_views.md``); no augmentation at all cost 9.4 ± 3.6.
         seed: Other seeds have other views.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tables of what the runs found, as the section "Transfer" of ``RESULTS.md``."""
+"""Tables of what the runs found, as the page ``results/transfer.md``."""
 
 from __future__ import annotations
 

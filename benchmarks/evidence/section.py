@@ -1,4 +1,4 @@
-"""The section "Transfer" of ``RESULTS.md``: protocol, goals, tables, figures, and what was not run."""
+"""The page ``results/transfer.md``: protocol, goals, tables, figures, and what was not run."""
 
 from __future__ import annotations
 
@@ -55,38 +55,38 @@ def section(results: Results, folder: Path, experiments: Mapping[str, Experiment
 
     Args:
         results: The rows.
-        folder: Where figures go; the text links to them relative to its parent.
+        folder: Where figures go; the page is in the same folder.
         experiments: What was planned.
     """
     found = gather(results, experiments)
     drawn = figures.draw(found, folder)
     seconds = sum(row["seconds"] for row in results.rows.values())
     lines = [
-        "## Transfer",
+        "# Transfer",
         "",
         f"`python -m benchmarks.transfer` on {platform.machine()}, torch {torch.__version__.partition('+')[0]}, one "
         f"thread: {len(results.rows)} runs, {seconds / 3600:.1f} hours. Each run is a line of "
-        f"`{folder.name}/{results.path.name}`; the command continues where it was stopped.",
+        f"`{results.path.name}`; the command continues where it was stopped.",
         "",
         _PROTOCOL,
         "",
     ]
     if reached := goals(found):
-        lines += ["### Goals", "", *goals_table(reached)]
+        lines += ["## Goals", "", *goals_table(reached)]
     if claims := paper_claims(found):
         lines += [
-            "### What the paper claims: gains over training alone and over distillation, in three uses",
+            "## What the paper claims: gains over training alone and over distillation, in three uses",
             "",
             *claims,
         ]
     for name, (caption, made_by) in drawn.items():
-        lines += [f"![{caption}]({folder.name}/{name})", "", f"*{caption}.* {made_by}", ""]
+        lines += [f"![{caption}]({name})", "", f"*{caption}.* {made_by}", ""]
     for one in found.values():
         lines += _experiment(one)
     missing = [name for name in experiments if name not in found]
     if missing:
         lines += [
-            "### Not run yet",
+            "## Not run yet",
             "",
             f"Implemented, but without results here: {', '.join(f'`{name}`' for name in missing)}. {command(*missing)}",
             "",
@@ -98,7 +98,7 @@ def _experiment(found: Found) -> list[str]:
     experiment = found.experiment
     if experiment.changes.get("keep_plans"):
         return []
-    lines = [f"### {experiment.title}", "", command(found.name), ""]
+    lines = [f"## {experiment.title}", "", command(found.name), ""]
     for target in filter(found.columns, experiment.targets):
         if experiment.variants:
             lines += variant_table(found, target, experiment.per_class[0])

@@ -14,7 +14,7 @@ from benchmarks.evidence.runs import Results, Run
 from benchmarks.evidence.section import section
 from benchmarks.evidence.tuning import SEEDS as TUNING_SEEDS
 from benchmarks.evidence.tuning import tune
-from benchmarks.sections import write_section
+from benchmarks.pages import write_page
 
 #: Points above 40 of each method; the others have 5.
 GAINS = {"plain": 0.0, "fitnets-blocks": 20.0, DEFAULT: 32.0, "random": 25.0}
@@ -55,11 +55,11 @@ def test_everything_is_reported(results: Results, tmp_path: Path) -> None:
     page = section(results, tmp_path / "results")
     for name, experiment in EXPERIMENTS.items():
         if not name.startswith("plans"):
-            assert f"### {experiment.title}" in page
+            assert f"## {experiment.title}" in page
     assert "Not run yet" not in page
     figures = {f"evidence_{name}.png" for name in ("accuracy", "weight", "labels", "plans", "identity")}
     assert {path.name for path in (tmp_path / "results").iterdir()} == figures
-    assert set(re.findall(r"\(results/(\S+)\)", page)) == figures
+    assert set(re.findall(r"\((\S+\.png)\)", page)) == figures
     # The default has 32 points, hints on blocks 20, in every seed.
     assert "| FitNets, blocks | 60.2 ± 0.1 | +12.0 ± 0.0 | < 0.001 |" in page
     assert "| **OT, blocks (default)** | **72.2 ± 0.1** | | |" in page
@@ -95,10 +95,10 @@ def test_what_was_not_run_is_said_and_left_out(results: Results, tmp_path: Path)
         if row["setting"] == "3" and row["target"] in ("greek", "lowercase") and row["seed"] != SEEDS - 1
     }
     page = section(partial, tmp_path / "results")
-    assert f"### {main.title}" in page
+    assert f"## {main.title}" in page
     assert "9 paired seeds" in page
     assert "Cyrillic**" not in page
-    missing = page.partition("### Not run yet")[2]
+    missing = page.partition("## Not run yet")[2]
     assert "`digits`" in missing
     assert "`main`" not in missing
 
@@ -113,10 +113,11 @@ def test_a_method_without_tuning_is_left_out_of_its_tables_alone(results: Result
     assert len(after) == len(before) - 1
 
 
-def test_a_section_takes_the_place_of_its_predecessor(tmp_path: Path) -> None:
-    page = tmp_path / "RESULTS.md"
-    page.write_text("# Results\n\n## Speed\n\nfast\n\n## Transfer\n\nold\n\n## Distributed\n\nmany\n")
-    write_section(page, "## Transfer\n\nnew\n")
-    write_section(page, "## Last\n\nend\n")
-    expected = "# Results\n\n## Speed\n\nfast\n\n## Transfer\n\nnew\n\n## Distributed\n\nmany\n\n## Last\n\nend\n"
-    assert page.read_text() == expected
+def test_a_page_is_named_after_its_title_and_stamped(tmp_path: Path) -> None:
+    path = write_page("# Fixed views\n\nText.\n", tmp_path)
+    assert path == tmp_path / "fixed_views.md"
+    assert re.fullmatch(
+        r"# Fixed views\n\nText\.\n\n\*Measured at commit \S+ on \S+; .*, torch .*\*\n", path.read_text()
+    )
+    with pytest.raises(ValueError, match="starts with '# Title'"):
+        write_page("## No title\n", tmp_path)

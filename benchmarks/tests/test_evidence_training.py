@@ -189,7 +189,7 @@ def test_the_whole_path_of_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = tmp_path / "results"
     command = ["--quick", "--experiments", "digits", "plans-1", "--folder", f"{folder}", "--processes", "1"]
     transfer.main(command)
-    page = (tmp_path / "RESULTS.md").read_text()
+    page = (folder / "transfer.md").read_text()
     assert EXPERIMENTS["digits"].title in page
     assert "| **OT, blocks (default)** |" in page
     assert {path.name for path in folder.iterdir()} == {
@@ -197,6 +197,7 @@ def test_the_whole_path_of_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "evidence_accuracy.png",
         "evidence_identity.png",
         "evidence_plans.png",
+        "transfer.md",
     }
     rows = (folder / "evidence.jsonl").read_text()
     assert len(Results(folder / "evidence.jsonl").rows) == len(rows.splitlines())
