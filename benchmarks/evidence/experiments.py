@@ -96,7 +96,10 @@ _DIGITS = Tuning("2", target="digits", per_class=5, steps=300, teacher_steps=300
 _FEW = ("plain", "lwf", "fitnets-blocks", "cka", "random", "ot-penultimate", DEFAULT, "ot-blocks+lwf")
 _FEW_SAME = tuple(name.replace("lwf", "kd") for name in _FEW)
 #: Variants of a method that stands beside them, and what is not made for a student that starts with features.
-_COPIED = ("fitnets-pooled", "fitnets+lwf", "relational", "crd", "ot-penultimate-memory", "ot-later", "ot-blocks+lwf")
+_COPIED = (
+    *("fitnets-pooled", "fitnets+lwf", "relational", "crd", "ot-penultimate-memory", "ot-later", "ot-blocks+lwf"),
+    *("rotation-random", *(f"{name}+distillation" for name in (DEFAULT, "random", "rotation", "rotation-random"))),
+)
 _VALIDATION = {"split": "validation"}
 _COUPLINGS = ("orthogonal", "orthogonal-half", "orthogonal-raw", "projection", "projection-raw", "linear")
 

@@ -48,7 +48,9 @@ class Method:
         l2_sp: Penalise the distance to the starting point.
         freeze: Train the head alone.
         hints: Weight of hints on pooled blocks, beside the loss.
-        ours: Whether it uses this library with the plan of optimal transport.
+        distillation: Whether the weight is that of the library's distillation of logits, beside the transfer term.
+        ours: Whether it uses this library with a plan that is solved.
+        control: Whether its plan is drawn at random, to tell whether the matching matters.
     """
 
     label: str
@@ -59,7 +61,9 @@ class Method:
     l2_sp: bool = False
     freeze: bool = False
     hints: float = 0.0
+    distillation: bool = False
     ours: bool = False
+    control: bool = False
 
     @property
     def uses_teacher(self) -> bool:
@@ -111,7 +115,7 @@ METHODS = {
     "identity": Method(
         "identity matching", transfer={**BLOCKS, "plan": "identity"}, weights=TRANSPORT, settings=COPIED
     ),
-    "random": Method("random fixed assignment", transfer={**BLOCKS, "plan": "random"}, weights=TRANSPORT),
+    "random": Method("random fixed assignment", transfer={**BLOCKS, "plan": "random"}, weights=TRANSPORT, control=True),
     "ot-penultimate": Method(
         "OT, penultimate, Euclidean (the paper)", transfer={**PENULTIMATE, "memory": 0.0}, weights=TRANSPORT, ours=True
     ),
@@ -141,7 +145,28 @@ METHODS = {
         settings=("1", "1x", "3"),
         ours=True,
     ),
-    # Prototypes, which `couplings` compares on validation fonts; they are in no table of fresh targets yet.
+    "rotation": Method("orthogonal, blocks", transfer={**BLOCKS, "plan": "orthogonal"}, weights=TRANSPORT, ours=True),
+    "rotation-random": Method(
+        "random projection, blocks", transfer={**BLOCKS, "plan": "random_orthogonal"}, weights=TRANSPORT, control=True
+    ),
+    # The recipes in one argument, and their controls: `distillation` of the library, beside a term of weight 8.
+    **{
+        f"{name}+distillation": Method(
+            f"{label}, with distillation",
+            transfer={**BLOCKS, "plan": plan, "weight": 8.0},
+            weights=(0.25, 1.0, 4.0),
+            distillation=True,
+            ours=not plan.startswith("random"),
+            control=plan.startswith("random"),
+        )
+        for name, label, plan in (
+            (DEFAULT, "OT, blocks", "sinkhorn"),
+            ("random", "random fixed assignment", "random"),
+            ("rotation", "orthogonal, blocks", "orthogonal"),
+            ("rotation-random", "random projection, blocks", "random_orthogonal"),
+        )
+    },
+    # Prototypes, which `couplings` compares on validation fonts; they are in no table of fresh targets.
     "orthogonal": Method("orthogonal, standardised", couplings.Orthogonal, weights=TRANSPORT, settings=()),
     "orthogonal-half": Method(
         "orthogonal, power ½", partial(couplings.Orthogonal, power=0.5), weights=TRANSPORT, settings=()

@@ -223,7 +223,7 @@ def rivals(accuracies: Accuracies) -> Accuracies:
     return {
         name: values
         for name, values in accuracies.items()
-        if name in METHODS and not METHODS[name].ours and name not in ("plain", "random")
+        if name in METHODS and not METHODS[name].ours and not METHODS[name].control and name != "plain"
     }
 
 

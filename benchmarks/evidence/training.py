@@ -180,7 +180,10 @@ def _fit_with_teacher(
     plans: Row = {}
     transport = None
     if method.transfer is not None:
-        weight = {} if "weight" in method.transfer else {"weight": run.weight}
+        if method.distillation:
+            weight = {"distillation": run.weight}
+        else:
+            weight = {} if "weight" in method.transfer else {"weight": run.weight}
         options = {**method.transfer, **weight, "seed": run.seed, **dict(run.options)}
         transport = Transport(teacher, pair, options)
         transport.transfer.attach(student)
