@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -455,6 +457,100 @@ def test_autocast(make):
             values.append(float(loss.detach()))
             transfer.reset()
     assert values[1] == pytest.approx(values[0], rel=0.05)
+
+
+@pytest.mark.parametrize("make", [make_teacher, other_classes])
+@pytest.mark.parametrize("weight", [0, 2.0])
+def test_a_cached_teacher_gives_the_same_losses(make, weight, tmp_path):
+    """From memory, and from a folder of an earlier run, whose weights may have been others."""
+    found, hits = [], []
+    for cache in (None, "memory", str(tmp_path), str(tmp_path)):
+        student = make_student()
+        transfer = RepresentationTransfer(make(), LAYERS, weight=weight, distillation=1.0, teacher_cache=cache)
+        values = []
+        with transfer.attached(student):
+            for _ in range(2):
+                for x, _ in loader(batch_size=16):
+                    student(x)
+                    values.append(float(transfer.loss().detach()))
+            student(images())
+            if cache is not None:
+                with pytest.raises(RuntimeError, match="with `teacher_cache`"):
+                    _ = transfer.teacher_output
+                hits.append(transfer.cache.hit_rate)
+            transfer.discard()
+        found.append(values)
+    assert hits[0] >= 0.5
+    assert hits[2] == 1
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-5)
+    other = RepresentationTransfer(make(), LAYERS, weight=2.0 - weight, distillation=1.0, teacher_cache=str(tmp_path))
+    with other.attached(student):
+        student(images())
+        other.loss()
+        assert (other.transport_value is None) == (weight > 0)
+    assert other.cache.hit_rate == 1
+
+
+class TestWhatCannotBeMeant:
+    def test_probabilities_in_place_of_logits(self):
+        teacher = nn.Sequential(make_teacher(), nn.Softmax(dim=1))
+        transfer = RepresentationTransfer(teacher, {"block1": "0.block1"}, distillation=1.0)
+        with transfer.attached(student := make_student()):
+            student(images())
+            with pytest.warns(
+                UserWarning, match="logits of the teacher look like probabilities.*Leave the softmax out"
+            ):
+                transfer.loss()
+
+    def test_logarithms_of_probabilities_are_logits(self):
+        found = []
+        for teacher in (make_teacher(), nn.Sequential(make_teacher(), nn.LogSoftmax(dim=1))):
+            layers = {"block1": "0.block1" if isinstance(teacher, nn.Sequential) else "block1"}
+            transfer = RepresentationTransfer(teacher, layers, weight=0, distillation=1.0)
+            with transfer.attached(student := make_student()):
+                student(images())
+                found.append(float(transfer.loss().detach()))
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+    def test_features_that_are_frozen(self):
+        student = make_student()
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name.startswith("head"))
+        transfer = RepresentationTransfer(other_classes(), LAYERS, weight=0, distillation=1.0)
+        with transfer.attached(student):
+            student(images())
+            with pytest.raises(RuntimeError, match="constant: the student's layer 'dropout:input' does not depend"):
+                transfer.loss()
+        same = RepresentationTransfer(make_teacher(), LAYERS, weight=0, distillation=1.0)
+        with same.attached(student):
+            student(images())
+            same.loss().backward()
+        assert student.head.weight.grad.abs().sum() > 0
+
+    def test_a_head_outside_of_the_root_that_the_user_named(self):
+        body, head = make_student(), nn.Linear(3, 3)
+        student = nn.ModuleDict({"body": body, "head": head})
+        transfer = RepresentationTransfer(make_teacher(), LAYERS, student_root="body", distillation=1.0)
+        with transfer.attached(student):
+            head(body(images()))
+            with pytest.warns(UserWarning, match="outside of the root 'body': 'head'.*takes what the root returns"):
+                transfer.loss()
+            head(body(images()))
+            transfer.loss()
+
+
+def test_nothing_of_the_student_is_kept():
+    student = make_student()
+    transfer = RepresentationTransfer(other_classes(), LAYERS, distillation=1.0)
+    with transfer.attached(student):
+        student(images())
+        transfer.loss().backward()
+    known, gone = weakref.ref(student.block1), weakref.ref(student)
+    del student
+    gc.collect()
+    assert known() is None
+    assert gone() is None
 
 
 def test_it_trains():

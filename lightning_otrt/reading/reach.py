@@ -15,9 +15,7 @@ from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
 
-__all__ = ["TrainedForwards", "describe_reach", "leads_to", "why_outside"]
-
-_SHOWN = 5
+__all__ = ["TrainedForwards", "describe_reach", "leads_to"]
 
 
 def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]) -> str:
@@ -101,16 +99,3 @@ class TrainedForwards:
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainedForwards:
         """The same object: a copy that is made during the first step is not watched."""
         return self
-
-
-def why_outside(root: str, outside: Sequence[str]) -> str:
-    """The error for trained modules outside the root that was found for layers that are words."""
-    shown = ", ".join(map(repr, outside[:_SHOWN]))
-    if len(outside) > _SHOWN:
-        shown += f" and {len(outside) - _SHOWN} more"
-    return (
-        f"Layers were chosen inside {root!r}, the first trained module that was called, but other trained modules ran "
-        f"with gradient outside of it: {shown}. The teacher got the inputs of {root!r} alone, and the term cannot "
-        f"reach the others. If that is meant, pass student_root={root!r}. If a method is called, such as "
-        "net.forward_features(x), pass student_root='net:forward_features'. Else call the module that holds them all."
-    )

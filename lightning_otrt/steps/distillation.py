@@ -72,7 +72,7 @@ class Distillation:
                 observations.
         """
         if self.calls == 0:
-            self._check(views)
+            self._check(views, is_regression=is_regression)
         with torch.autocast(views[0][0].device.type, enabled=False):
             if is_regression:
                 total = self._regressed([common_dtype(y, x) for y, x, _ in views], ranks, is_new=not reevaluation)
@@ -137,11 +137,19 @@ class Distillation:
         older = torch.zeros_like(solved) if self._map is None else self._map
         self._map = torch.where(all_finite([solved]), solved, older)
 
-    def _check(self, views: LogitViews) -> None:
+    def _check(self, views: LogitViews, *, is_regression: bool) -> None:
+        """Refuse a first batch with bad values, and warn of probabilities."""
         for y, x, mask in views:
             for side, name in ((y, "student"), (x, "teacher")):
-                shown = side if mask is None else torch.where(mask.unsqueeze(1), side, 0.0)
-                if not bool(shown.detach().isfinite().all()):
+                shown = (side if mask is None else torch.where(mask.unsqueeze(1), side, 0.0)).detach()
+                if not is_regression and _are_probabilities(shown, mask):
+                    warnings.warn(
+                        f"The logits of the {name} look like probabilities: none is negative, and they sum to 1. A "
+                        "softmax is taken of them once more, which leaves almost no difference between classes. Leave "
+                        "the softmax out of the network, or return its logarithm.",
+                        stacklevel=4,
+                    )
+                if not bool(shown.isfinite().all()):
                     raise ValueError(
                         f"The logits of the {name}, or what is regressed on, have NaN or infinite values (shape "
                         f"{tuple(side.shape)}), so that nothing can be distilled. Check its inputs and its weights; "
@@ -201,3 +209,9 @@ class Distillation:
         self._sums = [part.to(device) for part in state["sums"]]
         y, x = state["reference"]
         self._reference = y.to(device), x.to(device)
+
+
+def _are_probabilities(logits: Tensor, mask: Tensor | None) -> bool:
+    """Whether values ``(B, K, *positions)`` are those of a softmax; waits for the device."""
+    sums_to_1 = (logits.sum(1) - 1).abs() < 1e-3
+    return bool((logits >= 0).all() & (sums_to_1 if mask is None else sums_to_1 | ~mask).all())

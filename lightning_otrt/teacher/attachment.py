@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeAlias
@@ -15,9 +16,10 @@ from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
-from lightning_otrt.reading.reach import TrainedForwards, why_outside
+from lightning_otrt.reading.reach import TrainedForwards
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import can_be_root, find_teacher_root, split_root
+from lightning_otrt.reading.root_errors import logits_outside, why_no_view, why_outside
 from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.views import (
     Matched,
@@ -40,12 +42,6 @@ ChoosePairs: TypeAlias = Callable[[tuple[LayerPair, ...] | None], Pairing]
 
 #: Calls whose graphs are checked: an inner step that frees them does so from the start.
 GRAPH_CHECKS = 3
-
-#: Such code cannot be found from the student.
-_COMPILED_BEFORE = (
-    " If a function that was compiled and ran before calls it, call `torch.compiler.reset()` before the student is "
-    "attached: what is compiled already has no hooks in it."
-)
 
 
 class Attachment:
@@ -145,6 +141,9 @@ class Attachment:
         modules = named_layers(self.student)
         self._root = None
         self._forget_trained()
+        # A head outside of the root would make features of what is taken for logits.
+        if self._logits is not None or (self.student_root is None and only_words(self.layers)):
+            self._trained = TrainedForwards(self.student, lambda: self._recorder.enabled)
         if self.student_root is not None:
             name, method = split_root(self.student_root)
             self._recorder.watch_roots([(name, modules[name])], method)
@@ -152,8 +151,6 @@ class Attachment:
         # A module under two names is one candidate: two sets of hooks would count its forward twice.
         primary = primary_names(modules, "")
         self._recorder.watch_roots([(name, module) for name, module in modules.items() if primary[id(module)] == name])
-        if only_words(self.layers) or self._logits is not None:
-            self._trained = TrainedForwards(self.student, lambda: self._recorder.enabled)
 
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
@@ -162,6 +159,8 @@ class Attachment:
         self._recorder.remove()
         if self.cached is not None:
             self.cached.close()
+        if self._logits is not None:
+            self._logits.forget_modules()
         self.teacher.release()
         self.student = self._root = None
 
@@ -233,7 +232,8 @@ class Attachment:
             NoTermError: If there are none, or a backward pass has gone through one.
         """
         if not views or self.pairing is None:
-            raise NoTermError(self._why_no_view())
+            assert self.student is not None
+            raise NoTermError(why_no_view(self.student, self._root, self.student_root, self.layers))
         if self._graph_checks:
             check_graphs(views)
             self._graph_checks -= 1
@@ -244,7 +244,10 @@ class Attachment:
             return None
         outside = self._trained.outside(self._root)
         self._forget_trained()
-        return why_outside(self._root, outside) if outside else None
+        if outside and self.student_root is not None:
+            warnings.warn(logits_outside(self._root, outside), stacklevel=3)
+            return None
+        return why_outside(self._root, outside, distills=self._logits is not None) if outside else None
 
     def _forget_trained(self) -> None:
         if self._trained is not None:
@@ -364,29 +367,6 @@ class Attachment:
                     self.teacher.follow(parameter.dtype)
                 self.teacher.prepare(parameter.device)
                 return  # not `next`, which torch 2.6 cannot compile
-
-    def _why_no_view(self) -> str:
-        assert self.student is not None
-        kind = type(self.student).__name__
-        if self._root is not None:
-            return (
-                f"The student ({kind}) was not called with gradient since the last call, so there is no transfer term: "
-                f"no forward of its root {self._root or 'itself'!r} was recorded. Call the module itself (not "
-                "`.forward`), once per loss, outside `no_grad`; or pass the name of what is called as `student_root`."
-                f"{_COMPILED_BEFORE if 'torch._dynamo' in sys.modules else ''}"
-            )
-        if not any(parameter.requires_grad for parameter in self.student.parameters()):
-            return (
-                f"No parameter of the student ({kind}) requires a gradient, so no transfer term can train it. Unfreeze "
-                "what is to be trained before the fit."
-            )
-        where = f"the root {self.student_root!r}" if self.student_root else "a module that holds the layers"
-        return (
-            f"No forward of {where} of the student ({kind}) was recorded, so there is no transfer term for "
-            f"layers={self.layers!r}. It has to be called as a module (not `.forward`), with gradient; `student_root` "
-            "names the submodule whose inputs the teacher gets."
-            f"{_COMPILED_BEFORE if 'torch._dynamo' in sys.modules else ''}"
-        )
 
 
 def _dtype_of(student: nn.Module) -> torch.dtype | None:

@@ -88,6 +88,10 @@ class LogitRecording:
         self.features = self._find_features(traces[0], modules[0]) if self._pools else None
         self.note = self._described(counts)
 
+    def forget_modules(self) -> None:
+        """Let go of the modules of both networks. :meth:`settle` finds them again."""
+        self.features = self._student = self._teacher = None
+
     @property
     def identity(self) -> str:
         """What is read of the teacher's output, in words that are equal for equal readings."""
@@ -128,8 +132,9 @@ class LogitRecording:
         """
         found = [self._of_view(view) for view in views]
         if not any(student.requires_grad for _, (student, _, _) in found):
+            what = "output does" if not found[0][0] or self.features is None else f"layer {self.features.name!r} does"
             raise NoTermError(
-                "The distillation of logits is constant: the student's output does not depend on any parameter that "
+                f"The distillation of logits is constant: the student's {what} not depend on any parameter that "
                 "requires a gradient. Unfreeze its layers, or check for `no_grad` and `detach`."
             )
         return MatchedLogits(found[0][0], [triple for _, triple in found])

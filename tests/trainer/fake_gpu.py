@@ -44,6 +44,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.reading.mask_search._count", lambda samples: 0)
         patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
         patch.setattr("lightning_otrt.steps.engine.inspect_batch", lambda *args: ())
+        patch.setattr("lightning_otrt.steps.distillation.Distillation._check", lambda self, views, is_regression: None)
         patch.setattr("lightning_otrt.steps.coupling.inspect_plan", lambda *args: ())
         patch.setattr("lightning_otrt.run_state.RunState.take_bad_calls", lambda self, distances: (0, ""))
         # Else autocast is off where there is no driver.

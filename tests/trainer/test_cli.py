@@ -363,3 +363,18 @@ def test_a_pretrained_teacher_of_hugging_face(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(text))
     found = run_file(tmp_path / "config.yaml", "--trainer.fast_dev_run=true")
     assert found.trainer.callbacks[0].transfer.teacher.module.config.hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"weigth": 1.0}, "'weigth' is not accepted"),
+        (True, "distillation"),
+        ("much", "distillation"),
+        ([1], "distillation"),
+    ],
+)
+def test_distillation_that_is_none(tmp_path, capsys, option, said):
+    with pytest.raises(SystemExit):
+        run(tmp_path, {"teacher": NET, "distillation": option})
+    assert said in capsys.readouterr().err

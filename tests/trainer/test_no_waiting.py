@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
 from trainer.fake_gpu import BATCH, STEPS, Task, fake_fit, fake_gpu, images, needs_cuda_build, network
 
-from lightning_otrt import LinearWarmup, OTRTCallback, OTRTModule, OTRTMonitor
+from lightning_otrt import LinearWarmup, LogitDistillation, OTRTCallback, OTRTModule, OTRTMonitor
 
 pytestmark = needs_cuda_build
 
@@ -45,7 +45,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"layers": "penultimate", "grid": 1},
     {"schedule": LinearWarmup(3)},
     {"strict": False},
+    {"distillation": 1.0, "weight": 0},
 ]
+
+
+@pytest.mark.parametrize("features", [None, "4:input"])
+def test_distillation(features: str | None) -> None:
+    """Soft targets, and a regression with its solve in each step."""
+    with fake_gpu():
+        check(fake_fit(Task(), [OTRTCallback(network(12), distillation=LogitDistillation(features=features))]))
 
 
 @pytest.mark.parametrize("options", quick_and_slow(OPTIONS), ids=repr)

@@ -1,0 +1,82 @@
+"""What is said where the root of the student was not called, or where trained modules run outside of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_otrt.layers.pairs import LayerSpec
+
+__all__ = ["logits_outside", "why_no_view", "why_outside"]
+
+_SHOWN = 5
+#: Such code cannot be found from the student.
+_COMPILED_BEFORE = (
+    " If a function that was compiled and ran before calls it, call `torch.compiler.reset()` before the student is "
+    "attached: what is compiled already has no hooks in it."
+)
+_LOGITS = " The distillation of logits takes what the root returns as logits."
+
+
+def why_no_view(student: nn.Module, root: str | None, student_root: str | None, layers: LayerSpec) -> str:
+    """Why no forward of the student was recorded.
+
+    Args:
+        student: The student.
+        root: Name of the root that was found, None before it is found.
+        student_root: What the user passed as ``student_root``.
+        layers: What the user passed as ``layers``.
+    """
+    kind = type(student).__name__
+    compiled = _COMPILED_BEFORE if "torch._dynamo" in sys.modules else ""
+    if root is not None:
+        return (
+            f"The student ({kind}) was not called with gradient since the last call, so there is no transfer term: "
+            f"no forward of its root {root or 'itself'!r} was recorded. Call the module itself (not "
+            f"`.forward`), once per loss, outside `no_grad`; or pass the name of what is called as `student_root`."
+            f"{compiled}"
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        return (
+            f"No parameter of the student ({kind}) requires a gradient, so no transfer term can train it. Unfreeze "
+            "what is to be trained before the fit."
+        )
+    where = f"the root {student_root!r}" if student_root else "a module that holds the layers"
+    return (
+        f"No forward of {where} of the student ({kind}) was recorded, so there is no transfer term for "
+        f"layers={layers!r}. It has to be called as a module (not `.forward`), with gradient; `student_root` "
+        f"names the submodule whose inputs the teacher gets.{compiled}"
+    )
+
+
+def why_outside(root: str, outside: Sequence[str], *, distills: bool = False) -> str:
+    """The error for trained modules outside the root that was found.
+
+    Args:
+        root: Name of the root.
+        outside: Names of the modules.
+        distills: Whether logits are distilled.
+    """
+    return (
+        f"Layers were chosen inside {root!r}, the first trained module that was called, but other trained modules ran "
+        f"with gradient outside of it: {_listed(outside)}. The teacher got the inputs of {root!r} alone, and the term "
+        f"cannot reach the others.{_LOGITS if distills else ''} If that is meant, pass student_root={root!r}. If a "
+        "method is called, such as net.forward_features(x), pass student_root='net:forward_features'. Else call the "
+        "module that holds them all."
+    )
+
+
+def logits_outside(root: str, outside: Sequence[str]) -> str:
+    """The warning for trained modules outside the root that the user named, where logits are distilled."""
+    return (
+        f"Other trained modules ran with gradient outside of the root {root!r}: {_listed(outside)}.{_LOGITS} If one "
+        "of the others makes the logits, name the module that holds them all as `student_root`, or leave out "
+        "`distillation`."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
