@@ -6,8 +6,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from scipy import stats
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,19 @@ def compare(one: Mapping[int, float], others: Mapping[str, Mapping[int, float]])
         one: Accuracies by seed.
         others: The same by method; only seeds that both have are compared.
     """
+    return family({name: (one, values) for name, values in others.items()})
+
+
+def family(pairs: Mapping[Name, tuple[Mapping[int, float], Mapping[int, float]]]) -> dict[Name, Comparison]:
+    """Comparisons that are corrected together.
+
+    Args:
+        pairs: Accuracies by seed of one method and of the other, by the name of the comparison; only seeds that both
+            have are compared.
+    """
     gains = {
-        name: [one[seed] - values[seed] for seed in sorted(one.keys() & values.keys())]
-        for name, values in others.items()
+        name: [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+        for name, (one, other) in pairs.items()
     }
     gains = {name: values for name, values in gains.items() if values}
     raw = {name: paired_p(values) for name, values in gains.items()}

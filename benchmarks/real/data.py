@@ -1,0 +1,212 @@
+"""The labelled samples of each run; test samples are the same in all runs and serve nothing else.
+
+Emoji: two fifths of the emoji of each class are for tests, in both drawings; of the others each seed draws its own for
+training, three quarters of them at most, and those that it leaves are for validation. Fashion-MNIST: the first 50,000
+training images, the last 10,000 for validation (every seventh), and every third test image. Sections: 80 texts of each
+section are for tests, 50 that follow those of a seed for validation; where a section has fewer texts than asked for,
+all others train.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.evidence.runs import Run
+from benchmarks.real import packages
+from benchmarks.real.checkpoints import minilm, normalised
+from benchmarks.real.networks import LENGTH
+
+SIZE = 64
+#: Fixed views of each training image, random but the first: eight, or fewer where images are many.
+VIEWS, SOME_IMAGES = 8, 20_000
+#: The classes of emoji: subcategories with enough of them, some of them joined.
+EMOJI_CLASSES = (
+    *(("animal-mammal",), ("animal-bird",), ("animal-marine",), ("animal-bug",), ("food-fruit",), ("food-vegetable",)),
+    *(("food-prepared",), ("food-sweet", "food-asian"), ("drink",), ("transport-ground",)),
+    *(("transport-air", "transport-water"), ("place-building",), ("clothing",), ("tool",), ("sport",), ("household",)),
+    *(("plant-other", "plant-flower"), ("sky & weather",), ("face",), ("heart",), ("computer", "phone")),
+    ("musical-instrument",),
+)
+SECTIONS = ("utils", "science", "net", "devel", "admin", "games", "x11", "sound", "text", "graphics", "web", "fonts")
+_EMOJI_TEST, _EMOJI_TRAIN = 0.4, 0.75
+_FASHION_POOL, _FASHION_VALIDATION, _FASHION_TEST = 50_000, 7, 3
+_SECTION_TEST, _SECTION_VALIDATION = 80, 50
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a network takes, by the name of the argument, and labels ``(n,)``.
+
+    Attributes:
+        inputs: ``{"images": (n, 3, 64, 64)}``, or ``{"input_ids": (n, 48), "attention_mask": (n, 48)}``.
+        labels: Classes.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Some of them."""
+        return Batch({name: value[indices] for name, value in self.inputs.items()})
+
+    def chunks(self, size: int = 128) -> list[Batch]:
+        """All of them, in order."""
+        return [self.batch(indices) for indices in torch.split(torch.arange(len(self)), size)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward: images go by position, since networks name that argument in many ways."""
+
+    inputs: Mapping[str, Tensor]
+
+    def __call__(self, net: Any) -> Tensor:
+        """What ``net`` makes of them."""
+        if "images" in self.inputs:
+            output: Tensor = net(self.inputs["images"])
+            return output
+        return net(**self.inputs)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens are valid ``(B, T)``; None for images."""
+        mask = self.inputs.get("attention_mask")
+        return None if mask is None else mask.bool()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Training samples, views included, and those that judge."""
+
+    train: Samples
+    held_out: Samples
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, each of which has samples."""
+        return int(self.train.labels.max()) + 1
+
+
+def problem_of(run: Run) -> Problem:
+    """The samples of a run."""
+    return _problem(run.target, run.per_class, run.seed, run.split)
+
+
+@functools.lru_cache(maxsize=2)
+def _problem(target: str, per_class: int, seed: int, split: str) -> Problem:
+    if target == "sections":
+        return _sections(per_class, seed, split)
+    images, labels, held_out, held_out_labels = {"emoji": _emoji, "fashion": _fashion}[target](per_class, seed, split)
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, min(VIEWS, SOME_IMAGES // len(images)))
+    views = torch.cat([images, *(random_view(images, generator) for _ in range(count - 1))])
+    return Problem(Samples(_pixels(views), labels.repeat(count)), Samples(_pixels(held_out), held_out_labels))
+
+
+def _pixels(images: Tensor) -> dict[str, Tensor]:
+    return {"images": normalised(images).contiguous(memory_format=torch.channels_last)}
+
+
+def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One random view of each image: moved by up to 7 %, enlarged by up to a quarter, mirrored or not."""
+    count = len(images)
+    scale = 1 - 0.2 * torch.rand(count, generator=generator)
+    mirror = 1 - 2 * (torch.rand(count, generator=generator) < 0.5).float()
+    matrix = torch.zeros(count, 2, 3)
+    matrix[:, 0, 0], matrix[:, 1, 1] = scale * mirror, scale
+    matrix[:, :, 2] = 0.3 * (torch.rand(count, 2, generator=generator) - 0.5)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+Arrays = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _emoji(per_class: int, seed: int, split: str) -> Arrays:
+    pictures = _emoji_pictures()
+    fixed, rng = np.random.default_rng(7), np.random.default_rng(1000 + seed)
+    of_subcategory = {name: label for label, names in enumerate(EMOJI_CLASSES) for name in names}
+    labels = torch.tensor([of_subcategory.get(_joined(name), -1) for name in pictures.subcategories])
+    parts: dict[str, list[Tensor]] = {"train": [], "held out": []}
+    for label in range(len(EMOJI_CLASSES)):
+        identities = np.unique(pictures.identities[labels == label].numpy())
+        fixed.shuffle(identities)
+        count = round(_EMOJI_TEST * len(identities))
+        test, pool = identities[:count], identities[count:]
+        rng.shuffle(pool)
+        number = min(per_class, round(_EMOJI_TRAIN * len(pool)))
+        chosen = {"train": pool[:number], "held out": test if split == "test" else pool[number:]}
+        for part, wanted in chosen.items():
+            parts[part].append(torch.isin(pictures.identities, torch.from_numpy(wanted)) & (labels == label))
+    train, held_out = (torch.stack(parts[part]).any(0) for part in ("train", "held out"))
+    images = pictures.images
+    return images[train].float() / 255, labels[train], images[held_out].float() / 255, labels[held_out]
+
+
+def _joined(subcategory: str) -> str:
+    return "face" if subcategory.startswith("face-") else subcategory
+
+
+@functools.cache
+def _emoji_pictures() -> packages.Emoji:
+    return packages.emoji()
+
+
+def _fashion(per_class: int, seed: int, split: str) -> Arrays:
+    images, labels = packages.fashion_mnist("train")
+    order = torch.from_numpy(np.random.default_rng(1000 + seed).permutation(_FASHION_POOL))
+    chosen = torch.cat([order[labels[order] == label][:per_class] for label in range(10)])
+    if split == "test":
+        held_out, held_out_labels = (part[::_FASHION_TEST] for part in packages.fashion_mnist("test"))
+    else:
+        held_out, held_out_labels = (part[_FASHION_POOL::_FASHION_VALIDATION] for part in (images, labels))
+    return _enlarged(images[chosen]), labels[chosen], _enlarged(held_out), held_out_labels
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    wide = F.interpolate(images[:, None].float() / 255, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+    return wide.expand(-1, 3, -1, -1)
+
+
+def _sections(per_class: int, seed: int, split: str) -> Problem:
+    rows = _descriptions()
+    fixed, rng = np.random.default_rng(7), np.random.default_rng(1000 + seed)
+    train: list[int] = []
+    held_out: list[int] = []
+    for section in SECTIONS:
+        numbers = np.array([number for number, (name, _) in enumerate(rows) if name == section])
+        fixed.shuffle(numbers)
+        test, pool = numbers[:_SECTION_TEST], numbers[_SECTION_TEST:]
+        rng.shuffle(pool)
+        count = min(per_class, len(pool) - _SECTION_VALIDATION)
+        train += pool[:count].tolist()
+        held_out += (test if split == "test" else pool[count : count + _SECTION_VALIDATION]).tolist()
+    return Problem(*(_tokens([rows[number] for number in part]) for part in (train, held_out)))
+
+
+@functools.cache
+def _descriptions() -> list[tuple[str, str]]:
+    return [row for row in packages.descriptions() if row[0] in SECTIONS]
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return minilm()[1]
+
+
+def _tokens(rows: list[tuple[str, str]]) -> Samples:
+    texts = [text for _, text in rows]
+    found = _tokenizer()(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    labels = torch.tensor([SECTIONS.index(section) for section, _ in rows])
+    return Samples({"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}, labels)

@@ -1,0 +1,172 @@
+"""The page ``results/real_checkpoints.md``: protocol, networks, one table for each cell, what was not run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence.experiments import Experiment
+from benchmarks.evidence.report import Accuracies, Found, Goal, gather, goals_table, p_value, signed
+from benchmarks.evidence.runs import Results
+from benchmarks.evidence.statistics import Comparison, estimate, family
+from benchmarks.real.cells import label
+from benchmarks.real.methods import CONTROLS, METHODS, PLAIN
+from benchmarks.real.networks_table import NETWORKS, table
+
+#: The recipe that the documentation recommends.
+RECIPE = "transport+kd"
+#: Labels per class that are few.
+_FEW = 20
+
+_PROTOCOL = """\
+Teachers are ImageNet's EfficientNet-Lite0 and the sentence encoder all-MiniLM-L6-v2, frozen, as they come; students
+start from scratch (or, where a heading says "itself", as a copy of the teacher with a new head). Emoji that are tested
+are in no training or validation set, in either drawing. Images are 64 × 64, texts 48 tokens.
+
+- *Tuned alike*: six candidates for each method (three learning rates × two weights; two weight decays where there is no
+  weight; six penalties of a ridge head), the best two again on a second seed, on validation samples of the same cell.
+  Where distillation stands beside another term, the weight of distillation is tuned and the other stays at 8.
+- *Paired*: within a seed all methods have the same samples, initial weights, order of batches and dropout. Intervals
+  are 95 % of Student's t over seeds. The p values of a table are those of paired t tests, corrected by Holm's procedure
+  over all tests of that table.
+- *The same layers for all*: those that `layers="auto"` chooses. FitNets and CKA see maps averaged to 4 × 4, as the
+  transport term does, and valid tokens alone.
+- *Distillation* is that of the library: with other classes the teacher's output regressed on what enters the student's
+  head. *Controls* are a fixed random assignment, or rotation, in place of the one that is solved.
+- *Cost* is the processor time of a training step on one thread, with the teacher's outputs at hand (`teacher_cache`).
+  Without it the teacher's forward comes on top: its time for a batch of 32 is in the first table. Each image has eight
+  fixed views.
+- The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
+
+
+def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder: Path) -> str:
+    """The Markdown of everything found so far.
+
+    Args:
+        results: Rows of each cell.
+        cells: What was planned.
+        folder: Where the rows lie.
+    """
+    found = {name: one for cell in cells for name, one in gather(results[cell], {cell: cells[cell]}).items()}
+    rows = [row for one in results.values() for row in one.rows.values()]
+    hours = sum(row["seconds"] for row in rows) / 3600
+    lines = [
+        "# Real checkpoints",
+        "",
+        f"`python -m benchmarks.real` on {platform.machine()}, torch {torch.__version__.partition('+')[0]}, one "
+        f"thread: {len(rows)} runs, {hours:.1f} hours. Each run is a line of a file in `{folder.name}`; the "
+        "command continues where it was stopped.",
+        "",
+        _PROTOCOL,
+        "",
+        *table(folder / NETWORKS),
+    ]
+    tests = {name: comparisons_of(accuracies(one)) for name, one in found.items()}
+    if reached := [goal for name, one in found.items() for goal in goals(one, tests[name])]:
+        lines += ["## Goals on real checkpoints", "", f"The recipe is {label(RECIPE)}.", "", *goals_table(reached)]
+    for name, one in found.items():
+        lines += [f"## {one.experiment.title}", "", f"`python -m benchmarks.real --cells {name}`", ""]
+        lines += [*cell_table(one, tests[name]), *_choices(one)]
+    if missing := _missing(found, cells):
+        lines += ["## Cells not run yet", "", *missing, ""]
+    return "\n".join(lines)
+
+
+def accuracies(found: Found) -> Accuracies:
+    """Accuracies of a cell by method and seed."""
+    return found.accuracies(found.experiment.targets[0], found.experiment.per_class[0])
+
+
+def comparisons_of(values: Accuracies) -> dict[tuple[str, str], Comparison]:
+    """Each method against plain training, and ours against their controls: one family."""
+    pairs = [(method, PLAIN) for method in values if method != PLAIN] + list(CONTROLS.items())
+    return family({(one, other): (values[one], values[other]) for one, other in pairs if {one, other} <= values.keys()})
+
+
+def cell_table(found: Found, tests: Mapping[tuple[str, str], Comparison]) -> list[str]:
+    """Accuracy, gains over plain training and over the control, and cost of each method."""
+    values = accuracies(found)
+    means = {name: statistics.fmean(of_seed.values()) for name, of_seed in values.items() if name != "frozen"}
+    best = max(means, key=means.__getitem__, default="")
+    seeds = sorted({len(of_seed) for of_seed in values.values()})
+    lines = [
+        f"{'–'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} paired seeds; the best student is in bold.",
+        "",
+        "| method | accuracy, % | over plain, points | p (Holm) | over its control, points | p (Holm) | step, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, of_seed in values.items():
+        cells = [label(name), str(estimate(list(of_seed.values())))]
+        if name == best:
+            cells = [f"**{cell}**" for cell in cells]
+        for other in (PLAIN, CONTROLS.get(name, "")):
+            one = tests.get((name, other))
+            cells += ["", ""] if one is None else [signed(one.gain), p_value(one.corrected)]
+        lines.append(f"| {' | '.join([*cells, _step(found, name)])} |")
+    return [*lines, ""]
+
+
+def _step(found: Found, method: str) -> str:
+    """Median time of a step over the runs of a method."""
+    rows = found.results.rows.values()
+    times = [row["step_ms"] for row in rows if row["method"] == method and "step_ms" in row]
+    return f"{statistics.median(times):.0f}" if times else ""
+
+
+def _choices(found: Found) -> list[str]:
+    """What tuning chose; a star marks a learning rate at the edge of its candidates."""
+    lines = ["<details><summary>What tuning chose</summary>", ""]
+    lines += ["| method | learning rate | weight decay | weight | validation accuracy, % |", "|---|---|---|---|---|"]
+    for name, choice in found.choices.items():
+        tuning = found.experiment.tuning
+        edge = " *" if tuning.edge(name, found.results) else ""
+        weight = f"{choice.weight:g}" if METHODS[name].weights else ""
+        rate, decay = ("", "") if METHODS[name].freeze else (f"{choice.lr:g}{edge}", f"{choice.weight_decay:g}")
+        lines.append(f"| {label(name)} | {rate} | {decay} | {weight} | {tuning.mean(choice, found.results):.1f} |")
+    return [*lines, "", f"Layers: {'; '.join(_layers(found))}", "", "</details>", ""]
+
+
+def _layers(found: Found) -> list[str]:
+    """The pairs of layers, each set of them once."""
+    seen = {"; ".join(row["layers"]): None for row in found.results.rows.values() if "layers" in row}
+    return [f"`{layers}`" for layers in seen]
+
+
+def goals(found: Found, tests: Mapping[tuple[str, str], Comparison]) -> list[Goal]:
+    """What the recipe should reach in a cell, and what it does."""
+    values, where = accuracies(found), found.experiment.title
+    students = {name: of_seed for name, of_seed in values.items() if name not in ("frozen", RECIPE)}
+    if RECIPE not in values or not students:
+        return []
+    best = max(students, key=lambda name: statistics.fmean(students[name].values()))
+    gain = family({(RECIPE, best): (values[RECIPE], students[best])})[RECIPE, best].gain
+    level = gain.mean >= 0 or gain.mean + gain.half_width >= 0
+    reached = [Goal(f"{where}: the best student or within its interval", f"{signed(gain)} to {label(best)}", level)]
+    if one := tests.get((RECIPE, CONTROLS[RECIPE])):
+        measured = f"{signed(one.gain)}, p {p_value(one.corrected)}"
+        beats = one.gain.mean > 0 and one.corrected < 0.05
+        reached.append(Goal(f"{where}: beats its control, corrected p < 0.05", measured, beats))
+    few = found.experiment.per_class[0] <= _FEW and found.experiment.tuning.setting == "scratch"
+    if few and (one := tests.get((RECIPE, PLAIN))):
+        claim = f"{where}: gains ≥ 5 points over plain training"
+        reached.append(Goal(claim, signed(one.gain), one.gain.mean >= 5))
+    return reached
+
+
+def _missing(found: Mapping[str, Found], cells: Mapping[str, Experiment]) -> list[str]:
+    """Cells, and parts of cells, that are planned and have no rows."""
+    lines = []
+    for name, cell in cells.items():
+        if name not in found:
+            lines.append(f"- {cell.title}: `{name}`")
+            continue
+        counts = {method: len(of_seed) for method, of_seed in accuracies(found[name]).items()}
+        parts = [f"{label(method)} {cell.seeds - counts.get(method, 0)}" for method in cell.methods]
+        short = [part for part, method in zip(parts, cell.methods, strict=True) if counts.get(method, 0) < cell.seeds]
+        if short:
+            lines.append(f"- {cell.title}: `{name}`, missing seeds of {', '.join(short)}")
+    return lines
