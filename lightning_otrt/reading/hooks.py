@@ -21,9 +21,9 @@ from lightning_otrt.reading.torch_internals import is_in_backward
 from lightning_otrt.reading.views import View
 
 if TYPE_CHECKING:
-    from lightning_otrt.reading.recorder import Recorder
+    from lightning_otrt.reading.recorder import PatchMap, Recorder
 
-__all__ = ["CloseView", "NoteMask", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod", "mask_key"]
+__all__ = ["CloseView", "NoteGrid", "NoteMask", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod", "mask_key"]
 
 
 class _Hook:
@@ -177,6 +177,31 @@ class NoteMask(_Hook):
         recorder.current.masks[self.key] = None if mask is None else valid_tokens(mask, self.source)
 
 
+class NoteGrid(_Hook):
+    """Forward hook of a layer that gives the map from which tokens come: puts their rows and columns into the view."""
+
+    def __init__(self, recorder: Recorder, side: str, patches: PatchMap) -> None:
+        self.recorder, self.side, self.key = recorder, side, grid_key(side, patches)
+        self.axes, self.merged = patches.axes, patches.merged
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note the size of this forward."""
+        recorder = self.recorder
+        if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
+            return
+        if self.side == "teacher" and not recorder.runs_teacher:
+            return
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, Tensor) and tensor.dim() == 4:
+            rows, columns = (tensor.shape[axis] // self.merged for axis in self.axes)
+            recorder.current.grids[self.key] = rows, columns
+
+
+def grid_key(side: str, patches: PatchMap) -> str:
+    """The key of the rows and columns of tokens in a view."""
+    return f"{side} {patches.name} / {patches.merged}"
+
+
 def mask_key(side: str, source: MaskSource) -> str:
     """The key of a mask in a view."""
     return f"{side} {source.module}({source.argument}) {source.true_at}"
@@ -190,8 +215,9 @@ class _Read(_Hook):
         key: str,
         reader: NeuronReader,
         masks: Sequence[tuple[MaskSource, nn.Module]] = (),
+        grid: str | None = None,
     ) -> None:
-        self.recorder, self.side, self.key, self.reader = recorder, side, key, reader
+        self.recorder, self.side, self.key, self.reader, self.grid = recorder, side, key, reader, grid
         self.masks = [(mask_key(side, source), source, module) for source, module in masks]
         self.has_warned = False
 
@@ -213,7 +239,9 @@ class _Read(_Hook):
             if tensor.is_nested:
                 masks = (view.masks.get(key) for key, _, _ in self.masks)
                 tensor, own_mask = pad_nested(tensor, next((mask.shape[1] for mask in masks if mask is not None), None))
-            reading = self.reader(tensor, self._mask(view, tensor) if own_mask is None else own_mask)
+            mask = self._mask(view, tensor) if own_mask is None else own_mask
+            size = None if self.grid is None else view.grids.get(self.grid)
+            reading = self.reader(tensor, mask) if size is None else self.reader(tensor, mask, size)
         readings.setdefault(self.key, []).append(reading)
 
     def _mask(self, view: View, tensor: Tensor) -> Tensor | None:

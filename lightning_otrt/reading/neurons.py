@@ -119,12 +119,13 @@ class NeuronReader:
     token_grid: tuple[int, int] | None = None
     select: str | int | None = None
 
-    def __call__(self, output: Any, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, output: Any, mask: Tensor | None = None, token_grid: tuple[int, int] | None = None) -> Tensor:
         """Read one output.
 
         Args:
             output: See :func:`neurons`.
             mask: ``(B, T)``, true where a position is not padding; used for sequences only.
+            token_grid: Rows and columns of this output, where they are not those of the reader.
 
         Returns:
             ``(B, C, *positions)``, a tensor of its own.
@@ -145,7 +146,7 @@ class NeuronReader:
         is_tokens = x.dim() == 3 and axis == 2
         x = x.movedim(axis, 1)
         if is_tokens:
-            return self._pool_tokens(x, mask)
+            return self._pool_tokens(x, mask, token_grid or self.token_grid)
         if x.dim() == 2:
             return widened_copy(x)
         if x.dim() == 3 and mask is not None:
@@ -193,7 +194,7 @@ class NeuronReader:
         limit = self.grid**2 if len(sizes) == 1 else self.grid
         return tuple(min(limit, size) for size in sizes)
 
-    def _pool_tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _pool_tokens(self, x: Tensor, mask: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """Drop the prefix of ``(B, C, T)`` and pool what is left as a map or as a sequence."""
         tokens = x.shape[-1] - self.prefix_tokens
         if tokens <= 0:
@@ -202,13 +203,14 @@ class NeuronReader:
                 f"{self.prefix_tokens}."
             )
         x = x[..., self.prefix_tokens :]
-        if self.token_grid is not None:
-            if self.token_grid[0] * self.token_grid[1] != tokens:
+        if grid is not None:
+            if grid[0] * grid[1] != tokens:
                 raise ValueError(
                     f"{self.layer} gives {tokens} tokens after {self.prefix_tokens} prefix tokens, which do not fill "
-                    f"the token grid {self.token_grid}. Inputs of one size per fit are expected."
+                    f"the token grid {grid} of the patches before it. Leave forwards that drop or merge tokens out by "
+                    "`transfer.paused()`, or match layers without positions."
                 )
-            x = x.unflatten(-1, self.token_grid)  # type: ignore[no-untyped-call]
+            x = x.unflatten(-1, grid)  # type: ignore[no-untyped-call]
             return pool(x, self._sizes(x.shape[2:]))
         if mask is None:
             return pool(x, self._sizes((tokens,)))

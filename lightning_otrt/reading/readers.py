@@ -12,7 +12,7 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.layer_masks import layer_masks
 from lightning_otrt.reading.neurons import NeuronReader
-from lightning_otrt.reading.recorder import RecordedLayer
+from lightning_otrt.reading.recorder import PatchMap, RecordedLayer
 from lightning_otrt.reading.token_grid import TokenGrid, find_token_grid
 
 __all__ = ["layer_reader", "recorded_layer"]
@@ -41,9 +41,10 @@ def recorded_layer(
         mask: See :class:`~lightning_otrt.layers.pairs.LayerPair`.
     """
     masks = layer_masks(side, trace, name, axis, select, mask)
+    layout = _token_layout(trace, name, axis, select, masks)
     reader = layer_reader(side, trace, name, axis, grid, select, masks)
     sources = tuple((source, modules[source.module]) for source in masks.sources)
-    return RecordedLayer(name, modules[name.removesuffix(INPUT)], reader, sources)
+    return RecordedLayer(name, modules[name.removesuffix(INPUT)], reader, sources, _patches(trace, modules, layout))
 
 
 def layer_reader(
@@ -68,11 +69,7 @@ def layer_reader(
     """
     tensor = trace.tensor(name, select)
     where = f"{side} layer {name!r}"
-    layout = TokenGrid()
-    if masks.used is not None:  # a grid has no padding
-        layout = TokenGrid(trace.prefix_tokens if masks.drops_prefix else 0)
-    elif tensor is not None and len(tensor.shape) == 3 and axis in (2, -1):
-        layout = find_token_grid(trace, trace.layer(name), tensor)
+    layout = _token_layout(trace, name, axis, select, masks)
     if layout.part_of is not None and tensor is not None:
         warnings.warn(
             f"The {where} has {tensor.shape[1 - tensor.batch_axis] - layout.prefix} tokens, but the patches before it "
@@ -90,3 +87,23 @@ def layer_reader(
         token_grid=layout.size,
         select=None if name.endswith(INPUT) else select,
     )
+
+
+def _token_layout(trace: Trace, name: str, axis: int | None, select: str | int | None, masks: LayerMasks) -> TokenGrid:
+    """How the tokens of a layer lie; none of it for layers of other shapes."""
+    tensor = trace.tensor(name, select)
+    if masks.used is not None:  # a grid has no padding
+        return TokenGrid(trace.prefix_tokens if masks.drops_prefix else 0)
+    if tensor is not None and len(tensor.shape) == 3 and axis in (2, -1):
+        return find_token_grid(trace, trace.layer(name), tensor)
+    return TokenGrid()
+
+
+def _patches(trace: Trace, modules: Mapping[str, nn.Module], layout: TokenGrid) -> PatchMap | None:
+    """The layer that gives the map of the tokens."""
+    if layout.size is None:
+        return None
+    output = trace.layer(layout.source).output
+    neurons = None if output is None else output.neuron_axis
+    rows, columns = sorted({1, 2, 3} - {neurons})
+    return PatchMap(layout.source, modules[layout.source], (rows, columns), layout.merged)

@@ -13,21 +13,39 @@ from lightning_otrt.layers.mask_sources import MaskSource
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.reading.hooks import (
     CloseView,
+    NoteGrid,
     NoteMask,
     OpenView,
     ReadInput,
     ReadOutput,
     ViewAroundMethod,
+    grid_key,
 )
 from lightning_otrt.reading.neurons import NeuronReader
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.views import View
 
-__all__ = ["Readers", "RecordedLayer", "Recorder"]
+__all__ = ["PatchMap", "Readers", "RecordedLayer", "Recorder"]
 
 
 #: Where masks may come from, with the modules that get them.
 Masks: TypeAlias = tuple[tuple[MaskSource, nn.Module], ...]
+
+
+class PatchMap(NamedTuple):
+    """The layer whose map the tokens of a recorded layer come from. Each batch may have images of another size.
+
+    Attributes:
+        name: Its name.
+        module: The module.
+        axes: The axes of the rows and of the columns in its output.
+        merged: The side of the square of its positions that each token holds.
+    """
+
+    name: str
+    module: nn.Module
+    axes: tuple[int, int]
+    merged: int = 1
 
 
 class RecordedLayer(NamedTuple):
@@ -38,12 +56,14 @@ class RecordedLayer(NamedTuple):
         module: The module.
         reader: Reads its output.
         masks: Where its padding masks may come from, the nearest first, with the modules that get them.
+        patches: Where its tokens come from, if they lie on a grid.
     """
 
     name: str
     module: nn.Module
     reader: NeuronReader
     masks: Masks = ()
+    patches: PatchMap | None = None
 
 
 #: What to record of one network, by key.
@@ -157,12 +177,17 @@ class Recorder:
             if note.source.method != "forward":  # the root's: noted where its view is opened
                 continue
             handles.append(add_forward_pre_hook(module, note, with_kwargs=True))
-        for key, (name, module, reader, own_masks) in readers.items():
+        for patches in dict.fromkeys(layer.patches for layer in readers.values()):
+            if patches is not None:
+                note_grid = NoteGrid(self, side, patches)
+                handles.append(add_forward_hook(patches.module, note_grid))
+        for key, (name, module, reader, own_masks, patches) in readers.items():
+            grid = None if patches is None else grid_key(side, patches)
             if name.endswith(INPUT):
-                hook = ReadInput(self, side, key, reader, own_masks)
+                hook = ReadInput(self, side, key, reader, own_masks, grid)
                 handles.append(add_forward_pre_hook(module, hook, with_kwargs=True))
             else:
-                handles.append(add_forward_hook(module, ReadOutput(self, side, key, reader, own_masks)))
+                handles.append(add_forward_hook(module, ReadOutput(self, side, key, reader, own_masks, grid)))
         return handles
 
     @staticmethod

@@ -11,17 +11,34 @@ from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 __all__ = ["TokenGrid", "find_token_grid"]
 
 
+class _Map(NamedTuple):
+    """Rows and columns of a map, the layer that it comes from, and the side of the squares that were merged.
+
+    The axes of a convolution are known. Those of other layers follow from sizes, which may agree by chance.
+    """
+
+    rows: int
+    columns: int
+    source: str
+    is_conv: bool
+    merged: int = 1
+
+
 class TokenGrid(NamedTuple):
     """How the tokens of a layer lie.
 
     Attributes:
         prefix: Number of class and register tokens in front.
         size: Rows and columns of the others, None for a sequence.
+        source: Name of the layer that gives the map which they come from.
+        merged: The side of the square of its positions that each token holds.
         part_of: Rows and columns of the patches before the layer, where it has fewer tokens than these.
     """
 
     prefix: int = 0
     size: tuple[int, int] | None = None
+    source: str = ""
+    merged: int = 1
     part_of: tuple[int, int] | None = None
 
 
@@ -43,11 +60,13 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         return TokenGrid()
     # The declared prefix first, then none: some models add it after this layer.
     for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
-        for rows, columns in reversed(maps):
-            if rows * columns == tokens - prefix:
-                return TokenGrid(prefix, (rows, columns))
+        fitting = [found for found in maps if found.rows * found.columns == tokens - prefix]
+        if fitting:
+            found = next((found for found in reversed(fitting) if found.is_conv), fitting[-1])
+            return TokenGrid(prefix, (found.rows, found.columns), found.source, found.merged)
     prefix = trace.prefix_tokens if tokens > trace.prefix_tokens else 0
-    return TokenGrid(prefix, part_of=maps[-1] if math.prod(maps[-1]) > tokens - prefix else None)
+    last = maps[-1].rows, maps[-1].columns
+    return TokenGrid(prefix, part_of=last if math.prod(last) > tokens - prefix else None)
 
 
 def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
@@ -69,9 +88,9 @@ def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
     return sorted(ran, key=lambda other: other.order or 0)
 
 
-def _maps(layers: list[TracedLayer], trace: Trace) -> list[tuple[int, int]]:
-    """Rows and columns of the maps that the layers give, and of merged tokens that enter them, in order."""
-    found: list[tuple[int, int]] = []
+def _maps(layers: list[TracedLayer], trace: Trace) -> list[_Map]:
+    """The maps that the layers give, and those of merged tokens that enter them, in order."""
+    found: list[_Map] = []
     #: The numbers of channels that were seen with each number of positions.
     channels: dict[int, set[int]] = {}
     for layer in layers:
@@ -82,21 +101,21 @@ def _maps(layers: list[TracedLayer], trace: Trace) -> list[tuple[int, int]]:
             continue
         if len(tensor.shape) == 4 and tensor.neuron_axis is not None and tensor.shape[0] == trace.batch_size:
             rows, columns = tensor.positions
-            found.append((rows, columns))
+            found.append(_Map(rows, columns, layer.name, layer.role in ("conv", "pointwise")))
             channels.setdefault(rows * columns, set()).add(tensor.shape[tensor.neuron_axis])
         elif len(tensor.shape) == 3:
             channels.setdefault(tensor.shape[1 - tensor.batch_axis], set()).add(tensor.shape[2])
     return found
 
 
-def _merged(tensor: TracedTensor, maps: list[tuple[int, int]], channels: dict[int, set[int]]) -> tuple[int, int] | None:
-    """Rows and columns of tokens that each hold the channels of a square of ``side`` x ``side`` earlier ones."""
+def _merged(tensor: TracedTensor, maps: list[_Map], channels: dict[int, set[int]]) -> _Map | None:
+    """The map of tokens that each hold the channels of a square of ``side`` x ``side`` earlier ones."""
     if len(tensor.shape) != 3:
         return None
     tokens, width = tensor.shape[1 - tensor.batch_axis], tensor.shape[2]
-    for rows, columns in reversed(maps):
+    for rows, columns, source, is_conv, merged in reversed(maps):
         side = math.isqrt(rows * columns // tokens) if tokens else 0
         divides = side > 1 and rows % side == columns % side == 0 and rows * columns == tokens * side**2
         if divides and width in {side**2 * before for before in channels.get(rows * columns, ())}:
-            return rows // side, columns // side
+            return _Map(rows // side, columns // side, source, is_conv, merged * side)
     return None

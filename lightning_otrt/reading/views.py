@@ -36,6 +36,7 @@ class View:
         teacher: Readings of the teacher, without graph.
         masks: The padding masks of the forward by the key of their source: ``(B, T)``, true where a token is valid;
             None where the argument was not given.
+        grids: Rows and columns of the maps from which tokens come, by side and layer.
         logits: The student's logits ``(B, K, *positions)``, where they are distilled. Those of the teacher are one of
             its readings.
         logit_mask: The mask ``(B, T)`` of the student's logits.
@@ -45,6 +46,7 @@ class View:
     student: dict[str, list[Tensor]] = field(default_factory=dict)
     teacher: dict[str, list[Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor | None] = field(default_factory=dict)
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
     logits: Tensor | None = None
     logit_mask: Tensor | None = None
 
