@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.evidence.experiments import EXPERIMENTS, FRESH, Experiment
+from benchmarks.evidence.experiments import EXPERIMENTS, Experiment
 from benchmarks.evidence.methods import DEFAULT, METHODS
 from benchmarks.evidence.runs import Results, Run
-from benchmarks.evidence.statistics import Estimate, compare, estimate
+from benchmarks.evidence.statistics import Comparison, Estimate, compare, estimate
 
 NAMES = {
     "greek": "Greek",
@@ -100,6 +100,12 @@ def gather(results: Results, experiments: Mapping[str, Experiment] = EXPERIMENTS
     return found
 
 
+def against_all(method: str, accuracies: Accuracies) -> dict[str, Comparison]:
+    """A method against every other one of its table: the one family of tests that all claims about it are from."""
+    others = {name: values for name, values in accuracies.items() if name != method}
+    return compare(accuracies[method], others) if method in accuracies else {}
+
+
 def label(method: str) -> str:
     """The name of a method, or of a variant, in tables."""
     return METHODS[method].label if method in METHODS else method
@@ -108,10 +114,7 @@ def label(method: str) -> str:
 def comparison_table(found: Found, target: str, per_class: int) -> list[str]:
     """Accuracy of each method, and what the default gains on it."""
     accuracies = found.accuracies(target, per_class)
-    comparisons = {}
-    if DEFAULT in accuracies:
-        others = {name: values for name, values in accuracies.items() if name != DEFAULT}
-        comparisons = compare(accuracies[DEFAULT], others)
+    comparisons = against_all(DEFAULT, accuracies)
     seeds = {len(values) for values in accuracies.values()}
     lines = [
         f"**{NAMES[target]}**, {per_class} labels per class, {_span(seeds)} paired seeds",
@@ -171,155 +174,6 @@ def choices_table(found: Found) -> list[str]:
         mean = found.experiment.tuning.mean(choice, found.results)
         lines.append(f"| {label(name)} | {choice.lr:g} | {choice.weight_decay:g} | {weight} | {mean:.1f} |")
     return [*lines, ""]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A claim and what was measured.
-
-    Attributes:
-        claim: What should hold.
-        measured: What does.
-        holds: Whether it does.
-    """
-
-    claim: str
-    measured: str
-    holds: bool
-
-
-def goals(found: Mapping[str, Found]) -> list[Goal]:
-    """The claims that the main experiments were made for, as far as they were run."""
-    reached: list[Goal] = []
-    if "main" in found:
-        for target, points in zip(FRESH, (10, 5), strict=True):
-            reached += _main_goals(found["main"].accuracies(target, 10), NAMES[target], points)
-    for name in ("compression", "digits"):
-        if name in found:
-            experiment = found[name].experiment
-            accuracies = found[name].accuracies(experiment.targets[0], experiment.per_class[0])
-            reached += _best_rival_goal(accuracies, f"{NAMES[experiment.targets[0]]}, compression", 0.0)
-    for name in ("curve", "curve-compression"):
-        if name in found:
-            for target in found[name].experiment.targets:
-                reached += _best_rival_goal(found[name].accuracies(target, 50), f"{NAMES[target]}, 50 per class", 3.0)
-    if "copied" in found:
-        for target in found["copied"].experiment.targets:
-            reached += _not_worse_goal(found["copied"].accuracies(target, 10), NAMES[target])
-    if "other" in found:
-        for target in found["other"].experiment.targets:
-            reached += _recipe_goals(found["other"].accuracies(target, 10), NAMES[target])
-    for name, where in (("wide", "a wider pair"), ("residual", "a residual pair"), ("transformer", "transformers")):
-        if name in found:
-            experiment = found[name].experiment
-            for target in experiment.targets:
-                accuracies = found[name].accuracies(target, experiment.per_class[0])
-                reached += _ordering_goals(accuracies, f"{NAMES[target]}, {where}")
-    return reached
-
-
-def rivals(accuracies: Accuracies) -> Accuracies:
-    """Published methods other than this library's plans: neither plain training nor a control."""
-    return {
-        name: values
-        for name, values in accuracies.items()
-        if name in METHODS and not METHODS[name].ours and not METHODS[name].control and name != "plain"
-    }
-
-
-def best_rival(accuracies: Accuracies) -> str | None:
-    """The rival with the highest mean."""
-    others = rivals(accuracies)
-    return max(others, key=lambda name: estimate(list(others[name].values())).mean, default=None)
-
-
-def _best_rival_goal(accuracies: Accuracies, where: str, points: float) -> list[Goal]:
-    """The default against the best rival, and the same for the default with KD, the recipe of the guide."""
-    rival = best_rival(accuracies)
-    if rival is None:
-        return []
-    found = []
-    subjects = {DEFAULT: "the default", "ot-blocks+kd": "the default with KD", "ot-blocks+lwf": "the default with KD"}
-    for method, subject in subjects.items():
-        comparisons = compare(accuracies.get(method, {}), {rival: accuracies[rival]})
-        if rival in comparisons:
-            gain = comparisons[rival].gain
-            claim = f"{where}: {subject} is ahead of the best rival by ≥ {points:g} points"
-            measured = f"{signed(gain)} against {label(rival)}, p {p_value(comparisons[rival].corrected)}"
-            found.append(Goal(claim, measured, gain.mean >= points))
-    return found
-
-
-def _main_goals(accuracies: Accuracies, where: str, points: float) -> list[Goal]:
-    if DEFAULT not in accuracies:
-        return []
-    others = {name: values for name, values in accuracies.items() if name != DEFAULT}
-    comparisons = compare(accuracies[DEFAULT], others)
-    published = [name for name in comparisons if name == "plain" or name in rivals(accuracies)]
-    beaten = [name for name in published if comparisons[name].gain.mean > 0 and comparisons[name].corrected < 0.01]
-    unbeaten = ", ".join(label(name) for name in published if name not in beaten)
-    found = [
-        Goal(
-            f"{where}: the default beats plain and every rival, corrected p < 0.01",
-            f"{len(beaten)} of {len(published)}" + (f"; not {unbeaten}" if unbeaten else ""),
-            len(beaten) == len(published),
-        ),
-        *_best_rival_goal(accuracies, where, points),
-    ]
-    for name in ("random", "ot-penultimate"):
-        if name in comparisons:
-            one = comparisons[name]
-            claim = f"{where}: the default beats {label(name)}, corrected p < 0.05"
-            measured = f"{signed(one.gain)}, p {p_value(one.corrected)}"
-            found.append(Goal(claim, measured, one.gain.mean > 0 and one.corrected < 0.05))
-    return found
-
-
-def _not_worse_goal(accuracies: Accuracies, where: str) -> list[Goal]:
-    if DEFAULT not in accuracies:
-        return []
-    comparisons = compare(accuracies[DEFAULT], rivals(accuracies))
-    worse = [label(name) for name, one in comparisons.items() if one.gain.mean < 0 and one.corrected < 0.05]
-    claim = f"{where}, setting 1: the default is not worse than any rival (corrected p < 0.05)"
-    return [Goal(claim, f"worse than {', '.join(worse)}" if worse else "not worse than any", not worse)]
-
-
-def goals_table(reached: list[Goal]) -> list[str]:
-    """Claims, figures and verdicts."""
-    lines = ["| claim | measured | |", "|---|---|---|"]
-    lines += [f"| {goal.claim} | {goal.measured} | {'holds' if goal.holds else '**fails**'} |" for goal in reached]
-    return [*lines, ""]
-
-
-def _recipe_goals(accuracies: Accuracies, where: str) -> list[Goal]:
-    """In setting 1x the paper's recipe is the recommended one."""
-    return _beats_goals(
-        accuracies, "ot-penultimate", ("plain", "identity"), f"{where}, setting 1x: the paper's recipe", 0.05
-    )
-
-
-def _ordering_goals(accuracies: Accuracies, where: str) -> list[Goal]:
-    """The default ahead of plain training, of the best rival and of a random assignment."""
-    return [
-        *_beats_goals(accuracies, DEFAULT, ("plain", "random"), f"{where}: the default", 0.05),
-        *_best_rival_goal(accuracies, where, 0.0),
-    ]
-
-
-def _beats_goals(
-    accuracies: Accuracies, method: str, others: tuple[str, ...], subject: str, level: float
-) -> list[Goal]:
-    if method not in accuracies:
-        return []
-    comparisons = compare(accuracies[method], {name: accuracies[name] for name in others if name in accuracies})
-    return [
-        Goal(
-            f"{subject} beats {label(name)}, corrected p < {level:g}",
-            f"{signed(one.gain)}, p {p_value(one.corrected)}",
-            one.gain.mean > 0 and one.corrected < level,
-        )
-        for name, one in comparisons.items()
-    ]
 
 
 def signed(gain: Estimate) -> str:

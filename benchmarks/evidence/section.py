@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.evidence import figures
 from benchmarks.evidence.experiments import EXPERIMENTS, Experiment
+from benchmarks.evidence.goals import goals, goals_table
 from benchmarks.evidence.methods import DEFAULT
 from benchmarks.evidence.report import (
     NAMES,
@@ -20,8 +21,6 @@ from benchmarks.evidence.report import (
     comparison_table,
     curve_table,
     gather,
-    goals,
-    goals_table,
     label,
     signed,
     variant_table,

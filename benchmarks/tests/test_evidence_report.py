@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS
+from benchmarks.evidence.goals import goals
 from benchmarks.evidence.methods import DEFAULT, METHODS
-from benchmarks.evidence.report import comparison_table, gather, goals
+from benchmarks.evidence.report import comparison_table, gather
 from benchmarks.evidence.runs import Results, Run
 from benchmarks.evidence.section import section
 from benchmarks.evidence.tuning import SEEDS as TUNING_SEEDS
