@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.evidence.experiments import Experiment
-from benchmarks.evidence.report import Accuracies, Found, Goal, gather, goals_table, p_value, signed
+from benchmarks.evidence.goals import Goal, goals_table
+from benchmarks.evidence.report import Accuracies, Found, gather, p_value, signed
 from benchmarks.evidence.runs import Results
 from benchmarks.evidence.statistics import Comparison, estimate, family
 from benchmarks.real.cells import label
