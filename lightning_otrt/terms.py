@@ -94,9 +94,11 @@ def make_terms(
         distillation = run.distillation.term(
             logits.views, run.ranks, is_regression=logits.is_regression, reevaluation=reevaluation
         )
-        terms.append(weights.distillation * distillation.to(terms[0].device if terms else distillation.device))
+        if distillation is not None:
+            terms.append(weights.distillation * distillation.to(terms[0].device if terms else distillation.device))
+    zero = torch.zeros((), device=attachment.device)
     return CallTerms(
-        terms[0] if len(terms) == 1 else terms[0] + terms[1],
+        sum(terms[1:], terms[0]) if terms else zero,
         None if transport is None else transport.detach(),
         None if distillation is None else distillation.detach(),
         distances,

@@ -253,6 +253,9 @@ class TestOtherClasses:
                 else:
                     with pytest.warns(UserWarning, match="skipped for such batches"):
                         assert float(transfer.loss()) == 0
+                    assert transfer.distillation_value is None
+                    student(images())
+                    assert float(transfer.loss().detach()) == float(transfer.distillation_value)
 
     def test_a_batch_that_is_not_finite_leaves_the_moments_alone(self):
         student = make_student().double()

@@ -33,6 +33,7 @@ def select_logits(output: Any, select: str | int | None, where: str) -> Tensor:
         TypeError: If there are none, or they are no tensor of two or more axes.
 
     Example:
+        >>> import torch
         >>> select_logits({"logits": torch.zeros(8, 3), "loss": None}, None, "student").shape
         torch.Size([8, 3])
     """

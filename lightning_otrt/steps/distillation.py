@@ -54,7 +54,7 @@ class Distillation:
 
     def term(
         self, views: LogitViews, ranks: Ranks | None, *, is_regression: bool, reevaluation: bool = False
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The term of one call, the mean over views; differentiable.
 
         Args:
@@ -64,8 +64,8 @@ class Distillation:
             reevaluation: Whether this is the batch of the last call again. Moments and map then stay as they are.
 
         Returns:
-            T² KL, or 1 - R², over the observations of all processes. Gradients that the processes average are those of
-            one process with all observations.
+            T² KL, or 1 - R², over the observations of all processes; None where these are too few for a regression.
+            Gradients that the processes average are those of one process with all observations.
 
         Raises:
             ValueError: On the first call, if a value is not finite, or if ``strict`` and there are too few
@@ -80,6 +80,8 @@ class Distillation:
                 total = self._softened(views, ranks)
         if not reevaluation or self.calls == 0:
             self.calls += 1
+        if total is None:
+            return None
         with torch.no_grad():
             if self.bad_calls is None:
                 self.bad_calls = torch.zeros_like(total, dtype=torch.int64)
@@ -99,9 +101,9 @@ class Distillation:
             terms.append(local + (total / positions - local).detach())
         return torch.stack(terms).mean()
 
-    def _regressed(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None, *, is_new: bool) -> Tensor:
+    def _regressed(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None, *, is_new: bool) -> Tensor | None:
         if not self._has_enough(views, ranks):
-            return views[0][0].new_zeros(())
+            return None
         with torch.no_grad():
             batches = [(y.detach(), x) for y, x in views]
             if is_new or self._map is None:

@@ -17,7 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from processes import run_processes
 from torch import Tensor, nn
 
-from lightning_otrt import RepresentationTransfer
+from lightning_otrt import LogitDistillation, RepresentationTransfer
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 
@@ -137,9 +137,9 @@ def test_plans_come_from_the_first_where_they_differ() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plans, others, strict=True))
 
 
-def without_a_forward() -> list[float]:
+def without_a_forward(options: dict[str, Any]) -> list[float]:
     student = net(4, seed=1)
-    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, strict=False)
+    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, strict=False, **options)
     terms = []
     with transfer.attached(student), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -150,8 +150,11 @@ def without_a_forward() -> list[float]:
     return terms
 
 
-def test_strict_false_leaves_the_term_out_on_all() -> None:
-    terms, others = run_processes(2, without_a_forward)
+@pytest.mark.parametrize(
+    "options", [{}, {"distillation": 1.0}, {"distillation": LogitDistillation(features="3"), "weight": 0}]
+)
+def test_strict_false_leaves_the_term_out_on_all(options: dict[str, Any]) -> None:
+    terms, others = run_processes(2, without_a_forward, options)
     assert terms == others
     assert terms[1] == 0
     assert terms[0] > 0
