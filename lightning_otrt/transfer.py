@@ -46,7 +46,8 @@ class RepresentationTransfer(RecordedStudent):
     .. math:: \alpha \sum_{pairs} w_{pair} \langle P^*, M \rangle
 
     (arXiv 2007.06737, equation 3, summed over layers). The student is not changed, and needs no projection layers: the
-    widths of student and teacher may differ.
+    widths of student and teacher may differ. With ``distillation`` a term of the logits is added, see
+    :class:`LogitDistillation`.
 
     Args:
         teacher: A module (compiled or not), a LightningModule, the name of a torchvision model (its default weights),

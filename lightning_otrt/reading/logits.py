@@ -40,10 +40,11 @@ def select_logits(output: Any, select: str | int | None, where: str) -> Tensor:
     found = output
     if not isinstance(output, Tensor):
         items = dict(output_items(output)) if isinstance(output, (Mapping, tuple, list)) else {}
-        # A named tuple has its names, too.
-        named = select if isinstance(select, str) else "logits"
+        # By name first: a named tuple has both.
+        name = "logits" if select is None else select
         key = logit_key(items) if select is None else select
-        found = getattr(output, named) if hasattr(output, named) and not isinstance(key, int) else items.get(key)  # type: ignore[arg-type]
+        found = items.get(name, getattr(output, name, None)) if isinstance(name, str) else None
+        found = items.get(key) if found is None and key is not None else found
     if isinstance(found, Tensor) and found.is_floating_point() and found.dim() >= 2 and not found.is_nested:
         return found
     searched = "" if select is None else f" with nothing usable at select={select!r}"

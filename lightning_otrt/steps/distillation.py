@@ -133,7 +133,10 @@ class Distillation:
         new = self._regression.sums(y, x, self._reference)
         new = new if ranks is None else ranks.sum(new)
         is_finite = all_finite(new)
-        running = [torch.zeros_like(part) for part in new] if self._sums is None else self._sums
+        # A resumed run may compute in another type.
+        running = [
+            part.to(fresh.dtype) for part, fresh in zip(self._sums or map(torch.zeros_like, new), new, strict=True)
+        ]
         self._sums = decay_and_add(running, MEMORY, new, is_finite)
         solved = self._regression.solve(self._sums)
         older = torch.zeros_like(solved) if self._map is None else self._map
@@ -168,11 +171,9 @@ class Distillation:
                 f"{self._map.shape[0]}. Use the networks of that run, or call `reset()` to start anew."
             )
         if self._map.dtype != y.dtype:
-            assert self._sums is not None
             assert self._reference is not None
             self._map = self._map.to(y.dtype)
             self._reference = self._reference[0].to(y.dtype), self._reference[1].to(y.dtype)
-            self._sums = [part if part.dtype == torch.float64 else part.to(y.dtype) for part in self._sums]
 
     def _has_enough(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> bool:
         fewest, needed = min(y.shape[-1] for y, _ in views), self._regression.min_observations

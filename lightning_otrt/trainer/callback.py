@@ -20,7 +20,7 @@ class OTRTCallback(TransferCallback):
 
     The module's ``training_step`` is wrapped during ``fit``. After it, also if it failed or was interrupted, no hook
     is left on module or teacher. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
-    ``otrt/<student layer>``.
+    ``otrt/<student layer>``; the distillation of logits, where there is one, as ``train/distillation`` (unweighted).
 
     With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the
     loss of the first ``manual_backward`` after a forward.
