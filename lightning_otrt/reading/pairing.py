@@ -155,9 +155,14 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
     names = named_layers(student)
     name, method = split_root(root)
     if root is not None and name not in names:
+        around, _, last = name.rpartition(".")
+        is_method = around in names and callable(getattr(names[around], last, None))
+        hint = (
+            f"Write {f'{around}:{last}'!r} for that method." if is_method else f"Its children: {child_names(student)}."
+        )
         raise ValueError(
             f"Expected `student_root` to name a module of the student ({type(student).__name__}), but got {root!r}. "
-            f"Its children: {child_names(student)}."
+            + hint
         )
     if method and not callable(getattr(names[name], method, None)):
         raise ValueError(

@@ -152,7 +152,8 @@ def matched_neurons(
         raise NoTermError(
             f"The transfer term is constant: the outputs of the student layers {list(constant.values())} do not depend "
             "on any parameter that requires a gradient. Unfreeze the layers, choose others, or check for `no_grad`, "
-            "`detach` and reentrant activation checkpointing (use_reentrant=False is supported)."
+            "`detach` and reentrant activation checkpointing (use_reentrant=False is supported). While layers are "
+            "frozen on purpose, a `schedule` of 0 leaves the term out."
         )
     return Matched(
         neurons,

@@ -209,6 +209,13 @@ def test_methods_are_checked():
     transfer = RepresentationTransfer(Net(), student_root=":forward_featurs")
     with pytest.raises(ValueError, match="no method 'forward_featurs'"):
         transfer.attach(Net())
+    for student, given, right in (
+        (Net(), "forward_features", ":forward_features"),
+        (nn.ModuleDict({"net": Net()}), "net.forward_features", "net:forward_features"),
+    ):
+        transfer = RepresentationTransfer(Net(), student_root=given)
+        with pytest.raises(ValueError, match=f"Write '{right}' for that method"):
+            transfer.attach(student)
 
 
 def test_an_encoder_learns_from_the_encoder():
