@@ -1,7 +1,7 @@
-"""What a solve of the orthogonal coupling costs, and by which method: ``python -m benchmarks.orthogonal``.
+"""What rotations cost beside Sinkhorn plans. ``python -m benchmarks.orthogonal`` compares ways to a polar factor.
 
-Milliseconds of processor time of one thread, medians of interleaved rounds. First the polar factor alone, beside a cold
-Sinkhorn plan of a cost that is there; then whole calls, from neurons to value and gradient.
+Processor time of one thread, medians of interleaved rounds. The calls of :func:`calls`, from neurons to value and
+gradient, are a part of ``benchmarks.speed``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from benchmarks.steps import engine_step
 from benchmarks.timing import Quartiles, ratios, rounds
-from lightning_otrt.transport.cost import Plan
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.orthogonal import OrthogonalAlignment
 from lightning_otrt.transport.polar import newton_schulz, polar_factor
@@ -21,11 +21,8 @@ from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, sinkhorn_plan
 
 #: (student neurons, teacher neurons)
 WIDTHS = ((128, 128), (256, 512), (512, 512), (1024, 512), (2048, 2048))
-OBSERVATIONS = (256, 1024)
 EPSILON = 0.01
 SINKHORN, SVD = "cold Sinkhorn", "SVD"
-#: What the project asks for: a call that solves and one that does not, over those of a Sinkhorn plan.
-GATES = {"solve": 2.0, "between": 1.1}
 
 
 def by_gram(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -81,27 +78,33 @@ def errors(rows: int, columns: int) -> dict[str, float]:
     return {name: float((factor - exact).norm() / exact.norm()) for name, factor in found.items()}
 
 
-def calls(rows: int, columns: int, observations: int, seconds: float) -> dict[str, list[float]]:
-    """Times of whole calls: one that solves, and one that only evaluates."""
-    y, x = neurons(rows, columns, observations)
-    coupling, rule = OrthogonalAlignment(), get_cost("correlation")
-    energy = rule.energy(x)
+def calls(shape: tuple[int, int, int], seconds: float) -> dict[str, dict[str, tuple[float, Quartiles]]]:
+    """Calls of the engine with a rotation: milliseconds, and the ratio to the same call with a Sinkhorn plan.
 
-    def sinkhorn() -> Plan:
-        cost = rule.matrix(rule.sums(y, x), energy)
-        return Plan.of(sinkhorn_plan(cost[None], EPSILON, iterations=TRAINING_ITERATIONS).matrix[0])
+    Args:
+        shape: Student neurons, teacher neurons, observations.
+        seconds: Time to spend on each kind of call.
 
-    plan, matrix = sinkhorn(), coupling.solve(coupling.sums(y, x))
-    return rounds(
-        {
-            "sinkhorn, solve": lambda: rule.value(y, x, sinkhorn(), energy),
-            "orthogonal, solve": lambda: coupling.value(y, x, coupling.solve(coupling.sums(y, x))),
-            "sinkhorn, between": lambda: rule.value(y, x, plan, energy),
-            "orthogonal, between": lambda: coupling.value(y, x, matrix),
-        },
-        seconds=seconds,
-        least=3,
-    )
+    Returns:
+        By kind: ``"cold"`` and ``"warm"`` calls solve, without and with an earlier plan; the others do not.
+    """
+    kinds = {
+        "cold": (True, True, 0.0),
+        "warm": (True, False, 0.0),
+        "between": (False, False, 0.0),
+        "running": (False, False, 0.98),
+    }
+    found: dict[str, dict[str, tuple[float, Quartiles]]] = {}
+    for kind, (solve, cold, memory) in kinds.items():
+        steps = {
+            plan: engine_step(shape, "correlation", memory, solve, plan=plan, cold=cold)
+            for plan in ("sinkhorn", "orthogonal")
+        }
+        taken = rounds(steps, seconds=seconds, least=5)
+        found[kind] = {
+            plan: (1e3 * Quartiles.of(taken[plan]).median, ratios(taken, plan, "sinkhorn")) for plan in steps
+        }
+    return found
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -141,17 +144,6 @@ def main() -> None:
             ([f"{r} × {c}", *(f"{row[name]:.1g}" for name in methods)] for (r, c), row in wrong.items()),
         )
     )
-    print("\nWhole calls: milliseconds, and the ratio of orthogonal to Sinkhorn with its gate\n")
-    lines = []
-    for rows, columns in widths:
-        for observations in OBSERVATIONS:
-            taken = calls(rows, columns, observations, options.seconds)
-            for kind, gate in GATES.items():
-                own, other = f"orthogonal, {kind}", f"sinkhorn, {kind}"
-                ratio = ratios(taken, own, other)
-                times = (f"{1e3 * Quartiles.of(taken[name]).median:.3g}" for name in (other, own))
-                lines.append([f"{rows} × {columns}, {observations}", kind, *times, f"{ratio:.2f}", f"≤ {gate:g}"])
-    print(table(["N × M, n", "call", "sinkhorn", "orthogonal", "ratio", "gate"], lines))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.nn import functional
 from benchmarks.problems import neurons
 from lightning_otrt import LayerPair, RepresentationTransfer
 from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.transport.named_costs import get_cost
 
 #: Outputs of the four stages and what enters the head.
@@ -20,17 +21,26 @@ STAGES = ("layer1", "layer2", "layer3", "layer4", "avgpool")
 
 
 def engine_step(
-    shape: tuple[int, int, int], cost: str, memory: float, solve: bool = False, device: str = "cpu"
+    shape: tuple[int, int, int],
+    cost: str,
+    memory: float,
+    solve: bool = False,
+    device: str = "cpu",
+    *,
+    plan: str = "sinkhorn",
+    cold: bool = False,
 ) -> Callable[[], object]:
-    """Forward and backward of the term of one pair, always or never solving its plan."""
+    """Forward and backward of the term of one pair, always or never solving its plan; ``cold`` forgets the last one."""
     y, x = (side.to(device) for side in neurons(shape, "independent"))
     y.requires_grad_()
     engine = TransportEngine(
-        [("student", "teacher")], [1.0], get_cost(cost), "sinkhorn", 0.01, memory, 1 if solve else 10**9, 0
+        [("student", "teacher")], [1.0], get_cost(cost), plan, 0.01, memory, 1 if solve else 10**9, 0
     )
 
     def step() -> None:
         y.grad = None
+        if cold:
+            engine.pairs = [PairState()]
         engine.term([[(y, x)]], shape[2])[0].backward()
         # The first calls would solve.
         engine.calls = 9

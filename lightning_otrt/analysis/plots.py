@@ -65,7 +65,7 @@ def plot_plan(
         The figure and its axes.
 
     Raises:
-        ValueError: If the plan is not a non-empty matrix.
+        ValueError: If the plan is not a non-empty matrix, or has negative entries, as that of a rotation has.
         ModuleNotFoundError: If matplotlib is not installed.
 
     Example:
@@ -75,7 +75,7 @@ def plot_plan(
         >>> axes.get_ylabel()
         'layer4'
     """
-    matrix = _as_matrix(plan, "plan")
+    matrix = _as_plan(plan)
     rows, columns = matrix.shape
     side = "student" if rows >= columns else "teacher"
     if order:
@@ -123,7 +123,7 @@ def plot_cost(
     """
     matrix = _as_matrix(cost, "cost")
     if plan is not None:
-        coupling = _as_matrix(plan, "plan")
+        coupling = _as_plan(plan)
         if coupling.shape != matrix.shape:
             raise ValueError(
                 f"Expected arguments `cost` {tuple(matrix.shape)} and `plan` {tuple(coupling.shape)} to have the "
@@ -150,6 +150,7 @@ def plot_singular_values(values: Mapping[str, Tensor | None], *, ax: Axes | None
         The figure and its axes.
 
     Raises:
+        TypeError: If the argument is no mapping.
         ValueError: If there is no curve, or values are not a vector.
         ModuleNotFoundError: If matplotlib is not installed.
 
@@ -161,6 +162,11 @@ def plot_singular_values(values: Mapping[str, Tensor | None], *, ax: Axes | None
         >>> axes.get_xlabel()
         'direction'
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "Expected argument `values` to be a mapping from the name of a curve to its singular values, but got a "
+            f"{type(values).__name__}. Give it a name: plot_singular_values({{'layer4': values}})."
+        )
     if not values:
         raise ValueError("Expected argument `values` to contain at least one curve, but it is empty.")
     curves = {}
@@ -303,6 +309,17 @@ def _as_matrix(values: Any, name: str) -> Tensor:
     if matrix.dim() != 2 or 0 in matrix.shape:
         batch = f" Draw one of a batch: {name}[0]." if matrix.dim() == 3 else ""
         raise ValueError(f"Expected argument `{name}` to be a non-empty matrix, but got {tuple(matrix.shape)}.{batch}")
+    return matrix
+
+
+def _as_plan(plan: Any) -> Tensor:
+    matrix = _as_matrix(plan, "plan")
+    # Rounding may leave a plan that a user computed a little below 0.
+    if bool(matrix.min() < -1e-6 * matrix.abs().max()):
+        raise ValueError(
+            f"A transport plan has no negative entries, but this one goes down to {float(matrix.min()):.3g}. That of "
+            'plan="orthogonal" is a rotation and moves no mass: draw its singular values with `plot_singular_values`.'
+        )
     return matrix
 
 

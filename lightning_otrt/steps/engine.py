@@ -19,6 +19,7 @@ from lightning_otrt.transport.cost import Cost, ValueAndGradient
 from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.orthogonal import Alignment
+from lightning_otrt.transport.plans import ORTHOGONAL
 from lightning_otrt.transport.tensor_checks import check_cost
 from lightning_otrt.transport.tensors import common_dtype
 
@@ -100,6 +101,10 @@ class TransportEngine:
         self.memory, self.solve_every, self.seed, self.strict = memory, solve_every, seed, strict
         self.cost = cost
         self._use(plans or [plan] * len(names))
+        #: What needs no correlations, for errors.
+        self._otherwise = "cost='euclidean'"
+        if plan in (*ORTHOGONAL, "auto"):
+            self._otherwise = f"plan='sinkhorn' with {self._otherwise}"
         self._absent: Collection[int] = ()
         self._warned: set[str] = set()
         self.reset()
@@ -274,7 +279,7 @@ class TransportEngine:
             "correlation"
         )
         if self.calls == 0 and self.strict:
-            raise ValueError(f"{message}. Use a larger batch, layers with positions or tokens, or cost='euclidean'.")
+            raise ValueError(f"{message}. Use a larger batch, layers with positions or tokens, or {self._otherwise}.")
         self._warn([f"{message}: the pair is skipped for such batches. Use drop_last=True."])
         return False
 
@@ -283,7 +288,7 @@ class TransportEngine:
         for names, batch in zip(self.names, batches, strict=True):
             for y, x in batch:
                 if y.shape[-1]:
-                    self._warn(inspect_batch(names, y, x, self.cost, self.epsilon))
+                    self._warn(inspect_batch(names, y, x, self.cost, self.epsilon, self._otherwise))
 
     def _warn(self, messages: Iterable[str]) -> None:
         """Give each warning once."""

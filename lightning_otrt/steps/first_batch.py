@@ -23,7 +23,9 @@ UNIFORM_ENTROPY = 0.97
 HUGE_SHARE = 3.0
 
 
-def inspect_batch(names: tuple[str, str], y: Tensor, x: Tensor, cost: Cost, epsilon: float) -> Iterator[str]:
+def inspect_batch(
+    names: tuple[str, str], y: Tensor, x: Tensor, cost: Cost, epsilon: float, otherwise: str = "cost='euclidean'"
+) -> Iterator[str]:
     """Warnings about neurons with which the term will train badly.
 
     Args:
@@ -32,6 +34,7 @@ def inspect_batch(names: tuple[str, str], y: Tensor, x: Tensor, cost: Cost, epsi
         x: Teacher neurons ``(M, n)``.
         cost: The ground cost.
         epsilon: Entropic regularisation relative to the mean cost.
+        otherwise: Options that need no correlations.
 
     Yields:
         What to warn of.
@@ -46,8 +49,8 @@ def inspect_batch(names: tuple[str, str], y: Tensor, x: Tensor, cost: Cost, epsi
         yield from _huge_neurons((student, teacher), (y, x), epsilon)
     # With a single observation every neuron is constant, which says nothing about it.
     if cost.min_observations <= y.shape[-1] and isinstance(cost, CorrelationCost):
-        yield from _dead_neurons(student, y, "Check its activations and the learning rate")
-        yield from _dead_neurons(teacher, x, "Check its weights and `teacher_inputs`")
+        yield from _dead_neurons(student, y, "Check its activations and the learning rate", otherwise)
+        yield from _dead_neurons(teacher, x, "Check its weights and `teacher_inputs`", otherwise)
 
 
 def inspect_plan(names: tuple[str, str], plan: Plan | None, epsilon: float) -> Iterator[str]:
@@ -64,7 +67,7 @@ def inspect_plan(names: tuple[str, str], plan: Plan | None, epsilon: float) -> I
         )
 
 
-def _dead_neurons(where: str, neurons: Tensor, advice: str) -> Iterator[str]:
+def _dead_neurons(where: str, neurons: Tensor, advice: str, otherwise: str) -> Iterator[str]:
     count = neurons.shape[0]
     # A few observations are nearly always enough to see that most neurons are alive.
     if 2 * _overshadowed(neurons[:, :64]) > count and 2 * (overshadowed := _overshadowed(neurons)) > count:
@@ -77,7 +80,7 @@ def _dead_neurons(where: str, neurons: Tensor, advice: str) -> Iterator[str]:
     if not bool((neurons[:, -1:] != first).any()) and not bool((neurons != first).any()):
         yield (
             f"{where} is constant over the first batch: all of its {count} neurons are dead, and a "
-            f"correlation with dead neurons has no gradient. {advice}, or use cost='euclidean'."
+            f"correlation with dead neurons has no gradient. {advice}, or use {otherwise}."
         )
 
 

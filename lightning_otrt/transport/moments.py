@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.tensors import all_nonzero, norms, widest
+from lightning_otrt.transport.tensors import all_nonzero, means, norms, widest
 
 __all__ = [
     "DEAD_SHARE",
@@ -20,6 +20,8 @@ __all__ = [
     "inverse_norm",
     "moments",
     "recentre",
+    "reciprocal_norm",
+    "without_means",
     "without_rounding",
 ]
 
@@ -41,14 +43,33 @@ def inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
 
 def centred(y: Tensor) -> tuple[Tensor, Tensor]:
     """Neurons without their means, and 1 / norm of live neurons and 0 of those that are dead or constant."""
-    mean = y.mean(-1, keepdim=True)
+    y, norm, rounding = _around_own_mean(y)
+    return y, reciprocal_norm(norm, rounding)
+
+
+def without_means(y: Tensor) -> Tensor:
+    """Neurons without their means; those whose deviations are rounding error are 0."""
+    y, norm, rounding = _around_own_mean(y)
+    varies = norm.gt(rounding)
+    if not all_nonzero(varies):
+        y.mul_(varies[..., None])
+    return y
+
+
+def _around_own_mean(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Neurons without their means, their norms, and the norms up to which those are rounding error."""
+    mean = means(y)
     y = y - mean
-    norm = norms(y)
-    rounding = mean.squeeze(-1).abs_().mul_((ROUNDING_SHARE * y.shape[-1]) ** 0.5)
+    return y, norms(y), mean.squeeze(-1).abs_().mul_((ROUNDING_SHARE * y.shape[-1]) ** 0.5)
+
+
+def reciprocal_norm(norm: Tensor, rounding: Tensor | None = None) -> Tensor:
+    """1 / norm of live neurons and 0 of dead ones; those are dead, too, whose norm is at most ``rounding``."""
     average = norm.mean(-1, keepdim=True)
     norm = torch.add(norm, average, alpha=0)  # see `inverse_norm`
-    dead = norm <= torch.maximum(rounding, average.mul_(DEAD_SHARE))
-    return y, norm.reciprocal_().masked_fill_(dead, 0.0)
+    least = average.mul_(DEAD_SHARE)
+    dead = norm <= (least if rounding is None else torch.maximum(rounding, least))
+    return norm.reciprocal_().masked_fill_(dead, 0.0)
 
 
 def centred_squares(y: Tensor) -> tuple[int, Tensor, Tensor]:

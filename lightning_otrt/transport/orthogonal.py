@@ -40,7 +40,15 @@ from torch import Tensor
 
 from lightning_otrt.transport.correlation import CorrelationCost, CovarianceCost
 from lightning_otrt.transport.cost import Cost, Rounds, Sums, ValueAndGradient
-from lightning_otrt.transport.moments import around_mean, centred, deviations, inverse_norm, without_rounding
+from lightning_otrt.transport.moments import (
+    around_mean,
+    centred,
+    deviations,
+    inverse_norm,
+    reciprocal_norm,
+    without_means,
+    without_rounding,
+)
 from lightning_otrt.transport.polar import polar_factor
 from lightning_otrt.transport.tensors import add_product, dot, means, norms, product, widest
 
@@ -181,7 +189,7 @@ class OrthogonalAlignment:
         """
         y, inverse_y = centred(y)
         z = self._target(y, x, matrix)
-        return self._evaluate(y, z, inverse_y, inverse_norm(norms(z))[0], torch.linalg.vecdot(y, z))
+        return self._evaluate(y, z, inverse_y, reciprocal_norm(norms(z)), torch.linalg.vecdot(y, z))
 
     def shared_value(self, y: Tensor, x: Tensor, matrix: Tensor) -> Rounds:
         """:meth:`value` where several processes each hold a part of the observations.
@@ -236,7 +244,7 @@ class OrthogonalAlignment:
     @staticmethod
     def _target(y: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
         """The centred targets z, in the layout of ``y``. The rounding of a constant teacher is no target."""
-        return product(matrix, deviations(x, means(x))[0], like=y)
+        return product(matrix, without_means(x), like=y)
 
     def _evaluate(
         self, y: Tensor, z: Tensor, inverse_y: Tensor, inverse_z: Tensor, products: Tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_otrt import transport_distance
 from lightning_otrt.analysis.neuron_order import matched_order
-from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan
+from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan, plot_singular_values
 from lightning_otrt.transport.plans import random_plan, uniform_plan
 
 LONG_NAME = "student.backbone.encoder.layers.encoder_layer_11.mlp.3"
@@ -30,6 +30,7 @@ DRAWINGS: dict[str, Callable[..., tuple[Figure, Axes]]] = {
     "plan": lambda **kwargs: plot_plan(random_plan(64, 64, 0), **kwargs),
     "cost": lambda **kwargs: plot_cost(torch.rand(8, 12), **kwargs),
     "distances": lambda **kwargs: plot_distances(torch.rand(3, 3), LAYERS[:3], LAYERS[:3], **kwargs),
+    "singular values": lambda **kwargs: plot_singular_values({"layer4": torch.rand(9).sort().values.flip(0)}, **kwargs),
     "history": lambda **kwargs: plot_history({"loss": [2.0, 1.0]}, **kwargs),
 }
 
@@ -237,3 +238,31 @@ def test_bad_arguments(draw: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         draw()
     assert not pyplot.get_fignums(), "no empty figure is left"
+
+
+def test_singular_values_of_several_layers() -> None:
+    """Each from the first direction on, and the value that would spread evenly over all."""
+    wide, narrow = torch.tensor([0.4, 0.2, 0.1, 0.05]), torch.tensor([0.6, 0.3])
+    _, axes = plot_singular_values({"wide": wide, "narrow": narrow})
+    first, second, even = axes.get_lines()
+    assert first.get_xdata().tolist() == [1, 2, 3, 4]
+    torch.testing.assert_close(torch.tensor(first.get_ydata().tolist()), wide)
+    assert [math.isnan(value) for value in second.get_ydata()] == [False, False, True, True]
+    assert list(even.get_ydata()) == [0.25, 0.25]
+    assert axes.get_ylim()[0] == 0
+
+
+ROTATION = transport_distance(torch.randn(6, 50), torch.randn(9, 50), plan="orthogonal")
+
+
+@pytest.mark.parametrize(("draw", "error", "message"), [
+    (lambda: plot_singular_values({}), ValueError, "at least one curve"),
+    (lambda: plot_singular_values(ROTATION.singular_values), TypeError, "mapping from the name.*got a Tensor"),
+    (lambda: plot_singular_values({"a": torch.rand(2, 3)}), ValueError, r"'a' to be a non-empty vector, .* \(2, 3\)"),
+    (lambda: plot_singular_values({"a": None}), ValueError, "'a' are None, as those of a transport plan"),
+    (lambda: plot_plan(ROTATION.plan), ValueError, "no negative entries.*`plot_singular_values`"),
+    (lambda: plot_cost(ROTATION.cost, plan=ROTATION.plan), ValueError, "no negative entries"),
+])  # fmt: skip
+def test_rotations_are_no_plans(draw: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        draw()
