@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -191,6 +192,8 @@ def forwards(module: nn.Module) -> Iterator[list[int]]:
     count: list[int] = []
     forward = module.forward
 
+    # With its signature, by which masks are found.
+    @functools.wraps(forward)
     def counted(*args: Any, **kwargs: Any) -> Any:
         count.append(1)
         return forward(*args, **kwargs)

@@ -70,7 +70,7 @@ class CachedRun:
         try:
             self._known = self._fingerprint()
             self._watch = WeightWatch(self.teacher.source)
-            self.cache.open(self._known, pairing.teacher.batch_size, inputs, self.teacher.run_dtype)
+            self.cache.open(self._known, _batch_size(pairing, inputs), inputs, self.teacher.run_dtype)
             self._fill(inputs)
         except CannotCacheError as error:
             problem = str(error)
@@ -100,11 +100,12 @@ class CachedRun:
     def _fill(self, inputs: Inputs) -> None:
         assert self.recorder.current is not None
         watch = self._watch or WeightWatch(self.teacher.source)
-        self._watch, looked = watch, watch.look()
+        # At the start of each epoch all of the weights, since a short look sees some of each tensor.
+        looked = watch.look(everything=self._compared != self.cache.epoch)
+        self._watch, self._compared = watch, self.cache.epoch
 
         def verify() -> None:
-            # At the start of each epoch all of the weights, since a watch sees some of each tensor.
-            if (name := watch.changed(looked)) or self._compared != self.cache.epoch:
+            if name := watch.changed(looked):
                 self._compare(name)
 
         given = list(all_tensors((inputs[0], dict(inputs[1]))))
@@ -135,14 +136,12 @@ class CachedRun:
         """Compare all weights with those that the cache was opened for.
 
         Args:
-            name: A tensor that may have changed.
+            name: One that may have changed.
         """
-        self._compared = self.cache.epoch
         if self._fingerprint() != self._known:
-            where = f" ({name!r} among them)" if name else ""
             raise CannotCacheError(
-                f"its weights changed during the run{where}, as those of a moving average do, so that what was kept is "
-                "that of another teacher"
+                f"its weights changed during the run ({name!r} among them), as those of a moving average do, so that "
+                "what was kept is that of another teacher"
             )
         self._watch = WeightWatch(self.teacher.source)
 
@@ -156,6 +155,17 @@ class CachedRun:
         assert self.recorder.current is not None
         self.recorder.current.teacher = {}
         self._run_whole(inputs)
+
+
+def _batch_size(pairing: Pairing, inputs: Inputs) -> int:
+    """Samples of the traced batch: as many as a recorded layer has, if an input has that many, too.
+
+    Layers may have the windows of all samples along that axis, and the inputs of the whole network may be ambiguous.
+    """
+    traced = [pairing.teacher.tensor(pair.teacher, pair.select) for pair in pairing.pairs]
+    sizes = [tensor.shape[tensor.batch_axis] for tensor in traced if tensor is not None]
+    entered = {len(tensor) for tensor in all_tensors((inputs[0], dict(inputs[1]))) if tensor.dim()}
+    return next((size for size in sizes if size in entered), pairing.teacher.batch_size)
 
 
 def _as_tensors(readings: Mapping[str, Sequence[Tensor]], size: int) -> dict[str, Tensor]:

@@ -58,6 +58,18 @@ def test_notices(change: str) -> None:
     assert changed(watch) == name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("place", [0, 17, -1])
+def test_a_look_at_everything_sees_each_number(dtype: torch.dtype, place: int) -> None:
+    """A short look sees one number of each tensor."""
+    net = nn.Linear(5, 7).to(dtype)
+    watch = WeightWatch(net)
+    assert watch.changed(watch.look(everything=True)) == ""
+    net.weight.data.view(-1)[place] *= 1.01
+    assert watch.changed(watch.look()) == ("weight" if place == 17 else "")
+    assert watch.changed(watch.look(everything=True)) == "weight"
+
+
 def test_leaves_forwards_alone() -> None:
     net = network()[:2].eval()
     watch = WeightWatch(net)
