@@ -4,14 +4,13 @@ Steps of a student on one thread: plain, with the teacher on each batch, and wit
 ones and from the folder of an earlier run. The floor is the plain step with the matching, for readings of the teacher
 that are at hand. Rounds are interleaved, and ratios taken within a round, of processor time. Then a sweep of five fits
 that share a folder, and five without a cache. Needs ``pip install -e ".[benchmarks]"`` and the weights of
-``benchmarks/real``. Writes ``results/teacher_cache.json`` and the section "Teacher cache" of ``RESULTS.md``.
+``benchmarks/real``. Writes ``results/teacher_cache.md`` and its ``.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -24,14 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.sections import write_section
+from benchmarks.pages import RESULTS, write_page
+from benchmarks.real.checkpoints import efficientnet_lite
+from benchmarks.real.networks import LENGTH, ResNet10, bert, sentence_encoder
 from benchmarks.timing import Quartiles, processor_clock, ratios
 from lightning_otrt import LayerPair, RepresentationTransfer
 from lightning_otrt.layers.pairs import LayerSpec
 
-HERE = Path(__file__).parent
 CLASSES = 10
-FITS = 5
+FITS, EPOCHS = 5, 6
 #: Kinds of steps.
 PLAIN, AT_HAND, WITHOUT, FIRST, LATER, FOLDER = (
     "plain",
@@ -57,19 +57,17 @@ class Pair:
         student: Makes a student.
         layers: Layers that are matched.
         batches: Inputs of both networks by name, and labels.
-        teacher_inputs: See :class:`RepresentationTransfer`.
     """
 
     teacher: nn.Module
     student: Callable[[], nn.Module]
     layers: LayerSpec
     batches: list[Batch]
-    teacher_inputs: Callable[..., Any] | None = None
 
 
 def images(count: int, batch: int, size: int = 64) -> list[Batch]:
     """Images of noise: what a step costs does not depend on what they show."""
-    return [({"x": torch.rand(batch, 3, size, size)}, torch.randint(CLASSES, (batch,))) for _ in range(count)]
+    return [({"images": torch.rand(batch, 3, size, size)}, torch.randint(CLASSES, (batch,))) for _ in range(count)]
 
 
 def resnets(count: int, batch: int = 16) -> Pair:
@@ -80,43 +78,26 @@ def resnets(count: int, batch: int = 16) -> Pair:
 
 
 def lite(count: int, batch: int = 32) -> Pair:
-    """EfficientNet-Lite0 with its ImageNet weights, and ResNet-10 of widths 32 to 256."""
-    from timm.models.resnet import BasicBlock, ResNet
-
-    from benchmarks.real.checkpoints import efficientnet_lite, normalised
-
-    def student() -> nn.Module:
-        return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=CLASSES, channels=(32, 64, 128, 256))
-
-    return Pair(efficientnet_lite(), student, "blocks", images(count, batch), lambda x: normalised(x))
+    """EfficientNet-Lite0 with its ImageNet weights, and ResNet-10."""
+    return Pair(efficientnet_lite(), lambda: ResNet10(CLASSES), "auto", images(count, batch))
 
 
-def berts(count: int, batch: int = 32, tokens: int = 64) -> Pair:
-    """MiniLM with its weights, and a BERT of two layers and width 128; texts of 16 to 64 tokens, padded to 64."""
-    from transformers import BertConfig, BertForSequenceClassification
+def berts(count: int, batch: int = 32) -> Pair:
+    """MiniLM with its weights, and a BERT of two layers; texts of 16 tokens and more, padded to one length."""
 
-    from benchmarks.real.checkpoints import minilm
+    def texts() -> Batch:
+        mask = (torch.arange(LENGTH) < torch.randint(16, LENGTH + 1, (batch, 1))).long()
+        words = torch.randint(1000, 20000, (batch, LENGTH)) * mask
+        return {"input_ids": words, "attention_mask": mask}, torch.randint(CLASSES, (batch,))
 
-    teacher, tokenizer = minilm()
-    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=CLASSES, **sizes)
-
-    def text() -> Batch:
-        lengths = torch.randint(16, tokens + 1, (batch, 1))
-        mask = (torch.arange(tokens) < lengths).long()
-        return {"input_ids": torch.randint(1000, 20000, (batch, tokens)) * mask, "attention_mask": mask}, torch.randint(
-            CLASSES, (batch,)
-        )
-
-    layers = {"bert.encoder.layer.0": "encoder.layer.2", "bert.encoder.layer.1": "encoder.layer.5"}
-    return Pair(teacher, lambda: BertForSequenceClassification(config), layers, [text() for _ in range(count)])
+    return Pair(sentence_encoder(), lambda: bert(CLASSES, 2, 128, 4), "auto", [texts() for _ in range(count)])
 
 
-#: By the names in the table.
-PAIRS: dict[str, Callable[..., Pair]] = {
-    "EfficientNet-Lite0 → ResNet-10, 32 images of 64 px": lite,
-    "MiniLM → BERT 2 × 128, 32 texts of 64 tokens": berts,
-    "ResNet-50 → ResNet-18, 16 images of 64 px": resnets,
+#: What makes a pair with so many batches, and how many, by the names in the table.
+PAIRS: dict[str, tuple[Callable[..., Pair], int]] = {
+    "EfficientNet-Lite0 → ResNet-10, 32 images of 64 px": (lite, 8),
+    f"MiniLM → BERT 2 × 128, 32 texts of {LENGTH} tokens": (berts, 8),
+    "ResNet-50 → ResNet-18, 16 images of 64 px": (resnets, 6),
 }
 
 
@@ -156,8 +137,7 @@ class Training:
     def step(self, batch: Batch) -> None:
         """Forward, backward and update."""
         inputs, labels = batch
-        output = self.student(**inputs)
-        loss = functional.cross_entropy(getattr(output, "logits", output), labels)
+        loss = functional.cross_entropy(self.student(*inputs.values()), labels)
         if self.transfer is not None:
             loss = loss + self.transfer.loss()
         self.optimizer.zero_grad()
@@ -180,9 +160,7 @@ def silent(text: str) -> None:
 
 def transfer_of(pair: Pair, cache: Any = None) -> RepresentationTransfer:
     """The transfer of a pair."""
-    transfer = RepresentationTransfer(
-        pair.teacher, pair.layers, teacher_inputs=pair.teacher_inputs, teacher_cache=cache
-    )
+    transfer = RepresentationTransfer(pair.teacher, pair.layers, teacher_cache=cache)
     transfer.report = silent
     return transfer
 
@@ -193,7 +171,7 @@ def floor_of(pair: Pair) -> tuple[RepresentationTransfer, Given]:
     student = pair.student()
     with transfer.attached(student):
         for inputs, _ in pair.batches:
-            student(**inputs)
+            student(*inputs.values())
             (view,) = transfer.views
             readings.append([view.teacher[str(number)][0] for number in range(len(transfer.pairs))])
             transfer.discard()
@@ -221,7 +199,7 @@ def renewed(batch: Batch, number: int) -> Batch:
 def fill(training: Training, batches: Iterable[Batch]) -> None:
     """Let the cache of a training see batches, without a step."""
     for inputs, _ in batches:
-        training.student(**inputs)
+        training.student(*inputs.values())
         training.transfer.discard()
     training.transfer.cache.end_epoch()
 
@@ -306,11 +284,11 @@ def judge(found: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
 def report(results: dict[str, Any]) -> str:
     """The section of RESULTS.md."""
     lines = [
-        "## Teacher cache",
+        "# Teacher cache",
         "",
-        f"`{results['command']}` on {results['machine']}, torch {results['torch']}, one thread. Processor time, median "
-        f"(quartiles) of {results['rounds']} interleaved rounds. The floor is a plain step with the matching, for "
-        "readings of the teacher that are at hand; no cache can be cheaper. *At best* is what the floor would save.",
+        f"`{results['command']}`, one thread. Processor time, median (quartiles) of interleaved rounds. The floor is "
+        "a plain step with the matching, for readings of the teacher that are at hand; no cache can be cheaper. *At "
+        "best* is what the floor would save.",
         "",
         f"| pair | {PLAIN}, ms | {AT_HAND}, ms | {WITHOUT}, ms | {FIRST} / {WITHOUT} | {WITHOUT} / {LATER} | "
         f"{WITHOUT} / {FOLDER} | at best | {LATER} / {AT_HAND} |",
@@ -353,17 +331,17 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(name: str, count: int, epochs: int, **sizes: int) -> dict[str, Any]:
+def measure(make: Callable[..., Pair], count: int, epochs: int, **sizes: int) -> dict[str, Any]:
     """All figures of one pair.
 
     Args:
-        name: One of :data:`PAIRS`.
+        make: Makes the pair.
         count: Batches, and so rounds.
         epochs: Epochs of each fit of the sweep, on half of the batches.
         sizes: Of the batches.
     """
     torch.manual_seed(0)
-    pair = PAIRS[name](count, **sizes)
+    pair = make(count, **sizes)
     with tempfile.TemporaryDirectory() as folder:
         steps = measure_steps(pair, Path(folder, "steps"))
         half = replace(pair, batches=pair.batches[: max(1, count // 2)])
@@ -377,21 +355,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning_otrt")
-    count, epochs, sizes = (2, 1, {"batch": 4}) if arguments.quick else (8, 4, {})
     results: dict[str, Any] = {
         "command": f"python -m benchmarks.teacher_cache{' --quick' if arguments.quick else ''}",
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "rounds": count,
-        "epochs": epochs,
+        "epochs": 1 if arguments.quick else EPOCHS,
         "pairs": {},
     }
-    for name in PAIRS:
-        found = results["pairs"][name] = measure(name, count, epochs, **sizes)
+    for name, (make, count) in PAIRS.items():
+        small = (2, 1, {"batch": 4}) if arguments.quick else (count, EPOCHS, {})
+        found = results["pairs"][name] = measure(make, *small[:2], **small[2])
         print(name, *(f"{what}: {value:.2f}" for what, value, *_ in judge(found)), sep="; ", flush=True)
         if not arguments.quick:
-            (HERE / "results" / "teacher_cache.json").write_text(json.dumps(results, indent=1) + "\n")
-            write_section(HERE / "RESULTS.md", report(results))
+            (RESULTS / "teacher_cache.json").write_text(json.dumps(results, indent=1) + "\n")
+            write_page(report(results))
     print(report(results))
 
 
