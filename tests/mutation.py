@@ -15,10 +15,8 @@ from pathlib import Path
 
 #: What is mutated, without the ending, and what is run.
 FILES = [
-    *(
-        f"transport/{name}"
-        for name in ("cost", "correlation", "moments", "euclidean", "gradient", "distance", "sinkhorn", "plans")
-    ),
+    *(f"transport/{name}" for name in ("cost", "correlation", "moments", "euclidean", "gradient", "distance")),
+    *(f"transport/{name}" for name in ("sinkhorn", "plans", "orthogonal", "polar")),
     *(f"reading/{name}" for name in ("neurons", "pooling", "hooks", "recorder")),
 ]
 TESTS = ["tests/transport", "tests/steps", "tests/reading", "tests/test_transfer.py"]

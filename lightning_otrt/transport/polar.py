@@ -70,7 +70,11 @@ def polar_factor(matrix: Tensor) -> Tensor:
 
 def _by_decomposition(matrix: Tensor) -> Tensor:
     """From the thin SVD, without the directions at the level of rounding."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # LAPACK gives up on some rare matrices, which is no reason to end a training.
+        return newton_schulz(matrix)
     # The threshold of `torch.linalg.matrix_rank`.
     threshold = s[..., :1] * (max(matrix.shape[-2:]) * torch.finfo(s.dtype).eps)
     return (u * (s > threshold).to(u.dtype)[..., None, :]) @ vh

@@ -108,6 +108,11 @@ def test_bytes() -> None:
         assert found[0] == found[1]
         reference = [double * (1 + n + m)]
         assert found[0] == [reference + solve[cost], solve[cost], solve[cost], between[cost]]
+    # A rotation needs the moments of its targets, too, which follow from no sum that is there before it is solved.
+    [found, _] = run_processes(2, count_traffic, {"plan": "orthogonal", "memory": 0})
+    moments = double * 6 * n
+    solving = [*solve["correlation"], moments]
+    assert found == [reference + solving, solving, solving, [double * count + moments]]
 
 
 def quarrel() -> tuple[str, Any]:

@@ -152,12 +152,10 @@ def test_a_first_batch_that_is_not_finite_gives_no_target_and_no_gradient() -> N
     assert int(engine.bad_calls) == 1
 
 
-@pytest.mark.parametrize("term", KINDS)
+@pytest.mark.parametrize("term", ["orthogonal", "covariance"])  # a random projection of another width is another one
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 def test_dead_neurons_have_no_gradient_and_change_nothing(term: str, memory: float) -> None:
     with_dead, without = make(term, memory=memory), make(term, memory=memory)
-    if term == "random_orthogonal":
-        pytest.skip("The projection of another width is another one.")
     for number in range(4):
         y, x = draw(seed=number, dtype=torch.float64)
         dead_y = torch.cat([y.detach(), torch.full((2, 40), 3.0)]).requires_grad_()

@@ -124,3 +124,15 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_leaves_the_others_alone(bad: 
     found = polar_factor(matrix)
     assert found[1].isnan().all()
     assert torch.equal(found[0], polar_factor(matrix[:1])[0])
+
+
+def test_a_decomposition_that_fails_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK does not converge on some rare matrices; the iteration has no such case."""
+    matrix = draw(5, 8)
+    expected = polar_factor(matrix)
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise torch.linalg.LinAlgError("the algorithm did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    torch.testing.assert_close(polar_factor(matrix), expected, rtol=0, atol=1e-9)
