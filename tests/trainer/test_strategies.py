@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_otrt import OTRTCallback, OTRTModule, RepresentationTransfer
+from lightning_otrt import LogitDistillation, OTRTCallback, OTRTModule, RepresentationTransfer
 from lightning_otrt.trainer.strategies import shared_batch
 
 OPTIONS = {"memory": 0.9, "solve_every": 3, "weight": 2.0}
@@ -103,12 +103,13 @@ def fit(sizes: Sequence[int], cost: str, wrap: bool = False, alone: bool = False
     task = (Task if sharded else PlainTask)(sizes, alone, sharded)
     teacher = net(6, seed=2)
     layers = {f"net.{name}": other for name, other in LAYERS.items()}
+    more = {**OPTIONS, **options.pop("more", {})}
     callbacks: list[pl.Callback] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trained = OTRTModule(task, teacher, layers, cost=cost, **OPTIONS) if wrap else task
+        trained = OTRTModule(task, teacher, layers, cost=cost, **more) if wrap else task
         if not wrap:
-            callbacks = [OTRTCallback(teacher, layers, cost=cost, **OPTIONS)]
+            callbacks = [OTRTCallback(teacher, layers, cost=cost, **more)]
         callbacks += options.pop("extra", [])
         make_trainer(callbacks=callbacks, **options).fit(trained, DataLoader(Batches(sizes, alone), batch_size=None))
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in task.parameters()]
@@ -136,9 +137,9 @@ def fit_under(names: Sequence[str], sizes: Sequence[int], cost: str, nodes: int 
     return found
 
 
-def check(found: Sequence[dict[str, Any]], sizes: Sequence[int], cost: str) -> None:
-    expected = fit(sizes, cost, alone=True)
-    static = fit(sizes, cost, alone=True, accumulate_grad_batches=1) if "static" in found[0] else []
+def check(found: Sequence[dict[str, Any]], sizes: Sequence[int], cost: str, **options: Any) -> None:
+    expected = fit(sizes, cost, alone=True, **options)
+    static = fit(sizes, cost, alone=True, accumulate_grad_batches=1, **options) if "static" in found[0] else []
     start = [p.detach() for p in Task(sizes).parameters()]
     assert not torch.equal(expected[0], start[0])
     for results in found:
@@ -153,6 +154,18 @@ def test_strategies(cost: str) -> None:
     if Version(torch.__version__) >= Version("2.7"):  # before it, that of PyTorch needs a GPU
         names.append("fsdp2")
     check(run_processes(2, fit_under, names, sizes, cost, init=False), sizes, cost)
+
+
+@pytest.mark.parametrize("features", [None, "net.4:input"])
+def test_distillation(features: str | None) -> None:
+    """Soft targets, and a regression where one process has a single sample."""
+    sizes, names = (5, 1), ["ddp", *(["fsdp2"] if Version(torch.__version__) >= Version("2.7") else [])]
+    more = {"distillation": LogitDistillation(3.0, features=features)}
+    check(run_processes(2, fit_with, names, sizes, more, init=False), sizes, "correlation", more=more)
+
+
+def fit_with(names: Sequence[str], sizes: Sequence[int], more: dict[str, Any]) -> Any:
+    return fit_under(names, sizes, "correlation", more=more)
 
 
 def test_wrapped_on_four_processes() -> None:
