@@ -22,7 +22,7 @@ __all__ = ["Distillation"]
 #: ``(student, teacher, mask)`` of each view: logits ``(B, K, *positions)``, or neurons ``(N, n)`` and ``(K, n)``.
 LogitViews: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor | None]]
 
-#: Decay of the moments behind the regression, and its ridge.
+#: Least decay of the moments behind the regression, and its ridge.
 MEMORY, RIDGE = 0.95, 1e-2
 
 
@@ -51,6 +51,7 @@ class Distillation:
         self._sums: Sums | None = None
         self._reference: tuple[Tensor, Tensor] | None = None
         self._map: Tensor | None = None
+        self._memory: float | None = None
 
     def term(
         self, views: LogitViews, ranks: Ranks | None, *, is_regression: bool, reevaluation: bool = False
@@ -128,6 +129,7 @@ class Distillation:
             moments = [side.sum(-1, dtype=wide) for side in (y, x)]
             count = moments[0].new_full((), y.shape[-1])
             sum_y, sum_x, count = (*moments, count) if ranks is None else ranks.sum((*moments, count))
+            self._memory = _decay(y.shape[-1] if ranks is None else float(count), y.shape[0])
             means = ((side / count).nan_to_num(0.0, 0.0, 0.0)[:, None].to(y.dtype) for side in (sum_y, sum_x))
             self._reference = next(means), next(means)
         new = self._regression.sums(y, x, self._reference)
@@ -137,7 +139,8 @@ class Distillation:
         running = [
             part.to(fresh.dtype) for part, fresh in zip(self._sums or map(torch.zeros_like, new), new, strict=True)
         ]
-        self._sums = decay_and_add(running, MEMORY, new, is_finite)
+        assert self._memory is not None
+        self._sums = decay_and_add(running, self._memory, new, is_finite)
         solved = self._regression.solve(self._sums)
         older = torch.zeros_like(solved) if self._map is None else self._map
         self._map = torch.where(all_finite([solved]), solved, older)
@@ -195,6 +198,7 @@ class Distillation:
             "sums": None if self._sums is None else list(self._sums),
             "reference": None if self._reference is None else list(self._reference),
             "map": self._map,
+            "memory": self._memory,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
@@ -208,10 +212,23 @@ class Distillation:
         self.calls = state["calls"]
         if state["map"] is None:
             return
-        self._map = state["map"].to(device)
+        self._map, self._memory = state["map"].to(device), state["memory"]
         self._sums = [part.to(device) for part in state["sums"]]
         y, x = state["reference"]
         self._reference = y.to(device), x.to(device)
+
+
+def _decay(observations: float, neurons: int) -> float:
+    """The decay with which the moments hold at least four times as many observations as there are neurons.
+
+    A map from fewer predicts the batch that it was solved from whatever that is, and the term has no gradient. It is
+    chosen in the first call, where processes read how many they have together.
+
+    Example:
+        >>> _decay(64, 128), _decay(16, 1024)
+        (0.95, 0.99609375)
+    """
+    return max(MEMORY, 1 - observations / (4 * neurons))
 
 
 def _are_probabilities(logits: Tensor, mask: Tensor | None) -> bool:

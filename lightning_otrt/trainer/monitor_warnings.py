@@ -28,6 +28,8 @@ _TERMS = (
     ("transfer term", "weight", "; see `suggest_weight`"),
     ("distillation of logits", "distillation", ""),
 )
+#: Steps in which the distillation of logits may be weak.
+FIRST_STEPS = 50
 #: A plan that spreads its mass over this share of all pairs of neurons hardly matches any.
 NEARLY_UNIFORM = 0.5
 
@@ -89,7 +91,9 @@ class TransferWarnings:
                 ("weak", ratio < WEAK, "so that it changes next to nothing"),
                 ("strong", ratio > STRONG, "so that the task hardly counts"),
             ):
-                if self._persists(f"{key} {option}", off):
+                # The moments of a regression of logits begin with few observations, from which it predicts all of them.
+                is_early = key == "weak" and option == "distillation" and transfer.step < FIRST_STEPS
+                if self._persists(f"{key} {option}", off and not is_early):
                     self.warn(
                         f"{key} {option}",
                         f"On the recorded layers the gradient of the {name} is {ratio:.2g} times that of the task, "

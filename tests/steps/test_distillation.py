@@ -74,4 +74,18 @@ def test_a_call_of_soft_targets_keeps_nothing():
     logits = torch.randn(8, 3)
     term = Distillation(4.0)
     term.term([(logits, logits + 1, None)], None, is_regression=False)
-    assert term.state_dict() == {"calls": 1, "sums": None, "reference": None, "map": None}
+    assert term.state_dict() == {"calls": 1, "sums": None, "reference": None, "map": None, "memory": None}
+
+
+def test_wide_layers_remember_more():
+    """A map from fewer observations than neurons predicts its own batch, whatever that is."""
+    generator = torch.Generator().manual_seed(0)
+    term, values = Distillation(4.0), []
+    for _ in range(500):
+        y = torch.randn(128, 4, generator=generator, dtype=torch.float64).requires_grad_()
+        x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        value = term.term([(y, x, None)], None, is_regression=True)
+        values.append(float(value.detach()))
+    assert term.state_dict()["memory"] == 1 - 4 / 512
+    assert values[0] < 0.01
+    assert sum(values[-50:]) / 50 > 0.5
