@@ -17,8 +17,9 @@ def output_layers(trace: Trace) -> set[str]:
     """Names of the layers that make a dense output of the model, or are part of making it.
 
     These are the linear maps and convolutions with as many channels as an output of the model, after which no other
-    layer computes; the activations after them; and containers that return what one of these made. Code between two
-    modules, such as the interpolation of class logits to the size of the image, is not seen, so a shape need not agree.
+    layer computes; the activations after them; containers that return what one of these made; and containers whose code
+    adds several of these up, as LRASPP does with class logits. Code between two modules, such as the interpolation of
+    class logits to the size of the image, is not seen, so a shape need not agree.
 
     Args:
         trace: One forward of the model.
@@ -48,7 +49,28 @@ def output_layers(trace: Trace) -> set[str]:
         is_rectified = chain and any(trace.layer(name).kind == "ReLU" for name in chain)
         if chain is not None and not (is_rectified and layer.output.shape[axis] > _CHANNELS_OF_RECTIFIED):
             found |= {layer.name, *chain}
+    found |= {layer.name for layer in ran if _puts_together(layer, ran, found)}
     return found | {layer.name for layer in ran if layer.output_from in found}
+
+
+def _puts_together(container: TracedLayer, ran: list[TracedLayer], found: set[str]) -> bool:
+    """Whether the code of a container makes its output of these layers alone, and of nothing that entered it.
+
+    The last two layers inside it are two of these, and it has as many channels. A residual block has the channels of
+    what enters it.
+    """
+    output, entered = container.output, container.input
+    if not container.is_container or container.output_from != container.name or output is None:
+        return False
+    leaves = [layer for layer in ran if not layer.is_container and layer.name.startswith(f"{container.name}.")]
+    last = sorted(leaves, key=lambda layer: layer.order or 0)[-2:]
+    axis = output.neuron_axis
+    if axis is None or len(last) < 2 or not {layer.name for layer in last} <= found:
+        return False
+    channels = output.shape[axis]
+    keeps = entered is not None and entered.neuron_axis is not None and entered.shape[entered.neuron_axis] == channels
+    made = [layer.output for layer in last if layer.output is not None and layer.output.neuron_axis is not None]
+    return not keeps and all(tensor.shape[tensor.neuron_axis or 0] == channels for tensor in made)
 
 
 def _passing_on(layer: TracedLayer, followers: dict[str, list[TracedLayer]]) -> set[str] | None:

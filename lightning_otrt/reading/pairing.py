@@ -123,7 +123,7 @@ def pair_layers(
     teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root, values=looks)
     if known is not None:
         plans = choose_plans(known, student_trace, teacher_trace) if looks else ()
-        note = describe_reach(student, student_trace, known)
+        note = describe_reach(student, student_trace, known, method)
         return _checked(Pairing(known, student_trace, teacher_trace, note, plans))
 
     def find_matches() -> list[tuple[str, str]]:
@@ -131,7 +131,7 @@ def pair_layers(
         return match_layers((student_trace, teacher_trace), (student, teacher), runs)
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
-    notes = [fallback_note(layers, student_trace, teacher_trace), describe_reach(student, student_trace, pairs)]
+    notes = [fallback_note(layers, student_trace, teacher_trace), describe_reach(student, student_trace, pairs, method)]
     plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
     return _checked(Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)), plans))
 

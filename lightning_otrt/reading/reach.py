@@ -18,40 +18,65 @@ from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_b
 __all__ = ["TrainedForwards", "describe_reach", "leads_to"]
 
 
-def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]) -> str:
+def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair], method: str = "") -> str:
     """The root, and how many of the student's trained tensors lie before the recorded layers.
+
+    Where these are half of them or fewer, it says where the others are.
 
     Args:
         student: The student.
         trace: Its traced forward.
         pairs: The resolved pairs.
+        method: Method of the root that is called in place of its forward.
 
     Example:
         >>> from lightning_otrt.reading.tracer import trace
-        >>> net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+        >>> net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2))
         >>> describe_reach(net, trace(net, (torch.zeros(3, 4),)), [LayerPair("1", "1")])
-        'root: the whole student; 2 of 4 trained tensors lie before the recorded layers'
+        'root: the whole student; 4 of 6 trained tensors lie before the recorded layers'
     """
     modules = named_layers(student)
     names = primary_names(modules, trace.root)
     trained: dict[int, bool] = {}
+    ran: set[int] = set()
     # The modules by name, since a wrapper has no name of its own.
     for module in modules.values():
-        is_before = any(leads_to(names[id(module)], pair.student, trace) for pair in pairs)
+        name = names[id(module)]
+        is_before = any(leads_to(name, pair.student, trace) for pair in pairs)
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
                 trained[id(parameter)] = trained.get(id(parameter), False) or is_before
-    root = repr(trace.root) if trace.root else "the whole student"
-    return f"root: {root}; {sum(trained.values())} of {len(trained)} trained tensors lie before the recorded layers"
+                ran |= {id(parameter)} if trace.layer(name).calls else set()
+    called = f"{trace.root}:{method}" if method else trace.root
+    root = repr(called) if called else "the whole student"
+    before, total = sum(trained.values()), len(trained)
+    line = f"root: {root}; {before} of {total} trained tensors lie before the recorded layers"
+    if 2 * before > total:
+        return line
+    after = sum(key in ran and not is_before for key, is_before in trained.items())
+    return (
+        f"{line}. Of the others {after} run after them, and {total - before - after} are in modules that do not run. "
+        'Later layers, such as those of ["blocks", "penultimate"], let the term train more.'
+    )
 
 
 def leads_to(name: str, layer: str, trace: Trace) -> bool:
-    """Whether a module ran before a recorded layer, is part of it or holds it."""
+    """Whether a module ran before a recorded layer, is part of it or holds it.
+
+    A module that is never called, such as the projections of ``nn.MultiheadAttention``, counts as the module around it,
+    which uses its weights. Where that one holds the recorded layer, it is not known when, and the answer is no.
+    """
     recorded, found = trace.layer(layer), trace.layer(name)
-    if found.order is None or not is_inside(name, trace.root):
+    if not is_inside(name, trace.root):
         return False
+    is_called = found.order is not None or name == trace.root  # a root whose method is called has no order
+    while found.order is None and name != trace.root:
+        name = name.rpartition(".")[0]
+        found = trace.layer(name)
     if is_inside(recorded.name, name) and recorded.name != name:
-        return True
+        return is_called
+    if found.order is None:
+        return False
     is_part = is_inside(name, recorded.name)
     if layer.endswith(INPUT):
         return not is_part and found.order < (recorded.order or 0)

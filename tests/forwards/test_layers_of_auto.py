@@ -70,7 +70,7 @@ def test_a_regression_map_is_no_representation() -> None:
 @pytest.mark.parametrize(
     ("name", "logits"),
     [
-        ("lraspp_mobilenet_v3_large", ("classifier.low_classifier", "classifier.high_classifier")),
+        ("lraspp_mobilenet_v3_large", ("classifier", "classifier.low_classifier", "classifier.high_classifier")),
         pytest.param("fcn_resnet50", ("classifier", "classifier.4", "aux_classifier"), marks=pytest.mark.slow),
         ("SegFormer", ("decode_head.classifier",)),
         ("U-Net", ("head", "head.1")),
@@ -80,6 +80,47 @@ def test_class_logits_are_no_representation(name: str, logits: tuple[str, ...]) 
     pairs = of_zoo(name)
     assert len(pairs) > 1
     assert not {student for student, _ in pairs} & set(logits)
+
+
+class Sum(nn.Module):
+    """Logits of two resolutions, added up in code."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(width, 5, 1), nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = self.coarse(nn.functional.avg_pool2d(x, 2))
+        return self.fine(x) + nn.functional.interpolate(small, size=x.shape[-2:])
+
+
+class Residual(nn.Module):
+    """A network whose output is that of a residual block: a representation, with the channels of its input."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(self.first(x).relu())
+
+
+class Resized(nn.Module):
+    """A body, a head, and the resizing of its output that no module shows."""
+
+    def __init__(self, head: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()), head()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(self.head(self.body(x)), size=x.shape[-2:])
+
+
+@pytest.mark.parametrize(("head", "expected"), [(Sum, same("body")), (Residual, same("head"))])
+def test_a_sum_of_logits_is_no_representation_and_a_residual_block_is(
+    head: Callable[[], nn.Module], expected: list[tuple[str, str]]
+) -> None:
+    assert chosen(lambda: Resized(head), torch.randn(4, 3, 16, 16)) == expected
 
 
 def test_pyramids_are_paired_by_resolution() -> None:

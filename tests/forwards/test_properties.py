@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -131,3 +133,96 @@ def test_what_stands_first(name: str) -> None:
         found, value = chosen(first())
         assert found == layers
         assert value == pytest.approx(expected, rel=1e-9)
+
+
+#: Trained tensors that are printed as lying before the recorded layers and get no gradient from the term.
+MORE_THAN_TRAINED = {
+    "CLIP": 4,  # what the image tower does after its last block runs before the text tower; the scale of the logits
+    "DINOv2": 1,  # the mask token of pretraining
+}
+
+
+def reach(reports: list[str]) -> tuple[int, int]:
+    """The numbers of the printed line: trained tensors before the recorded layers, and all of them."""
+    [found] = re.findall(r"^root: .*; (\d+) of (\d+) trained tensors", "\n".join(reports), re.MULTILINE)
+    return int(found[0]), int(found[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reach_is_printed_and_is_what_gets_a_gradient(name: str) -> None:
+    subject = Subject(name)
+    entry = subject.entry
+    transfer = make(subject.teacher.get_submodule(entry.root), student_root=entry.root or None)
+    reports: list[str] = []
+    transfer.report = reports.append
+    with transfer.attached(subject.student):
+        subject.called(**subject.batch())
+        transfer.loss().backward()
+    before, trained = reach(reports)
+    parameters = list(subject.student.parameters())
+    assert trained == sum(p.requires_grad for p in parameters)
+    assert before - sum(p.grad is not None for p in parameters) == MORE_THAN_TRAINED.get(name, 0)
+    assert before > trained / 2
+
+
+class DeepHead(nn.Module):
+    """Few convolutions before many layers without positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.mlp = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)], nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.stem(x).mean((2, 3)))
+
+
+class WithUnused(nn.Module):
+    """A decoder that this step does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.decoder = nn.Sequential(*[nn.Conv2d(8, 8, 3) for _ in range(3)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean((2, 3)))
+
+
+def albert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.AlbertModel(transformers.AlbertConfig(vocab_size=50, embedding_size=8, **sizes)).eval()
+
+
+#: Networks of which the default reaches a small part, or no block: the inputs, and the reason that is printed.
+REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "convolutions before a deep head": (
+        DeepHead,
+        torch.randn(BATCH, 3, 16, 16),
+        "4 of 18 trained tensors lie before the recorded layers. Of the others 14 run after them, and 0 are",
+    ),
+    "a decoder that does not run": (
+        WithUnused,
+        torch.randn(BATCH, 3, 16, 16),
+        "2 of 10 trained tensors lie before the recorded layers. Of the others 2 run after them, and 6 are",
+    ),
+    "one layer that runs four times": (
+        albert,
+        torch.randint(50, (BATCH, 9)),
+        '"auto" is "penultimate" here, because no layer of the student (AlbertModel)',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_small_reach_has_a_printed_reason(name: str) -> None:
+    build, batch, reason = REASONS[name]
+    student, transfer = build(), make(build())
+    reports: list[str] = []
+    transfer.report = reports.append
+    with transfer.attached(student):
+        student(batch)
+        transfer.loss()
+    assert reason in "\n".join(reports)

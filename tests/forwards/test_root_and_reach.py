@@ -122,6 +122,7 @@ def test_a_method_as_root(wrap):
         assert getattr(inner.forward_features, "__func__", None) is Net.forward_features
     assert [pair.student.removeprefix("net.") for pair in named.pairs] == [pair.student for pair in expected.pairs]
     assert found.item() == pytest.approx(value.item(), rel=1e-5)
+    assert f"root: '{prefix}:forward_features'" in named.pairing.note
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: nn.ModuleDict({"net": net})])
