@@ -356,8 +356,10 @@ class Attachment:
 
     def _watch_teacher(self) -> None:
         assert self.pairing is not None
-        readers = self.pairing.readers("teacher", self.teacher.module, self.grid)
-        self._recorder.watch_teacher(readers, () if self._logits is None else self._logits.masks("teacher"))
+        readers, logits = self.pairing.readers("teacher", self.teacher.module, self.grid), self._logits
+        if logits is not None:
+            logits.use_teacher(self.pairing, self.teacher.module)
+        self._recorder.watch_teacher(readers, () if logits is None else logits.masks("teacher"))
 
     def _prepare_teacher(self, student: nn.Module) -> None:
         """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""

@@ -69,24 +69,28 @@ class LogitRecording:
         Raises:
             ValueError: If the layer that the user named for a regression does not exist or cannot be read.
         """
-        traces = pairing.student, pairing.teacher
-        modules = named_layers(student), named_layers(teacher)
-        kinds = type(modules[0][traces[0].root]).__name__, type(modules[1][traces[1].root]).__name__
-        self._student, self._teacher = (
-            logit_reader(side, trace, known, kind, select, self.option.class_axis)
-            for side, trace, known, kind, select in zip(
-                ("student", "teacher"), traces, modules, kinds, self.option.selects, strict=True
-            )
-        )
-        for side, trace, select in zip(("student", "teacher"), traces, self.option.selects, strict=True):
+        self._student = self._reader("student", pairing.student, student)
+        self.use_teacher(pairing, teacher)
+        counts = []
+        for side, trace, select in zip(
+            ("student", "teacher"), (pairing.student, pairing.teacher), self.option.selects, strict=True
+        ):
             warn_of_unused_masks(side, {trace.root: logit_masks(trace, select)})
-        counts = [
-            _classes(trace, select, self.option) for trace, select in zip(traces, self.option.selects, strict=True)
-        ]
+            counts.append(_classes(trace, select, self.option))
         differ = None not in counts and counts[0] != counts[1]
         self._pools = differ or self.option.features is not None
-        self.features = self._find_features(traces[0], modules[0]) if self._pools else None
+        self.features = self._find_features(pairing.student, named_layers(student)) if self._pools else None
         self.note = self._described(counts)
+
+    def use_teacher(self, pairing: Pairing, teacher: nn.Module) -> None:
+        """Read from this module, where the teacher runs as another copy than before."""
+        self._teacher = self._reader("teacher", pairing.teacher, teacher)
+
+    def _reader(self, side: str, trace: Trace, model: nn.Module) -> LogitReader:
+        modules = named_layers(model)
+        select = self.option.selects[0 if side == "student" else 1]
+        kind = type(modules[trace.root]).__name__
+        return logit_reader(side, trace, modules, kind, select, self.option.class_axis)
 
     def forget_modules(self) -> None:
         """Let go of the modules of both networks. :meth:`settle` finds them again."""
