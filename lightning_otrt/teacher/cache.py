@@ -14,7 +14,7 @@ from lightning_otrt.teacher.cache_options import TeacherCache, parse_cache
 from lightning_otrt.teacher.host_copy import HostCopy
 from lightning_otrt.teacher.numerics import Numerics
 from lightning_otrt.teacher.per_sample import Run, cloned, tolerance, why_not_per_sample
-from lightning_otrt.teacher.sample_hash import SampleHash
+from lightning_otrt.teacher.sample_hash import SampleHash, check_dense
 from lightning_otrt.teacher.samples import Inputs, leaves, select_samples
 from lightning_otrt.teacher.store import SampleStore
 
@@ -165,7 +165,8 @@ class SampleCache:
         """Write what was added. Where no sample comes again say so, once, and keep no more. See :meth:`start_epoch`."""
         self.flush()
         self._epochs += self._seen > 0
-        if self._epochs >= PATIENCE and not self._hits_of_run and not self._useless:
+        has_all = self.store is not None and not self.store.is_full
+        if has_all and self._epochs >= PATIENCE and not self._hits_of_run and not self._useless:
             self._useless = True
             warnings.warn(
                 f"In {self._epochs} epochs no sample came a second time, so that `teacher_cache` saved nothing. It "
@@ -214,8 +215,8 @@ class SampleCache:
             self.store.add(keys, {name: copied.wait() for name, copied in copies.items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without copies that are under way."""
-        return {**self.__dict__, "_adding": None}
+        """Without copies that are under way, and what was counted: a pickle holds no samples of memory."""
+        return {**self.__dict__, "_adding": None, "_epochs": 0}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SampleCache:
         """The cache itself: a copied callback goes on with the same samples."""
@@ -223,7 +224,10 @@ class SampleCache:
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:
-    return [value for _, value in leaves(inputs) if isinstance(value, Tensor)]
+    found = [(path, value) for path, value in leaves(inputs) if isinstance(value, Tensor)]
+    for path, value in found:
+        check_dense(value, path)
+    return [value for _, value in found]
 
 
 def _layout(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

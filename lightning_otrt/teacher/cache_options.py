@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_otrt.checks import shown
 from lightning_otrt.teacher.folder_store import FolderStore
+from lightning_otrt.teacher.free_memory import half_of_free_memory
 from lightning_otrt.teacher.store import SampleStore, parse_dtype, parse_size
 
 __all__ = ["MEMORY", "TeacherCache", "parse_cache"]
@@ -26,7 +27,8 @@ class TeacherCache:
 
     Args:
         folder: A folder that runs and processes share; None: the memory of this process.
-        limit: Most that it may take, such as ``"4GB"``; None: no limit. What is full takes no more samples.
+        limit: Most that it may take, such as ``"4GB"``; None: half of the memory that is free at first, and all of the
+            disk. What is full takes no more samples.
         dtype: Type in which numbers are kept, ``"float32"`` or ``"bfloat16"``. The latter takes half, and rounds to
             three digits: the term of later epochs then differs by about as much.
 
@@ -65,7 +67,7 @@ class TeacherCache:
             fingerprint: See :class:`~lightning_otrt.teacher.folder_store.FolderStore`.
         """
         if self.path is None:
-            return SampleStore(limit=self.limit, dtype=self.dtype)
+            return SampleStore(limit=self.limit or half_of_free_memory(), dtype=self.dtype)
         return FolderStore(self.path, fingerprint, limit=self.limit, dtype=self.dtype)
 
 

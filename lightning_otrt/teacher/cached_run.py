@@ -20,6 +20,9 @@ from lightning_otrt.teacher.weight_watch import WeightWatch
 
 __all__ = ["CachedRun"]
 
+#: Changed with every change of what readings are, such as another pooling: what was kept before is none of them.
+READING = 1
+
 
 class CachedRun:
     """Fills the current view with the readings of the teacher, whatever its hooks put there.
@@ -66,7 +69,12 @@ class CachedRun:
         """
         self._off, self._compared, problem = False, self.cache.epoch, ""
         kept = [(key, layer.name, layer.reader, [mask for mask, _ in layer.masks]) for key, layer in readers.items()]
-        self._settings = {"layers": kept, "root": self.teacher.root, **({"more": more} if more else {})}
+        self._settings = {
+            "reading": READING,
+            "layers": kept,
+            "root": self.teacher.root,
+            **({"more": more} if more else {}),
+        }
         try:
             self._known = self._fingerprint()
             self._watch = WeightWatch(self.teacher.source)
@@ -147,7 +155,8 @@ class CachedRun:
 
     def _give_up(self, problem: str, inputs: Inputs) -> None:
         """Raise; or warn, and go on without the cache."""
-        message = f"`teacher_cache` cannot be used with this teacher ({type(self.teacher.source).__name__}): {problem}."
+        kind, reason = type(self.teacher.source).__name__, problem.rstrip(".")
+        message = f"`teacher_cache` cannot be used with this teacher ({kind}): {reason}."
         if self._strict:
             raise ValueError(f"{message} Leave out `teacher_cache`; with strict=False the teacher runs on all samples.")
         self._off = True
@@ -164,7 +173,8 @@ def _batch_size(pairing: Pairing, inputs: Inputs) -> int:
     """
     traced = [pairing.teacher.tensor(pair.teacher, pair.select) for pair in pairing.pairs]
     sizes = [tensor.shape[tensor.batch_axis] for tensor in traced if tensor is not None]
-    entered = {len(tensor) for tensor in all_tensors((inputs[0], dict(inputs[1]))) if tensor.dim()}
+    given = all_tensors((inputs[0], dict(inputs[1])))
+    entered = {len(tensor) for tensor in given if not tensor.is_nested and tensor.dim()}
     return next((size for size in sizes if size in entered), pairing.teacher.batch_size)
 
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_otrt.teacher.samples import Inputs, batch_size_of, is_per_sample, leaves
+from lightning_otrt.teacher.samples import Inputs, batch_size_of, is_per_sample, leaves, shown_path
 
-__all__ = ["SampleHash"]
+__all__ = ["SampleHash", "check_dense"]
 
 #: Changed with every change of the hash: keys of another version are those of other samples.
 VERSION = 1
@@ -87,7 +87,7 @@ class SampleHash:
             if not isinstance(value, Tensor):
                 structure.append(f"{path}={value!r}")
                 continue
-            _check_dense(value, path)
+            check_dense(value, path)
             own = is_per_sample(value, size)
             has_samples |= own
             shape = tuple(value.shape[1:] if own else value.shape)
@@ -164,11 +164,16 @@ def _blocks(words: int) -> tuple[int, int]:
     return least, -(-words // least)
 
 
-def _check_dense(tensor: Tensor, path: str) -> None:
+def check_dense(tensor: Tensor, path: str) -> None:
+    """Check that the bytes of a tensor can be read.
+
+    Raises:
+        TypeError: If it is sparse, nested, quantized or spread over processes.
+    """
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or hasattr(tensor, "device_mesh"):
         raise TypeError(
-            f"The teacher's input {path} is a tensor with layout {tensor.layout}, nested, quantized or distributed, "
-            "but `teacher_cache` reads dense tensors. Convert it in `teacher_inputs`, or leave out `teacher_cache`."
+            f"The teacher's input {shown_path(path)} is a tensor with layout {tensor.layout}, nested, quantized or "
+            "distributed, but `teacher_cache` reads dense tensors. Convert it in `teacher_inputs`."
         )
 
 

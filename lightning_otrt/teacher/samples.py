@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-__all__ = ["Inputs", "batch_size_of", "is_per_sample", "leaves", "select_samples"]
+__all__ = ["Inputs", "batch_size_of", "is_per_sample", "leaves", "select_samples", "shown_path"]
 
 #: Positional and keyword arguments of a forward.
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -42,10 +43,20 @@ def leaves(inputs: Any, path: str = "inputs") -> Iterator[tuple[str, Any]]:
             yield from leaves(getattr(inputs, field.name), f"{name}.{field.name}")
     else:
         raise TypeError(
-            f"The teacher's input {path} is of type {type(inputs).__name__}, whose content cannot be read, so that "
-            "samples cannot be told apart. Return tensors, numbers and strings from `teacher_inputs`, in tuples, lists "
-            "or dictionaries, or leave out `teacher_cache`."
+            f"The teacher's input {shown_path(path)} is of type {type(inputs).__name__}, whose content cannot be read, "
+            "so that samples cannot be told apart. Return tensors, numbers and strings from `teacher_inputs`, in "
+            "tuples, lists or dictionaries."
         )
+
+
+def shown_path(path: str) -> str:
+    """A path of :func:`leaves` without types.
+
+    Example:
+        >>> shown_path("inputs:tuple[1]:dict['x']:Tensor")
+        "inputs[1]['x']"
+    """
+    return re.sub(r":\w+", "", path)
 
 
 def batch_size_of(inputs: Inputs) -> int:

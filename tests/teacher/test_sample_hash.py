@@ -292,8 +292,8 @@ def test_an_axis_of_samples_is_needed() -> None:
 @pytest.mark.parametrize(
     ("value", "error"),
     [
-        (object(), r"inputs:tuple\[0\]:tuple\[1\] is of type object"),
-        ({"a": np.zeros(3)}, r"inputs:tuple\[0\]:tuple\[1\]:dict\['a'\] is of type ndarray"),
+        (object(), r"inputs\[0\]\[1\] is of type object"),
+        ({"a": np.zeros(3)}, r"inputs\[0\]\[1\]\['a'\] is of type ndarray"),
         (torch.zeros(3).to_sparse(), "layout torch.sparse_coo"),
         (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "layout torch.jagged"),
         ({1, 2}, "of type set"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -425,3 +427,57 @@ def test_a_folder_that_goes_away(tmp_path: Path) -> None:
         torch.manual_seed(0)
         make_trainer(max_epochs=2, callbacks=[Clearing(), callback, noted]).fit(make_task(), loader(shuffle=True))
     assert_same_values(noted.values, expected)
+
+
+class Counting(Net):
+    """Counts its calls in a buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_a_teacher_that_writes_to_its_own_buffers_is_refused() -> None:
+    with pytest.raises(ValueError, match="its weights changed during the run \\('calls' among them\\)"):
+        fit("memory", teacher=Counting(6))
+
+
+class Padding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.nested.to_padded_tensor(x, 0.0).sum(1) if x.is_nested else x.to_dense())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "x",
+    [
+        lambda: torch.nested.nested_tensor([torch.randn(size, 3) for size in (2, 4, 3, 4)]),
+        lambda: torch.randn(4, 3).to_sparse(),
+    ],
+)
+def test_inputs_that_are_no_dense_tensors(x: Any) -> None:
+    transfer = RepresentationTransfer(Padding(), {"layer": "layer"}, teacher_cache="memory")
+    student = Padding()
+    with transfer.attached(student):
+        with pytest.raises(ValueError, match="reads dense tensors. Convert it in `teacher_inputs`. Leave out"):
+            student(x())
+        transfer.discard()
+
+
+def test_copies_and_pickles_of_the_callback() -> None:
+    callback = OTRTCallback(make_teacher(), LAYERS, teacher_cache="memory")
+    make_trainer(callbacks=[callback]).fit(make_task(), loader())
+    copied, pickled = copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))
+    hits = [callback.transfer.cache.hits, pickled.transfer.cache.hits]
+    for each in (copied, pickled):
+        make_trainer(callbacks=[each]).fit(make_task(), loader())
+    assert callback.transfer.cache.hits - hits[0] == 32, "a copy goes on with the same samples"
+    assert pickled.transfer.cache.hits - hits[1] == 0, "a pickle has none"
