@@ -199,6 +199,38 @@ def test_neurons(rows, columns, observations, batch, cost, plan, epsilon, scale,
         torch.testing.assert_close(again.value, found.value, rtol=1e-6, atol=1e-9)
 
 
+@both(
+    rows=sizes,
+    columns=sizes,
+    observations=st.integers(3, 12),
+    batch=st.none() | st.integers(1, 3),
+    cost=st.sampled_from(["correlation", "covariance"]),
+    plan=st.sampled_from(["orthogonal", "random_orthogonal"]),
+    scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    offset=st.sampled_from([0.0, 1.0, 1e3]),
+    dead=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
+def test_rotations(rows, columns, observations, batch, cost, plan, scale, offset, dead, seed) -> None:
+    """A value between 0 and 2, a finite gradient that lowers it, none for dead neurons, and no matter which order."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = [] if batch is None else [batch]
+    student = torch.randn(*lead, rows, observations, generator=generator, dtype=torch.float64) * scale + offset
+    teacher = torch.randn(*lead, columns, observations, generator=generator, dtype=torch.float64) * scale + offset
+    student[..., :dead, :] = offset
+    student.requires_grad_()
+    found = transport_distance(student, teacher, cost=cost, plan=plan)
+    found.value.sum().backward()
+    assert student.grad.isfinite().all()
+    assert not student.grad[..., :dead, :].any()
+    assert ((found.value >= -1e-9) & (found.value <= 2 + 1e-9)).all()
+    assert (found.singular_values.sum(-1) <= 1 + 1e-9).all()
+    if plan == "orthogonal":
+        order, other = (torch.randperm(size, generator=generator) for size in (rows, columns))
+        again = transport_distance(student[..., order, :], teacher[..., other, :], cost=cost, plan=plan)
+        torch.testing.assert_close(again.value, found.value, rtol=1e-5, atol=1e-7)
+
+
 @both(widths=st.tuples(sizes, sizes), observations=st.integers(3, 40), seed=st.integers(0, 99))
 def test_batches_are_loops(widths: tuple[int, int], observations: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

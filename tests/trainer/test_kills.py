@@ -42,6 +42,7 @@ HOOKS = [
 OPTIONS: dict[str, dict[str, Any] | None] = {
     "running cost": {"layers": LAYERS, "weight": 2.0, "memory": 0.9, "solve_every": 7},
     "static, found layers": {"layers": "auto", "plan": "static", "schedule": LinearWarmup(20)},
+    "rotation": {"layers": "auto", "plan": "auto", "memory": 0.9, "solve_every": 7},
     "euclidean": {"layers": "penultimate", "cost": "euclidean", "solve_every": 5, "schedule": CosineDecay(STEPS)},
     "without": None,
 }
@@ -194,6 +195,7 @@ def survive(folder: Path, options: Any, wrapped: bool, kills: int, seed: int) ->
         pytest.param("running cost", False, 20, marks=pytest.mark.slow),
         pytest.param("static, found layers", False, 10, marks=pytest.mark.slow),
         pytest.param("euclidean", False, 10, marks=pytest.mark.slow),
+        pytest.param("rotation", False, 10, marks=pytest.mark.slow),
         pytest.param("running cost", True, 10, marks=pytest.mark.slow),
         pytest.param("without", False, 10, marks=pytest.mark.slow),
     ],

@@ -39,7 +39,7 @@ def quick_and_slow(values: list[Any]) -> list[Any]:
 OPTIONS: list[dict[str, Any]] = [
     {},
     *[{"cost": cost, "memory": memory} for cost in ("correlation", "euclidean", "sqeuclidean") for memory in (0, 0.9)],
-    *[{"plan": plan} for plan in ("uniform", "random")],
+    *[{"plan": plan} for plan in ("uniform", "random", "orthogonal", "random_orthogonal")],
     {"solve_every": 1},
     {"layers": "blocks", "grid": None},
     {"layers": "penultimate", "grid": 1},

@@ -19,11 +19,12 @@ from lightning_otrt import OTRTCallback, OTRTModule, OTRTMonitor
 #: Of the process, in MiB. A single activation kept at each step would be three times as much after 2000 steps.
 GROWTH = 8.0
 
-#: Kinds of state between the steps: none, running sums, a plan that is kept, and a cost with a running scale.
+#: Kinds of state between the steps: none, running sums, a kept plan, a rotation, and a cost with a running scale.
 STATES: dict[str, dict[str, Any]] = {
     "batch": {"memory": 0},
     "running": {"memory": 0.98, "solve_every": 5},
     "static": {"plan": "static"},
+    "rotation": {"plan": "orthogonal", "memory": 0.9, "solve_every": 5},
     "euclidean": {"cost": "euclidean", "memory": 0.9, "layers": "auto"},
 }
 
