@@ -29,7 +29,8 @@ start from scratch (or, where a heading says "itself", as a copy of the teacher 
 are in no training or validation set, in either drawing. Images are 64 × 64, texts 48 tokens.
 
 - *Tuned alike*: six candidates for each method (three learning rates × two weights; two weight decays where there is no
-  weight; six penalties of a ridge head), the best two again on a second seed, on validation samples of the same cell.
+  weight; six penalties of a ridge head), the best two again on a second seed, on validation samples of the same cell
+  and with half the steps of its runs.
   Where distillation stands beside another term, the weight of distillation is tuned and the other stays at 8.
 - *Paired*: within a seed all methods have the same samples, initial weights, order of batches and dropout. Intervals
   are 95 % of Student's t over seeds. The p values of a table are those of paired t tests, corrected by Holm's procedure
@@ -71,7 +72,7 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
         lines += ["## Goals on real checkpoints", "", f"The recipe is {label(RECIPE)}.", "", *goals_table(reached)]
     for name, one in found.items():
         lines += [f"## {one.experiment.title}", "", f"`python -m benchmarks.real --cells {name}`", ""]
-        lines += [*cell_table(one, tests[name]), *_choices(one)]
+        lines += [*cell_table(one, tests[name]), *_other_runs(one), *_choices(one)]
     if missing := _missing(found, cells):
         lines += ["## Cells not run yet", "", *missing, ""]
     return "\n".join(lines)
@@ -109,6 +110,17 @@ def cell_table(found: Found, tests: Mapping[tuple[str, str], Comparison]) -> lis
             cells += ["", ""] if one is None else [signed(one.gain), p_value(one.corrected)]
         lines.append(f"| {' | '.join([*cells, _step(found, name)])} |")
     return [*lines, ""]
+
+
+def _other_runs(found: Found) -> list[str]:
+    """How many rows on test samples are in no table: those of an earlier plan."""
+    tests = sum(row.get("split", "test") == "test" for row in found.results.rows.values())
+    shown = sum(len(of_seed) for of_seed in accuracies(found).values())
+    return (
+        [f"{tests - shown} more runs, of an earlier plan, are in the file and in no table.", ""]
+        if tests > shown
+        else []
+    )
 
 
 def _step(found: Found, method: str) -> str:

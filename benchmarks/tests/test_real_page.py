@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,15 @@ def test_every_method_is_reported_those_that_lost_too(tmp_path: Path) -> None:
     assert list(CELLS)[-1] in missing
     assert NAME not in missing
     assert f"{14 * (6 + 2 + 5)} runs, {14 * 13 * 36 / 3600:.1f} hours" in text
+
+
+def test_runs_of_an_earlier_plan_are_counted(tmp_path: Path) -> None:
+    results = filled(tmp_path / "rows.jsonl")
+    assert "of an earlier plan" not in write(tmp_path, results)
+    cell = CELLS[NAME]
+    run = replace(cell.run("plain", cell.tuning.runs("plain", 1000)[0], "emoji", 5, 0), steps=7)
+    results.rows[run.key] = {**run.settings, **pretend(run)}
+    assert "1 more runs, of an earlier plan" in write(tmp_path, results)
 
 
 def test_tests_of_a_table_are_one_family(tmp_path: Path) -> None:
