@@ -91,5 +91,10 @@ def test_links_of_the_readme() -> None:
         assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], link
 
 
+@pytest.mark.parametrize(("page", "most"), [("README.md", 180), ("benchmarks/RESULTS.md", 120)])
+def test_pages_that_are_read_first_are_short(page: str, most: int) -> None:
+    assert len((ROOT / page).read_text().splitlines()) <= most
+
+
 def test_figures_are_small() -> None:
     assert sum(path.stat().st_size for path in DOCS.rglob("*") if path.suffix in (".png", ".svg")) < 500_000

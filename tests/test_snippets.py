@@ -28,7 +28,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 START = ROOT / "docs" / "getting_started.md"
 #: What is shown, and not run: installing would change the machine, and needs a network.
 NOT_RUN = {
-    "git clone <this repository> && cd lightning_otrt",
     "pip install .",
     'pip install ".[examples]" && python -m examples.compression',
     'pip install -e ".[test]" && pytest',
