@@ -13,9 +13,10 @@ from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
 from lightning_otrt.transport.gradient import attach_gradients
+from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 from lightning_otrt.transport.soft_targets import soft_targets
-from lightning_otrt.transport.tensors import common_dtype
+from lightning_otrt.transport.tensors import common_dtype, widest
 
 __all__ = ["Distillation"]
 
@@ -125,8 +126,7 @@ class Distillation:
         y, x = batches[0] if len(batches) == 1 else (torch.cat(side, -1) for side in zip(*batches, strict=True))
         self._check_state(y, x)
         if self._reference is None:
-            wide = y.dtype if y.device.type == "mps" else torch.float64
-            moments = [side.sum(-1, dtype=wide) for side in (y, x)]
+            moments = [side.sum(-1, dtype=widest(side)) for side in (y, x)]
             count = moments[0].new_full((), y.shape[-1])
             sum_y, sum_x, count = (*moments, count) if ranks is None else ranks.sum((*moments, count))
             self._memory = _decay(y.shape[-1] if ranks is None else float(count), y.shape[0])
@@ -140,7 +140,8 @@ class Distillation:
             part.to(fresh.dtype) for part, fresh in zip(self._sums or map(torch.zeros_like, new), new, strict=True)
         ]
         assert self._memory is not None
-        self._sums = decay_and_add(running, self._memory, new, is_finite)
+        sums = decay_and_add(running, self._memory, new, is_finite)
+        self._sums, self._reference = move_reference(sums, self._reference)
         solved = self._regression.solve(self._sums)
         older = torch.zeros_like(solved) if self._map is None else self._map
         self._map = torch.where(all_finite([solved]), solved, older)

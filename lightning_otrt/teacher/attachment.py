@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.eager import EagerCode
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
 from lightning_otrt.reading.reach import TrainedForwards
@@ -95,7 +94,7 @@ class Attachment:
         )
         self._guard = InputGuard()
         self._trained: TrainedForwards | None = None
-        self._stance = ExitStack()
+        self._eager = EagerCode()
         self._attached_dtype: torch.dtype | None = None
 
     @property
@@ -154,7 +153,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
-        self._stance.close()
+        self._eager.release()
         self._forget_trained()
         self._recorder.remove()
         if self.cached is not None:
@@ -176,11 +175,11 @@ class Attachment:
         self._recorder.enabled, self._recorder.reads_pairs = on, pairs
         if not on:
             self._recorder.teacher_output = None
-        if on and self._root is None and "torch._dynamo" in sys.modules:
+        if on and self._root is None:
             # The first forward chooses the layers, in plain Python. Code that is compiled later has the hooks in it.
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._eager.hold()
         else:
-            self._stance.close()
+            self._eager.release()
 
     def take(self) -> list[View]:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""

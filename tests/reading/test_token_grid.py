@@ -55,12 +55,12 @@ IMAGES = torch.randn(2, 3, 8, 12)
 
 @pytest.mark.parametrize("name", ["norm", "linear"])
 def test_patches(name: str) -> None:
-    assert grid_of(Patches(), name, IMAGES) == TokenGrid(0, (4, 6))
+    assert grid_of(Patches(), name, IMAGES) == TokenGrid(0, (4, 6), "embed")
 
 
 @pytest.mark.parametrize("name", ["norm", "linear"])
 def test_merged_patches(name: str) -> None:
-    assert grid_of(Merged((24, 12)), name, IMAGES) == TokenGrid(0, (2, 3))
+    assert grid_of(Merged((24, 12)), name, IMAGES) == TokenGrid(0, (2, 3), "embed", merged=2)
 
 
 @pytest.mark.parametrize("name", ["norm", "linear"])
