@@ -59,8 +59,8 @@ class RepresentationTransfer(RecordedStudent):
             ``"matched"`` (blocks of the student with the closest teacher layers on the first batch, in order),
             :class:`LayerPair` objects, or a list of these. Words are resolved once, by the first process for all, and
             a resumed run uses the pairs of its checkpoint.
-        weight: Weight α of the term. About 8 suits the correlation cost; see the README for others. It may be set
-            again at any time, as ``schedule`` may.
+        weight: Weight α of the term. 8 suits the correlation of blocks; for others there is
+            :func:`~lightning_otrt.suggest_weight`. It may be set again at any time, as ``schedule`` may.
         student_root: Name of the student's submodule whose inputs the teacher gets too, or of its method, as in
             ``"net:forward_features"``; None: the outermost one that holds the layers and is called.
         cost: ``"correlation"``, ``"euclidean"``, ``"sqeuclidean"`` or a function of raw neurons ``(N, n)``, ``(M, n)``
