@@ -107,7 +107,14 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+#: Each takes some seconds: by default one of each family, the others where slow tests run.
+FAMILIES = ("resnet18", "timm vit", "BERT", "T5", "lraspp_mobilenet_v3_large")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name.values[0] in FAMILIES else pytest.param(*name.values, marks=pytest.mark.slow) for name in NAMES],
+)
 def test_what_stands_first(name: str) -> None:
     """Another first argument changes neither the layers nor the term."""
     entry = ARCHITECTURES[name]
