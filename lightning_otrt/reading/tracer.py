@@ -5,11 +5,11 @@ The model is the same before and after: no random number used up, no statistic o
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,9 +82,11 @@ def trace(
     with in_evaluation(target, inputs), ExitStack() as hooks:
         for name, module in modules.items():
             if primary[id(module)] == name and is_inside(name, root):
-                before = add_forward_pre_hook(module, partial(recorder.before_forward, name), with_kwargs=True)
+                before = add_forward_pre_hook(
+                    module, functools.partial(recorder.before_forward, name), with_kwargs=True
+                )
                 hooks.callback(before.remove)
-                after = add_forward_hook(module, partial(recorder.after_forward, name))
+                after = add_forward_hook(module, functools.partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
         run = getattr(target, method) if method else target
         returned = list(all_tensors(run(*args, **(kwargs or {}))))
@@ -155,6 +157,7 @@ class _TraceHooks:
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._running: list[_Frame] = []
         self._sources: dict[int, _Source] = {}
+        self._takes_sequence_first = functools.cache(is_sequence_first)  # looked up for each tensor inside a module
         self._completed = 0
 
     def enter(self, call: Call) -> None:
@@ -279,7 +282,7 @@ class _TraceHooks:
         if value.dim() != 3 or value.is_nested:
             return 0
         for running in (module, *(outer.module for outer in reversed(self._running))):
-            sequence_first = is_sequence_first(running)
+            sequence_first = self._takes_sequence_first(running)
             if sequence_first is not None:
                 return int(sequence_first)
         source = self._source(value) or frame.source

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -32,23 +34,63 @@ class Subject:
         self.student = self.entry.build().double().eval()
         self.teacher = self.entry.build().double().eval()
         self.called: nn.Module = self.student.get_submodule(self.entry.root)
-        self.reports: list[str] = []
 
     def batch(self) -> dict[str, Any]:
         return self.entry.inputs(torch.Generator().manual_seed(1))
 
-    def term(self, batch: dict[str, Any], *, by_position: bool = False) -> float:
+    def run(
+        self, batch: dict[str, Any], *, by_position: bool = False
+    ) -> tuple[Tensor, RepresentationTransfer, list[str]]:
+        """The term of a batch, the transfer and its reports."""
         teacher = self.teacher.get_submodule(self.entry.root)
         transfer = make(teacher, student_root=self.entry.root or None)
-        self.reports = []
-        transfer.report = self.reports.append
+        reports: list[str] = []
+        transfer.report = reports.append
         with transfer.attached(self.student):
             if by_position:
                 args, kwargs = positional(self.called, batch)
                 self.called(*args, **kwargs)
             else:
                 self.called(**batch)
-            return float(transfer.loss().detach())
+            return transfer.loss(), transfer, reports
+
+    def term(self, batch: dict[str, Any], *, by_position: bool = False) -> float:
+        return float(self.run(batch, by_position=by_position)[0].detach())
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What an architecture gives for its batch, which each property is compared with.
+
+    Attributes:
+        term: The term.
+        pairs: The layers that were chosen.
+        reports: What was printed.
+        trained: Parameters of the student that require a gradient.
+        reached: Parameters of the student that got one from the term.
+    """
+
+    term: float
+    pairs: list[tuple[str, str]]
+    reports: list[str]
+    trained: int
+    reached: int
+
+
+@functools.cache
+def plain(name: str) -> Plain:
+    """It is the same for all properties, and a trace of two networks takes long."""
+    subject = Subject(name)
+    loss, transfer, reports = subject.run(subject.batch())
+    loss.backward()
+    parameters = list(subject.student.parameters())
+    return Plain(
+        term=float(loss.detach()),
+        pairs=[(pair.student, pair.teacher) for pair in transfer.pairs],
+        reports=reports,
+        trained=sum(p.requires_grad for p in parameters),
+        reached=sum(p.grad is not None for p in parameters),
+    )
 
 
 def positional(module: nn.Module, batch: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -68,14 +110,13 @@ def test_order_of_samples(name: str) -> None:
     batch = subject.batch()
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(2))
     shuffled = {key: value.index_select(subject.entry.batch_axis, order) for key, value in batch.items()}
-    assert subject.term(shuffled) == pytest.approx(subject.term(batch), rel=1e-6, abs=1e-9)
+    assert subject.term(shuffled) == pytest.approx(plain(name).term, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_keyword_against_position(name: str) -> None:
     subject = Subject(name)
-    batch = subject.batch()
-    assert subject.term(batch, by_position=True) == pytest.approx(subject.term(batch), rel=1e-9)
+    assert subject.term(subject.batch(), by_position=True) == pytest.approx(plain(name).term, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if ARCHITECTURES[name.values[0]].padding])
@@ -85,7 +126,7 @@ def test_content_of_padding(name: str) -> None:
     assert subject.entry.padding is not None
     other = subject.entry.padding(batch, torch.Generator().manual_seed(3))
     assert any(not torch.equal(other[key], value) for key, value in batch.items())
-    assert subject.term(other) == pytest.approx(subject.term(batch), rel=1e-6)
+    assert subject.term(other) == pytest.approx(plain(name).term, rel=1e-6)
 
 
 class LabelFirst(nn.Module):
@@ -131,15 +172,12 @@ def test_what_stands_first(name: str) -> None:
             value = float(transfer.loss().detach())
         return [(pair.student, pair.teacher) for pair in transfer.pairs], value
 
-    plain = make(subject.teacher)
-    with plain.attached(subject.student):
-        subject.student(**batch)
-        expected = float(plain.loss().detach())
-    layers = [(f"net.{pair.student}", f"net.{pair.teacher}") for pair in plain.pairs]
+    expected = plain(name)
+    layers = [(f"net.{student}", f"net.{teacher}") for student, teacher in expected.pairs]
     for first in FIRST.values():
         found, value = chosen(first())
         assert found == layers
-        assert value == pytest.approx(expected, rel=1e-9)
+        assert value == pytest.approx(expected.term, rel=1e-9)
 
 
 #: Trained tensors that are printed as lying before the recorded layers and get no gradient from the term.
@@ -157,18 +195,10 @@ def reach(reports: list[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reach_is_printed_and_is_what_gets_a_gradient(name: str) -> None:
-    subject = Subject(name)
-    entry = subject.entry
-    transfer = make(subject.teacher.get_submodule(entry.root), student_root=entry.root or None)
-    reports: list[str] = []
-    transfer.report = reports.append
-    with transfer.attached(subject.student):
-        subject.called(**subject.batch())
-        transfer.loss().backward()
-    before, trained = reach(reports)
-    parameters = list(subject.student.parameters())
-    assert trained == sum(p.requires_grad for p in parameters)
-    assert before - sum(p.grad is not None for p in parameters) == MORE_THAN_TRAINED.get(name, 0)
+    found = plain(name)
+    before, trained = reach(found.reports)
+    assert trained == found.trained
+    assert before - found.reached == MORE_THAN_TRAINED.get(name, 0)
     assert before > trained / 2
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from zoo import CASES, RESNET, VIT, Case, timm_model
 
 from lightning_otrt.layers.resolve import resolve_layers
 from lightning_otrt.layers.table import format_pairs
+from lightning_otrt.layers.trace import Trace
+
+
+@functools.cache
+def traced(name: str) -> Trace:
+    """The trace of a model is plain data, which several tests can read."""
+    return CASES[name].trace()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_chosen_layers(name):
-    case = CASES[name]
-    student, teacher = case.trace(), case.trace()
+    case, student = CASES[name], traced(name)
+    teacher = student
 
     def chosen(word: str) -> list[str]:
         pairs = resolve_layers(word, student, teacher)
@@ -30,7 +39,7 @@ def test_chosen_layers(name):
 
 
 def test_axes_of_channels_last_maps_and_tokens():
-    swin, bert = CASES["swin_t"].trace(), CASES["BERT"].trace()
+    swin, bert = traced("swin_t"), traced("BERT")
     assert {pair.neuron_axis for pair in resolve_layers("blocks", swin, swin)} == {(3, 3)}
     assert {pair.neuron_axis for pair in resolve_layers("blocks", bert, bert)} == {(2, 2)}
 
@@ -53,7 +62,7 @@ ACROSS = [
 
 @pytest.mark.parametrize(("student", "teacher", "expected"), ACROSS, ids=[f"{s} from {t}" for s, t, _ in ACROSS])
 def test_across_architectures(student, teacher, expected):
-    traces = CASES[student].trace(), CASES[teacher].trace()
+    traces = traced(student), traced(teacher)
     assert [(pair.student, pair.teacher) for pair in resolve_layers("auto", *traces)] == expected
     (pair,) = resolve_layers("penultimate", *traces)
     assert (pair.student, pair.teacher) == (CASES[student].penultimate, CASES[teacher].penultimate)
