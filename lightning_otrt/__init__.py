@@ -18,7 +18,7 @@ from lightning_otrt.trainer.monitor import OTRTMonitor
 from lightning_otrt.transfer import RepresentationTransfer
 from lightning_otrt.transport.distance import TransportResult, transport_distance
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CosineDecay",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import LAYERS, loader, make_task, make_teacher, make_trainer
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -137,3 +138,25 @@ def test_supported_versions_are_those_of_the_metadata() -> None:
         [lowest] = [s.version for s in needed()[name].specifier if s.operator == ">="]
         assert Version(told[name]) == Version(lowest)
     assert told["Python"] == "3.10"
+
+
+def test_one_version_in_all_files() -> None:
+    """The newest dated section of the changelog, and what is cited, are the version of the package."""
+    dated = re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d{2}-\d{2})$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert dated[0] == (lightning_otrt.__version__, str(cited["date-released"]))
+    assert cited["version"] == lightning_otrt.__version__
+
+
+def test_the_changelog_keeps_a_section_for_what_comes_next() -> None:
+    headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    versions = [Version(name) for name in headings[1:]]
+    assert versions == sorted(versions, reverse=True)
+
+
+def test_the_paper_is_what_is_cited() -> None:
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert paper["title"] == "Representation Transfer by Optimal Transport"
+    assert [author["family-names"] for author in paper["authors"]] == ["Li", "Grandvalet", "Flamary", "Courty", "Dou"]
+    assert paper["doi"].endswith("2007.06737")
