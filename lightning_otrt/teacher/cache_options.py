@@ -19,6 +19,8 @@ __all__ = ["MEMORY", "TeacherCache", "parse_cache"]
 MEMORY = "memory"
 #: A text that is meant as a size: a number, perhaps with a unit.
 _LIKE_A_SIZE = re.compile(r"\s*\d[\d.,_]*\s*[a-z]{0,5}\s*", re.I)
+#: A text that is a mapping, a list, an object or a word of YAML or Python: no folder was meant.
+_LIKE_A_VALUE = re.compile(r"\s*([{\[(<]|[\w.]+\((.*=|\))|(none|null|true|false)\s*$)", re.I)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class TeacherCache:
 
     Raises:
         TypeError: If the folder is no path.
-        ValueError: If the limit is no size, the type another one, or the folder is a file.
+        ValueError: If the limit is no size, the type another one, or the folder is a file or the text of a mapping.
 
     Example:
         >>> from lightning_otrt import RepresentationTransfer, TeacherCache
@@ -76,7 +78,7 @@ def parse_cache(value: Any) -> TeacherCache | None:
 
     Raises:
         TypeError: If it is none of the accepted forms.
-        ValueError: If it is meant as a size, but is none, or the folder is a file.
+        ValueError: If it is meant as a size, but is none, or the folder is a file or the text of a mapping.
 
     Example:
         >>> parse_cache("4GB"), parse_cache("outputs/teacher").folder, parse_cache(None)
@@ -94,12 +96,6 @@ def parse_cache(value: Any) -> TeacherCache | None:
             return TeacherCache()
         if _LIKE_A_SIZE.fullmatch(value):
             return TeacherCache(limit=value)
-        if value.lstrip().startswith("{"):
-            # What a parser of YAML makes of a mapping that is no TeacherCache.
-            raise ValueError(
-                "Expected `teacher_cache` to have the keys of a TeacherCache, `folder`, `limit` and `dtype`, but got "
-                f"{value}."
-            )
     return TeacherCache(folder=_as_folder(value))
 
 
@@ -109,6 +105,13 @@ def _as_folder(value: Any) -> str:
     folder = os.fspath(value)
     if not isinstance(folder, str) or not folder.strip():
         raise ValueError(f"Expected the folder of a teacher cache to be a path, but got {value!r}.")
+    if _LIKE_A_VALUE.match(folder):
+        # What a parser of YAML makes of a mapping that is no TeacherCache, or of one with a limit that is no size.
+        raise ValueError(
+            f"Expected `teacher_cache` to be a folder, a size or a TeacherCache, but got the text {shown(folder)}, "
+            "which is a value written out and no folder. The keys of a TeacherCache are `folder`, `limit`, a size such "
+            "as '4GB', and `dtype`, 'float32' or 'bfloat16'. If a folder is to have this name, write './' before it."
+        )
     if Path(folder).expanduser().is_file():
         raise ValueError(f"Expected `teacher_cache` to be a folder, but {folder!r} is a file. Choose another path.")
     return folder

@@ -193,6 +193,37 @@ def test_from_yaml(tmp_path, name):
         assert transfer.teacher._inputs is same
 
 
+RIGHT = [CASES["a cache with settings"]["teacher_cache"], CASES["a cache by its class"]["teacher_cache"]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *RIGHT,
+        {"limt": "2MB"},
+        {"limit": "much"},
+        {"limit": "2MB", "dtype": "float16"},
+        {"class_path": "lightning_otrt.TeacherCache", "init_args": {"limt": "2MB"}},
+        {"class_path": "lightning_otrt.LinearWarmup", "init_args": {"steps": 2}},
+        {"folder": {"limit": "2MB"}},
+        ["2MB"],
+        True,
+    ],
+    ids=str,
+)
+def test_a_cache_leaves_no_folder_by_mistake(tmp_path, monkeypatch, given):
+    """What is no TeacherCache is an error, never a folder that is named after it."""
+    monkeypatch.chdir(tmp_path)
+    is_right = given in RIGHT
+    try:
+        run(tmp_path, {"teacher": NET, "teacher_cache": given})
+    except (SystemExit, TypeError, ValueError):
+        assert not is_right
+    else:
+        assert is_right
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_a_cache_in_a_folder(tmp_path):
     options = {"teacher": NET, "teacher_cache": str(tmp_path / "kept")}
     first = run(tmp_path, options, "--trainer.callbacks.init_args.layers=blocks")
