@@ -109,6 +109,7 @@ def _parts(value: object) -> Iterator[str]:
         yield ")"
     elif isinstance(value, list):
         for part in value:
-            yield from _parts(part)
+            if not (isinstance(part, ast.Constant) and part.value == ""):  # Python 3.12 adds some to f-strings
+                yield from _parts(part)
     else:
         yield repr(value)

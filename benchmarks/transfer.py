@@ -48,10 +48,10 @@ def selected(
     return chosen
 
 
-def report(results: Results, experiments: Mapping[str, Experiment]) -> None:
+def report(results: Results, experiments: Mapping[str, Experiment], *, measured: bool) -> None:
     """Write the page and its figures beside the rows."""
     folder = results.path.parent
-    print(f"Report: {write_page(section(results, folder, experiments), folder)}")
+    print(f"Report: {write_page(section(results, folder, experiments), folder, measured=measured)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = options.folder or (CACHE / "quick" if options.quick else RESULTS.parent)
     results = Results(folder / RESULTS.name)
+    is_new = not results.rows  # else some rows may be of earlier code
     chosen = selected(
         options.experiments or (QUICK if options.quick else list(EXPERIMENTS)),
         seeds=options.seeds,
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, experiment in chosen.items():
             run(name, experiment, results, options.processes)
     everything = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if options.quick else EXPERIMENTS
-    report(results, everything)
+    report(results, everything, measured=is_new and not options.report)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.efficiency import BLOCKS, PENULTIMATE, accuracy, build, train
+from benchmarks.pages import write_page
 from examples.digits import digits
 from examples.glyphs import glyphs
 from examples.networks import STUDENT_WIDTHS, TEACHER_WIDTHS
@@ -172,6 +173,7 @@ def main() -> None:
         found[name] = run(problem, **vars(options))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"settings": vars(options), "found": found}, indent=1) + "\n")
+    write_page(f"# Weight\n\n`python -m benchmarks.weight`, {options.seeds} seeds.\n\n{table(found)}")
     print(table(found))
 
 

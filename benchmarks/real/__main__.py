@@ -55,13 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = options.folder or (CACHE / "quick" / "real" if options.quick else RESULTS)
     cells = {name: quick(cell) for name, cell in CELLS.items()} if options.quick else CELLS
+    is_new = not any(folder.glob("*.jsonl"))  # else some rows may be of earlier code
     if not options.report:
         for name in options.cells or CELLS:
             run(name, _with(cells[name], options.methods), Results(folder / f"{name}.jsonl"), options.seeds)
         if not (folder / NETWORKS).exists():
             measure(folder / NETWORKS)
     found = {name: Results(folder / f"{name}.jsonl") for name in cells}
-    print(f"Report: {write_page(page(found, cells, folder), folder.parent)}")
+    text = page(found, cells, folder)
+    print(f"Report: {write_page(text, folder.parent, measured=is_new and not options.report)}")
 
 
 if __name__ == "__main__":

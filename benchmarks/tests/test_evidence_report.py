@@ -15,7 +15,6 @@ from benchmarks.evidence.runs import Results, Run
 from benchmarks.evidence.section import section
 from benchmarks.evidence.tuning import SEEDS as TUNING_SEEDS
 from benchmarks.evidence.tuning import tune
-from benchmarks.pages import write_page
 
 #: Points above 40 of each method; the others have 5.
 GAINS = {"plain": 0.0, "fitnets-blocks": 20.0, DEFAULT: 32.0, "random": 25.0}
@@ -112,13 +111,3 @@ def test_a_method_without_tuning_is_left_out_of_its_tables_alone(results: Result
     assert any(line.startswith("| CRD |") for line in before)
     assert not any(line.startswith("| CRD |") for line in after)
     assert len(after) == len(before) - 1
-
-
-def test_a_page_is_named_after_its_title_and_stamped(tmp_path: Path) -> None:
-    path = write_page("# Fixed views\n\nText.\n", tmp_path)
-    assert path == tmp_path / "fixed_views.md"
-    assert re.fullmatch(
-        r"# Fixed views\n\nText\.\n\n\*Measured at commit \S+ on \S+; .*, torch .*\*\n", path.read_text()
-    )
-    with pytest.raises(ValueError, match="starts with '# Title'"):
-        write_page("## No title\n", tmp_path)

@@ -187,7 +187,8 @@ def test_full_is_full() -> None:
     take(cache, teacher, X[:8])
     with pytest.warns(UserWarning, match="The teacher cache in memory takes no more samples: it holds 10 samples"):
         [take(cache, teacher, x) for x in (X[8:16], X[:16])]
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         for _ in range(3):
             take(cache, teacher, X[:16])
     assert teacher.runs[-3:] == [6, 6, 6]
@@ -219,7 +220,8 @@ class TestEpochs:
         ):
             self.run(cache, [X[16:24]])
         kept = cache.store.samples
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             self.run(cache, [X[24:32]])
             self.run(cache, [X[24:32]])
         assert (kept, cache.store.samples, cache.hits) == (24, 24, 0)
@@ -229,13 +231,15 @@ class TestEpochs:
     @pytest.mark.parametrize("second", [[X[:1].repeat(3, 1)], [X[7:16]]])
     def test_a_single_hit_is_enough(self, second: list[Tensor]) -> None:
         cache = opened()
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             for batches in ([X[:8]], second, [X[16:24]], [X[24:32]]):
                 self.run(cache, batches)
 
     def test_epochs_without_a_forward_do_not_count(self) -> None:
         cache = opened()
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             for batches in ([], [], [X[:8]], []):
                 self.run(cache, batches)
 

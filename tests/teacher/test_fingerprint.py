@@ -97,7 +97,8 @@ def test_weights_that_are_no_parameters() -> None:
     nets = [nn.Sequential(nn.Linear(2, 2)).eval() for _ in range(2)]
     frozen = [torch.jit.freeze(torch.jit.script(net)) for net in (*nets, nets[0])]
     assert not list(frozen[0].parameters())
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert fingerprint(frozen[0]) != fingerprint(frozen[1])
         assert fingerprint(frozen[0]) == fingerprint(frozen[2])
     if "fbgemm" in torch.backends.quantized.supported_engines:

@@ -125,7 +125,8 @@ def test_a_file_that_was_cut_is_left_out(tmp_path: Path, left: int) -> None:
     assert len(caught) == 1
     assert not check(later, SAMPLES).any()
     assert check(later, SAMPLES + 100).all()
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         later.refresh()
 
 
@@ -175,7 +176,8 @@ def test_damage_is_seen(tmp_path: Path, part: str) -> None:
     else:
         with pytest.warns(UserWarning, match="1 of the samples of the teacher cache in .* are not what was written"):
             assert check(later, SAMPLES).tolist() == others
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert check(later, SAMPLES).tolist() == others
         assert later.add(keys_of(SAMPLES), tensors_of(SAMPLES)) == 1
         assert check(later, SAMPLES).all()
@@ -226,7 +228,8 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: py
     with pytest.warns(UserWarning, match=r"only read \(.*Permission denied") as caught:
         reading = FolderStore(tmp_path, FINGERPRINT)
     assert len(caught) == 1
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         both = torch.cat([SAMPLES, SAMPLES + 100])
         assert check(reading, both).tolist() == [True] * 30 + [False] * 30
         assert reading.add(keys_of(both), tensors_of(both)) == 0
@@ -346,7 +349,8 @@ def kill_and_verify(folder: Path, kills: int) -> int:
             os.kill(writer.pid or 0, signal.SIGKILL)
             writer.join()
             assert writer.exitcode == -signal.SIGKILL
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             mask = check(FolderStore(folder, FINGERPRINT), torch.arange(len(known)))
         assert mask[known].all(), "what was found once is found again"
         known |= mask

@@ -134,7 +134,8 @@ def test_full_is_full(make: Make, limit: int | str) -> None:
 
 def test_what_is_known_needs_no_space(make: Make) -> None:
     store, samples = make(limit=5 * (24 + 4 * 64)), torch.arange(5)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert store.add(keys_of(samples), tensors_of(samples)) == 5
         assert store.add(keys_of(samples), tensors_of(samples)) == 0
     assert not store.is_full
