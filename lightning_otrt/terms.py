@@ -96,9 +96,8 @@ def make_terms(
         )
         if distillation is not None:
             terms.append(weights.distillation * distillation.to(terms[0].device if terms else distillation.device))
-    zero = torch.zeros((), device=attachment.device)
     return CallTerms(
-        sum(terms[1:], terms[0]) if terms else zero,
+        sum(terms[1:], terms[0]) if terms else torch.zeros((), device=attachment.device),
         None if transport is None else transport.detach(),
         None if distillation is None else distillation.detach(),
         distances,

@@ -259,7 +259,7 @@ class RepresentationTransfer(RecordedStudent):
         self.transport_value = self.distillation_value = None
         if not any(weights):
             return self._zero()
-        if (problem := self._attachment.take_problem()) is not None:
+        if (problem := self._attachment.root.take_problem()) is not None:
             if self.strict:
                 raise RuntimeError(problem)
             self._warn(problem, key="root")

@@ -98,6 +98,8 @@ class TransportEngine:
         plans: Sequence[str] = (),
     ) -> None:
         self.names, self.weights, self.plan, self.epsilon = names, weights, plan, epsilon
+        #: The layers of each pair, for errors.
+        self._places = [f"{student!r} -> {teacher!r}" for student, teacher in names]
         self.memory, self.solve_every, self.seed, self.strict = memory, solve_every, seed, strict
         self.cost = cost
         self._use(plans or [plan] * len(names))
@@ -202,7 +204,7 @@ class TransportEngine:
             y, x = batch[0] if len(batch) == 1 else (torch.cat(side, -1) for side in zip(*batch, strict=True))
             state = self.pairs[index]
             coupling = self.couplings[index]
-            coupling.prepare(state, y, x, self._where(index), index)
+            coupling.prepare(state, y, x, self._places[index], index)
             problem = coupling.observe(state, y, x, samples, self.calls)
             if problem is not None:
                 problems[index] = problem
@@ -275,7 +277,7 @@ class TransportEngine:
         if count >= self.cost.min_observations:
             return True
         message = (
-            f"{self._where(index)} has {count} observations, and fewer than {self.cost.min_observations} carry no "
+            f"{self._places[index]} has {count} observations, and fewer than {self.cost.min_observations} carry no "
             "correlation"
         )
         if self.calls == 0 and self.strict:
@@ -296,9 +298,6 @@ class TransportEngine:
             if message not in self._warned:
                 self._warned.add(message)
                 warnings.warn(message, stacklevel=3)
-
-    def _where(self, index: int) -> str:
-        return "{!r} -> {!r}".format(*self.names[index])
 
     def synchronize(self) -> None:
         """Bring statistics of several processes together before one of them saves; nothing to do for a single one."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_otrt.steps.coupling import MEMORY, Problem
 from lightning_otrt.steps.engine import Batch, TransportEngine, Values, counts_of
 from lightning_otrt.steps.pair_state import PairState
+from lightning_otrt.steps.process_checks import SamePlans, check_same
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
@@ -87,7 +88,8 @@ class GlobalTransportEngine(TransportEngine):
 
     def __init__(self, *arguments: Any, ranks: Ranks, **options: Any) -> None:
         self._ranks: Ranks | None = ranks
-        self._is_agreed = self._is_compared = self._sends_plans = self._is_pending = False
+        self._is_agreed = self._is_pending = False
+        self._same_plans = SamePlans()
         super().__init__(*arguments, **options)
         self.processes = ranks.size
         if not self.cost.additive:
@@ -131,7 +133,7 @@ class GlobalTransportEngine(TransportEngine):
             solved = list(problems)
             self._solve(problems)
             if solved:
-                self._compare_plans([self.pairs[index] for index in solved])
+                self._same_plans.keep(self.ranks, [self.pairs[index] for index in solved])
             self.calls += 1
         else:
             # Where layers are skipped at random, other pairs may have run than in the call before.
@@ -182,7 +184,7 @@ class GlobalTransportEngine(TransportEngine):
         """What a pair sends, its begun rounds, and sums that feed the running ones without being sent."""
         state, coupling = self.pairs[index], self.couplings[index]
         y, x = batch[0]
-        coupling.prepare(state, y, x, self._where(index), index)
+        coupling.prepare(state, y, x, self._places[index], index)
         energy = None
         if self.cost.scaled:
             energy = torch.stack([self.cost.energy(view) for _, view in batch]).sum(0)
@@ -286,14 +288,7 @@ class GlobalTransportEngine(TransportEngine):
         }
         counts = [counts_of(batch) for batch in batches]
         gathered = self.ranks.gather((mine, problem, counts, samples))
-        for rank, (theirs, *_) in enumerate(gathered):
-            for what, value in gathered[0][0].items():
-                if theirs[what] != value:
-                    raise ValueError(
-                        f"The processes of the global batch disagree on the {what} of the transfer term: process 0 has "
-                        f"{value}, but process {rank} has {theirs[what]}. Build model, teacher and options alike on "
-                        "all of them, or pass global_batch=False."
-                    )
+        check_same([each[0] for each in gathered])
         for rank, (_, theirs, *_) in enumerate(gathered):
             if theirs:
                 raise ValueError(f"Process {rank} of {self.ranks.size}: {theirs}")
@@ -327,25 +322,6 @@ class GlobalTransportEngine(TransportEngine):
             y, x = ((side / count).nan_to_num_(0.0, 0.0, 0.0)[:, None].to(like.dtype) for side in (y, x))
             state.reference = y, x
 
-    def _compare_plans(self, states: Sequence[PairState]) -> None:
-        """Check that all processes solved the same plans. If they differ, as by rounding, use those of process 0."""
-        plans = [state.plan for state in states]
-        potentials = [state.potential for state in states]
-        if not self._is_compared:
-            self._is_compared = True
-            solved = [plan.matrix for plan in plans if plan is not None]
-            self._sends_plans = not self.ranks.have_same(solved + [each for each in potentials if each is not None])
-            if self._sends_plans:
-                warnings.warn(
-                    "The processes solved transport plans from the same sums that differ in some bits, as on unlike "
-                    "devices. From now on all use those of process 0, at the price of one broadcast for each solve.",
-                    stacklevel=2,
-                )
-        if self._sends_plans:
-            plans, potentials = self.ranks.broadcast((plans, potentials))
-            for state, plan, potential in zip(states, plans, potentials, strict=True):
-                state.plan, state.potential = plan, potential
-
     def synchronize(self) -> None:
         """Share the running sums that each process kept to itself since the last solve. A collective."""
         if not self._is_pending:
@@ -367,7 +343,8 @@ class GlobalTransportEngine(TransportEngine):
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore :meth:`state_dict`, or that of a single process."""
         super().load_state_dict(_scaled(state, 1 / self.processes), device)
-        self._is_pending = self._is_agreed = self._is_compared = False
+        self._is_pending = self._is_agreed = False
+        self._same_plans = SamePlans()
 
 
 def _fed(state: PairState, running: Sums | None, new: Sums, is_finite: Tensor) -> Sums:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from lightning_otrt.layers.grammar import only_words
-from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
-from lightning_otrt.reading.eager import EagerCode
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
-from lightning_otrt.reading.reach import TrainedForwards
 from lightning_otrt.reading.recorder import Recorder
-from lightning_otrt.reading.root import can_be_root, find_teacher_root, split_root
-from lightning_otrt.reading.root_errors import logits_outside, why_no_view, why_outside
+from lightning_otrt.reading.root import find_teacher_root
+from lightning_otrt.reading.root_search import RootSearch
 from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.views import (
     Matched,
@@ -46,8 +41,8 @@ GRAPH_CHECKS = 3
 class Attachment:
     """Hooks on one student, which run the teacher and record the neurons of both.
 
-    The first recorded forward shows which module of the student is called with the inputs (its root). It is traced
-    there, with the teacher, to choose the pairs of layers.
+    In the first recorded forward, which shows the root of the student, both networks are traced to choose the pairs of
+    layers.
 
     Args:
         teacher: The teacher.
@@ -77,8 +72,8 @@ class Attachment:
     ) -> None:
         self.teacher = teacher
         self.plan = plan
-        self.layers, self.student_root, self.grid = layers, student_root, grid
-        self._settle = settle
+        self.layers, self.grid = layers, grid
+        self._student_root, self._settle = student_root, settle
         self._logits = logits
         #: The attached student.
         self.student: nn.Module | None = None
@@ -86,15 +81,14 @@ class Attachment:
         self.pairing: Pairing | None = None
         self._counts: list[NeuronCounts] = []
         self._graph_checks = 0
-        self._root: str | None = None
         self._recorder = Recorder(self._on_forward)
+        #: The module of the student whose inputs the teacher gets too.
+        self.root = RootSearch(layers, student_root, self._recorder, distills=logits is not None)
         #: Runs the teacher where readings are kept.
         self.cached = (
             None if cache is None else CachedRun(teacher, self._recorder, cache, strict, agree, self._read_logits)
         )
         self._guard = InputGuard()
-        self._trained: TrainedForwards | None = None
-        self._eager = EagerCode()
         self._attached_dtype: torch.dtype | None = None
 
     @property
@@ -121,7 +115,7 @@ class Attachment:
         if not isinstance(student, nn.Module):
             raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
         self.teacher.check_against(student)
-        check_layers(self.layers, student, self.teacher.module, self.student_root)
+        check_layers(self.layers, student, self.teacher.module, self._student_root)
         if is_compiled(student) or is_compiled(self.teacher.module):
             # Code that was compiled before has no hooks in it and would never call ours. Only in this case, since
             # everything that the process has compiled is compiled anew.
@@ -135,33 +129,19 @@ class Attachment:
     def choose_again(self) -> None:
         """Forget what was recorded, and let the next forward choose the root and the pairs."""
         self._recorder.take()
-        if self.student is None:
-            return
-        modules = named_layers(self.student)
-        self._root = None
-        self._forget_trained()
-        # A head outside of the root would make features of what is taken for logits.
-        if self._logits is not None or (self.student_root is None and only_words(self.layers)):
-            self._trained = TrainedForwards(self.student, lambda: self._recorder.enabled)
-        if self.student_root is not None:
-            name, method = split_root(self.student_root)
-            self._recorder.watch_roots([(name, modules[name])], method)
-            return
-        # A module under two names is one candidate: two sets of hooks would count its forward twice.
-        primary = primary_names(modules, "")
-        self._recorder.watch_roots([(name, module) for name, module in modules.items() if primary[id(module)] == name])
+        if self.student is not None:
+            self.root.start(self.student)
 
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
-        self._eager.release()
-        self._forget_trained()
+        self.root.stop()
         self._recorder.remove()
         if self.cached is not None:
             self.cached.close()
         if self._logits is not None:
             self._logits.forget_modules()
         self.teacher.release()
-        self.student = self._root = None
+        self.student = None
 
     def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
@@ -175,11 +155,7 @@ class Attachment:
         self._recorder.enabled, self._recorder.reads_pairs = on, pairs
         if not on:
             self._recorder.teacher_output = None
-        if on and self._root is None:
-            # The first forward chooses the layers, in plain Python. Code that is compiled later has the hooks in it.
-            self._eager.hold()
-        else:
-            self._eager.release()
+        self.root.hold_compiled_code(on)
 
     def take(self) -> list[View]:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""
@@ -231,46 +207,25 @@ class Attachment:
             NoTermError: If there are none, or a backward pass has gone through one.
         """
         if not views or self.pairing is None:
-            assert self.student is not None
-            raise NoTermError(why_no_view(self.student, self._root, self.student_root, self.layers))
+            raise NoTermError(self.root.why_no_view())
         if self._graph_checks:
             check_graphs(views)
             self._graph_checks -= 1
 
-    def take_problem(self) -> str | None:
-        """Why the root that was found may be the wrong one; given once, after the step in which it was found."""
-        if self._trained is None or self._root is None:
-            return None
-        outside = self._trained.outside(self._root)
-        self._forget_trained()
-        if outside and self.student_root is not None:
-            warnings.warn(logits_outside(self._root, outside), stacklevel=3)
-            return None
-        return why_outside(self._root, outside, distills=self._logits is not None) if outside else None
-
-    def _forget_trained(self) -> None:
-        if self._trained is not None:
-            self._trained.remove()
-        self._trained = None
-
     def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A module that may be the root starts a forward: choose the pairs if need be, and run the teacher."""
         assert self.student is not None
-        if self._root is not None:
-            self._run_teacher(self.student, *self._copied(args, kwargs))
+        if self.root.name is not None:
+            # In containers of their own: the teacher must not change those of the student.
+            self._run_teacher(self.student, *self._guard.copied((args, kwargs)))
             return True
-        if self.student_root is None and not can_be_root(name, self.layers, self.student, self.teacher.module):
+        if not self.root.is_possible(name, self.teacher.module):
             return False
         # Networks that write to their inputs show it here, where the batch can still be restored.
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
             self._resolve(self.student, name, own_args, own_kwargs)
             self._run_teacher(self.student, *self._guard.copied((own_args, own_kwargs)), is_first=True)
         return True
-
-    def _copied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs in containers of their own: the teacher must not change those of the student."""
-        copied: tuple[tuple[Any, ...], dict[str, Any]] = self._guard.copied((args, kwargs))
-        return copied
 
     def _run_teacher(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_first: bool = False
@@ -311,7 +266,6 @@ class Attachment:
 
     def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""
-        method = split_root(self.student_root)[1]
 
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
@@ -319,7 +273,7 @@ class Attachment:
                 teacher = self.teacher.module
                 self.teacher.root = find_teacher_root(self.layers, student, root, teacher)
                 # Each forward gets a copy of its own: both networks may change what they are given.
-                own, for_teacher = self._copied(args, kwargs), self._copied(args, kwargs)
+                own, for_teacher = (self._guard.copied((args, kwargs)) for _ in range(2))
                 given = self.teacher.inputs_for(*for_teacher)
                 pairing = pair_layers(
                     self.layers,
@@ -329,7 +283,7 @@ class Attachment:
                     teacher,
                     given,
                     known,
-                    method=method,
+                    method=self.root.method,
                     teacher_root=self.teacher.root,
                     plan=self.plan,
                 )
@@ -339,11 +293,9 @@ class Attachment:
 
         self.pairing = self._settle(choose)
         self._counts = self.pairing.neuron_counts()
-        self._root = self.pairing.student.root
         self._recorder.read_output = None if self._logits is None else self._logits.read_student
         self._watch_student(student)
-        # After the readers: where the root itself is recorded, it is read before the view is closed.
-        self._recorder.watch_roots([(self._root, named_layers(student)[self._root])], method)
+        self.root.found(self.pairing.student.root)
         self._watch_teacher()
 
     def _watch_student(self, student: nn.Module) -> None:

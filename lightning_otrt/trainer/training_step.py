@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-__all__ = ["ExtraTerm", "add_term", "leaves_of", "remove_term"]
+__all__ = ["ExtraTerm", "add_term", "remove_term"]
 
 _PATCHED = ("training_step", "manual_backward")
 
@@ -66,21 +66,6 @@ def remove_term(module: pl.LightningModule, term: ExtraTerm) -> None:
                 patch = module.__dict__.get(name)
                 if isinstance(patch, _Patch):
                     patch.restore()
-
-
-def leaves_of(tensor: Tensor) -> set[Tensor]:
-    """The tensors in which a backward pass of ``tensor`` accumulates gradients."""
-    found: set[Tensor] = set()
-    nodes, known = [tensor.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        nodes += [following for following, _ in node.next_functions]
-    return found
 
 
 class _Patch:

@@ -18,8 +18,9 @@ from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import OPTIONS, TransferOptions
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.load import TeacherSource
+from lightning_otrt.trainer.effect_checks import EffectChecks
 from lightning_otrt.trainer.strategies import shared_batch, student_dtype
-from lightning_otrt.trainer.training_step import ExtraTerm, add_term, leaves_of, remove_term
+from lightning_otrt.trainer.training_step import ExtraTerm, add_term, remove_term
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["TransferCallback"]
@@ -59,8 +60,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         self._resumed = False
         self._batch: tuple[int, int] | None = None
         self._again = False
-        self._seen = self._steps = self._skipped = self._terms = 0
-        self._entered = self._leaves_checked = False
+        self._effect = EffectChecks()
 
     if not TYPE_CHECKING:  # a type checker would take any name for an attribute
 
@@ -128,8 +128,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
             self.transfer.reset()
         self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._batch = None
-        self._seen = self._steps = self._skipped = self._terms = 0
-        self._leaves_checked = False
+        self._effect = EffectChecks()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,18 +141,15 @@ class TransferCallback(pl.Callback, ExtraTerm):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to check that the training step of ``setup`` is still the one that runs."""
-        self._entered = False
+        self._effect.start_batch()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Raise if another training step ran."""
-        if not self._entered and self.transfer.strict:
-            raise MisconfigurationException(
-                f"The `training_step` of {type(pl_module).__name__} was replaced after the fit began, so that the "
-                "transfer term is not added any more. Replace it before `trainer.fit`, or call the one that was there."
-            )
+        if self.transfer.strict:
+            self._effect.check_batch(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -161,36 +157,16 @@ class TransferCallback(pl.Callback, ExtraTerm):
         if self.transfer.cache is not None:
             self.transfer.cache.end_epoch()
         self.transfer.check_layers()
-        steps = self._steps - self._skipped
-        if steps <= 0 or self._terms or not self.transfer.strict:
-            return
-        kind = type(pl_module).__name__
-        if pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"In {steps} training steps of {kind} the transfer term was never added. Likely causes are a loop that "
-                "does not take the loss from `training_step`, batches with too few observations, and layers that are "
-                "skipped in each step. Return the loss from `training_step`, as a tensor or under the key 'loss', and "
-                "look at `callback.transfer.distances`."
-            )
-        raise MisconfigurationException(
-            f"{kind} uses manual optimization, and in {steps} training steps no `self.manual_backward(loss)` came "
-            "after a forward of the student with gradient, so the transfer term was never added. Call the student as a "
-            "module (not `.forward`), with its parameters unfrozen, before `self.manual_backward(loss)`; or pass the "
-            "name of what is called as `student_root`."
-        )
+        if self.transfer.strict:
+            self._effect.check_epoch(pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report values that were not finite, and bring the statistics of all processes together."""
         self.transfer.check_finite()
         self.transfer.synchronize()
-        never = self._seen > 0 and not self._steps and self.transfer.has_weight
-        if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"The weight of the transfer term was 0 in all {self._seen} training steps of this fit, because "
-                f"`schedule` ({self.transfer.schedule!r}) gave 0: the teacher had no effect. Check that its "
-                "steps are those of `trainer.global_step`."
-            )
+        if self.transfer.has_weight and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._effect.check_schedule(self.transfer.schedule)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -225,9 +201,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         self.transfer.step = trainer.global_step
         batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
         self._again, self._batch = batch == self._batch, batch
-        self._seen += 1
-        self._steps += self.transfer.is_active
-        self._entered = True
+        self._effect.start_step(self.transfer.is_active)
         with self.transfer.recording():
             yield
 
@@ -241,13 +215,13 @@ class TransferCallback(pl.Callback, ExtraTerm):
 
     def skip(self) -> None:
         """Count a step that has no loss on purpose."""
-        self._skipped += self.transfer.is_active
+        self._effect.skip(self.transfer.is_active)
 
     def term(self, position: int) -> Tensor | None:
         """The weighted term of the forwards since the last call; None if all weights are 0. It is logged."""
         transfer = self.transfer
-        weight = transfer.current_weight
-        if not transfer.is_active:
+        weights = transfer.current_weights
+        if not any(weights):
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
         samples = transfer.recorded_samples
@@ -260,35 +234,13 @@ class TransferCallback(pl.Callback, ExtraTerm):
         values = {"train/otrt": transfer.transport_value if layers else None}
         values["train/distillation"] = transfer.distillation_value
         terms = {name: value for name, value in values.items() if value is not None}
-        self._terms += bool(terms)
-        self._log(position, {"otrt/weight": weight, **layers}, samples)
+        self._log(position, {"otrt/weight": weights.transport, **layers}, samples)
         if terms:
             self._log(position, terms, samples, prog_bar=True)
-            self._check_leaves(loss)
+            assert self._trainer is not None
+            assert self._module is not None
+            self._effect.check_term(loss, self._module, self._trainer.optimizers)
         return loss
-
-    def _check_leaves(self, loss: Tensor) -> None:
-        """Warn once if the term reaches only parameters that no optimizer has."""
-        if self._leaves_checked or self._trainer is None or self._module is None:
-            return
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self._module.named_parameters()}
-        leaves = leaves_of(loss)
-        # There are none in a step in which this process skipped the layers and another one ran them.
-        self._leaves_checked = bool(leaves)
-        trained = {
-            parameter
-            for optimizer in self._trainer.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        # FSDP computes with parameters of its own, which cannot be compared here.
-        if leaves and leaves <= names.keys() and not leaves & trained:
-            reached = sorted(names[parameter] for parameter in leaves)
-            rank_zero_warn(
-                f"The transfer term has no effect: it reaches the parameters {reached[:5]} alone, {len(reached)} in "
-                "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or "
-                "choose `layers` that come after trained parameters."
-            )
 
     def _log(self, position: int, values: dict[str, Any], samples: int, *, prog_bar: bool = False) -> None:
         """Log in the student's module.
