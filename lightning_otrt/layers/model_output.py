@@ -57,9 +57,9 @@ def _puts_together(container: TracedLayer, ran: list[TracedLayer], found: set[st
     """Whether the code of a container makes its output of these layers alone, and of nothing that entered it.
 
     The last two layers inside it are two of these, and it has as many channels. A residual block has the channels of
-    what enters it.
+    what enters it, and so has a part of one that gets the residual as its second argument.
     """
-    output, entered = container.output, container.input
+    output = container.output
     if not container.is_container or container.output_from != container.name or output is None:
         return False
     leaves = [layer for layer in ran if not layer.is_container and layer.name.startswith(f"{container.name}.")]
@@ -68,7 +68,9 @@ def _puts_together(container: TracedLayer, ran: list[TracedLayer], found: set[st
     if axis is None or len(last) < 2 or not {layer.name for layer in last} <= found:
         return False
     channels = output.shape[axis]
+    entered = container.input
     keeps = entered is not None and entered.neuron_axis is not None and entered.shape[entered.neuron_axis] == channels
+    keeps |= output.shape in container.input_shapes
     made = [layer.output for layer in last if layer.output is not None and layer.output.neuron_axis is not None]
     return not keeps and all(tensor.shape[tensor.neuron_axis or 0] == channels for tensor in made)
 

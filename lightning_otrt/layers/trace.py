@@ -50,6 +50,7 @@ class TracedLayer:
         role: ``"linear"``, ``"pointwise"`` (1x1 convolution), ``"conv"``, ``"pool"``, ``"dropout"``, ``"recurrent"``,
             ``"passive"`` (may follow a classification head) or ``""``.
         input: First positional tensor input.
+        input_shapes: Shapes of all tensors that enter it.
         output: The output, where it is one tensor or a tuple with exactly one.
         output_kind: The output in words, such as ``"float32 (4, 6)"``; ``""`` if the module did not run.
         parts: ``(key or index, tensor)`` where the output is a mapping or tuple: what ``select`` can choose.
@@ -67,6 +68,7 @@ class TracedLayer:
     is_container: bool = False
     role: str = ""
     input: TracedTensor | None = None
+    input_shapes: tuple[tuple[int, ...], ...] = ()
     output: TracedTensor | None = None
     output_kind: str = ""
     parts: tuple[tuple[str | int, TracedTensor], ...] = ()

@@ -24,7 +24,8 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
 
     Args:
         output: What a module returned.
-        select: Key or index of the tensor. None: the output is a tensor, or a tuple with exactly one.
+        select: Key or index of the tensor. None: the output is a tensor, or a tuple with exactly one, whatever else is
+            in it that is no tensor.
         where: How errors name the layer.
 
     Raises:
@@ -37,9 +38,9 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{where}: its output has no {select!r}; it is {describe(output)}.") from error
     if isinstance(output, (Mapping, tuple, list)):
+        # Sizes and caches beside the tensor are no second choice.
         tensors = [item for item in _values(output) if isinstance(item, Tensor)]
-        others = [item for item in _values(output) if item is not None and not isinstance(item, Tensor)]
-        if isinstance(output, Mapping) or len(tensors) != 1 or others:
+        if isinstance(output, Mapping) or len(tensors) != 1:
             raise TypeError(f"{where}: its output is not one tensor but {describe(output)}. Choose one with `select=`.")
         output = tensors[0]
     if not isinstance(output, Tensor):

@@ -211,6 +211,9 @@ class _TraceHooks:
             output=traced[0][1] if is_single else None,
             output_kind=describe(output),
             parts=() if isinstance(returned, Tensor) else traced,
+            input_shapes=tuple(
+                tuple(value.shape) for value in all_tensors(frame.call.arguments) if not value.is_nested
+            ),
             input_from=frame.source.layer if frame.source else None,
             output_from=made_by.layer if made_by is not None else name,
             takes_model_input=frame.takes_model_input,

@@ -123,6 +123,76 @@ def test_a_sum_of_logits_is_no_representation_and_a_residual_block_is(
     assert chosen(lambda: Resized(head), torch.randn(4, 3, 16, 16)) == expected
 
 
+class Output(nn.Module):
+    """The end of a block, which gets the residual as an argument, as in Hugging Face."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense, self.dropout = nn.Linear(3 * width, width), nn.Dropout(0.1)
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.dense(hidden)) + residual
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, by_name: bool) -> None:
+        super().__init__()
+        self.intermediate, self.output, self.by_name = nn.Linear(width, 3 * width), Output(width), by_name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.intermediate(x).relu()
+        return self.output(hidden=hidden, residual=x) if self.by_name else self.output(hidden, x)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_last_part_of_a_block_that_ends_a_network_is_no_output(by_name: bool) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 6), *(Block(6, by_name) for _ in range(3)))
+
+    assert chosen(build, torch.randn(4, 7, 5)) == same("1", "2", "3")
+
+
+@pytest.mark.parametrize("name", ["VideoMAE", "Timesformer"])
+def test_blocks_of_video_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 8, "num_frames": 2, "hidden_size": 8, "intermediate_size": 32}
+    config = getattr(transformers, f"{name}Config")(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    model = getattr(transformers, f"{name}Model")
+    assert chosen(lambda: model(config), pixel_values=torch.randn(4, 2, 3, 16, 16)) == same(
+        "encoder.layer.0", "encoder.layer.1"
+    )
+
+
+class Sized(nn.Module):
+    """A block on tokens that passes rows and columns on, or a cache."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, beside: object) -> tuple[torch.Tensor, object]:
+        return x + self.linear(self.norm(x)).relu(), beside
+
+
+class SizedNet(nn.Module):
+    def __init__(self, beside: object) -> None:
+        super().__init__()
+        self.patches, self.beside = nn.Conv2d(3, 6, 4, 4), beside
+        self.blocks = nn.ModuleList(Sized(6) for _ in range(2))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, beside = self.patches(x).flatten(2).mT, self.beside
+        for block in self.blocks:
+            x, beside = block(x, beside)
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize("beside", [torch.Size([4, 4]), (4, 4), {"keys": []}, object()])
+def test_blocks_that_return_a_tensor_and_something_else(beside: object) -> None:
+    assert chosen(lambda: SizedNet(beside), torch.randn(4, 3, 16, 16)) == same("blocks.0", "blocks.1")
+
+
 def test_pyramids_are_paired_by_resolution() -> None:
     assert dict(chosen(Pyramid, torch.randn(4, 3, 16, 16))) == dict(same("out_coarse", "out_fine"))
 

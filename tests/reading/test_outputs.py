@@ -34,6 +34,9 @@ X, Z = torch.randn(4, 6), torch.randn(4, 3)
         ((X,), None),
         ([X], None),
         ((X, None), None),
+        ((X, torch.Size([2, 3])), None),  # Swin: tokens and their rows and columns
+        ((X, object()), None),  # tokens and a cache
+        ((None, X, [Z, Z]), None),
         ((X, Z), 0),
         ((Z, X), -1),
         (Pair(X, Z), 0),
@@ -60,7 +63,7 @@ def test_select(output: Any, select: str | int | None) -> None:
             TypeError,
             r"layer: its output is not one tensor but tuple\(float32 \(4, 6\), float32",
         ),
-        ((X, 1), None, TypeError, r"tuple\(float32 \(4, 6\), int\). Choose one with `select=`"),
+        ((X, Z, 1), None, TypeError, r"float32 \(4, 3\), int\). Choose one with `select=`"),
         ((), None, TypeError, r"not one tensor but tuple\(\)"),
         ((None,), None, TypeError, "not one tensor"),
         ({"x": X}, None, TypeError, r"not one tensor but dict\(x: float32 \(4, 6\)\). Choose one with `select=`"),
