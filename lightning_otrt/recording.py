@@ -21,7 +21,7 @@ class RecordedStudent(FixedOptions):
     """Base of ``RepresentationTransfer``: attaches to a student, and records its forwards where they count."""
 
     _attachment: Attachment
-    _is_recording = False
+    _is_recording = _is_choosing = False
     _was_asked = False
 
     @property
@@ -95,6 +95,24 @@ class RecordedStudent(FixedOptions):
         """Leave forwards inside the block out of the term, such as the inner steps of an attack."""
         return self._switched(False)
 
+    @property
+    def has_chosen(self) -> bool:
+        """Whether a forward of the attached student has chosen the pairs of layers."""
+        return self._attachment.has_root
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Let a forward inside the block choose the pairs where all weights are 0, too. Such a forward is not kept."""
+        self._is_choosing = True
+        self._open_or_close()
+        try:
+            yield
+        finally:
+            self._is_choosing = False
+            self._open_or_close()
+            if not self.is_active:
+                self.discard()
+
     @contextmanager
     def _switched(self, on: bool) -> Iterator[None]:
         before, self._is_recording = self._is_recording, on
@@ -110,8 +128,8 @@ class RecordedStudent(FixedOptions):
 
     def _open_or_close(self) -> None:
         # Where both weights are 0 nothing is recorded, and the teacher does not run.
-        weights = self.current_weights
-        self._attachment.record(self._is_recording and any(weights), pairs=weights.transport > 0)
+        weights, chooses = self.current_weights, self._is_choosing and not self.has_chosen
+        self._attachment.record(self._is_recording and (any(weights) or chooses), pairs=weights.transport > 0)
 
     def discard(self) -> None:
         """Forget what was recorded since the last call of :meth:`loss`."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_otrt.analysis.comparison_table import format_table
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.analysis.plots import plot_distances
 from lightning_otrt.layers.order import match_in_order
@@ -31,7 +32,7 @@ _LABELS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RepresentationComparison:
     """The result of :func:`compare_representations`: distances between all layers of a student and all of a teacher.
 
@@ -62,6 +63,8 @@ class RepresentationComparison:
         torch.Size([8, 8])
         >>> bool((result.relative.diagonal() < result.relative[0, 1]).all())
         True
+        >>> result  # `print(result)` shows the table of distances
+        RepresentationComparison(2 student layers, 2 teacher layers, 200 samples)
     """
 
     distances: Tensor
@@ -135,14 +138,17 @@ class RepresentationComparison:
         return dict(self.pairing)
 
     def __str__(self) -> str:
-        """A table of the closest teacher layer for each student layer, with the distances and their ratio."""
-        rows: list[tuple[str, ...]] = [("student layer", "closest teacher layer", "distance", "by chance", "relative")]
-        for student, teacher in self.closest.items():
-            at = self.student_layers.index(student), self.teacher_layers.index(teacher)
-            numbers = (f"{float(values[at]):.3f}" for values in (self.distances, self.chance, self.relative))
-            rows.append((student, teacher, *numbers))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        """A table of the :attr:`relative` distances, with the closest teacher layer of each student layer marked.
+
+        It is at most 120 characters wide and 40 lines long: layers in the middle are left out where it would be more.
+        """
+        title = f"Transport distance over that by chance, {self.samples} samples; * is the closest teacher layer"
+        return f"{title}\n{format_table(self.relative, self.student_layers, self.teacher_layers, self.closest)}"
+
+    def __repr__(self) -> str:
+        """How much was compared."""
+        counts = f"{len(self.student_layers)} student layers, {len(self.teacher_layers)} teacher layers"
+        return f"{type(self).__name__}({counts}, {self.samples} samples)"
 
     def plot(self, ax: Axes | None = None, *, values: Values = "relative") -> tuple[Figure, Axes]:
         """Heat map of the distances, with frames around :attr:`pairing`.

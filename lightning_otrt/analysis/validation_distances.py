@@ -29,12 +29,12 @@ class ValidationDistances:
     hook does not stop the validation: it stops the recording, and is stored as :attr:`error`.
 
     Args:
-        transfer: The transfer, attached to ``student``, after its first training step. Its cost has to be additive.
+        transfer: The transfer, attached to ``student``, with its pairs chosen. Its cost has to be additive.
         student: The student.
     """
 
     def __init__(self, transfer: RepresentationTransfer, student: nn.Module) -> None:
-        self.transfer = transfer
+        self.transfer, self._student = transfer, student
         #: Why the recording stopped, or why a distance is NaN.
         self.error: Exception | None = None
         self.metrics = self._make_metrics()
@@ -75,17 +75,23 @@ class ValidationDistances:
             return metric.sums.new_tensor(math.nan)
 
     def _make_metrics(self) -> list[NeuronTransportDistance]:
-        transfer = self.transfer
+        """A metric for each pair, from what the traced forward showed: steps with a term are not needed."""
+        transfer, pairing = self.transfer, self.transfer.pairing
+        assert pairing is not None
+        cost, device = transfer.ground_cost.name, next(self._student.parameters()).device
         metrics = []
-        for distance, kind in zip(transfer.distances, transfer.engine.plans, strict=True):
-            plan = "sinkhorn" if kind == "static" else kind
-            # A pair without a plan yet (too few observations so far) gets a metric too: all processes have to reduce
-            # the same metrics.
-            shape = (1, 1) if distance.plan is None else tuple(distance.plan.shape)
+        for number, (counts, kind) in enumerate(zip(pairing.neuron_counts(), transfer.engine.plans, strict=True)):
             metric = NeuronTransportDistance(
-                *shape, cost=transfer.ground_cost.name, plan=plan, epsilon=transfer.epsilon, seed=transfer.seed
+                counts.student,
+                counts.teacher,
+                cost=cost,
+                plan="sinkhorn" if kind == "static" else kind,
+                epsilon=transfer.epsilon,
+                seed=transfer.seed,
             )
-            metrics.append(metric.to(distance.value.device))
+            # Layers of one network may lie on several devices.
+            known = transfer.distances[number : number + 1]
+            metrics.append(metric.to(known[0].value.device if known else device))
         return metrics
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -97,6 +97,11 @@ class Attachment:
         return self._recorder.views
 
     @property
+    def has_root(self) -> bool:
+        """Whether a forward of the attached student has shown its root and chosen the pairs."""
+        return self._root is not None
+
+    @property
     def device(self) -> torch.device | None:
         """Device of the student's first parameter; None without a student or a parameter."""
         parameter = None if self.student is None else next(self.student.parameters(), None)

@@ -37,7 +37,8 @@ class OTRTMonitor(pl.Callback):
       sum of the three norms.
 
     At every validation of each ``every_n_epochs``-th epoch it logs ``val/otrt/<layer>``, the distance over the whole
-    validation set (:class:`NeuronTransportDistance`), which a ``ModelCheckpoint`` or ``EarlyStopping`` may monitor.
+    validation set (:class:`NeuronTransportDistance`), which a ``ModelCheckpoint`` or ``EarlyStopping`` may monitor. It
+    does so where the weight is 0, too, so that a plain baseline, ``OTRTCallback(teacher, weight=0.0)``, has its curve.
     At the end of such an epoch it gives heat maps of the plans, or the singular values of orthogonal couplings, to
     TensorBoard, W&B and MLflow, or puts them next to the file of a CSV logger. With several transfers the names of the
     second end with ``-2``.
@@ -106,10 +107,12 @@ class OTRTMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure this step if it is due, or if it is the first one, which some warnings are about."""
+        has_validation = trainer.enable_validation
         for monitored in self._monitored:
             if self._is_due(trainer) or not monitored.has_started:
                 # Not in `setup`: the term of the transfer has to be added before.
-                monitored.start(pl_module, gradients=self.gradients and self._is_due(trainer))
+                gradients, validation = self.gradients and self._is_due(trainer), self.validation and has_validation
+                monitored.start(pl_module, gradients=gradients, validation=validation)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

@@ -51,12 +51,19 @@ class MonitoredTransfer(ExtraTerm):
         self.has_started = False
         self._probe: GradientProbe | None = None
         self._views: list[View] = []
-        self._is_open = False
+        self._is_open = self._chooses = False
         self._shares: dict[str, Tensor] = {}
         self._validation: ValidationDistances | None = None
 
-    def start(self, module: pl.LightningModule, *, gradients: bool) -> None:
-        """Follow the coming training step."""
+    def start(self, module: pl.LightningModule, *, gradients: bool, validation: bool) -> None:
+        """Follow the coming training step.
+
+        Args:
+            module: The module that is trained.
+            gradients: Whether to measure the share of the gradient.
+            validation: Whether validation needs the pairs of layers, which a step without a term does not choose.
+        """
+        self._chooses = validation and not self.transfer.is_active and not self.transfer.has_chosen
         if self.transfer.pairs and gradients and self.transfer.is_attached:
             self._probe = GradientProbe(module, self.transfer.pairs)
         self._is_open, self._shares, self._views = True, {}, []
@@ -65,6 +72,10 @@ class MonitoredTransfer(ExtraTerm):
     @contextmanager
     def training_step(self) -> Iterator[None]:
         """Keep the forwards of the step, and watch its recorded layers."""
+        if self._chooses:
+            with self.transfer.choosing():
+                yield
+            return
         # The list itself: it is filled during the step, and taken by the loss, in manual optimization during the step.
         self._views = self.transfer.views
         if self._probe is None:
@@ -139,7 +150,7 @@ class MonitoredTransfer(ExtraTerm):
 
     def open_validation(self, module: pl.LightningModule) -> None:
         """Record validation forwards from now on."""
-        if not self.transfer.distances or not self.transfer.is_attached or self._validation is not None:
+        if not self.transfer.has_chosen or self._validation is not None:
             return
         if not self.transfer.ground_cost.additive:
             self.warnings.warn("cost", _NO_SUM)

@@ -64,6 +64,13 @@ class TransportResult:
     off_identity: Tensor
     singular_values: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """The value, and the shapes of the matrices in place of their entries."""
+        value = self.value.detach()
+        shown = f"{float(value):.4g}" if value.dim() == 0 else f"{tuple(value.shape)} values, mean {value.mean():.4g}"
+        kind = "rotation" if self.singular_values is not None else "plan"
+        return f"{type(self).__name__}({shown}, {kind} {tuple(self.plan.shape)})"
+
     @classmethod
     def of(cls, value: Tensor, plan: Plan | Alignment, cost: Tensor) -> TransportResult:
         """A value with its plan, its cost and the diagnostics that follow from them."""

@@ -57,10 +57,12 @@ def test_a_layer_without_positions_comes_after_layers_with_positions(result: Rep
 
 
 def test_prints_a_table(result: RepresentationComparison) -> None:
+    """Of distances over those by chance, where closest layers are marked and "-" cannot be compared."""
     assert str(result).splitlines() == [
-        "student layer  closest teacher layer  distance  by chance  relative",
-        "a              z                      0.080     0.800      0.100",
-        "b              z                      0.160     0.800      0.200",
+        "Transport distance over that by chance, 40 samples; * is the closest teacher layer",
+        "      x      y      z",
+        "a   0.30   0.40   0.10*",
+        "b   0.90      -   0.20*",
     ]
 
 
@@ -127,7 +129,7 @@ def test_dataframe_without_pandas(result: RepresentationComparison, monkeypatch:
         result.to_dataframe()
 
 
-def test_is_frozen_and_short_to_print(result: RepresentationComparison) -> None:
+def test_is_frozen_and_short_to_show(result: RepresentationComparison) -> None:
     with pytest.raises(AttributeError):
         result.samples = 0  # type: ignore[misc]
-    assert "Metric" not in repr(result)
+    assert repr(result) == "RepresentationComparison(2 student layers, 3 teacher layers, 40 samples)"

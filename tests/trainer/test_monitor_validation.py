@@ -7,15 +7,19 @@ import pytest
 import torch
 from helpers import (
     LAYERS,
+    Task,
     ValidatedTask,
+    assert_same,
+    forwards,
     loader,
     make_task,
     make_teacher,
+    weights,
 )
 from lightning.pytorch.loggers import CSVLogger
 from trainer.monitored import column, fit, read
 
-from lightning_otrt import NeuronTransportDistance, OTRTCallback
+from lightning_otrt import NeuronTransportDistance, OTRTCallback, OTRTModule
 from lightning_otrt.trainer.monitor import OTRTMonitor
 
 
@@ -119,3 +123,89 @@ class TestValidation:
                 max_epochs=1,
             )
         assert "val/otrt/net.block1" not in trainer.callback_metrics
+
+
+class TestWithoutATerm:
+    """A plain baseline has the same curve, and is as plain as without the monitor."""
+
+    def fit(self, task, callback, **options):
+        return fit(task, callback, OTRTMonitor(1, figures=False), validation=loader(60, 7), **options)
+
+    @pytest.mark.parametrize("layers", [LAYERS, "auto"])
+    @pytest.mark.parametrize("plan", ["sinkhorn", "orthogonal", "auto"])
+    def test_the_distances_are_those_of_the_network_that_was_trained(self, layers, plan):
+        task, teacher = make_task(ValidatedTask), make_teacher()
+        callback = OTRTCallback(teacher, layers, plan=plan, weight=0.0)
+        metrics = self.fit(task, callback, max_epochs=2).callback_metrics
+        task.eval(), teacher.eval()
+        x = torch.cat([batch[0] for batch in loader(60, 7)])
+        kinds = callback.transfer.engine.plans
+        assert len(callback.transfer.pairs) == len(kinds) >= 2
+        for pair, label, kind in zip(callback.transfer.pairs, callback.transfer.labels, kinds, strict=True):
+            y, t = read(task.net, pair.student.removeprefix("net."), x), read(teacher, pair.teacher, x)
+            metric = NeuronTransportDistance(len(y), len(t), plan=kind)
+            metric.update(y, t)
+            assert metrics[f"val/otrt/{label}"] == pytest.approx(float(metric.compute()), abs=1e-4)
+        assert metrics["otrt/weight"] == 0
+        assert not [name for name in metrics if "train/otrt" in name or "distance" in name or "share" in name]
+
+    def test_training_is_as_without_the_plugin(self):
+        found = []
+        for callbacks in ([], [OTRTCallback(make_teacher(), weight=0.0), OTRTMonitor(1, figures=False)]):
+            task = make_task(ValidatedTask, dropout=0.5)
+            torch.manual_seed(7)
+            fit(task, *callbacks, validation=loader(60, 7), max_epochs=2)
+            found.append((weights(task), torch.get_rng_state()))
+        assert_same(found[1][0], found[0][0])
+        assert torch.equal(found[1][1], found[0][1])
+
+    def test_the_teacher_runs_in_the_first_step_and_in_validation(self):
+        teacher = make_teacher()
+        with forwards(teacher) as count:
+            self.fit(make_task(ValidatedTask), OTRTCallback(teacher, LAYERS, weight=0.0), max_epochs=2)
+        assert len(count) == 2 + 2 * len(loader(60, 7)), "one traced forward, one beside the student"
+
+    @pytest.mark.parametrize("extra", [{"validation": False}, {}])
+    def test_nothing_runs_where_there_is_no_validation_to_measure(self, extra):
+        teacher = make_teacher()
+        data = loader(60, 7) if extra else None
+        kind = ValidatedTask if extra else Task
+        with forwards(teacher) as count:
+            monitor = OTRTMonitor(1, figures=False, **extra)
+            fit(make_task(kind), OTRTCallback(teacher, LAYERS, weight=0.0), monitor, validation=data, max_epochs=1)
+        assert not count
+
+    def test_a_weight_that_rises_later(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        callback = OTRTCallback(make_teacher(), LAYERS, schedule=lambda step: float(step >= 8))
+        self.fit(make_task(ValidatedTask), callback, max_epochs=2, logger=logger)
+        assert list(column(logger, "val/otrt/net.block1")) == [7, 15]
+        assert min(column(logger, "otrt/distance/net.block1")) >= 8
+
+    def test_distillation_alone(self):
+        callback = OTRTCallback(make_teacher(), LAYERS, weight=0.0, distillation=1.0)
+        metrics = self.fit(make_task(ValidatedTask), callback, max_epochs=1).callback_metrics
+        assert metrics["val/otrt/net.block1"] > 0
+        assert "train/otrt" not in metrics
+
+    def test_manual_optimization(self):
+        class Manual(ValidatedTask):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+        metrics = self.fit(
+            make_task(Manual), OTRTCallback(make_teacher(), LAYERS, weight=0.0), max_epochs=1
+        ).callback_metrics
+        assert metrics["val/otrt/net.block1"] > 0
+
+    def test_a_wrapped_module(self):
+        wrapped = OTRTModule(make_task(ValidatedTask), make_teacher(), LAYERS, weight=0.0)
+        trainer = fit(wrapped, OTRTMonitor(1, figures=False), validation=loader(60, 7), max_epochs=1)
+        assert trainer.callback_metrics["val/otrt/net.block1"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -310,3 +311,16 @@ def test_values_whose_squares_overflow_are_refused(cost: str) -> None:
     with pytest.raises(ValueError, match=r"`teacher` has values as large as .*squares overflow torch\.float32"):
         transport_distance(y, x * 1e30, cost=cost)
     assert transport_distance(y.double(), x.double() * 1e30, cost=cost).value.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "shown"),
+    [
+        ((), "exact", r"TransportResult\(0\.\d+, plan \(4, 6\)\)"),
+        ((3,), "exact", r"TransportResult\(\(3,\) values, mean 0\.\d+, plan \(3, 4, 6\)\)"),
+        ((), "orthogonal", r"TransportResult\(0\.\d+, rotation \(4, 6\)\)"),
+    ],
+)
+def test_a_result_shows_its_value_and_no_entries(shape: tuple[int, ...], plan: str, shown: str) -> None:
+    result = transport_distance(torch.randn(*shape, 4, 50, requires_grad=True), torch.randn(*shape, 6, 50), plan=plan)
+    assert re.fullmatch(shown, repr(result))
