@@ -27,8 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     set_threads()
 
 
-def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collection, which takes half a second otherwise, many hundred times."""
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_objects() -> None:
+    """Leave what lives already out of garbage collection: to look at all that was imported takes half a second."""
     gc.collect()
     gc.freeze()
 

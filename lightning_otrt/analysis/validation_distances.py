@@ -110,6 +110,7 @@ class ValidationDistances:
         except (TypeError, ValueError, RuntimeError) as error:
             self._fail(error)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         view, self._recorder.current = self._recorder.current, None
         if view is None or output is None:  # None: the forward raised an error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,12 +36,10 @@ def peak() -> float:
 
 
 @pytest.fixture(autouse=True)
-def _only_new_objects() -> Iterator[None]:
-    """Of a long test session, objects of other tests take most of the time that looking at them all takes."""
+def _only_new_tensors() -> None:
+    """Of other tests none is counted."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def tensors() -> tuple[int, int]:
