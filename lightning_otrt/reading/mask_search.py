@@ -1,4 +1,4 @@
-"""Which masks around a layer belong to its sequence: a walk outwards over the modules that are running.
+"""Chooses the padding masks of a layer: which masks around it belong to its sequence, in a walk outwards over modules.
 
 Each module's arguments are taken by name. A mask belongs to a layer if nothing between the two starts another sequence:
 a decoder has its own, a vision tower has none of the text beside it.

@@ -1,4 +1,4 @@
-"""Checks that the processes of a global batch have the same layers and settings, and solve the same plans."""
+"""Compares layers, settings and solved plans of the processes of a global batch; sends plans where they differ."""
 
 from __future__ import annotations
 

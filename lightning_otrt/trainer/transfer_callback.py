@@ -54,7 +54,14 @@ class TransferCallback(pl.Callback, ExtraTerm):
         transfer = _transfer_of(teacher, layers, options)
         self.transfer = transfer
         transfer.report = transfer.report or rank_zero_info
-        self._teacher_key = transfer.teacher.checksum()
+        settings = {
+            "teacher": transfer.teacher.checksum(),
+            "layers": repr(transfer.layers),
+            "root": transfer.student_root,
+            "cost": str(transfer.ground_cost),
+        }
+        # None of them can change. Lightning reads the key at each of its hooks.
+        self._state_key = f"{type(self).__qualname__}{settings}"
         self._module: pl.LightningModule | None = None
         self._trainer: pl.Trainer | None = None
         self._resumed = False
@@ -87,14 +94,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
     @override
     def state_key(self) -> str:
         """Tells several callbacks apart. What may change in a resume, such as the weight, is not in it."""
-        transfer = self.transfer
-        settings = {
-            "teacher": self._teacher_key,
-            "layers": repr(transfer.layers),
-            "root": transfer.student_root,
-            "cost": str(transfer.ground_cost),
-        }
-        return f"{type(self).__qualname__}{settings}"
+        return self._state_key
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -114,7 +114,13 @@ def vit_of_hugging_face(width: int, depth: int) -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=64, patch_size=16, **sizes))
 
 
-@pytest.mark.parametrize("name", MODELS)
+#: Convolutional as the network of "penultimate" and ConvNeXt, and larger than both.
+LARGE = ("torchvision, ResNet-34 to 18", "timm, EfficientNet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in MODELS]
+)
 def test_models(name: str, tmp_path: Path) -> None:
     build, build_teacher, layers = MODELS[name]
     torch.manual_seed(1)

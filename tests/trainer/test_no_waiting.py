@@ -160,7 +160,7 @@ def padded_words() -> tuple[Tensor, Tensor]:
     return torch.randint(20, (BATCH, 8)), (torch.arange(8) < lengths).long()
 
 
-@pytest.mark.parametrize("cost", ["correlation", "sqeuclidean"])
+@pytest.mark.parametrize("cost", ["correlation", pytest.param("sqeuclidean", marks=pytest.mark.slow)])
 def test_padding(cost: str) -> None:
     with fake_gpu(), torch.device("cuda"):
         student, teacher = Encoder(8), Encoder(12)

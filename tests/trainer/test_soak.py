@@ -69,7 +69,7 @@ class Watch(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("steps", "state"), [(200, "running"), *(pytest.param(2000, state, marks=pytest.mark.slow) for state in STATES)]
+    ("steps", "state"), [(120, "running"), *(pytest.param(2000, state, marks=pytest.mark.slow) for state in STATES)]
 )
 def test_memory_is_flat_over_steps_of_training_and_validation(steps: int, state: str) -> None:
     """Two steps of validation follow each four of training."""
