@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from lightning_otrt.layers.model_output import output_layers
+from lightning_otrt.layers.model_output import output_layers, passes_on
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer
 
@@ -40,14 +40,19 @@ def input_before_dropout(trace: Trace, layer: TracedLayer) -> str:
 
 
 def classification_head(trace: Trace) -> TracedLayer | None:
-    """The last linear map that ran, if only pooling or an activation stands between it and a 2-D output."""
-    widths = {shape[1] for shape in trace.output_shapes if len(shape) == 2}
+    """The last linear map that ran, if only pooling or an activation stands between it and a 2-D output.
+
+    An output ``(B,)`` may be one logit without its axis. Of a network that returns no tensor of more axes, such as its
+    loss alone, the last linear map is taken at any width.
+    """
+    widths = {shape[1] if len(shape) == 2 else 1 for shape in trace.output_shapes if len(shape) in (1, 2)}
     ran = [layer for layer in trace.layers if layer.order is not None and layer.name != trace.root]
     for layer in sorted(ran, key=lambda layer: layer.order or 0, reverse=True):
         output = layer.output
         if layer.role in ("linear", "pointwise") and output is not None and output.neuron_axis is not None:
-            return layer if output.shape[output.neuron_axis] in widths else None
-        if not layer.is_container and layer.role not in ("pool", "dropout", "passive"):
+            is_assumed = not trace.shows_output and len(output.shape) == 2
+            return layer if is_assumed or output.shape[output.neuron_axis] in widths else None
+        if not layer.is_container and not passes_on(layer):
             return None
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_otrt.layers.trace import Trace, TracedLayer
 
-__all__ = ["output_layers"]
+__all__ = ["assumed_output", "output_layers", "passes_on"]
 
 _LINEAR = ("linear", "pointwise", "conv")
 #: What may stand between the last linear map and the output of the model.
@@ -19,7 +19,8 @@ def output_layers(trace: Trace) -> set[str]:
     These are the linear maps and convolutions with as many channels as an output of the model, after which no other
     layer computes; the activations after them; containers that return what one of these made; and containers whose code
     adds several of these up, as LRASPP does with class logits. Code between two modules, such as the interpolation of
-    class logits to the size of the image, is not seen, so a shape need not agree.
+    class logits to the size of the image, is not seen, so a shape need not agree. Where the model returns no such
+    tensor, such as its loss alone, they are those of :func:`assumed_output`.
 
     Args:
         trace: One forward of the model.
@@ -32,8 +33,9 @@ def output_layers(trace: Trace) -> set[str]:
         >>> sorted(output_layers(trace(net, (torch.zeros(2, 3, 9, 9),))) - {""})
         ['2', '3']
     """
-    channels = {size for shape in trace.output_shapes if len(shape) > 2 for size in (shape[1], shape[-1])}
+    channels = _output_channels(trace)
     ran = [layer for layer in trace.layers if layer.calls]
+    assumed = assumed_output(trace)
     followers: dict[str, list[TracedLayer]] = {}
     for layer in ran:
         if layer.input_from is not None and not layer.is_container:
@@ -43,7 +45,7 @@ def output_layers(trace: Trace) -> set[str]:
         if layer.is_container or layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
             continue
         axis = layer.output.neuron_axis
-        if axis is None or layer.output.shape[axis] not in channels:
+        if axis is None or (layer.output.shape[axis] not in channels and layer.name not in assumed):
             continue
         chain = _passing_on(layer, followers)
         is_rectified = chain and any(trace.layer(name).kind == "ReLU" for name in chain)
@@ -51,6 +53,51 @@ def output_layers(trace: Trace) -> set[str]:
             found |= {layer.name, *chain}
     found |= {layer.name for layer in ran if _puts_together(layer, ran, found)}
     return found | {layer.name for layer in ran if layer.output_from in found}
+
+
+def _output_channels(trace: Trace) -> set[int]:
+    """Numbers of channels of the dense outputs; along either axis where it is not known which has the channels."""
+    root = next((layer for layer in trace.layers if layer.name == trace.root), None)
+    tensors = [tensor for _, tensor in root.parts] if root is not None else []
+    if not tensors and root is not None and root.output is not None:
+        tensors = [root.output]
+    axes = {tensor.shape: tensor.neuron_axis for tensor in tensors}
+    found = set()
+    for shape in trace.output_shapes:
+        if len(shape) > 2:
+            axis = axes.get(shape)
+            found |= {shape[1], shape[-1]} if axis is None else {shape[axis]}
+    return found
+
+
+def assumed_output(trace: Trace) -> tuple[str, ...]:
+    """The linear maps that are taken for the output of a model that returns no tensor which shows it.
+
+    These are the last one that ran, if nothing but a loss computes after it, and others that get the same tensor.
+
+    Args:
+        trace: One forward of the model.
+    """
+    if trace.shows_output:
+        return ()
+    leaves = [layer for layer in trace.layers if layer.order is not None and not layer.is_container]
+    leaves.sort(key=lambda layer: layer.order or 0, reverse=True)
+    last = next((layer for layer in leaves if not passes_on(layer)), None)
+    if last is None or last.role not in _LINEAR:
+        return ()
+    return tuple(
+        layer.name
+        for layer in leaves
+        if layer is last or (layer.role in _LINEAR and layer.input_from == last.input_from is not None)
+    )
+
+
+def passes_on(layer: TracedLayer) -> bool:
+    """Whether a layer without children may stand between the last linear map and the output of a model.
+
+    A loss may, too: it gives no representation.
+    """
+    return layer.role in _PASSING or (layer.output is not None and len(layer.output.shape) < 2)
 
 
 def _puts_together(container: TracedLayer, ran: list[TracedLayer], found: set[str]) -> bool:
@@ -79,7 +126,7 @@ def _passing_on(layer: TracedLayer, followers: dict[str, list[TracedLayer]]) -> 
     """The layers that get the output of this one and pass it on; None where one of them computes further."""
     found: set[str] = set()
     for follower in followers.get(layer.name, []):
-        if follower.role not in _PASSING:
+        if not passes_on(follower):
             return None
         after = _passing_on(follower, followers)
         if after is None:

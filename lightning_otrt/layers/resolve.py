@@ -10,11 +10,12 @@ from lightning_otrt.layers.automatic import block_names, penultimate_names
 from lightning_otrt.layers.depth import pair_blocks
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
 from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
+from lightning_otrt.layers.model_output import assumed_output
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace
 
-__all__ = ["fallback_note", "resolve_layers", "select_layers"]
+__all__ = ["fallback_note", "output_note", "resolve_layers", "select_layers"]
 
 #: Finds pairs (student layer, teacher layer) from activations.
 FindMatches = Callable[[], Sequence[tuple[str, str]]]
@@ -87,6 +88,19 @@ def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
         f'"{words[0]}" is "penultimate" here, because no layer of {" and of ".join(without)} has positions or tokens, '
         "apart from those that make the output."
     )
+
+
+def output_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
+    """Says which layers are taken for the output of a network that does not show it, where words choose the layers."""
+    if not any(entry.student in WORDS or entry.teacher in WORDS for entry in parse_layers(spec)):
+        return ""
+    lines = [
+        f"the {side} ({trace.layer(trace.root).kind}) returns no logits, map or tokens; taken for what makes its "
+        f"output and left out: {', '.join(map(repr, made))}. Name the layers where that is wrong."
+        for side, trace in (("student", student), ("teacher", teacher))
+        if (made := assumed_output(trace))
+    ]
+    return "\n".join(lines)
 
 
 def select_layers(selectors: Sequence[str | int], trace: Trace, side: str) -> dict[str, int]:

@@ -107,7 +107,7 @@ class Trace:
         layers: All modules of the model in the order of their definition, also those that did not run.
         root: Name of the module whose forward was traced, ``""`` for the whole model.
         aliases: ``(other name, name)`` of modules that are registered under several names.
-        output_shapes: Shapes of the tensors that the root returned.
+        output_shapes: Shapes of the floating-point tensors that the root returned.
         batch_size: Number of samples, on which inputs and outputs agree.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.
@@ -120,6 +120,11 @@ class Trace:
     batch_size: int = 0
     prefix_tokens: int = 0
     arguments: tuple[TracedMask, ...] = ()
+
+    @property
+    def shows_output(self) -> bool:
+        """Whether the root returned a tensor that may be logits or a map: no loss alone, no predicted classes."""
+        return any(len(shape) >= 2 for shape in self.output_shapes)
 
     def layer(self, name: str) -> TracedLayer:
         """The layer of that name or alias; ``":input"`` is ignored.

@@ -13,7 +13,7 @@ from lightning_otrt.layers.mask_sources import LayerMasks, MaskSource, choose_ma
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.hooks import mask_key
 from lightning_otrt.reading.masks import fit_mask
-from lightning_otrt.reading.outputs import describe, output_items
+from lightning_otrt.reading.outputs import as_container, describe, output_items
 from lightning_otrt.reading.pooling import widened, widened_copy
 
 __all__ = ["LogitReader", "logit_masks", "logit_reader", "select_logits"]
@@ -39,6 +39,7 @@ def select_logits(output: Any, select: str | int | None, where: str) -> Tensor:
     """
     found = output
     if not isinstance(output, Tensor):
+        output = as_container(output)
         items = dict(output_items(output)) if isinstance(output, (Mapping, tuple, list)) else {}
         # By name first: a named tuple has both.
         name = "logits" if select is None else select
@@ -47,6 +48,13 @@ def select_logits(output: Any, select: str | int | None, where: str) -> Tensor:
         found = items.get(key) if found is None and key is not None else found
     if isinstance(found, Tensor) and found.is_floating_point() and found.dim() >= 2 and not found.is_nested:
         return found
+    if isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 1:
+        raise TypeError(
+            f"Distillation needs the logits of the {where}, a tensor (B, K, ...), but got one number for each sample, "
+            f"of shape {tuple(found.shape)}. Softened probabilities of one class are always 1: return logits of two "
+            "classes (B, 2); or return (B, 1), and regress the teacher's output on a layer of the student with "
+            "LogitDistillation(features='name of the layer')."
+        )
     searched = "" if select is None else f" with nothing usable at select={select!r}"
     raise TypeError(
         f"Distillation needs the logits of the {where}, a floating-point tensor (B, K, ...), but it returned "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 __all__ = [
     "all_tensors",
+    "as_container",
     "describe",
     "output_items",
     "packed_mask",
+    "returned_tensors",
     "select_tensor",
     "sequence_output",
 ]
@@ -34,13 +38,14 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
     """
     if select is not None and not isinstance(output, Tensor):
         try:
-            output = output[select]
+            output = as_container(output)[select]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{where}: its output has no {select!r}; it is {describe(output)}.") from error
-    if isinstance(output, (Mapping, tuple, list)):
+    container = as_container(output)
+    if isinstance(container, (Mapping, tuple, list)):
         # Sizes and caches beside the tensor are no second choice.
-        tensors = [item for item in _values(output) if isinstance(item, Tensor)]
-        if isinstance(output, Mapping) or len(tensors) != 1:
+        tensors = [item for item in _values(container) if isinstance(item, Tensor)]
+        if isinstance(container, Mapping) or len(tensors) != 1:
             raise TypeError(f"{where}: its output is not one tensor but {describe(output)}. Choose one with `select=`.")
         output = tensors[0]
     if not isinstance(output, Tensor):
@@ -50,6 +55,20 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
             f"{where}: expected a floating-point output, but got {describe(output)}. Indices, masks and complex values "
             "are no activations; choose another layer."
         )
+    return output
+
+
+def as_container(output: Any) -> Any:
+    """The attributes of a dataclass or a namespace by name; any other output as it is.
+
+    Example:
+        >>> as_container(SimpleNamespace(logits=2)), as_container("text")
+        ({'logits': 2}, 'text')
+    """
+    if isinstance(output, SimpleNamespace):
+        return dict(vars(output))
+    if is_dataclass(output) and not isinstance(output, (type, Mapping, Tensor, nn.Module)):
+        return {item.name: getattr(output, item.name, None) for item in fields(output)}
     return output
 
 
@@ -84,6 +103,7 @@ def packed_mask(output: Any) -> Tensor | None:
 
 def output_items(output: Any) -> list[tuple[str | int, Any]]:
     """Keys or indices of an output with what they hold; a value that is no container has the index 0."""
+    output = as_container(output)
     if isinstance(output, Mapping):
         return list(output.items())
     if isinstance(output, (tuple, list)):
@@ -92,12 +112,22 @@ def output_items(output: Any) -> list[tuple[str | int, Any]]:
 
 
 def all_tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings, tuples and lists, in order."""
+    """All tensors in nested mappings, tuples, lists, dataclasses and namespaces, in order."""
+    value = as_container(value)
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, tuple, list)):
         for item in _values(value):
             yield from all_tensors(item)
+
+
+def returned_tensors(output: Any) -> list[Tensor]:
+    """All tensors in what a network returns; in the attributes of objects of other types, where it has no others."""
+    found = list(all_tensors(output))
+    if found:
+        return found
+    objects = output if isinstance(output, (tuple, list)) else (output,)
+    return list(all_tensors([dict(vars(item)) for item in objects if hasattr(item, "__dict__")]))
 
 
 def describe(value: Any) -> str:
@@ -110,13 +140,14 @@ def describe(value: Any) -> str:
         >>> describe({"hidden": torch.zeros(2, 3), "pooled": None})
         'dict(hidden: float32 (2, 3), pooled: None)'
     """
+    kind, value = type(value).__name__, as_container(value)
     if isinstance(value, Mapping):
         items = [f"{key}: {_describe_item(item)}" for key, item in value.items()]
     elif isinstance(value, (tuple, list)):
         items = [_describe_item(item) for item in value]
     else:
         return _describe_item(value)
-    return f"{type(value).__name__}({', '.join(items)})"
+    return f"{kind}({', '.join(items)})"
 
 
 def _describe_item(value: Any) -> str:

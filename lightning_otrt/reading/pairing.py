@@ -12,7 +12,7 @@ from torch import nn
 from lightning_otrt.layers.lookup import LayerNames, check_names
 from lightning_otrt.layers.names import child_names, named_layers, named_tensors
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
-from lightning_otrt.layers.resolve import fallback_note, resolve_layers
+from lightning_otrt.layers.resolve import fallback_note, output_note, resolve_layers
 from lightning_otrt.layers.streams import choose_plans
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
@@ -131,7 +131,8 @@ def pair_layers(
         return match_layers((student_trace, teacher_trace), (student, teacher), runs)
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
-    notes = [fallback_note(layers, student_trace, teacher_trace), describe_reach(student, student_trace, pairs, method)]
+    notes = [fallback_note(layers, student_trace, teacher_trace), output_note(layers, student_trace, teacher_trace)]
+    notes.append(describe_reach(student, student_trace, pairs, method))
     plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
     return _checked(Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)), plans))
 

@@ -23,7 +23,14 @@ from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.mask_search import Call, MaskSearch
 from lightning_otrt.reading.masks import pad_nested
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, role_of
-from lightning_otrt.reading.outputs import all_tensors, describe, output_items, sequence_output
+from lightning_otrt.reading.outputs import (
+    all_tensors,
+    as_container,
+    describe,
+    output_items,
+    returned_tensors,
+    sequence_output,
+)
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
 
 __all__ = ["trace"]
@@ -89,7 +96,7 @@ def trace(
                 after = add_forward_hook(module, functools.partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
         run = getattr(target, method) if method else target
-        returned = list(all_tensors(run(*args, **(kwargs or {}))))
+        returned = returned_tensors(run(*args, **(kwargs or {})))
         layers = tuple(
             recorder.layer(name, module, returned) for name, module in modules.items() if primary[id(module)] == name
         )
@@ -97,7 +104,7 @@ def trace(
         layers=layers,
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
-        output_shapes=tuple(tuple(tensor.shape) for tensor in returned),
+        output_shapes=tuple(tuple(tensor.shape) for tensor in returned if tensor.is_floating_point()),
         batch_size=count_samples(inputs, returned, sequence_first=is_sequence_first(target) or False),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
@@ -199,7 +206,7 @@ class _TraceHooks:
             masks = self._search.masks([running.call for running in (frame, *reversed(self._running))])
         length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)
         traced = tuple((key, self._traced(module, frame, value, length)) for key, value in tensors)
-        is_single = len(traced) == 1 and not isinstance(output, Mapping)
+        is_single = len(traced) == 1 and not isinstance(as_container(output), Mapping)
         known = self._layers.get(name)
         made_by = self._source(tensors[0][1]) if is_single and _has_children(module) else None
         self._layers[name] = TracedLayer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Callable
 
 import pytest
@@ -191,6 +193,113 @@ class SizedNet(nn.Module):
 @pytest.mark.parametrize("beside", [torch.Size([4, 4]), (4, 4), {"keys": []}, object()])
 def test_blocks_that_return_a_tensor_and_something_else(beside: object) -> None:
     assert chosen(lambda: SizedNet(beside), torch.randn(4, 3, 16, 16)) == same("blocks.0", "blocks.1")
+
+
+@dataclasses.dataclass
+class Logits:
+    logits: torch.Tensor
+
+
+class Boxed:
+    """A type of a library of its own."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits, logits.detach().argmax(1))
+
+
+class Returning(nn.Module):
+    """A segmentation network, or a classifier, that returns its logits in some form, or a loss made of them."""
+
+    def __init__(self, form: Callable[[torch.Tensor], object], head: nn.Module | None = None) -> None:
+        super().__init__()
+        down = [nn.Sequential(nn.Conv2d(size, 6, 3, 2, 1), nn.ReLU()) for size in (3, 6)]
+        self.down = nn.ModuleList(down)
+        self.up, self.form = nn.Upsample(scale_factor=4), form
+        self.head = nn.Conv2d(6, 5, 1) if head is None else head
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.form(self.head(self.up(self.down[1](self.down[0](x)))))
+
+
+RETURNED: list[Callable[[torch.Tensor], object]] = [
+    lambda logits: logits,
+    lambda logits: {"logits": logits},
+    lambda logits: Logits(logits),
+    lambda logits: types.SimpleNamespace(logits=logits),
+    Boxed,
+    lambda logits: [Boxed(logits)],
+    loss_of,
+    lambda logits: (loss_of(logits), logits.argmax(1)),
+    lambda logits: {"loss": loss_of(logits)},
+    lambda logits: logits.argmax(1),
+]
+
+
+@pytest.mark.parametrize("form", RETURNED)
+def test_logits_are_no_block_in_whatever_form_they_are_returned(form: Callable[[torch.Tensor], object]) -> None:
+    assert chosen(lambda: Returning(form), torch.randn(4, 3, 32, 32)) == same("down.0", "down.1", "up")
+
+
+class Losses(Returning):
+    """A loss that is a module runs after two heads."""
+
+    def __init__(self) -> None:
+        super().__init__(loss_of)
+        self.depth = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(self.down[1](self.down[0](x)))
+        depth, logits = self.depth(x), self.head(x)
+        return self.criterion(logits, logits.detach().argmax(1)) + depth.square().mean()
+
+
+def test_heads_of_a_network_that_returns_its_loss() -> None:
+    assert chosen(Losses, torch.randn(4, 3, 32, 32)) == same("down.0", "down.1", "up")
+
+
+def test_the_table_says_what_is_taken_for_the_output() -> None:
+    lines: list[str] = []
+    transfer = RepresentationTransfer(Returning(loss_of), plan="random")
+    transfer.report = lines.append
+    with transfer.attached(student := Losses()):
+        student(torch.randn(4, 3, 32, 32))
+        transfer.loss()
+    assert "the student (Losses) returns no logits, map or tokens" in lines[0]
+    assert "left out: 'head', 'depth'" in lines[0]
+    assert "the teacher (Returning) returns no logits" in lines[0]
+
+
+@pytest.mark.parametrize("form", [loss_of, lambda logits: Logits(logits), lambda logits: logits[:, 0]])
+def test_a_classifier_that_returns_no_logits_has_a_head(form: Callable[[torch.Tensor], object]) -> None:
+    def build() -> nn.Module:
+        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+        return Returning(form, pooled)
+
+    torch.manual_seed(0)
+    transfer = RepresentationTransfer(build(), "penultimate", plan="random")
+    with transfer.attached(student := build()):
+        student(torch.randn(4, 3, 32, 32))
+        transfer.loss()
+    assert [pair.student for pair in transfer.pairs] == ["head.2:input"]
+
+
+def test_as_many_channels_as_the_output_is_wide_make_no_output() -> None:
+    """16 channels, before a map of one logit and 16 columns."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.body(x)))
+
+    assert chosen(Wide, torch.randn(4, 3, 16, 16)) == same("body")
 
 
 def test_pyramids_are_paired_by_resolution() -> None:

@@ -52,7 +52,6 @@ def test_selected(output: Any, select: str | int) -> None:
     ("output", "select"),
     [
         (None, None),
-        (torch.zeros(4), None),
         (torch.zeros(4, 3, dtype=torch.long), None),
         (torch.zeros(4, 3, dtype=torch.complex64), None),
         ((torch.zeros(()), LOGITS), None),
@@ -69,6 +68,12 @@ def test_none(output: Any, select: Any) -> None:
     with pytest.raises(TypeError, match=r"logits of the student \(Net\).*LogitDistillation\(select=") as error:
         select_logits(output, select, "student (Net)")
     assert ("with nothing usable at select=" in str(error.value)) == (select is not None)
+
+
+@pytest.mark.parametrize("output", [torch.zeros(4), {"logits": torch.zeros(4)}, (torch.zeros(4), LOGITS)])
+def test_one_number_for_each_sample(output: Any) -> None:
+    with pytest.raises(TypeError, match=r"one number for each sample, of shape \(4,\).*LogitDistillation\(features="):
+        select_logits(output, None, "student (Net)")
 
 
 class TestReader:

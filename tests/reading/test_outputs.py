@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lightning_otrt import neurons
 from lightning_otrt.reading.neurons import NeuronReader
-from lightning_otrt.reading.outputs import all_tensors, describe, output_items, select_tensor
+from lightning_otrt.reading.outputs import all_tensors, describe, output_items, returned_tensors, select_tensor
 from lightning_otrt.reading.positions import as_matrix
 
 
-@dataclass
 class Opaque:
-    tensor: Tensor
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Slots:
+    hidden: Any
 
 
 Pair = namedtuple("Pair", ["hidden", "other"])
@@ -43,6 +55,9 @@ X, Z = torch.randn(4, 6), torch.randn(4, 3)
         ({"x": X, "z": Z}, "x"),
         (OrderedDict(x=X), "x"),
         ({"x": (X, None)}, "x"),
+        (Output(X), "logits"),
+        (SimpleNamespace(hidden=X, other=Z), "hidden"),
+        (Slots((X, None)), "hidden"),
         (BaseModelOutputWithPooling(last_hidden_state=Z, pooler_output=X), "pooler_output"),
         (BaseModelOutputWithPooling(last_hidden_state=X), "last_hidden_state"),
         (BaseModelOutputWithPooling(last_hidden_state=X), 0),
@@ -76,6 +91,8 @@ def test_select(output: Any, select: str | int | None) -> None:
             ValueError,
             r"\(last_hidden_state: float32",
         ),
+        (Output(X), None, TypeError, r"but Output\(logits: float32 \(4, 6\), loss: None\). Choose one with `select=`"),
+        (Output(X), "hidden", ValueError, "has no 'hidden'"),
         (Opaque(X), None, TypeError, "expected its output to be a tensor, but got Opaque"),
         (Opaque(X), "tensor", ValueError, "has no 'tensor'; it is Opaque"),
         ("text", None, TypeError, "but got str"),
@@ -99,6 +116,8 @@ def test_select_errors(output: Any, select: str | int | None, error: type[Except
         (Pair(X, Z), "Pair(float32 (4, 6), float32 (4, 3))"),
         ({"x": [X, X]}, "dict(x: list)"),
         (Opaque(X), "Opaque"),
+        (Slots(X), "Slots(hidden: float32 (4, 6))"),
+        (Output, "type"),
         (None, "None"),
     ],
 )
@@ -112,3 +131,11 @@ def test_items_and_tensors() -> None:
     assert [key for key, _ in output_items({"x": X})] == ["x"]
     found = list(all_tensors(({"x": [X, None]}, "text", (Z,), Opaque(X))))
     assert [tensor is expected for tensor, expected in zip(found, (X, Z), strict=True)] == [True, True]
+    assert [key for key, _ in output_items(Output(X))] == ["logits", "loss"]
+    assert next(all_tensors([SimpleNamespace(x={"y": X})])) is X
+
+
+@pytest.mark.parametrize("output", [X, (X,), {"x": X}, Output(X), Slots([X]), Opaque(X), [Opaque(X)]])
+def test_returned_tensors(output: Any) -> None:
+    (found,) = returned_tensors(output)
+    assert found is X
