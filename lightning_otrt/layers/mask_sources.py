@@ -15,10 +15,12 @@ class MaskSource:
     Args:
         module: Name of the module whose forward gets it.
         argument: Name of the argument in the signature of that forward.
-        true_at: What its true elements are: ``"valid"`` tokens or ``"padding"``.
+        true_at: What its true elements are: ``"valid"`` tokens or ``"padding"``; ``"unknown"`` where its name does not
+            tell.
         method: Name of the method that is called in place of the forward.
         is_named: Whether the user named it, and so says what its elements mean.
-        is_pairwise: Whether it says which token sees which, as ``(B, 1, T, T)`` does. What none sees is padding.
+        is_pairwise: Whether it said in the traced forward which token sees which, as ``(B, 1, T, T)`` does. What none
+            sees is padding.
     """
 
     module: str
@@ -40,6 +42,7 @@ class TracedMask:
         problem: Why its elements cannot be read, ``""`` where they can.
         empty: Number of samples in which it leaves no token.
         padded: Number of samples in which it leaves out a token.
+        is_doubtful: Whether the layer may hold another sequence than the mask.
     """
 
     source: MaskSource
@@ -48,6 +51,7 @@ class TracedMask:
     problem: str = ""
     empty: int = 0
     padded: int = 0
+    is_doubtful: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,17 @@ def choose_masks(
     for mask in found:
         if mask.shape is None:
             sources.append(mask.source)
+        if mask.shape is None or (mask.is_doubtful and not mask.padded):
             continue
         has_samples = mask.shape[0] == samples
         fits = has_samples and (mask.shape[1] in lengths or mask.frames == tokens)
+        if mask.source.true_at == "unknown":
+            unread = unread or (mask if fits and mask.padded else None)
+            continue
         if not fits and not (time_first and mask.shape[0] in lengths and mask.shape[1] == samples):
             misfit = misfit or (mask if has_samples else None)
             continue
-        if mask.source.is_pairwise and mask.problem:
+        if mask.is_doubtful or (mask.source.is_pairwise and mask.problem):
             unread = unread or mask
             continue
         drops_prefix = prefix > 0 and has_samples and mask.shape[1] == tokens - prefix

@@ -9,6 +9,7 @@ from dataclasses import replace
 from lightning_otrt.layers.automatic import block_names, penultimate_names
 from lightning_otrt.layers.depth import pair_blocks
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
+from lightning_otrt.layers.inner_network import inner_hint
 from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
 from lightning_otrt.layers.model_output import assumed_output
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
@@ -149,7 +150,8 @@ def _choose(selector: str | int, trace: Trace, names: LayerNames, other: LayerNa
     if selector in WORDS:
         found = _RULES[selector](trace)
         if not found:
-            raise ValueError(_NOTHING_FOUND[selector].format(side=names.side, kind=names.kind))
+            nothing = _NOTHING_FOUND[selector].format(side=names.side, kind=names.kind)
+            raise ValueError(nothing + inner_hint(trace, names.side))
         return found
     # A module under two names is one layer: pairs carry its first name, so that duplicates are noticed.
     return [trace.layer(name).name + (INPUT if name.endswith(INPUT) else "") for name in names.find(selector, other)]

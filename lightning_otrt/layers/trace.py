@@ -59,6 +59,8 @@ class TracedLayer:
         gives_model_output: Whether its output tensor is (one of) the tensors that the whole model returns.
         takes_model_input: Whether a tensor that enters the whole model, other than a mask, enters it unchanged.
         masks: Padding masks of its sequence, the nearest first.
+        looks_at_memory: Whether it is, or is inside of, a module whose sequence looks at another one.
+        has_own_mask: Whether what it returns tells its own padding: packed sequences and nested tensors do.
     """
 
     name: str
@@ -77,6 +79,8 @@ class TracedLayer:
     gives_model_output: bool = False
     takes_model_input: bool = False
     masks: tuple[TracedMask, ...] = ()
+    looks_at_memory: bool = False
+    has_own_mask: bool = False
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
@@ -111,6 +115,7 @@ class Trace:
         batch_size: Number of samples, on which inputs and outputs agree.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.
+        learned_tokens: Numbers of rows of parameters that may be learned tokens, such as queries and latent vectors.
     """
 
     layers: tuple[TracedLayer, ...]
@@ -120,6 +125,7 @@ class Trace:
     batch_size: int = 0
     prefix_tokens: int = 0
     arguments: tuple[TracedMask, ...] = ()
+    learned_tokens: frozenset[int] = frozenset()
 
     @property
     def shows_output(self) -> bool:

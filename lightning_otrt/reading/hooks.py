@@ -219,7 +219,7 @@ class _Read(_Hook):
     ) -> None:
         self.recorder, self.side, self.key, self.reader, self.grid = recorder, side, key, reader, grid
         self.masks = [(mask_key(side, source), source, module) for source, module in masks]
-        self.has_warned = False
+        self.has_warned = self.has_looked = False
 
     def read(self, value: Any, own_mask: Tensor | None = None) -> None:
         """Add the reading of a layer's value to the current view; a mask of its own comes before the others."""
@@ -247,12 +247,17 @@ class _Read(_Hook):
     def _mask(self, view: View, tensor: Tensor) -> Tensor | None:
         """The nearest mask that has the length of the layer."""
         size = self.reader.sequence_size(tensor)
+        if size is None and self.masks and not self.has_looked:
+            self._look_at_late_mask(view, tensor)
         misfit = None
         for key, source, module in self.masks:
             mask = view.masks.get(key)
             if mask is None or size is None:
                 continue
             fitted = fit_mask(mask, *size, self.reader.prefix_tokens, module)
+            if source.true_at == "unknown":
+                self._warn_of_unknown(source, fitted)
+                continue
             if fitted is not None:
                 return fitted
             misfit = f"The mask {source.argument!r} has the shape {tuple(mask.shape)}, but {self.reader.layer} has "
@@ -265,6 +270,38 @@ class _Read(_Hook):
                 f"{misfit}, so that its padding is not left out. LayerPair(mask=...) names one.", stacklevel=2
             )
         return None
+
+    def _look_at_late_mask(self, view: View, tensor: Tensor) -> None:
+        """Warn where a mask that the first batch did not have leaves out tokens that are read as a map."""
+        if tensor.dim() != 3 or torch.compiler.is_compiling():
+            return
+        samples, tokens = tensor.shape[self.reader.batch_axis], tensor.shape[1 - self.reader.batch_axis]
+        for key, source, module in self.masks:
+            mask = view.masks.get(key)
+            if mask is None or source.true_at == "unknown":
+                continue
+            self.has_looked = True  # once: looking at values waits for the device
+            fitted = fit_mask(mask, samples, tokens, self.reader.prefix_tokens, module)
+            if fitted is not None and bool((~fitted).any()):
+                warnings.warn(
+                    f"The mask {source.argument!r}, which the first batch did not have, leaves out tokens of "
+                    f"{self.reader.layer}, which are the patches of a map and are pooled like one: their padding is "
+                    "read. LayerPair(mask=None) says that this is meant.",
+                    stacklevel=2,
+                )
+
+    def _warn_of_unknown(self, source: MaskSource, fitted: Tensor | None) -> None:
+        if fitted is None or self.has_warned:
+            return
+        self.has_warned = True
+        name = source.argument
+        warnings.warn(
+            f"The argument {name!r}, which the first batch did not have, may be the padding mask of "
+            f"{self.reader.layer}, but its name does not tell whether it marks valid tokens or padding. It is not "
+            f'used: pass LayerPair(mask="{name}") if it is true at valid tokens, mask="~{name}" if it is true at '
+            "padding, or mask=None.",
+            stacklevel=2,
+        )
 
 
 class ReadOutput(_Read):

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
-from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.mask_search import may_mark_padding
+from lightning_otrt.layers.pairs import INPUT, LayerPair
+from lightning_otrt.layers.trace import Trace, TracedLayer
+from lightning_otrt.reading.mask_search import holds_lengths, may_mark_padding
 from lightning_otrt.reading.masks import unknown_polarity
 from lightning_otrt.reading.token_grid import find_token_grid
 
@@ -33,14 +33,16 @@ def layer_masks(
         ValueError: If it is not known which elements of a mask are padding, or the mask that the user named is none of
             the layer.
     """
-    found = (_named(side, trace, mask),) if mask not in (None, "auto") else trace.layer(name).masks
+    layer = trace.layer(name)
+    found = (_named(side, trace, layer, mask),) if mask not in (None, "auto") else layer.masks
     tensor = trace.tensor(name, select)
     if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
         return LayerMasks()
     samples, tokens = (tensor.shape[place] for place in (tensor.batch_axis, _position_axis(axis, tensor.batch_axis)))
     masks = choose_masks(found, samples, tokens, trace.prefix_tokens, time_first=tensor.batch_axis == 1)
-    if mask == "auto" and axis in (2, -1) and find_token_grid(trace, trace.layer(name), tensor).size is not None:
-        return LayerMasks(on_grid=masks.used if masks.used is not None and masks.used.padded else None)
+    if mask == "auto" and axis in (2, -1) and find_token_grid(trace, layer, tensor).size is not None:
+        on_grid = masks.used if masks.used is not None and masks.used.padded else None
+        return LayerMasks(masks.sources if masks.used is None else (), on_grid=on_grid)
     if masks.used is not None and masks.used.problem:
         raise ValueError(unknown_polarity(masks.used.source, masks.used.problem))
     if mask != "auto" and masks.used is None and found[0].shape is not None:
@@ -50,10 +52,16 @@ def layer_masks(
         )
     if mask == "auto" and masks.used is None and masks.misfit is None and masks.unread is None:
         shape = samples, tokens
-        unread = (
-            known for known in trace.arguments if known.shape == shape and may_mark_padding(known.source.argument)
+        if layer.has_own_mask and not name.endswith(INPUT):
+            return masks
+        lengths = (known for known in trace.arguments if holds_lengths(known) and known.shape == (samples,))
+        possible = [known for known in trace.arguments if may_mark_padding(known.source.argument)]
+        late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
+        return replace(
+            masks,
+            unread=next((known for known in possible if known.shape == shape), next(lengths, None)),
+            sources=(*masks.sources, *late),
         )
-        return replace(masks, unread=next(unread, None))
     return masks
 
 
@@ -91,8 +99,26 @@ def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
             stacklevel=2,
         )
     unread = {name: found.unread for name, found in masks.items() if found.unread is not None}
-    pairwise = {name: mask for name, mask in unread.items() if mask.source.is_pairwise}
-    unread = {name: mask for name, mask in unread.items() if name not in pairwise}
+    doubtful = {name: mask for name, mask in unread.items() if mask.is_doubtful}
+    pairwise = {name: mask for name, mask in unread.items() if mask.source.is_pairwise and name not in doubtful}
+    lengths = {name: mask for name, mask in unread.items() if holds_lengths(mask)}
+    unread = {name: mask for name, mask in unread.items() if name not in {*pairwise, *doubtful, *lengths}}
+    if lengths:
+        source = next(iter(lengths.values())).source
+        warnings.warn(
+            f"The argument {source.argument!r} of the {side} may say how many positions of the layers {list(lengths)} "
+            "are no padding, which is read. Give the network a mask (B, T) too and name it with LayerPair(mask=...), "
+            "or pass mask=None.",
+            stacklevel=2,
+        )
+    if doubtful:
+        source = next(iter(doubtful.values())).source
+        warnings.warn(
+            f"The {side} layers {list(doubtful)} get another sequence than the first one of "
+            f"{source.module or 'the network'!r}, and it is not known whether the mask {source.argument!r} is that of "
+            "theirs. It is not used. LayerPair(mask=...) names their mask; mask=None says that padding is to be read.",
+            stacklevel=2,
+        )
     if pairwise:
         source = next(iter(pairwise.values())).source
         warnings.warn(
@@ -147,10 +173,14 @@ def warn_of_one_sided_masks(
         )
 
 
-def _named(side: str, trace: Trace, mask: str | None) -> TracedMask:
-    """The argument that the user named as the mask of a side."""
+def _named(side: str, trace: Trace, layer: TracedLayer, mask: str | None) -> TracedMask:
+    """The argument that the user named as the mask of a side: of the network, or of a module around the layer."""
     name = str(mask)
     arguments = {traced.source.argument: traced for traced in trace.arguments}
+    for traced in layer.masks:
+        if traced.source.true_at == "unknown":
+            source = replace(traced.source, true_at="valid", is_named=True)
+            arguments.setdefault(source.argument, replace(traced, source=source))
     found = arguments.get(name.removeprefix("~"))
     kind = trace.layer(trace.root).kind
     if found is None:

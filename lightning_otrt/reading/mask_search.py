@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
 from lightning_otrt.reading.masks import as_rows, count_frames, is_pairwise, problem_of, valid_tokens
 
-__all__ = ["Call", "MaskSearch", "argument_names", "may_mark_padding"]
+__all__ = ["Call", "MaskSearch", "argument_names", "holds_lengths", "may_mark_padding"]
 
 _ENCODER = {
     "attention_mask": "valid",
@@ -38,6 +38,14 @@ _DECODER = {
 }
 #: Masks of the sequence that a decoder attends to.
 _OF_MEMORY = ("src_key_padding_mask", "src_padding_mask", "encoder_padding_mask")
+#: The same, and other names of them.
+_MEMORY_MASKS = {
+    "encoder_attention_mask": "valid",
+    "memory_key_padding_mask": "padding",
+    **dict.fromkeys(_OF_MEMORY, "padding"),
+}
+#: Names that a module of cross-attention gives to the mask of its keys.
+_KEY_MASKS = {"attention_mask": "valid", "key_padding_mask": "padding"}
 #: What a decoder, or a layer of one, gets besides its own sequence.
 _MEMORY = ("encoder_hidden_states", "encoder_out", "memory", "key_value_states", "cross_attention_states")
 #: The same, where the first tensor is another one: latent vectors that look at inputs.
@@ -79,6 +87,13 @@ class Call:
         return any(self.arguments[name] is not self.sequence for name in names)
 
     @property
+    def memories(self) -> tuple[Tensor, ...]:
+        """The sequences that its own one looks at."""
+        names = [*_MEMORY, *_MEMORY_OF_LATENTS, *(("key", "value") if self.is_cross_attention else ())]
+        found: list[Any] = [self.arguments.get(name) for name in names]
+        return tuple(value for value in found if _is_tensor(value) and value is not self.sequence)
+
+    @property
     def is_cross_attention(self) -> bool:
         """Whether its mask is that of the keys, and these are no queries."""
         query, key = self.arguments.get("query"), self.arguments.get("key")
@@ -101,6 +116,8 @@ class MaskSearch:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = {id(tensor) for tensor in inputs}
+        # What single layers made of sequences that others look at; the tensors are kept, as their ids are.
+        self._of_memory: dict[int, Tensor] = {}
         # The value is kept, so that its id is not used again during the search.
         self._known: dict[tuple[MaskSource, int], tuple[Any, TracedMask]] = {}
 
@@ -112,20 +129,62 @@ class MaskSearch:
         """
         found: list[TracedMask] = []
         pairwise: list[TracedMask] = []
+        is_memory = is_other = False
         for place, call in enumerate(calls):
-            for name, true_at in _candidates(call, calls[:place]).items():
+            inner = calls[:place]
+            is_memory = is_memory or self._holds_memory(call, inner)
+            is_other = is_other or _holds_other(call, inner)
+            candidates = _memory_candidates(call, inner) if is_memory else _candidates(call, inner)
+            if place == len(calls) - 1 and _takes_any(call):
+                late = _DECODER if not is_memory and _is_in_decoder(inner) else _ENCODER
+                is_late_known = not (call.is_cross_attention or call.looks_at_memory)
+                candidates |= {name: late[name] for name in late if is_late_known and name not in argument_names(call)}
+            has_two = is_memory or is_other or any(each.memories for each in (call, *inner))
+            unknown: Sequence[str] = () if has_two else tuple(call.arguments)
+            candidates |= {name: "unknown" for name in unknown if call is not calls[-1] and may_mark_padding(name)}
+            for name, true_at in candidates.items():
                 mask = self._traced(call, MaskSource(call.name, name, true_at, call.method))
-                if mask is not None and all(self._continues(inner, call, name) for inner in calls[:place]):
-                    (pairwise if mask.source.is_pairwise else found).append(mask)
+                if mask is None or (true_at == "unknown" and mask.shape is None):
+                    continue
+                if not (is_memory or all(self._continues(each, call, name) for each in inner)):
+                    continue
+                mask = replace(mask, is_doubtful=is_other and not is_memory and mask.shape is not None)
+                (pairwise if mask.source.is_pairwise else found).append(mask)
         # Last: tokens may see themselves although they are padding, and libraries let padding see everything.
         return (*found, *pairwise)
+
+    def pass_on(self, call: Call, outputs: Sequence[Tensor], calls: Sequence[Call]) -> None:
+        """Note that what a single layer made of a memory is one too.
+
+        Args:
+            call: The layer, which has ended.
+            outputs: What it returned.
+            calls: The modules around it, innermost first.
+        """
+        start = call.sequence
+        if start is None or start.dim() != 3 or call.memories:
+            return
+        if id(start) in self._of_memory or any(start is memory for outer in calls for memory in outer.memories):
+            self._of_memory.update({id(value): value for value in outputs if value.shape[:-1] == start.shape[:-1]})
+
+    def _holds_memory(self, call: Call, inner: Sequence[Call]) -> bool:
+        """Whether one of the inner calls starts with the sequence that the call looks at."""
+        if not call.memories:
+            return False
+        starts = [each.sequence for each in inner if not each.memories]
+        return any(
+            start is memory or id(start) in self._of_memory
+            for start in starts
+            if start is not None
+            for memory in call.memories
+        )
 
     def named(self, root: Call) -> tuple[TracedMask, ...]:
         """What the user may name as mask: the arguments of the root's forward."""
         found = []
         for name in argument_names(root):
             source = MaskSource(root.name, name, "valid", root.method, is_named=True)
-            found.append(self._traced(root, source) or TracedMask(source, None, problem="it is no mask (B, T)"))
+            found.append(self._traced(root, source) or _no_mask(root.arguments.get(name), source))
         return tuple(found)
 
     def _traced(self, call: Call, source: MaskSource) -> TracedMask | None:
@@ -170,6 +229,19 @@ def may_mark_padding(name: str) -> bool:
     return last in ("mask", "masks") and not is_known and _OTHER_MASKS.isdisjoint(words)
 
 
+def holds_lengths(mask: TracedMask) -> bool:
+    """Whether an argument holds the lengths of the samples: ``(B,)``, by its name."""
+    return mask.shape is not None and len(mask.shape) == 1
+
+
+def _no_mask(value: Any, source: MaskSource) -> TracedMask:
+    is_whole = isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
+    words = {"length", "lengths", "len", "lens"}
+    if is_whole and not words.isdisjoint(source.argument.split("_")):
+        return TracedMask(source, tuple(value.shape), problem="it holds lengths and is no mask (B, T)")
+    return TracedMask(source, None, problem="it is no mask (B, T)")
+
+
 def argument_names(call: Call) -> tuple[str, ...]:
     """The arguments that a forward got or could have got."""
     return tuple(dict.fromkeys((*_signature(getattr(type(call.module), call.method, None)), *call.arguments)))
@@ -192,7 +264,7 @@ def _candidates(call: Call, inner: Sequence[Call]) -> dict[str, str]:
     decoder = {name: true_at for name, true_at in _DECODER.items() if name in names}
     if call.looks_at_memory:
         encoder = {name: true_at for name, true_at in encoder.items() if name not in _OF_MEMORY}
-        encoder = {} if call.is_cross_attention else encoder
+        encoder = {} if call.is_cross_attention and names.isdisjoint(_MEMORY_MASKS) else encoder
         return {**decoder, **encoder}
     if call.is_cross_attention:
         return {}
@@ -204,6 +276,50 @@ def _candidates(call: Call, inner: Sequence[Call]) -> dict[str, str]:
             return decoder
         return encoder if "encoder" in inside else {**encoder, **decoder}
     return encoder
+
+
+def _memory_candidates(call: Call, inner: Sequence[Call]) -> dict[str, str]:
+    """The same for a layer that holds the sequence which a decoder or latent vectors look at."""
+    names = set(argument_names(call))
+    if call.is_cross_attention:
+        known = _KEY_MASKS if names.isdisjoint(_MEMORY_MASKS) else _MEMORY_MASKS
+        return {name: true_at for name, true_at in known.items() if name in names}
+    if call.looks_at_memory:
+        return {name: true_at for name, true_at in _MEMORY_MASKS.items() if name in names}
+    if any(layer.sequence is not None and layer.sequence is call.sequence for layer in inner if layer.memories):
+        return {}  # a decoder's own sequence, around the layers that get the other one
+    return {name: true_at for name, true_at in _ENCODER.items() if name in names}
+
+
+def _is_in_decoder(inner: Sequence[Call]) -> bool:
+    names = " ".join(f"{layer.name.rpartition('.')[2]} {type(layer.module).__name__}" for layer in inner).lower()
+    return "decoder" in names or any(layer.looks_at_memory for layer in inner)
+
+
+def _holds_other(call: Call, inner: Sequence[Call]) -> bool:
+    """Whether the inner calls start with another sequence of the call than its first; nothing else is known of it."""
+    own = call.sequence
+    if own is None or own.dim() != 3 or not inner:
+        return False
+    others = [
+        value
+        for name, value in call.arguments.items()
+        if _is_tensor(value) and value is not own and value.dim() == 3 and value.is_floating_point()
+        if "mask" not in name and "position" not in name and "pos" not in name.split("_") and len(value) == len(own)
+    ]
+    starts = [each.sequence for each in inner]
+    return any(start is other for start in starts for other in others)
+
+
+def _takes_any(call: Call) -> bool:
+    """Whether a later batch may have arguments that neither the signature nor this call shows."""
+    try:
+        parameters = inspect.signature(getattr(call.module, call.method)).parameters.values()
+    except (TypeError, ValueError, AttributeError):
+        return False
+    names = {parameter.name for parameter in parameters}
+    is_mapping = len(names) == 1 and isinstance(call.arguments.get(next(iter(names))), Mapping)
+    return is_mapping or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | None:
@@ -218,8 +334,9 @@ def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | 
     valid = valid_tokens(mask, source)
     padded = _count((~valid).any(1))
     if source.is_pairwise and not padded:
-        # One for all samples says nothing about padding, such as a causal one.
-        return None if torch.equal(value, value[:1].expand_as(value)) else replace(traced, problem=_UNKNOWN_PADDING)
+        # One for all samples says nothing about padding, such as a causal one. Those of later batches may.
+        is_common = torch.equal(value, value[:1].expand_as(value))
+        return TracedMask(source, None) if is_common else replace(traced, problem=_UNKNOWN_PADDING)
     if _is_causal(valid, mask) and not source.is_pairwise:
         return None
     return replace(traced, empty=_count(valid.sum(1) == 0), padded=padded)

@@ -27,9 +27,10 @@ def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
 
     Args:
         value: What the argument holds.
-        source: Where it is from. A pairwise mask gives its tokens that some token sees.
+        source: Where it is from. A pairwise mask gives its tokens that some token sees, also where that of the traced
+            forward was none.
     """
-    if source is not None and source.is_pairwise and is_pairwise(value):
+    if source is not None and source.true_at == "valid" and not source.is_named and is_pairwise(value):
         return torch.amax(value, dim=tuple(range(1, value.dim() - 1)))
     if not isinstance(value, Tensor) or value.is_nested or not 2 <= value.dim() <= 4:
         return None
@@ -47,7 +48,7 @@ def is_pairwise(value: Any) -> bool:
 
 def problem_of(mask: Tensor, source: MaskSource) -> str:
     """Why it is not known which elements of a mask are padding, ``""`` where it is. It looks at the values."""
-    if source.is_named or source.true_at == "valid" or mask.dtype == torch.bool:
+    if source.is_named or source.true_at != "padding" or mask.dtype == torch.bool:
         return ""
     kind = str(mask.dtype).removeprefix("torch.")
     if not mask.is_floating_point():

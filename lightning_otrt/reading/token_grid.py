@@ -66,7 +66,9 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
             return TokenGrid(prefix, (found.rows, found.columns), found.source, found.merged)
     prefix = trace.prefix_tokens if tokens > trace.prefix_tokens else 0
     last = maps[-1].rows, maps[-1].columns
-    return TokenGrid(prefix, part_of=last if math.prod(last) > tokens - prefix else None)
+    # Learned queries, latent vectors and the one token of class attention are no patches.
+    is_learned = layer.looks_at_memory or tokens == 1 or not {tokens, tokens - prefix}.isdisjoint(trace.learned_tokens)
+    return TokenGrid(prefix, part_of=last if math.prod(last) > tokens - prefix and not is_learned else None)
 
 
 def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:

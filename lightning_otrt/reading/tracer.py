@@ -28,6 +28,7 @@ from lightning_otrt.reading.outputs import (
     as_container,
     describe,
     output_items,
+    packed_mask,
     returned_tensors,
     sequence_output,
 )
@@ -104,16 +105,29 @@ def trace(
         layers=layers,
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
-        output_shapes=tuple(tuple(tensor.shape) for tensor in returned if tensor.is_floating_point()),
+        output_shapes=tuple(_shape(tensor, None) for tensor in returned if tensor.is_floating_point()),
         batch_size=count_samples(inputs, returned, sequence_first=is_sequence_first(target) or False),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
+        learned_tokens=_learned_tokens(target),
     )
 
 
 def _prefix_tokens(model: nn.Module) -> int:
     sizes = (p.shape for name, p in model.named_parameters() if name.rpartition(".")[2] in _PREFIX_TOKENS)
     return sum(shape[1] if len(shape) == 3 else 1 for shape in sizes)
+
+
+def _learned_tokens(model: nn.Module) -> frozenset[int]:
+    """Rows of embeddings, and of parameters ``(T, C)``, ``(1, T, C)`` or ``(T, 1, C)`` that are no weight or bias."""
+    found: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            sizes = [size for size in parameter.shape[:-1] if size > 1]
+            is_token = isinstance(module, nn.Embedding) or not name.endswith(("weight", "bias"))
+            if is_token and parameter.dim() in (2, 3) and len(sizes) == 1:
+                found.update(sizes)
+    return frozenset(found)
 
 
 @dataclass
@@ -202,8 +216,11 @@ class _TraceHooks:
         tensors = [(key, value) for key, value in output_items(output) if isinstance(value, Tensor)]
         entered = frame.input
         masks: tuple[TracedMask, ...] = ()
+        around = [running.call for running in reversed(self._running)]
+        if not _has_children(module):
+            self._search.pass_on(frame.call, [value for _, value in tensors], around)
         if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):
-            masks = self._search.masks([running.call for running in (frame, *reversed(self._running))])
+            masks = self._search.masks([frame.call, *around])
         length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)
         traced = tuple((key, self._traced(module, frame, value, length)) for key, value in tensors)
         is_single = len(traced) == 1 and not isinstance(as_container(output), Mapping)
@@ -225,6 +242,8 @@ class _TraceHooks:
             output_from=made_by.layer if made_by is not None else name,
             takes_model_input=frame.takes_model_input,
             masks=masks,
+            looks_at_memory=any(call.memories for call in (frame.call, *around)),
+            has_own_mask=packed_mask(returned) is not None or any(value.is_nested for _, value in tensors),
         )
         self._outputs[name] = [weakref.ref(value) for _, value in tensors]
         self._completed += 1

@@ -1,0 +1,157 @@
+"""Masks that the first batch does not have, or that leave out nothing there: later batches are read with theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from forwards.masked import BERT, LONGEST, SAMPLES, VALID, WORDS
+from forwards.test_masks import run
+from forwards.test_masks_between_sequences import ADDED, CAUSAL, LLAMA, PACKED, SEEN, Attention
+from torch import Tensor, nn
+
+FULL = torch.ones(SAMPLES, LONGEST, LONGEST, dtype=torch.bool)
+
+
+class ByMapping(nn.Module):
+    """It takes a whole batch, whose keys may differ."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(50, width), nn.Linear(width, width)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.mix(self.embed(batch["words"]))
+
+
+class AnyArguments(ByMapping):
+    """The names of its arguments are not in its signature."""
+
+    def forward(self, words: Tensor | Mapping[str, Tensor], **others: Tensor) -> Tensor:
+        return self.mix(self.embed(words["words"] if isinstance(words, Mapping) else words))
+
+
+class Positions(ByMapping):
+    """A name that libraries give to masks of both meanings."""
+
+    def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.mix(self.embed(words))
+
+
+class Inside(ByMapping):
+    """The mask is made inside, and has such a name there."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.mix = nn.Linear(width, width)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.mix(x)
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.block = self.Block(width)
+
+    def forward(self, words: Tensor) -> Tensor:  # type: ignore[override]
+        return self.block(self.embed(words), words != 0)
+
+
+class Lengths(ByMapping):
+    """Lengths in place of a mask."""
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        return self.mix(self.embed(words))
+
+
+CASES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], str]] = {
+    "pairwise, none": (Attention, (WORDS,), (WORDS, SEEN), "mix"),
+    "pairwise, None": (Attention, (WORDS, None), (WORDS, SEEN[:, None]), "mix"),
+    "pairwise, all seen": (Attention, (WORDS, FULL), (WORDS, SEEN), "mix"),
+    "pairwise, causal": (Attention, (WORDS, CAUSAL.expand(SAMPLES, -1, -1)), (WORDS, SEEN), "mix"),
+    "pairwise, numbers": (Attention, (WORDS, FULL.long()), (WORDS, SEEN.long()), "mix"),
+    "pairwise, added": (Attention, (WORDS,), (WORDS, ADDED), "mix"),
+    "rows, then pairwise": (BERT, (WORDS, torch.ones_like(WORDS)), (WORDS, VALID.long()), "encoder.layer.1"),
+    "BERT, none": (BERT, (WORDS,), (WORDS, VALID.long()), "encoder.layer.1"),
+    "Llama, pairwise": (LLAMA, (WORDS,), (WORDS, SEEN[:, None]), "model.layers.1"),
+    "a key of a mapping": (
+        ByMapping, ({"words": WORDS},), ({"words": WORDS, "attention_mask": VALID.long()},), "mix"
+    ),
+    "a key after padding": (ByMapping, ({"words": WORDS},), ({"words": WORDS, "padding_mask": ~VALID},), "mix"),
+    "a mapping, or arguments": (
+        AnyArguments, ({"words": WORDS},), ({"words": WORDS, "attention_mask": VALID.long()},), "mix"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_later_padding_is_left_out(name: str) -> None:
+    build, first, later, layer = CASES[name]
+    torch.manual_seed(0)
+    student, teacher = build(8).eval(), build(12).eval()
+    values = run(student, teacher, first, later, first, layer=layer)
+    [alone] = run(student, teacher, later, layer=layer)
+    assert values[1] == pytest.approx(alone, rel=1e-5)
+    assert values[0] == pytest.approx(values[2], rel=1e-5)
+    ignored = run(student, teacher, later, layer=layer, mask=None)
+    assert values[1] != pytest.approx(ignored[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("first", [(WORDS,), (WORDS, None), (WORDS, torch.ones_like(WORDS))], ids=len)
+def test_a_name_of_unknown_meaning(first: tuple[Any, ...]) -> None:
+    with pytest.warns(UserWarning, match="The argument 'mask'.* may be the padding mask of"):
+        run(Positions(8), Positions(12), first, (WORDS, VALID))
+
+
+def test_a_name_of_unknown_meaning_inside() -> None:
+    words = WORDS * VALID
+    torch.manual_seed(0)
+    student, teacher = Inside(8), Inside(12)
+    with pytest.warns(UserWarning, match="The argument 'mask' .* may be the padding mask of its layers"):
+        read = run(student, teacher, (words,), layer="block.mix")
+    named = run(student, teacher, (words,), layer="block.mix", mask="mask")
+    assert named != pytest.approx(read, rel=1e-3)
+    assert read == run(student, teacher, (words,), layer="block.mix", mask=None)
+
+
+@pytest.mark.parametrize("lengths", [VALID.sum(1), torch.full((SAMPLES,), LONGEST)])
+def test_lengths(lengths: Tensor) -> None:
+    with pytest.warns(UserWarning, match="The argument 'lengths' of the (student|teacher) may say how many positions"):
+        run(Lengths(8), Lengths(12), (WORDS, lengths))
+    run(Lengths(8), Lengths(12), (WORDS, lengths), mask=None)
+    with pytest.raises(ValueError, match="it holds lengths and is no mask"):
+        run(Lengths(8), Lengths(12), (WORDS, lengths), mask="lengths")
+
+
+class Patches(nn.Module):
+    """Patches of images, of which a mask may leave out some."""
+
+    class Encoder(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.mix = nn.Linear(width, width)
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+            return self.mix(x)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Conv2d(3, width, 4, 4), self.Encoder(width)
+
+    def forward(self, images: Tensor, seen: Tensor | None = None) -> Tensor:
+        return self.layer(self.embed(images).flatten(2).mT, seen)
+
+
+def test_patches_that_are_padding_later() -> None:
+    images, seen = torch.randn(SAMPLES, 3, 16, 16), torch.ones(SAMPLES, 16, dtype=torch.bool)
+    seen[1:, 8:] = False
+    with pytest.warns(UserWarning, match="'attention_mask', which the first batch did not have, leaves out tokens"):
+        run(Patches(8), Patches(12), (images,), (images, seen), layer="layer.mix")
+
+
+def test_several_texts_in_a_sample_later() -> None:
+    """Each token is seen: there is no padding, in the first batch or later."""
+    values = run(Attention(8), Attention(12), (WORDS, PACKED | FULL), (WORDS, PACKED))
+    assert len(values) == 2
