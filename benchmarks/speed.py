@@ -24,6 +24,7 @@ from benchmarks.problems import CLOUDS, COSTS, SHAPES, Problem, make_problem, ne
 from benchmarks.rivals import ACCURACY, COSINE, MARGINAL, OURS, tune_all
 from benchmarks.steps import Steps, TermAlone, correlation_by_hand, engine_step, resnet18_cifar
 from benchmarks.timing import Quartiles, processor_clock, ratios, rounds
+from lightning_otrt.analysis.plot_style import CURVE_COLOURS, plain_axes
 from lightning_otrt.transport.geomloss_loop import annealing
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
@@ -310,14 +311,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
     names = [LOSS, BATCH, "POT ot.batch", "POT emd"]
     figure, axes = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
     labels = [f"{row['label']}\n{row['cloud'][:4]} {row['cost'][:4]}" for row in results["solve"]]
-    for offset, name in enumerate(names):
+    for offset, (name, colour) in enumerate(zip(names, CURVE_COLOURS, strict=False)):
         heights = [row["methods"][name]["ratio"][1] for row in results["solve"]]
-        axes.bar([place + 0.2 * offset for place in range(len(heights))], heights, 0.2, label=name)
+        axes.bar([place + 0.2 * offset for place in range(len(heights))], heights, 0.2, label=name, color=colour)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
     axes.set_xticks([place + 0.3 for place in range(len(labels))], labels, rotation=90, fontsize=7)
     axes.set_ylabel("time over that of lightning_otrt")
     axes.legend(ncols=4, fontsize=8)
+    axes.set_title("Cold solve, forward and backward")
+    plain_axes(axes, "y")
     figure.savefig(path, dpi=120)
 
 

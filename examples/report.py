@@ -22,13 +22,13 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from examples.networks import TEACHER_WIDTHS, Classifier, ConvNet
+from lightning_otrt.analysis.plot_style import BASELINE, CURVE_COLOURS, plain_axes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 BATCH_SIZE = 64
-# Okabe and Ito's colours, told apart with any colour vision.
-COLOURS = ("#999999", "#0072B2", "#D55E00", "#009E73")
+COLOURS = (BASELINE, *CURVE_COLOURS)
 
 Accuracies = dict[str, list[float]]
 
@@ -196,8 +196,7 @@ def save_figure(
             xlim=(-0.4, len(accuracies) - 0.4),
         )
         axis.set_xticks(positions, list(accuracies))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.3)
+        plain_axes(axis, "y")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     print(f"\nFigure: {path.resolve()}")

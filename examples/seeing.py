@@ -60,8 +60,8 @@ def main() -> None:
         result.plot(axis)
         axis.set_title(title, loc="right")
         print(f"{title}: {', '.join(f'{a} -> {b} {result.transport(a, b).value:.2f}' for a, b in result.pairing)}")
-    plot_plan(result.transport(BLOCKS[-1], BLOCKS[-1]).plan, ax=axes[1, 0])
-    axes[1, 0].set_title(f"plan of {BLOCKS[-1]}")
+    last = result.transport(BLOCKS[-1], BLOCKS[-1])
+    plot_plan(last.plan, title=f"{BLOCKS[-1]}, after training", distance=last.value, ax=axes[1, 0])
     names = {f"otrt/distance/{name}": f"distance, {name}" for name in layers}
     names["otrt/gradient_share"] = "share of the gradient"
     curves = {label: [float(row[name]) for row in rows] for name, label in names.items()}

@@ -3,7 +3,9 @@
 from lightning_otrt.analysis.compare import compare_representations
 from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
-from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan, plot_singular_values
+from lightning_otrt.analysis.plot_curves import plot_history, plot_singular_values
+from lightning_otrt.analysis.plot_layers import plot_distances
+from lightning_otrt.analysis.plot_plans import plot_cost, plot_plan
 from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
 from lightning_otrt.distillation import LogitDistillation
 from lightning_otrt.fixed_views import FixedViews

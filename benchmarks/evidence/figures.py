@@ -15,9 +15,10 @@ from benchmarks.evidence.methods import DEFAULT, METHODS
 from benchmarks.evidence.report import NAMES, Found, command, label
 from benchmarks.evidence.runs import Row
 from benchmarks.evidence.statistics import estimate
+from lightning_otrt.analysis.plot_style import BASELINE, CURVE_COLOURS, plain_axes, plan_colours
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-BASELINE, RIVAL, OURS = "#999999", "#56B4E9", "#D55E00"
+COLOURS = (*CURVE_COLOURS, BASELINE)
+RIVAL, OURS = CURVE_COLOURS[4], CURVE_COLOURS[1]
 
 
 def draw(found: Mapping[str, Found], folder: Path) -> dict[str, tuple[str, str]]:
@@ -68,7 +69,7 @@ def accuracy(found: Mapping[str, Found]) -> tuple[Any, str, str] | None:
         axis.set_yticks(range(len(values)), [label(method) for method in values], fontsize=8)
         setting = one.experiment.tuning.setting
         axis.set(title=f"setting {setting}, {NAMES[target]}", xlabel="test accuracy, %")
-        _plain(axis, "x")
+        plain_axes(axis, "x")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     caption = "Accuracy with 95 % intervals; dots are seeds; orange: optimal transport, blue: rivals, grey: baselines"
@@ -88,7 +89,7 @@ def weight(found: Mapping[str, Found]) -> tuple[Any, str, str] | None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(weights, [f"{value:g}" for value in weights])
     axis.set(xlabel="weight of the term", ylabel="validation accuracy, %", title=label(DEFAULT))
-    _plain(axis, "y")
+    plain_axes(axis, "y")
     return figure, "Sensitivity to the weight, a–z validation fonts, 10 labels per class", command("weight")
 
 
@@ -120,7 +121,7 @@ def labels(found: Mapping[str, Found]) -> tuple[Any, str, str] | None:
         axis.set_xticks(one.experiment.per_class, [f"{count}" for count in one.experiment.per_class])
         axis.minorticks_off()
         axis.set(title=NAMES[target], xlabel="labels per class", ylabel="gain on plain, points")
-        _plain(axis, "y")
+        plain_axes(axis, "y")
     axes[0][0].legend(fontsize=7, frameon=False)
     return figure, "Gain on plain training against labels per class, paired, 95 % intervals", command(*names)
 
@@ -149,11 +150,12 @@ def plans(found: Mapping[str, Found]) -> tuple[Any, str, str] | None:
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         for axis, (step, layers) in zip(line, row["plans"].items(), strict=False):
             plan = next(iter(layers.values()))["plan"]
-            image = axis.imshow(plan, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+            image = axis.imshow(plan, cmap=plan_colours(), vmin=0, vmax=1, aspect="auto")
             axis.set_title(f"step {step}", fontsize=8)
             axis.set_xticks([])
             axis.set_yticks([])
-        line[0].set_ylabel(f"setting {name.removeprefix('plans-')}\nstudent neurons", fontsize=8)
+            axis.set_xlabel("teacher neuron", fontsize=8)
+        line[0].set_ylabel(f"setting {name.removeprefix('plans-')}\nstudent neuron", fontsize=8)
         figure.colorbar(image, ax=line, label="share of a student neuron", shrink=0.8)
     caption = "Plan of the first block over training; columns are teacher neurons (Greek, seed 0)"
     return figure, caption, command(*rows)
@@ -173,7 +175,7 @@ def identity(found: Mapping[str, Found]) -> tuple[Any, str, str] | None:
             axis.plot(steps, shares, style, color=colour, marker="o", markersize=4, label=f"setting {setting}, {layer}")
     axis.set(xlabel="step", ylabel="mass off the identity", ylim=(-0.03, 1.03))
     axis.legend(fontsize=7, frameon=False)
-    _plain(axis, "y")
+    plain_axes(axis, "y")
     starts = {"plans-1": "copied from the teacher (1)", "plans-1x": "from another network (1x)"}
     caption = f"Mass of the plan off the identity: {', '.join(starts[name] for name in rows)}; Greek, seed 0"
     return figure, caption, command(*rows)
@@ -185,8 +187,3 @@ def _plan_row(found: Mapping[str, Found], name: str) -> Row | None:
     one = found[name]
     run = one.experiment.run(DEFAULT, one.choices[DEFAULT], "greek", one.experiment.per_class[0], 0)
     return one.results.get(run)
-
-
-def _plain(axis: Any, grid: str) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis=grid, alpha=0.3)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_otrt.analysis.comparison_table import format_table
 from lightning_otrt.analysis.metric import NeuronTransportDistance
-from lightning_otrt.analysis.plots import plot_distances
+from lightning_otrt.analysis.plot_layers import plot_distances
 from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.reading.chance import relative_to_chance
 from lightning_otrt.transport.distance import TransportResult
@@ -166,7 +166,13 @@ class RepresentationComparison:
         """
         matrix, label = self._values(values)
         return plot_distances(
-            matrix, self.student_layers, self.teacher_layers, pairing=self.pairing, label=label, ax=ax
+            matrix,
+            self.student_layers,
+            self.teacher_layers,
+            pairing=self.pairing,
+            label=label,
+            title=f"{self.samples} samples",
+            ax=ax,
         )
 
     def to_dataframe(self, values: Values = "relative") -> Any:

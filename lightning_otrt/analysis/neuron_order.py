@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["matched_order"]
+__all__ = ["diagonal_mass", "matched_order"]
 
 
 def matched_order(plan: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +28,25 @@ def matched_order(plan: Tensor) -> tuple[Tensor, Tensor]:
     if columns >= rows:
         return torch.arange(rows), _order_by_partner(plan.T)
     return _order_by_partner(plan), torch.arange(columns)
+
+
+def diagonal_mass(plan: Tensor) -> tuple[float, float]:
+    """Share of a plan's mass near its diagonal, and what that share is on average over all orders of the neurons.
+
+    Near are cells within a fortieth of the side, and those that the diagonal itself runs through.
+
+    Args:
+        plan: P, ``(N, M)``.
+
+    Example:
+        >>> import torch
+        >>> diagonal_mass(torch.eye(4) / 4)
+        (1.0, 0.25)
+    """
+    rows, columns = plan.shape
+    places = [(torch.arange(size, device=plan.device) + 0.5) / size for size in (rows, columns)]
+    near = (places[0][:, None] - places[1]).abs() <= max(0.025, 0.5 / min(rows, columns))
+    return float(plan[near].sum() / plan.sum()), float(near.float().mean())
 
 
 def _order_by_partner(shares: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""What all figures share: colours, sizes, ticks, the names of layers and the colour bar. Needs matplotlib."""
+"""What all figures share, those of examples and benchmarks too: colours, sizes, axes, names. Needs matplotlib."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,17 +16,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "BASELINE",
     "COST_COLOURS",
     "CURVE_COLOURS",
     "CURVE_LINES",
     "LONG_SIDE",
     "MAX_CELLS",
     "MAX_NUMBERED",
-    "PLAN_COLOURS",
     "SHORT_SIDE",
     "add_colour_bar",
+    "as_matrix",
     "draw_frames",
     "new_axes",
+    "plain_axes",
+    "plan_colours",
     "pyplot",
     "shorten",
     "tick_integers",
@@ -37,10 +41,12 @@ __all__ = [
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 #: 4 line styles and 7 colours have no common factor, so 28 curves differ, also in print without colours.
 CURVE_LINES = ("-", "--", "-.", ":")
-#: Perceptually uniform colour maps. Most entries of a plan are 0, and its map shows 0 as white.
-PLAN_COLOURS, COST_COLOURS = "magma_r", "viridis"
+#: What others are compared with.
+BASELINE = "#999999"
+#: A perceptually uniform colour map.
+COST_COLOURS = "viridis"
 #: Largest number of cells drawn along one side: a figure has too few pixels for more.
-MAX_CELLS = 512
+MAX_CELLS = 128
 #: Largest number of layers along one side for which the numbers fit into the cells.
 MAX_NUMBERED = 16
 #: Shortest and longest side of a heat map, in inches.
@@ -66,6 +72,33 @@ def new_axes(width: float, height: float) -> Axes:
     """The axes of a new figure of this size in inches."""
     _, ax = pyplot().subplots(figsize=(width, height), dpi=_DPI, layout="constrained")
     return cast("Axes", ax)
+
+
+def plan_colours() -> Any:
+    """The colour map of plans: most entries are 0, which is white; darker is more, with any colour vision."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("plan", ["#FFFFFF", "#A6CEE9", CURVE_COLOURS[0], "#00263D"])
+
+
+def plain_axes(ax: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """A light grid behind the data, and no lines above and at the right."""
+    ax.grid(visible=True, axis=grid, color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def as_matrix(values: Any, name: str) -> Tensor:
+    """Values to draw, on the CPU.
+
+    Raises:
+        ValueError: If they are no non-empty matrix.
+    """
+    matrix = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    if matrix.dim() != 2 or 0 in matrix.shape:
+        batch = f" Draw one of a batch: {name}[0]." if matrix.dim() == 3 else ""
+        raise ValueError(f"Expected argument `{name}` to be a non-empty matrix, but got {tuple(matrix.shape)}.{batch}")
+    return matrix
 
 
 def tick_integers(*axes: Axis) -> None:

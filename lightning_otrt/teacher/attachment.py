@@ -99,7 +99,7 @@ class Attachment:
     @property
     def has_root(self) -> bool:
         """Whether a forward of the attached student has shown its root and chosen the pairs."""
-        return self._root is not None
+        return self.root.name is not None
 
     @property
     def device(self) -> torch.device | None:

@@ -15,7 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_otrt.analysis.gradient_share import GradientProbe
-from lightning_otrt.analysis.plots import plot_plan, plot_singular_values
+from lightning_otrt.analysis.plot_curves import plot_singular_values
+from lightning_otrt.analysis.plot_plans import plot_plan
 from lightning_otrt.analysis.validation_distances import ValidationDistances
 from lightning_otrt.reading.views import View
 from lightning_otrt.trainer.log_figure import log_figure
@@ -191,15 +192,15 @@ class MonitoredTransfer(ExtraTerm):
         for label, pair, distance in zip(transfer.labels, transfer.pairs, transfer.distances, strict=False):
             if distance.plan is None:
                 continue
+            title = f"{pair.student} and {pair.teacher}, step {step}"
             try:
                 if distance.alignment is None:
                     what = "plan"
-                    figure, _ = plot_plan(distance.plan, student_label=pair.student, teacher_label=pair.teacher)
+                    figure, _ = plot_plan(distance.plan, title=title, distance=distance.value)
                 else:
                     what = "singular_values"
-                    figure, _ = plot_singular_values(
-                        {f"{pair.student} and {pair.teacher}": torch.linalg.svdvals(distance.alignment.correlations)}
-                    )
+                    values = torch.linalg.svdvals(distance.alignment.correlations)
+                    figure, _ = plot_singular_values({f"distance {float(distance.value):.3f}": values}, title=title)
             except ModuleNotFoundError as error:
                 self.warnings.warn("figures", f"OTRTMonitor draws no plans. {error}")
                 return False

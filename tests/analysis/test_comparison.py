@@ -61,8 +61,8 @@ def test_prints_a_table(result: RepresentationComparison) -> None:
     assert str(result).splitlines() == [
         "Transport distance over that by chance, 40 samples; * is the closest teacher layer",
         "      x      y      z",
-        "a   0.30   0.40   0.10*",
-        "b   0.90      -   0.20*",
+        "a  0.30   0.40   0.10*",
+        "b  0.90      -   0.20*",
     ]
 
 

@@ -19,8 +19,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_otrt import transport_distance
-from lightning_otrt.analysis.neuron_order import matched_order
-from lightning_otrt.analysis.plots import plot_cost, plot_distances, plot_history, plot_plan, plot_singular_values
+from lightning_otrt.analysis.neuron_order import diagonal_mass, matched_order
+from lightning_otrt.analysis.plot_curves import plot_history, plot_singular_values
+from lightning_otrt.analysis.plot_layers import plot_distances
+from lightning_otrt.analysis.plot_plans import plot_cost, plot_plan
+from lightning_otrt.analysis.plot_style import plan_colours
 from lightning_otrt.transport.plans import random_plan, uniform_plan
 
 LONG_NAME = "student.backbone.encoder.layers.encoder_layer_11.mlp.3"
@@ -126,9 +129,9 @@ def test_plan_colours_are_shares_of_a_neuron(shape: tuple[int, int]) -> None:
 def test_single_entries_of_large_plans_stay_visible() -> None:
     plan = torch.eye(2048) / 2048
     _, axes = plot_plan(plan)
-    assert shown(axes).shape == (512, 512)
-    assert torch.equal(shown(axes).diagonal(), torch.ones(512))
-    assert axes.images[0].colorbar.ax.get_ylabel().endswith("(largest of 4 × 4)")
+    assert shown(axes).shape == (128, 128)
+    assert torch.equal(shown(axes).diagonal(), torch.ones(128))
+    assert axes.images[0].colorbar.ax.get_ylabel().endswith("(largest of 16 × 16)")
     assert axes.get_xlim() == (-0.5, 2047.5)
 
 
@@ -266,3 +269,34 @@ ROTATION = transport_distance(torch.randn(6, 50), torch.randn(9, 50), plan="orth
 def test_rotations_are_no_plans(draw: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         draw()
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_every_figure_carries_its_title(name: str) -> None:
+    figure, axes = DRAWINGS[name](title="layer4 and layer4, step 400")
+    assert_fits(figure)
+    assert "layer4 and layer4, step 400" in axes.get_title() + axes.get_title(loc="right")
+
+
+def test_a_plan_says_its_distance_and_what_a_random_order_would_show() -> None:
+    """Ordered by match even a random assignment is a diagonal."""
+    _, axes = plot_plan(random_plan(64, 64, 0), distance=torch.tensor(0.25))
+    assert axes.get_title() == ("Transport plan\ndistance 0.250, 100% of the mass on the diagonal, in random order 5%")
+    assert "100%" not in plot_plan(random_plan(64, 64, 0), order=False)[1].get_title()
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 80), (90, 30)])
+def test_the_share_of_a_random_order_is_that_of_orders_that_were_drawn(shape: tuple[int, int]) -> None:
+    plan = torch.rand(shape) ** 8
+    drawn = [diagonal_mass(plan[torch.randperm(shape[0])][:, torch.randperm(shape[1])])[0] for _ in range(200)]
+    assert sum(drawn) / len(drawn) == pytest.approx(diagonal_mass(plan)[1], rel=0.05)
+    assert diagonal_mass(uniform_plan(*shape))[0] == pytest.approx(diagonal_mass(plan)[1], rel=1e-4)
+
+
+def test_no_mass_is_white_and_more_is_darker() -> None:
+    colours = plan_colours()
+    assert colours(0.0) == (1, 1, 1, 1)
+    shades = [colours(value)[:3] for value in torch.linspace(0, 1, 30).tolist()]
+    luminances = [0.21 * red + 0.72 * green + 0.07 * blue for red, green, blue in shades]
+    assert all(a > b for a, b in pairwise(luminances))
+    assert plot_plan(torch.eye(8) / 8)[1].images[0].get_cmap().name == "plan"
