@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["axis_of_type", "is_elementwise", "role_of"]
+__all__ = ["axis_of_type", "is_elementwise", "is_normalisation", "role_of"]
 
 _CHANNELS_FIRST = re.compile(
     r"_ConvNd|_BatchNorm|_InstanceNorm|GroupNorm|LocalResponseNorm|\w*Norm\w*2[dD]|\w*ChannelsFirst"
-    r"|(Adaptive|Fractional)?(Max|Avg|LP)Pool[123]d|(Max)?Unpool[123]d|Upsample|Pixel(Uns|S)huffle"
+    r"|(Adaptive|Fractional)?(Max|Avg|LP)Pool[123]d|(Max)?Unpool[123]d|Pixel(Uns|S)huffle"
 )
-_CHANNELS_LAST = re.compile(
-    r"Linear|Conv1D|\w*LayerNorm|\w*RMSNorm|Embedding|MultiheadAttention|Transformer(En|De)coderLayer|RNNBase"
-)
+_CHANNELS_LAST = re.compile(r"Linear|Conv1D|Embedding|RNNBase")
+#: Types of PyTorch. Other modules that are only called so may have either layout.
+_OF_TORCH = {
+    "Upsample": 1,
+    "LayerNorm": -1,
+    "RMSNorm": -1,
+    "MultiheadAttention": -1,
+    "TransformerEncoderLayer": -1,
+    "TransformerDecoderLayer": -1,
+}
+_NORM = re.compile(r"\w*LayerNorm|\w*R(MS|ms)Norm")
 _POOL = re.compile(r"\w*(Max|Avg|LP|Adaptive)Pool\w*")
 #: May stand between a classification head and the output.
 _PASSIVE = {"Flatten", "Identity", "LogSoftmax", "ReLU", "Sigmoid", "Softmax", "Softplus", "Tanh", "Upsample"}
@@ -22,17 +31,21 @@ _ELEMENTWISE = {"DropPath", "Identity", "LayerScale", "StochasticDepth"}
 _ELEMENTWISE_HOMES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 
-def axis_of_type(module: nn.Module, dims: int) -> int | None:
+def axis_of_type(module: nn.Module, shape: Sequence[int]) -> int | None:
     """The axis of the neurons that follows from the type of a module; None where the type does not tell.
+
+    A normalisation that is only called LayerNorm may be channels-first, as in speech synthesis and image restoration:
+    the size of its weights tells, unless both axes have it.
 
     Args:
         module: The module.
-        dims: Number of axes of the tensor that enters or leaves it.
+        shape: Shape of the tensor that enters or leaves it.
 
     Example:
-        >>> axis_of_type(nn.Conv2d(3, 4, 1), 4), axis_of_type(nn.Linear(3, 4), 3), axis_of_type(nn.ReLU(), 3)
-        (1, 2, None)
+        >>> axis_of_type(nn.Conv2d(3, 4, 1), (2, 4, 9, 9)), axis_of_type(nn.Linear(3, 4), (2, 9, 4))
+        (1, 2)
     """
+    dims = len(shape)
     if dims < 2:
         return None
     if dims == 2:
@@ -41,12 +54,26 @@ def axis_of_type(module: nn.Module, dims: int) -> int | None:
         return 1
     normalized = getattr(module, "normalized_shape", ())
     # Subclasses before their bases: a LayerNorm2d is channels-first although its base is channels-last.
-    for name in _type_names(module):
-        if _CHANNELS_FIRST.fullmatch(name):
+    for base in type(module).__mro__:
+        name = base.__name__
+        if _CHANNELS_FIRST.fullmatch(name) or (name == "Upsample" and dims > 3):
             return 1
         if _CHANNELS_LAST.fullmatch(name):
-            return None if isinstance(normalized, tuple) and len(normalized) > 1 else dims - 1
+            return dims - 1
+        if name in _OF_TORCH and base.__module__.startswith("torch."):
+            return None if isinstance(normalized, tuple) and len(normalized) > 1 else _OF_TORCH[name] % dims
+        if _NORM.fullmatch(name):
+            by_weights = _axis_of_weights(module, shape)
+            if by_weights is not None or not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                return by_weights
     return None
+
+
+def _axis_of_weights(module: nn.Module, shape: Sequence[int]) -> int | None:
+    """The second or the last axis, if it alone has the size of the module's weights."""
+    sizes = {parameter.numel() for parameter in module.parameters()}
+    fitting = {axis for axis in (1, len(shape) - 1) if {shape[axis]} == sizes}
+    return fitting.pop() if len(fitting) == 1 else None
 
 
 def role_of(module: nn.Module) -> str:
@@ -63,6 +90,11 @@ def role_of(module: nn.Module) -> str:
     if any(_POOL.fullmatch(name) for name in names):
         return "pool"
     return "passive" if names[0] in _PASSIVE else ""
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether a module is called as one that normalises over the neurons and keeps the layout of its input."""
+    return any(_NORM.fullmatch(name) for name in _type_names(module))
 
 
 def is_elementwise(module: nn.Module) -> bool:

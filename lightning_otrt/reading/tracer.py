@@ -22,7 +22,7 @@ from lightning_otrt.reading.batch_facts import count_samples, is_rectified, is_s
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.mask_search import Call, MaskSearch
 from lightning_otrt.reading.masks import pad_nested
-from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, role_of
+from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation, role_of
 from lightning_otrt.reading.outputs import (
     all_tensors,
     as_container,
@@ -194,7 +194,7 @@ class _TraceHooks:
         source = self._source(tensor)
         axis = None
         if tensor is not None:
-            axis = axis_of_type(module, tensor.dim())
+            axis = axis_of_type(module, _shape(tensor, None))
             if axis is None and source is not None:
                 axis = source.neuron_axis
             for frame in self._running:
@@ -259,7 +259,7 @@ class _TraceHooks:
 
     def _note(self, name: str, module: nn.Module, value: Tensor, facts: TracedTensor) -> None:
         """Remember where a tensor came from, and let a module of known type vote on the axes of those around it."""
-        if axis_of_type(module, value.dim()) is not None and facts.neuron_axis is not None:
+        if axis_of_type(module, facts.shape) is not None and facts.neuron_axis is not None:
             for frame in self._running:
                 frame.votes.append((facts.shape, facts.neuron_axis))
         known = self._source(value)
@@ -287,7 +287,7 @@ class _TraceHooks:
 
     def _neuron_axis(self, module: nn.Module, frame: _Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:
         """The axis by the module's type, else by the layer that made the tensor, the votes of children or the input."""
-        by_type = axis_of_type(module, value.dim())
+        by_type = axis_of_type(module, shape)
         if by_type is not None:
             return by_type
         source = self._source(value)
@@ -296,13 +296,16 @@ class _TraceHooks:
         votes = {axis for voted, axis in frame.votes if voted == shape}
         if not votes:  # branches that were concatenated along the neurons
             votes = {axis for voted, axis in frame.votes if _without(voted, axis) == _without(shape, axis)}
+        if not votes and is_normalisation(module):  # what runs around it
+            votes = {axis for outer in self._running for voted, axis in outer.votes if voted == shape}
         if votes:
             return votes.pop() if len(votes) == 1 else None
         keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
         if not _has_children(module) and keeps_shape and frame.source is not None:
             axis = frame.source.neuron_axis
             # A layer of unknown type may permute. Its shape shows that, unless another axis has the same size.
-            if axis is not None and (is_elementwise(module) or shape.count(shape[axis]) == 1):
+            keeps_layout = is_elementwise(module) or is_normalisation(module)
+            if axis is not None and (keeps_layout or shape.count(shape[axis]) == 1):
                 return axis
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, role_of
@@ -43,7 +44,59 @@ class ChannelsFirst(nn.LayerNorm):
     ],
 )
 def test_axis_of_type(module, dims, axis):
-    assert axis_of_type(module, dims) == axis
+    assert axis_of_type(module, (2, 3, 4, 5, 6)[:dims]) == axis
+
+
+class LayerNorm(nn.Module):
+    """By hand, of either layout: VITS and Restormer have the channels first, T5 and Llama last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+
+class T5RmsNorm(nn.Module):
+    """With one parameter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class CastLayerNorm(nn.LayerNorm):
+    """A subclass that may permute before and after."""
+
+
+class MultiheadAttention(nn.Module):
+    """Called as one of PyTorch."""
+
+
+class Upsample(nn.Module):
+    """Of maps in most repositories, of tokens in some."""
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "axis"),
+    [
+        (LayerNorm(4), (2, 4, 9), 1),
+        (LayerNorm(4), (2, 9, 4), 2),
+        (LayerNorm(4), (2, 4, 9, 9), 1),
+        (LayerNorm(4), (2, 9, 9, 4), 3),
+        (LayerNorm(4), (2, 4, 4), None),
+        (LayerNorm(4), (2, 9, 9), None),
+        (T5RmsNorm(4), (2, 9, 4), 2),
+        (T5RmsNorm(4), (2, 4, 9), 1),
+        (CastLayerNorm(4), (2, 9, 4), 2),
+        (CastLayerNorm(4), (2, 4, 9), 1),
+        (CastLayerNorm(4), (2, 4, 4), 2),
+        (MultiheadAttention(), (2, 4, 9), None),
+        (Upsample(), (2, 4, 9), None),
+        (Upsample(), (2, 4, 9, 9), 1),
+        (nn.Upsample(4), (2, 4, 9), 1),
+    ],
+)
+def test_a_type_that_is_only_called_so(module, shape, axis):
+    assert axis_of_type(module, shape) == axis
 
 
 @pytest.mark.parametrize(

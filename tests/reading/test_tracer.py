@@ -173,6 +173,18 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class LayerNorm(nn.Module):
+    """Over axis 1, as in speech synthesis and image restoration, or over the last one."""
+
+    def __init__(self, width: int, axis: int = 1) -> None:
+        super().__init__()
+        self.gamma, self.axis = nn.Parameter(torch.ones(width)), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(self.axis, -1)
+        return (nn.functional.layer_norm(x, (x.shape[-1],)) * self.gamma).transpose(self.axis, -1)
+
+
 IMAGE = (2, 6, 8, 8)
 CUBE = (2, 8, 8, 8)
 AXES = [
@@ -185,6 +197,12 @@ AXES = [
     (nn.Sequential(nn.Conv2d(6, 8, 1), Permute()), IMAGE, "1", None),
     (nn.Sequential(nn.Conv2d(6, 8, 1), Permute(), nn.LayerNorm(8)), IMAGE, "2", 3),
     (nn.Sequential(nn.Conv2d(6, 8, 1), LayerNorm2d(8)), IMAGE, "1", 1),
+    (nn.Sequential(Residual(nn.Conv2d(6, 6, 1)), LayerNorm(6)), IMAGE, "1", 1),
+    # As many channels as rows and columns: what runs around it tells.
+    (nn.Sequential(Residual(nn.Conv2d(8, 8, 1)), LayerNorm(8)), CUBE, "1", 1),
+    (nn.Sequential(Residual(nn.Linear(8, 8)), LayerNorm(8, -1)), (2, 8, 8), "1", 2),
+    (nn.Sequential(nn.Conv1d(8, 8, 1), LayerNorm(8)), (2, 8, 8), "1", 1),
+    (nn.Sequential(LayerNorm(8)), (2, 8, 8), "0", None),
     (nn.GroupNorm(2, 6), IMAGE, "", 1),
     (nn.MaxPool2d(2), IMAGE, "", 1),
     (nn.LayerNorm([6, 8, 8]), IMAGE, "", None),
