@@ -78,6 +78,15 @@ def layer_reader(
             "positions, or pass grid=1.",
             stacklevel=2,
         )
+    if layout.more_than is not None and tensor is not None:
+        tokens, (rows, columns) = tensor.shape[1 - tensor.batch_axis], layout.more_than
+        warnings.warn(
+            f"The {where} has {tokens} tokens, {tokens - rows * columns} more than the grid of {rows} x {columns} "
+            "patches before it, and it is not known where they stand. All are read as a sequence. If they stand in "
+            "front, call their parameters cls_token and register_tokens in the network; else match layers without "
+            "positions, or pass grid=1.",
+            stacklevel=2,
+        )
     return NeuronReader(
         layer=where,
         neuron_axis=axis,

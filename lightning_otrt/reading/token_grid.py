@@ -11,6 +11,10 @@ from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 __all__ = ["TokenGrid", "find_token_grid"]
 
 
+#: More tokens than this beside the patches are another sequence, such as a text.
+_FEW = 16
+
+
 class _Map(NamedTuple):
     """Rows and columns of a map, the layer that it comes from, and the side of the squares that were merged.
 
@@ -33,6 +37,7 @@ class TokenGrid(NamedTuple):
         source: Name of the layer that gives the map which they come from.
         merged: The side of the square of its positions that each token holds.
         part_of: Rows and columns of the patches before the layer, where it has fewer tokens than these.
+        more_than: The same, where it has a few more, whose place is not known.
     """
 
     prefix: int = 0
@@ -40,6 +45,7 @@ class TokenGrid(NamedTuple):
     source: str = ""
     merged: int = 1
     part_of: tuple[int, int] | None = None
+    more_than: tuple[int, int] | None = None
 
 
 def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> TokenGrid:
@@ -65,6 +71,14 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
             found = next((found for found in reversed(fitting) if found.is_conv), fitting[-1])
             return TokenGrid(prefix, (found.rows, found.columns), found.source, found.merged)
     prefix = trace.prefix_tokens if tokens > trace.prefix_tokens else 0
+    for found in (found for found in reversed(maps) if found.is_conv and found.merged == 1):
+        size = found.rows, found.columns
+        more = tokens - math.prod(size)
+        # One token is a class token under any name, or made by code. Of several, some may stand behind the patches.
+        if more == 1 and tokens > 2:
+            return TokenGrid(1, size, found.source)
+        if 1 < more <= _FEW and math.prod(size) > 1:
+            return TokenGrid(prefix, more_than=size)
     last = maps[-1].rows, maps[-1].columns
     # Learned queries, latent vectors and the one token of class attention are no patches.
     is_learned = layer.looks_at_memory or tokens == 1 or not {tokens, tokens - prefix}.isdisjoint(trace.learned_tokens)

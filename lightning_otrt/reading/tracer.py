@@ -6,6 +6,7 @@ The model is the same before and after: no random number used up, no statistic o
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,8 +37,10 @@ from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward
 
 __all__ = ["trace"]
 
-#: Parameters that stand for tokens in front of the others.
-_PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
+#: Parameters that stand for tokens in front of the others: cls_token, class_embedding, dist_token, register_tokens, ...
+_PREFIX_TOKENS = re.compile(
+    r"(cls|class|dist|distill|distillation|reg|registers?)(_?(tok|token|emb|embed|embedding|embeds)s?)?"
+)
 
 
 def trace(
@@ -114,8 +117,9 @@ def trace(
 
 
 def _prefix_tokens(model: nn.Module) -> int:
-    sizes = (p.shape for name, p in model.named_parameters() if name.rpartition(".")[2] in _PREFIX_TOKENS)
-    return sum(shape[1] if len(shape) == 3 else 1 for shape in sizes)
+    named = [(name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters()]
+    found = (parameter for name, parameter in named if _PREFIX_TOKENS.fullmatch(name) and parameter.dim())
+    return sum(parameter.numel() // max(parameter.shape[-1], 1) for parameter in found)
 
 
 def _learned_tokens(model: nn.Module) -> frozenset[int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.reading.readers import layer_reader
 from lightning_otrt.reading.token_grid import TokenGrid, find_token_grid
 from lightning_otrt.reading.tracer import trace
 
@@ -50,6 +51,26 @@ class Kept(Patches):
         return tokens[:, torch.randperm(tokens.shape[1])[: tokens.shape[1] // 4]]
 
 
+class WithTokens(Patches):
+    """Learned tokens under some name, before or behind the patches."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], *, in_front: bool = True) -> None:
+        super().__init__()
+        setattr(self, name, nn.Parameter(torch.randn(shape)))
+        self.name, self.in_front = name, in_front
+
+    def select(self, tokens: Tensor) -> Tensor:
+        learned = getattr(self, self.name).reshape(1, -1, 6).expand(len(tokens), -1, -1)
+        return torch.cat([learned, tokens] if self.in_front else [tokens, learned], 1)
+
+
+class WithMean(Patches):
+    """The mean of all patches in front, as in the attention pooling of CLIP's ResNets."""
+
+    def select(self, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
+
+
 IMAGES = torch.randn(2, 3, 8, 12)
 
 
@@ -67,6 +88,48 @@ def test_merged_patches(name: str) -> None:
 def test_a_part_of_the_patches_is_no_grid(name: str) -> None:
     """Also where a layer behind it has another width."""
     assert grid_of(Kept((6, 24)), name, IMAGES) == TokenGrid(0, part_of=(4, 6))
+
+
+NAMES = ["cls_token", "class_embedding", "cls", "cls_tok", "class_emb", "dist_token", "query", "summary"]
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1, 6)])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_token_in_front_under_any_name(name: str, shape: tuple[int, ...]) -> None:
+    assert grid_of(WithTokens(name, shape), "linear", IMAGES) == TokenGrid(1, (4, 6), "embed")
+
+
+def test_one_token_in_front_without_a_parameter() -> None:
+    assert grid_of(WithMean(), "linear", IMAGES) == TokenGrid(1, (4, 6), "embed")
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 4, 6), (4, 1, 6)])
+@pytest.mark.parametrize("name", ["register_tokens", "reg_token", "registers", "class_tokens"])
+def test_several_tokens_in_front(name: str, shape: tuple[int, ...]) -> None:
+    assert grid_of(WithTokens(name, shape), "linear", IMAGES) == TokenGrid(4, (4, 6), "embed")
+
+
+@pytest.mark.parametrize("in_front", [False, True])
+def test_several_tokens_of_other_names_may_stand_anywhere(in_front: bool) -> None:
+    model = WithTokens("prompts", (4, 6), in_front=in_front)
+    assert grid_of(model, "linear", IMAGES) == TokenGrid(0, more_than=(4, 6))
+    with pytest.warns(UserWarning, match="'linear' has 28 tokens, 4 more than the grid of 4 x 6 patches before it"):
+        reader = layer_reader("student", trace(model, (IMAGES,)), "linear", 2, 4)
+    assert (reader.prefix_tokens, reader.token_grid) == (0, None)
+
+
+def test_more_tokens_than_a_few_are_another_sequence() -> None:
+    assert grid_of(WithTokens("text", (30, 6)), "linear", IMAGES) == TokenGrid()
+
+
+def test_vision_tower_of_clip() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    config = transformers.CLIPVisionConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    found = trace(transformers.CLIPVisionModel(config).eval(), (torch.randn(2, 3, 32, 32),))
+    (layer,) = [layer for layer in found.layers if layer.name.endswith("encoder.layers.0")]
+    assert layer.output is not None
+    assert find_token_grid(found, layer, layer.output)[:2] == (1, (4, 4))
 
 
 def test_swin() -> None:
