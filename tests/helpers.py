@@ -186,16 +186,31 @@ def hooks(*modules: nn.Module) -> list[str]:
     ]
 
 
+class Count:
+    """A number that extra forwards cannot set back as they do with lists and attributes."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __len__(self) -> int:
+        return self.number
+
+    def clear(self) -> None:
+        self.number = 0
+
+
 @contextmanager
-def forwards(module: nn.Module) -> Iterator[list[int]]:
+def forwards(module: nn.Module) -> Iterator[Count]:
     """Counts the forwards of a module, without a hook, which a deep copy would carry along."""
-    count: list[int] = []
+    count = Count()
     forward = module.forward
 
     # With its signature, by which masks are found.
     @functools.wraps(forward)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        count.append(1)
+        count.number += 1
         return forward(*args, **kwargs)
 
     module.forward = counted  # type: ignore[method-assign]

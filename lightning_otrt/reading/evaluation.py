@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.reading.torch_internals import all_buffers
+from lightning_otrt.reading.plain_state import PlainState
+from lightning_otrt.reading.torch_internals import all_buffers, without_parametrization_cache
 
 __all__ = ["in_evaluation", "state_restored"]
 
@@ -34,6 +36,7 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[N
         stack.enter_context(state_restored(model, inputs))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_without_autocast_cache())
+        stack.enter_context(without_parametrization_cache())
         if "torch._dynamo" in sys.modules:
             # Code compiled earlier would skip new hooks. If Dynamo was never imported, nothing is compiled.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -45,7 +48,10 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[N
 
 @contextmanager
 def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Restore training flags, buffers and random number generators after the block, also where it raises.
+    """Restore what a forward changes after the block, also where it raises.
+
+    That is training flags, buffers, random number generators, plain attributes of modules, and what forward hooks of
+    users write to, see :class:`~lightning_otrt.reading.plain_state.PlainState`.
 
     Args:
         model: The model that runs in the block.
@@ -58,12 +64,15 @@ def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
         for module in modules
     ]
     tensors = [*inputs, *model.parameters(), *model.buffers()]
+    plain, python = PlainState(modules), random.getstate()
     devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            random.setstate(python)
             with torch.no_grad():
+                plain.restore()
                 for module, flag in flags:
                     module.training = flag
                 for module, saved in zip(modules, buffers, strict=True):

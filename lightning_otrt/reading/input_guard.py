@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
-from types import SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["InputGuard"]
+__all__ = ["InputGuard", "tensors_in"]
 
 #: Values that no forward can change.
-_CONSTANT = (Tensor, nn.Module, str, bytes, int, float, complex, bool, type(None), torch.device, torch.dtype, type)
+_CONSTANT = (
+    *(nn.Module, str, bytes, int, float, complex, bool, type(None), torch.device, torch.dtype, torch.Generator, type),
+    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType),
+)
 
 
 class InputGuard:
     """Gives extra forwards inputs of their own.
 
-    Containers and data objects are copied, their tensors are not: a network may pop from its dictionary or fill in its
-    graph without the student seeing it. A tensor that is written to in place shows in the first forward: it is
-    restored, and from then on extra forwards get clones.
+    Containers and data objects are copied at all depths, their tensors are not: a network may pop from its dictionary,
+    fill in its graph or append to its cache without the student seeing it. A tensor that is written to in place shows
+    in the first forward: it is restored, and from then on extra forwards get clones.
 
     Example:
         >>> guard, x = InputGuard(), torch.ones(2)
@@ -41,7 +44,7 @@ class InputGuard:
 
     def copied(self, inputs: Any) -> Any:
         """The inputs in containers and data objects of their own; tensors are cloned if :attr:`clones`."""
-        return _copied(inputs, self.clones)
+        return _copied(inputs, self.clones, {})
 
     @contextmanager
     def first_forward(self, inputs: Any) -> Iterator[Any]:
@@ -50,7 +53,7 @@ class InputGuard:
         Args:
             inputs: What the student got, in any containers.
         """
-        tensors = [tensor for tensor in _tensors(inputs, set()) if not tensor.is_inference()]
+        tensors = [tensor for tensor in tensors_in(inputs) if not tensor.is_inference()]
         saved = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
         try:
             yield self.copied(inputs)
@@ -71,33 +74,63 @@ class InputGuard:
                 )
 
 
-def _copied(value: Any, clones: bool) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone() if clones else value
-    if isinstance(value, _CONSTANT):
+def _copied(value: Any, clones: bool, known: dict[int, tuple[Any, Any]]) -> Any:
+    """A copy of containers and objects at all depths. ``known`` holds each original with its copy, by identity."""
+    if (isinstance(value, Tensor) and not clones) or isinstance(value, _CONSTANT):
         return value
+    if id(value) not in known:
+        known[id(value)] = value, value  # an object that holds itself
+        known[id(value)] = value, _new_copy(value, clones, known)
+    return known[id(value)][1]
+
+
+def _new_copy(value: Any, clones: bool, known: dict[int, tuple[Any, Any]]) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
     if isinstance(value, tuple):
-        items = [_copied(item, clones) for item in value]
+        items = [_copied(item, clones, known) for item in value]
         return (
             type(value)(*items) if hasattr(value, "_fields") else type(value)(items) if type(value) is tuple else value
         )
     if type(value) is list:
-        return [_copied(item, clones) for item in value]
+        return [_copied(item, clones, known) for item in value]
     if type(value) is dict:  # not by `copy`, which code that is being compiled cannot contain
-        return {key: _copied(item, clones) for key, item in value.items()}
+        return {key: _copied(item, clones, known) for key, item in value.items()}
     try:
         own = copy.copy(value)
     except Exception:  # what cannot be copied is passed on as it is
         return value
+    if own is value:
+        return value
+    known[id(value)] = value, own
     if isinstance(own, MutableMapping):
         for key, item in value.items():
-            own[key] = _copied(item, clones)
-    elif is_dataclass(own) or isinstance(own, SimpleNamespace):
-        for key, item in vars(value).items():
-            object.__setattr__(own, key, _copied(item, clones))
-    elif clones and hasattr(own, "clone"):  # a graph, or a batch of graphs, of PyTorch Geometric
-        own = own.clone()
+            own[key] = _copied(item, clones, known)
+        return own
+    if isinstance(own, (list, deque)):
+        items = [_copied(item, clones, known) for item in own]
+        own.clear()
+        own.extend(items)
+    if hasattr(own, "__dict__") and vars(own) is not vars(value):
+        # In the dictionary itself: a graph of PyTorch Geometric, or a frozen dataclass, has attributes of its own.
+        for key, item in list(vars(own).items()):
+            vars(own)[key] = _copied(item, clones, known)
+    for key in _slots(type(own)):
+        if hasattr(own, key):
+            object.__setattr__(own, key, _copied(getattr(own, key), clones, known))
     return own
+
+
+def _slots(kind: type) -> list[str]:
+    """Names of attributes outside of ``__dict__``."""
+    found = [getattr(base, "__slots__", ()) for base in kind.__mro__ if base.__module__ != "builtins"]
+    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    return [name for name in names if not name.startswith("__")]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers and in the attributes of data objects, each once."""
+    return _tensors(value, set())
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -5,20 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "add_forward_hook",
     "add_forward_pre_hook",
     "all_buffers",
+    "forward_hooks_of",
     "has_freed_graph",
     "is_compiled",
     "is_in_backward",
+    "without_parametrization_cache",
 ]
 
 
@@ -34,6 +38,25 @@ def is_in_backward() -> bool:
 def all_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name. Unlike ``named_buffers`` it includes those that are None."""
     return dict(module._buffers.items())
+
+
+def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The forward hooks and forward pre-hooks of a module, of whoever registered them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+@contextmanager
+def without_parametrization_cache() -> Iterator[None]:
+    """Neither use nor fill the cache of ``parametrize.cached()`` inside the block.
+
+    A forward without gradient would leave weights in it that carry none, and training would go on with these.
+    """
+    state: Any = parametrize
+    before, state._cache_enabled = state._cache_enabled, 0
+    try:
+        yield
+    finally:
+        state._cache_enabled = before
 
 
 def has_freed_graph(tensors: Iterable[Tensor]) -> bool:

@@ -16,6 +16,7 @@ from lightning_otrt.teacher.borrowed import BorrowedModule
 from lightning_otrt.teacher.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.identity import checksum_before, stem_checksum
 from lightning_otrt.teacher.load import wrong_form
+from lightning_otrt.teacher.past_states import check_no_past_states
 from lightning_otrt.teacher.separate import check_separate
 
 __all__ = ["Teacher"]
@@ -153,11 +154,14 @@ class Teacher:
 
         Raises:
             TypeError: If ``inputs`` returns anything but a tensor, a tuple or a dict.
+            ValueError: If there is no such function, and the student's hold states of an earlier forward.
         """
         given = args, dict(kwargs)
         with torch.no_grad():
             if self._inputs is not None:
                 given = _as_arguments(self._inputs(*args, **kwargs))
+            elif not torch.compiler.is_compiling():
+                check_no_past_states(args, kwargs)
             dtype = self._dtype or self._own_dtype
             if dtype is not None:
                 given = apply_to_collection(given, Tensor, _cast, dtype)

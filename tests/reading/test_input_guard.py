@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, deque, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 
@@ -34,6 +34,42 @@ class Store:
         self.store[name] = value
 
 
+class Cache:
+    """A cache as Hugging Face has them: layers in a list, tensors in the attributes of these."""
+
+    def __init__(self) -> None:
+        self.layers = [SimpleNamespace(keys=value())]
+        self.queue, self.itself = deque([[1]]), self
+
+
+class Nested:
+    """A graph as PyTorch Geometric has them: attributes in a dictionary, which a plain copy shares."""
+
+    def __init__(self, **values: Tensor) -> None:
+        self.__dict__["store"] = dict(values)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.__dict__["store"][name]
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        self.store[name] = value
+
+
+class Slots:
+    __slots__ = ("inner",)
+
+    def __init__(self) -> None:
+        self.inner = {"x": value()}
+
+
+def lengthen(batch):
+    batch.layers[0].keys = torch.cat([batch.layers[0].keys] * 2)
+    batch.layers.append(SimpleNamespace())
+    batch.itself.queue[0].append(1)
+
+
 def value() -> Tensor:
     return torch.arange(4.0)
 
@@ -57,6 +93,11 @@ def fill(batch):
         (lambda: Graph(value(), {}), lambda batch: batch.extra.update(y=value()), lambda batch: len(batch.extra)),
         (lambda: SimpleNamespace(x=value()), fill, lambda batch: sorted(vars(batch))),
         (lambda: Store(x=value()), fill, lambda batch: sorted(batch.store)),
+        (Cache, lengthen, lambda batch: [len(batch.layers), batch.queue[0], len(batch.layers[0].keys)]),
+        (lambda: {"cache": [Cache()]}, lambda b: lengthen(b["cache"][0]), lambda b: len(b["cache"][0].layers)),
+        (lambda: Nested(x=value()), fill, lambda batch: sorted(batch.store)),
+        (lambda: SimpleNamespace(a=SimpleNamespace(x=[])), lambda b: b.a.x.append(1), lambda b: len(b.a.x)),
+        (Slots, lambda batch: batch.inner.clear(), lambda batch: len(batch.inner)),
         (lambda: ({"x": value()},), lambda batch: batch[0].clear(), lambda batch: list(batch[0])),
         (lambda: Point({"x": value()}, 1), lambda batch: batch.x.clear(), lambda batch: list(batch.x)),
     ],
@@ -118,3 +159,15 @@ def test_inference_tensors_have_no_version():
         x = value()
     with InputGuard().first_forward((x,)) as (own,):
         assert own is x
+
+
+def test_copies_keep_what_is_the_same_object():
+    guard, x = InputGuard(), value()
+    shared = [x]
+    guard.clones = True
+    first, second, cache = guard.copied((shared, {"x": shared}, Cache()))
+    assert first is second["x"]
+    assert first is not shared
+    assert torch.equal(first[0], x)
+    assert first[0] is not x
+    assert cache.itself is cache
