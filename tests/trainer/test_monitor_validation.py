@@ -65,7 +65,7 @@ class TestValidation:
                 monitor = OTRTMonitor(99, validation=validation, figures=False)
                 task = make_task(ValidatedTask)
                 fit(task, OTRTCallback(teacher, LAYERS), monitor, validation=loader(16), max_epochs=1)
-        assert len(runs) == 9 + 9 + 2
+        assert len(runs) == 8 + 8 + 2, "the traces leave no sign"
 
     def test_what_goes_wrong_does_not_end_the_fit(self):
         class Widens(ValidatedTask):
