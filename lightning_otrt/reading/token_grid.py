@@ -61,7 +61,8 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         tensor: What it gives, or what enters it: ``(B, T, C)`` or ``(T, B, C)``.
     """
     tokens = tensor.shape[1 - tensor.batch_axis]
-    maps = _maps([*_before(trace, layer), replace(layer, output=None)], trace)
+    before = [*_before(trace, layer), replace(layer, output=None)]
+    maps = _maps(before, trace, _gets_images(trace, layer))
     if not maps:
         return TokenGrid()
     # The declared prefix first, then none: some models add it after this layer.
@@ -91,9 +92,7 @@ def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
     Layers of another tower are left out: inside a module that takes an input of the whole model (a text encoder), what
     ran before that module (an image encoder) does not lead to it.
     """
-    parts = layer.name.split(".")
-    towers = [".".join(parts[:end]) for end in range(1, len(parts))]
-    inside = [f"{name}." for name in towers if trace.layer(name).takes_model_input and name != trace.root]
+    inside = [f"{tower.name}." for tower in _towers(trace, layer)]
     ran = [
         other
         for other in trace.layers
@@ -104,11 +103,30 @@ def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
     return sorted(ran, key=lambda other: other.order or 0)
 
 
-def _maps(layers: list[TracedLayer], trace: Trace) -> list[_Map]:
-    """The maps that the layers give, and those of merged tokens that enter them, in order."""
+def _towers(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
+    """The modules around a layer that take an input of the whole model, the outermost first."""
+    parts = layer.name.split(".")
+    around = [trace.layer(".".join(parts[:end])) for end in range(1, len(parts))]
+    return [module for module in around if module.takes_model_input and module.name != trace.root]
+
+
+def _gets_images(trace: Trace, layer: TracedLayer) -> bool:
+    """Whether a tensor of four or more axes enters the innermost tower around a layer."""
+    towers = _towers(trace, layer)
+    around = towers[-1] if towers else trace.layer(trace.root)
+    return any(len(shape) > 3 for shape in around.input_shapes)
+
+
+def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_Map]:
+    """The maps that the layers give, and those of merged tokens that enter them, in order.
+
+    Where tokens come first, as of a text, a map that has not as many positions is none of theirs: convolutions run over
+    (heads, tokens, width) or over attention, too.
+    """
     found: list[_Map] = []
     #: The numbers of channels that were seen with each number of positions.
     channels: dict[int, set[int]] = {}
+    had_tokens = False
     for layer in layers:
         if layer.input is not None and (merged := _merged(layer.input, found, channels)) is not None:
             found.append(merged)
@@ -117,10 +135,13 @@ def _maps(layers: list[TracedLayer], trace: Trace) -> list[_Map]:
             continue
         if len(tensor.shape) == 4 and tensor.neuron_axis is not None and tensor.shape[0] == trace.batch_size:
             rows, columns = tensor.positions
+            if not (gets_images or found) and had_tokens and rows * columns not in channels:
+                continue
             found.append(_Map(rows, columns, layer.name, layer.role in ("conv", "pointwise")))
             channels.setdefault(rows * columns, set()).add(tensor.shape[tensor.neuron_axis])
         elif len(tensor.shape) == 3:
             channels.setdefault(tensor.shape[1 - tensor.batch_axis], set()).add(tensor.shape[2])
+            had_tokens |= tensor.neuron_axis == 2 and tensor.shape[tensor.batch_axis] == trace.batch_size
     return found
 
 

@@ -118,6 +118,56 @@ def test_several_tokens_of_other_names_may_stand_anywhere(in_front: bool) -> Non
     assert (reader.prefix_tokens, reader.token_grid) == (0, None)
 
 
+class TextAttention(nn.Module):
+    """Tokens of a text, and a convolution that makes 24 x 16 numbers of them, as in Nystromformer."""
+
+    def __init__(self, over: str) -> None:
+        super().__init__()
+        self.embed, self.linear, self.over = nn.Embedding(20, 32), nn.Linear(32, 32), over
+        self.conv = nn.Conv2d(2, 2, (5, 1), padding=(2, 0)) if over == "heads" else nn.Conv2d(1, 2, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        if self.over == "heads":
+            mixed = self.conv(x.unflatten(2, (2, 16)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        else:  # the scores of attention
+            mixed = self.conv((x @ x.mT)[:, None]).mean(1) @ x
+        return self.linear(x + mixed)
+
+
+@pytest.mark.parametrize(("over", "tokens"), [("heads", 24), ("heads", 16), ("scores", 16), ("scores", 25)])
+def test_a_convolution_over_attention_makes_no_grid_of_a_text(over: str, tokens: int) -> None:
+    assert grid_of(TextAttention(over), "linear", torch.randint(0, 20, (2, tokens))) == TokenGrid()
+
+
+class Spectrogram(nn.Module):
+    """Patches of an input without an axis of channels, and a convolution over tokens that lie on their grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.linear = nn.Conv2d(1, 6, 2, 2), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.linear(self.embed(x[:, None]).flatten(2).mT)
+        return self.linear.forward(self.mix(tokens.mT.unflatten(2, (4, 6))).flatten(2).mT)
+
+
+def test_spectrograms_have_patches() -> None:
+    assert grid_of(Spectrogram(), "linear", torch.randn(2, 8, 12)) == TokenGrid(0, (4, 6), "embed")
+
+
+def test_tokens_that_a_convolution_mixes_as_a_map_lie_on_it() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mix, self.last = nn.Linear(3, 6), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 6)
+
+        def forward(self, patches: Tensor) -> Tensor:
+            return self.last(self.mix(self.first(patches).mT.unflatten(2, (4, 6))).flatten(2).mT)
+
+    assert grid_of(Mixed(), "last", torch.randn(2, 24, 3)) == TokenGrid(0, (4, 6), "mix")
+
+
 def test_more_tokens_than_a_few_are_another_sequence() -> None:
     assert grid_of(WithTokens("text", (30, 6)), "linear", IMAGES) == TokenGrid()
 
