@@ -16,8 +16,8 @@ def bound_arguments(
 ) -> dict[str, Any]:
     """The arguments of ``module(*args, **kwargs)`` by the names in the signature of its ``forward``.
 
-    ``net(ids, mask)`` and ``net(ids, attention_mask=mask)`` give the same. Where the only positional argument is a
-    mapping, as some networks take a whole batch, its items count as arguments too. Positional arguments without a name
+    ``net(ids, mask)`` and ``net(ids, attention_mask=mask)`` give the same. Where an argument is a mapping, as
+    some networks take a whole batch, its items count as arguments too. Positional arguments without a name
     (``*args``, or a forward whose signature cannot be read) get their position as name.
 
     Args:
@@ -32,8 +32,9 @@ def bound_arguments(
         {'input': 'x'}
     """
     found: dict[str, Any] = {}
-    if len(args) == 1 and isinstance(args[0], Mapping):
-        found.update({str(name): value for name, value in args[0].items()})
+    for whole in (*args, *kwargs.values()):
+        if isinstance(whole, Mapping):
+            found.update({str(name): value for name, value in whole.items()})
     try:
         signature = inspect.signature(getattr(module, method))
         bound = signature.bind_partial(*args, **kwargs)

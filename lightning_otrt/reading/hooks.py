@@ -171,8 +171,9 @@ class NoteMask(_Hook):
         value = kwargs.get(name)
         if value is None and self.position is not None and self.position < len(args):
             value = args[self.position]
-        if value is None and len(args) == 1 and isinstance(args[0], Mapping):
-            value = args[0].get(name)
+        if value is None:
+            wholes = (whole for whole in (*args, *kwargs.values()) if isinstance(whole, Mapping))
+            value = next((whole[name] for whole in wholes if name in whole), None)
         mask = as_rows(value, self.source)
         recorder.current.masks[self.key] = None if mask is None else valid_tokens(mask, self.source)
 
