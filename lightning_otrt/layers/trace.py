@@ -116,6 +116,9 @@ class Trace:
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.
         learned_tokens: Numbers of rows of parameters that may be learned tokens, such as queries and latent vectors.
+        draws_random: Whether the forward drew random numbers although it ran in evaluation mode.
+        reordered: Names of layers that hold the samples in another order than the inputs; ``":input"`` for what enters.
+        unclear_axes: Names of layers of which nothing tells the axis of the samples.
     """
 
     layers: tuple[TracedLayer, ...]
@@ -126,6 +129,9 @@ class Trace:
     prefix_tokens: int = 0
     arguments: tuple[TracedMask, ...] = ()
     learned_tokens: frozenset[int] = frozenset()
+    draws_random: bool = False
+    reordered: tuple[str, ...] = ()
+    unclear_axes: tuple[str, ...] = ()
 
     @property
     def shows_output(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_otrt.reading.plain_state import PlainState
 from lightning_otrt.reading.torch_internals import all_buffers, without_parametrization_cache
 
-__all__ = ["in_evaluation", "state_restored"]
+__all__ = ["in_evaluation", "random_state", "state_restored"]
 
 
 @contextmanager
@@ -77,6 +77,13 @@ def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
                     module.training = flag
                 for module, saved in zip(modules, buffers, strict=True):
                     _restore_buffers(module, saved)
+
+
+def random_state(inputs: Iterable[Tensor] = ()) -> list[object]:
+    """States of the random number generators of Python, of the CPU and of the devices of tensors, to be compared."""
+    devices = {tensor.device for tensor in inputs if tensor.device.type == "cuda"}
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    return [random.getstate(), *(state.tolist() for state in states)]
 
 
 def _with_flags(model: nn.Module) -> list[nn.Module]:

@@ -23,6 +23,7 @@ from lightning_otrt.reading.reach import describe_reach
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Readers
 from lightning_otrt.reading.root import split_root
+from lightning_otrt.reading.sample_warnings import warn_of_other_samples
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.views import NeuronCounts
 
@@ -138,11 +139,12 @@ def pair_layers(
 
 
 def _checked(pairing: Pairing) -> Pairing:
-    """The pairing, after warnings where padding is not left out."""
+    """The pairing, after warnings where padding is not left out or samples do not match."""
     masks = [pair_masks(pair, pairing.student, pairing.teacher) for pair in pairing.pairs]
     warn_of_unused_masks("student", {pair.student: found[0] for pair, found in zip(pairing.pairs, masks, strict=True)})
     warn_of_unused_masks("teacher", {pair.teacher: found[1] for pair, found in zip(pairing.pairs, masks, strict=True)})
     warn_of_one_sided_masks(pairing.pairs, masks, pairing.student, pairing.teacher)
+    warn_of_other_samples(pairing.pairs, pairing.student, pairing.teacher)
     return pairing
 
 

@@ -20,7 +20,8 @@ from lightning_otrt.layers.names import child_names, is_inside, named_layers, pr
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.arguments import bound_arguments
 from lightning_otrt.reading.batch_facts import count_samples, is_rectified, is_sequence_first
-from lightning_otrt.reading.evaluation import in_evaluation
+from lightning_otrt.reading.evaluation import in_evaluation, random_state
+from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.mask_search import Call, MaskSearch
 from lightning_otrt.reading.masks import pad_nested
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation, role_of
@@ -33,6 +34,7 @@ from lightning_otrt.reading.outputs import (
     returned_tensors,
     sequence_output,
 )
+from lightning_otrt.reading.sample_order import settle_order
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
 
 __all__ = ["trace"]
@@ -87,6 +89,7 @@ def trace(
     inputs = list(all_tensors((tuple(args), dict(kwargs or {}))))
     taken = bound_arguments(target, tuple(args), kwargs or {}, method or "forward")
     call = Call(primary[id(target)], target, taken, method or "forward")
+    spare = InputGuard().copied((tuple(args), dict(kwargs or {})))
     recorder = _TraceHooks(inputs, values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
@@ -100,11 +103,13 @@ def trace(
                 after = add_forward_hook(module, functools.partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
         run = getattr(target, method) if method else target
+        state = random_state(inputs)
         returned = returned_tensors(run(*args, **(kwargs or {})))
+        draws_random = random_state(inputs) != state
         layers = tuple(
             recorder.layer(name, module, returned) for name, module in modules.items() if primary[id(module)] == name
         )
-    return Trace(
+    traced = Trace(
         layers=layers,
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
@@ -113,7 +118,9 @@ def trace(
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
         learned_tokens=_learned_tokens(target),
+        draws_random=draws_random,
     )
+    return settle_order(model, traced, spare, method)
 
 
 def _prefix_tokens(model: nn.Module) -> int:

@@ -1,0 +1,169 @@
+"""The axis of the samples, and samples in another order, where sizes do not tell them."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from transformers import XLNetConfig, XLNetModel
+
+from lightning_otrt import RepresentationTransfer, neurons, transport_distance
+from lightning_otrt.reading.tracer import trace
+
+
+class Mixing(nn.Module):
+    """Attention along the first axis, without anything that tells it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, B, C)
+        weights = torch.einsum("tbc,sbc->bts", x, x).softmax(-1)
+        return x + self.value(torch.einsum("bts,sbc->tbc", weights, x))
+
+
+class Text(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, width), nn.Linear(width, 3)
+        self.layers = nn.ModuleList(Mixing(width) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(0))
+
+
+class Padded(nn.Module):
+    """Sorts by length, as packing once asked for; or lets the packing do it."""
+
+    def __init__(self, width: int, *, sorts: bool) -> None:
+        super().__init__()
+        self.sorts = sorts
+        self.rnn, self.head = nn.GRU(5, width, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if not self.sorts:
+            _, last = self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+            return self.head(last[-1])
+        lengths, order = lengths.sort(descending=True)
+        _, last = self.rnn(pack_padded_sequence(x[order], lengths, batch_first=True))
+        return self.head(last[-1][order.argsort()])
+
+
+class Diffusion(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.net(x + (torch.randn_like(x) if noise is None else noise))
+
+
+def xlnet(width: int) -> nn.Module:
+    config = XLNetConfig(vocab_size=30, d_model=width, n_layer=2, n_head=2, d_inner=16)
+    return XLNetModel(config).eval()
+
+
+def term(student, teacher, layers, *inputs):
+    transfer = RepresentationTransfer(teacher, layers, plan="exact")
+    with transfer.attached(student):
+        student(*inputs)
+        transfer.loss()
+    return transfer.transport_value
+
+
+def outputs(net, name, *inputs):
+    found = []
+    with net.get_submodule(name).register_forward_hook(lambda module, args, output: found.append(output)):
+        net(*inputs)
+    return found[0][0] if isinstance(found[0], tuple) else found[0]
+
+
+@pytest.mark.parametrize(("make", "name"), [(Text, "layers.1"), (xlnet, "layer.1")], ids=["own attention", "XLNet"])
+@pytest.mark.parametrize(("samples", "length"), [(12, 12), (12, 9), (9, 12)])
+def test_sequence_first_whatever_the_sizes(make, name, samples, length):
+    student, teacher = make(8), make(16)
+    ids = torch.randint(30, (samples, length))
+    found = term(student, teacher, {name: name}, ids)
+    # The reading of (T, B, C) is that of its transpose, by the public function for one tensor.
+    both = [neurons(outputs(net, name, ids).transpose(0, 1), neuron_axis=-1) for net in (student, teacher)]
+    torch.testing.assert_close(found, transport_distance(*both, plan="exact").value)
+    order = torch.randperm(samples)
+    torch.testing.assert_close(term(student, teacher, {name: name}, ids[order]), found)
+
+
+def test_batch_first_stays_so():
+    net = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 8))
+    layer = trace(net, (torch.randint(30, (6, 6)),)).layer("1")
+    assert (layer.batch_axis, layer.neuron_axis) == (0, 2)
+
+
+def test_a_warning_where_nothing_tells():
+    class Shuffling(nn.Module):
+        """Its positions come from outside, and mix with the samples of a permuted batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(30, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+        def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+            return self.layer(self.embed(ids) + positions[None, :, None])
+
+    ids, positions = torch.randint(30, (6, 6)), torch.randn(6)
+    with pytest.warns(UserWarning, match=r"as many samples as its sequences have positions \(6\)"):
+        term(Shuffling(), Shuffling(), {"layer": "layer"}, ids, positions)
+    term(Shuffling(), Shuffling(), {"layer": "layer"}, torch.randint(30, (5, 6)), positions)
+
+
+def test_samples_that_are_sorted_inside():
+    inputs = torch.randn(8, 6, 5), torch.randint(2, 7, (8,))
+    sorting, plain = Padded(8, sorts=True), Padded(8, sorts=False)
+    assert "rnn" in trace(sorting, inputs).reordered
+    assert trace(plain, inputs).reordered == ()
+    with pytest.warns(UserWarning, match=r"student layers \['rnn'\] hold the samples in another order"):
+        term(sorting, Padded(16, sorts=False), {"rnn": "rnn"}, *inputs)
+    with pytest.warns(UserWarning, match=r"teacher layers \['rnn'\] hold the samples in another order"):
+        term(plain, Padded(16, sorts=True), {"rnn": "rnn"}, *inputs)
+
+
+def test_the_same_order_on_both_sides_is_right():
+    inputs = torch.randn(8, 6, 5), torch.tensor([2, 3, 6, 5, 4, 1, 7, 8]).clamp_max(6)
+    teacher = Padded(16, sorts=True)
+    student, plain = Padded(8, sorts=True), Padded(8, sorts=False)
+    plain.load_state_dict(student.state_dict())
+    teacher_plain = Padded(16, sorts=False)
+    teacher_plain.load_state_dict(teacher.state_dict())
+    found = term(student, teacher, {"rnn": "rnn"}, *inputs)
+    torch.testing.assert_close(found, term(plain, teacher_plain, {"rnn": "rnn"}, *inputs))
+
+
+def test_noise_that_each_network_draws_for_itself():
+    x = torch.randn(8, 4)
+    told = r"The forward of the student \(Diffusion\) and that of the teacher \(Diffusion\) draws random numbers"
+    with pytest.warns(UserWarning, match=told):
+        term(Diffusion(8), Diffusion(8), {"net.1": "net.1"}, x)
+    student, teacher, noise = Diffusion(8), Diffusion(6), torch.randn(8, 4)
+    found = term(student, teacher, {"net.1": "net.1"}, x, noise)
+    both = [neurons(net.net[:2](x + noise), neuron_axis=-1) for net in (student, teacher)]
+    torch.testing.assert_close(found, transport_distance(*both, plan="exact").value)
+
+
+def test_others_run_once():
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not warnings.warn("runs", stacklevel=2)
+            return self.layer(x)
+
+    with pytest.warns(UserWarning, match="runs") as caught:
+        trace(Once(), (torch.randn(5, 4),))
+    assert len(caught) == 1
