@@ -129,7 +129,7 @@ def _block_candidates(trace: Trace) -> list[TracedLayer]:
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
         # Inside attention, windows and unfolded patches count as samples; such layers are no blocks of the network.
-        is_of_batch = tensor.shape[tensor.batch_axis] == trace.batch_size
+        is_of_batch = trace.is_sample_count(tensor.shape[tensor.batch_axis])
         if not after_head and not (holds_all and layer.gives_model_output) and is_of_batch:
             found.append(layer)
     return found

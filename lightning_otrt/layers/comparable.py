@@ -127,7 +127,7 @@ def _is_usable(layer: TracedLayer, trace: Trace, head: TracedLayer | None) -> bo
         return False
     if head is not None and (layer.order or 0) >= (head.order or 0):
         return False
-    return tensor.shape[tensor.batch_axis] == trace.batch_size and not adds_nothing(layer)
+    return trace.is_sample_count(tensor.shape[tensor.batch_axis]) and not adds_nothing(layer)
 
 
 def _representatives(names: list[str], usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> Iterator[str]:

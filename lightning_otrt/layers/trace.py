@@ -113,6 +113,7 @@ class Trace:
         aliases: ``(other name, name)`` of modules that are registered under several names.
         output_shapes: Shapes of the floating-point tensors that the root returned.
         batch_size: Number of samples, on which inputs and outputs agree.
+        input_samples: Numbers of samples of its inputs of two or more axes: two towers may have different ones.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.
         learned_tokens: Numbers of rows of parameters that may be learned tokens, such as queries and latent vectors.
@@ -126,6 +127,7 @@ class Trace:
     aliases: tuple[tuple[str, str], ...] = ()
     output_shapes: tuple[tuple[int, ...], ...] = ()
     batch_size: int = 0
+    input_samples: frozenset[int] = frozenset()
     prefix_tokens: int = 0
     arguments: tuple[TracedMask, ...] = ()
     learned_tokens: frozenset[int] = frozenset()
@@ -137,6 +139,10 @@ class Trace:
     def shows_output(self) -> bool:
         """Whether the root returned a tensor that may be logits or a map: no loss alone, no predicted classes."""
         return any(len(shape) >= 2 for shape in self.output_shapes)
+
+    def is_sample_count(self, size: int) -> bool:
+        """Whether a size is the number of samples, of the whole batch or of one of several towers."""
+        return size == self.batch_size or size in self.input_samples
 
     def layer(self, name: str) -> TracedLayer:
         """The layer of that name or alias; ``":input"`` is ignored.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["count_samples", "is_rectified", "is_sequence_first"]
+__all__ = ["count_samples", "input_samples", "is_rectified", "is_sequence_first"]
 
 #: Smooth rectifiers (GELU, SiLU, Mish, Hardswish) have small negative values, none of them below this one.
 LOWEST = -0.4
@@ -85,3 +85,14 @@ def count_samples(inputs: Sequence[Tensor], outputs: Iterable[Tensor], *, sequen
     most = max(votes.values())
     tied = [size for size, count in votes.items() if count == most]
     return next((size for size in first if size in tied), tied[0])
+
+
+def input_samples(inputs: Sequence[Tensor]) -> frozenset[int]:
+    """The sizes along the first axis of inputs with two or more axes: images and prompts may differ in number.
+
+    Example:
+        >>> import torch
+        >>> sorted(input_samples([torch.zeros(8, 3, 4, 4), torch.zeros(5, 10), torch.zeros(1, 7), torch.zeros(2)]))
+        [5, 8]
+    """
+    return frozenset(tensor.shape[0] for tensor in inputs if not tensor.is_nested and tensor.dim() > 1) - {1}

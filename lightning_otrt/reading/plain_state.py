@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.reading.torch_internals import all_buffers, forward_hooks_of
+from lightning_otrt.reading.torch_internals import all_buffers, forward_hook_tables
 
 __all__ = ["PlainState"]
 
@@ -58,8 +58,10 @@ class PlainState:
         for module in modules:
             self._visit(module, 0)
         for module in modules:
-            for hook in forward_hooks_of(module):
-                self._visit(hook, 0)
+            for table in forward_hook_tables(module):
+                self._visit_all(list(table.values()), 0)
+                # A forward that registers hooks notes in an attribute that it did: both are forgotten.
+                self._undo.append(_forget_new(table))
 
     def restore(self) -> None:
         """Set everything back to what it was."""
@@ -173,8 +175,8 @@ def _set_generator(generator: torch.Generator) -> Callable[[], None]:
     return undo
 
 
-def _forget_new(attributes: dict[str, Any]) -> Callable[[], None]:
-    """Deletes the attributes that come later."""
+def _forget_new(attributes: dict[Any, Any]) -> Callable[[], None]:
+    """Deletes the attributes or hooks that come later."""
     before = frozenset(attributes)
 
     def undo() -> None:

@@ -133,7 +133,7 @@ def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_M
         tensor = layer.output
         if tensor is None:
             continue
-        if len(tensor.shape) == 4 and tensor.neuron_axis is not None and tensor.shape[0] == trace.batch_size:
+        if len(tensor.shape) == 4 and tensor.neuron_axis is not None and trace.is_sample_count(tensor.shape[0]):
             rows, columns = tensor.positions
             if not (gets_images or found) and had_tokens and rows * columns not in channels:
                 continue

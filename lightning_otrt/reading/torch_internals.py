@@ -18,7 +18,7 @@ __all__ = [
     "add_forward_hook",
     "add_forward_pre_hook",
     "all_buffers",
-    "forward_hooks_of",
+    "forward_hook_tables",
     "has_freed_graph",
     "is_compiled",
     "is_in_backward",
@@ -40,9 +40,11 @@ def all_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return dict(module._buffers.items())
 
 
-def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """The forward hooks and forward pre-hooks of a module, of whoever registered them."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+def forward_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """The tables of a module's forward pre-hooks and forward hooks, of whoever registered them, and of their flags."""
+    of_hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+    flags: list[dict[int, Any]] = [module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs]
+    return [*of_hooks, *flags, module._forward_hooks_always_called]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.names import child_names, is_inside, named_layers, primary_names
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.arguments import bound_arguments
-from lightning_otrt.reading.batch_facts import count_samples, is_rectified, is_sequence_first
+from lightning_otrt.reading.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
 from lightning_otrt.reading.evaluation import in_evaluation, random_state
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.mask_search import Call, MaskSearch
@@ -115,6 +115,7 @@ def trace(
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
         output_shapes=tuple(_shape(tensor, None) for tensor in returned if tensor.is_floating_point()),
         batch_size=count_samples(inputs, returned, sequence_first=is_sequence_first(target) or False),
+        input_samples=input_samples(inputs),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
         learned_tokens=_learned_tokens(target),

@@ -166,3 +166,27 @@ def test_the_queue_keeps_its_length():
     model.queue.append(3)
     state.restore()
     assert (list(model.queue), model.queue.maxlen) == ([1, 2], 2)
+
+
+def test_hooks_that_a_forward_registers():
+    """As networks of Hugging Face do to collect hidden states: an attribute tells them that it is done."""
+
+    class Collecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.found, self.is_hooked = nn.Linear(3, 3), [], False
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            self.found = []
+            if not self.is_hooked:
+                self.layer.register_forward_hook(lambda module, args, output: self.found.append(output))
+                self.is_hooked = True
+            self.layer(x)
+            return self.found
+
+    model = Collecting()
+    trace(model, (torch.ones(2, 3),))
+    assert (model.is_hooked, len(model.layer._forward_hooks)) == (False, 0)
+    assert [len(model(torch.ones(2, 3))) for _ in range(2)] == [1, 1]
+    trace(model, (torch.ones(2, 3),))
+    assert (len(model.layer._forward_hooks), len(model(torch.ones(2, 3)))) == (1, 1)
