@@ -14,7 +14,7 @@ from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
 from lightning_otrt.layers.model_output import assumed_output
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
-from lightning_otrt.layers.trace import Trace
+from lightning_otrt.layers.trace import Trace, TracedLayer
 
 __all__ = ["fallback_note", "output_note", "resolve_layers", "select_layers"]
 
@@ -85,10 +85,26 @@ def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
     ]
     if not words or not without:
         return ""
-    return (
+    note = (
         f'"{words[0]}" is "penultimate" here, because no layer of {" and of ".join(without)} has positions or tokens, '
-        "apart from those that make the output."
+        "apart from those that make the output"
     )
+    repeated = [
+        name
+        for trace in (student, teacher)
+        for name in (layer.name for layer in trace.layers if layer.calls > 1 and _has_positions(layer))
+    ]
+    if not repeated:
+        return f"{note}."
+    names = ", ".join(map(repr, dict.fromkeys(repeated[:4])))
+    return (
+        f"{note} and those that run more than once in one forward, such as {names}. Where the network calls a part of "
+        "itself for each of several inputs, name that part as `student_root`."
+    )
+
+
+def _has_positions(layer: TracedLayer) -> bool:
+    return layer.output is not None and math.prod(layer.output.positions) > 1 and len(layer.output.shape) > 2
 
 
 def output_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:

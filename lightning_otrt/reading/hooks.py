@@ -17,7 +17,7 @@ from lightning_otrt.reading.arguments import argument_position
 from lightning_otrt.reading.masks import as_rows, fit_mask, pad_nested, valid_tokens
 from lightning_otrt.reading.neurons import NeuronReader
 from lightning_otrt.reading.outputs import packed_mask, select_tensor, sequence_output
-from lightning_otrt.reading.torch_internals import is_in_backward
+from lightning_otrt.reading.torch_internals import is_in_backward, is_in_functional_transform
 from lightning_otrt.reading.views import View
 
 if TYPE_CHECKING:
@@ -61,6 +61,14 @@ class OpenView(_Hook):
         recorder.teacher_output = None  # of an earlier forward
         if not recorder.enabled or not torch.is_grad_enabled():
             return
+        if is_in_functional_transform():
+            raise RuntimeError(
+                "A transform of torch.func (grad, vmap, jacrev, ...) runs the student while it is recorded. What is "
+                "recorded inside of one cannot be used outside of it. Forwards of inner steps are no part of the term; "
+                "leave them out:\n\n    with transfer.paused():  # in a Trainer: callback.transfer.paused()\n"
+                "        gradients = torch.func.grad(loss_of)(parameters, x)\n\n"
+                "A forward by torch.func.functional_call alone is recorded as usual."
+            )
         recorder.current = View(self.name)
         recorded = False
         try:

@@ -20,6 +20,7 @@ __all__ = [
     "returned_tensors",
     "select_tensor",
     "sequence_output",
+    "tensors_of_samples",
 ]
 
 
@@ -119,6 +120,19 @@ def all_tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (Mapping, tuple, list)):
         for item in _values(value):
             yield from all_tensors(item)
+
+
+def tensors_of_samples(value: Any) -> list[Tensor]:
+    """The tensors of :func:`all_tensors` by which samples are counted: of a packed sequence one with an entry for each.
+
+    Its data has all steps of all samples along one axis.
+    """
+    value = as_container(value)
+    if isinstance(value, PackedSequence):
+        return [value.data.new_empty(int(value.batch_sizes[0]))]
+    if isinstance(value, (Mapping, tuple, list)):
+        return [tensor for item in _values(value) for tensor in tensors_of_samples(item)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def returned_tensors(output: Any) -> list[Tensor]:

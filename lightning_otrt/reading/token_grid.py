@@ -76,9 +76,9 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         size = found.rows, found.columns
         more = tokens - math.prod(size)
         # One token is a class token under any name, or made by code. Of several, some may stand behind the patches.
-        if more == 1 and tokens > 2:
+        if more == 1 and tokens > 2 and not layer.looks_at_memory:
             return TokenGrid(1, size, found.source)
-        if 1 < more <= _FEW and math.prod(size) > 1:
+        if 1 < more <= _FEW and math.prod(size) > 1 and not layer.looks_at_memory:
             return TokenGrid(prefix, more_than=size)
     last = maps[-1].rows, maps[-1].columns
     # Learned queries, latent vectors and the one token of class attention are no patches.

@@ -22,6 +22,8 @@ __all__ = [
     "has_freed_graph",
     "is_compiled",
     "is_in_backward",
+    "is_in_functional_transform",
+    "without_earlier_pre_hooks",
     "without_parametrization_cache",
 ]
 
@@ -33,6 +35,28 @@ def is_in_backward() -> bool:
     ``torch.compile`` cannot compile it; code that is being compiled is in a forward.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_in_functional_transform() -> bool:
+    """Whether this code runs inside ``torch.func.grad``, ``vmap`` or another transform: its tensors never leave it."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def without_earlier_pre_hooks(module: nn.Module, kind: type) -> Iterator[None]:
+    """Take off the forward pre-hooks of a module that run before its first one of a type; all stay if there is none.
+
+    What the hook of that type gets has gone through them, and would go through them a second time.
+    """
+    hooks = module._forward_pre_hooks
+    place = next((place for place, hook in enumerate(hooks.values()) if isinstance(hook, kind)), 0)
+    taken = {number: hooks.pop(number) for number in list(hooks)[:place]}
+    try:
+        yield
+    finally:
+        others = dict(hooks)
+        hooks.clear()
+        hooks.update({**taken, **others})
 
 
 def all_buffers(module: nn.Module) -> dict[str, Tensor | None]:

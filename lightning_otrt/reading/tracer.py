@@ -33,6 +33,7 @@ from lightning_otrt.reading.outputs import (
     packed_mask,
     returned_tensors,
     sequence_output,
+    tensors_of_samples,
 )
 from lightning_otrt.reading.sample_order import settle_order
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
@@ -90,7 +91,8 @@ def trace(
     taken = bound_arguments(target, tuple(args), kwargs or {}, method or "forward")
     call = Call(primary[id(target)], target, taken, method or "forward")
     spare = InputGuard().copied((tuple(args), dict(kwargs or {})))
-    recorder = _TraceHooks(inputs, values)
+    counted = tensors_of_samples((tuple(args), dict(kwargs or {})))
+    recorder = _TraceHooks(inputs, count_samples(counted, []), values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
     with in_evaluation(target, inputs), ExitStack() as hooks:
@@ -114,8 +116,8 @@ def trace(
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
         output_shapes=tuple(_shape(tensor, None) for tensor in returned if tensor.is_floating_point()),
-        batch_size=count_samples(inputs, returned, sequence_first=is_sequence_first(target) or False),
-        input_samples=input_samples(inputs),
+        batch_size=count_samples(counted, returned, sequence_first=is_sequence_first(target) or False),
+        input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
         learned_tokens=_learned_tokens(target),
@@ -181,10 +183,10 @@ class _Source:
 class _TraceHooks:
     """The hooks of one traced forward, and what they noted."""
 
-    def __init__(self, inputs: Sequence[Tensor], values: bool) -> None:
+    def __init__(self, inputs: Sequence[Tensor], samples: int, values: bool) -> None:
         self._values = values
         self._inputs = {id(tensor) for tensor in inputs}
-        self._samples = count_samples(inputs, [])
+        self._samples = samples
         self._search = MaskSearch(inputs)
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}

@@ -8,13 +8,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.hooks import OpenView
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import find_teacher_root
 from lightning_otrt.reading.root_search import RootSearch
-from lightning_otrt.reading.torch_internals import is_compiled
+from lightning_otrt.reading.torch_internals import is_compiled, without_earlier_pre_hooks
 from lightning_otrt.reading.views import (
     Matched,
     NeuronCounts,
@@ -280,18 +282,20 @@ class Attachment:
                 # Each forward gets a copy of its own: both networks may change what they are given.
                 own, for_teacher = (self._guard.copied((args, kwargs)) for _ in range(2))
                 given = self.teacher.inputs_for(*for_teacher)
-                pairing = pair_layers(
-                    self.layers,
-                    student,
-                    root,
-                    own,
-                    teacher,
-                    given,
-                    known,
-                    method=self.root.method,
-                    teacher_root=self.teacher.root,
-                    plan=self.plan,
-                )
+                # What is recorded has gone through the pre-hooks of users once.
+                with without_earlier_pre_hooks(named_layers(student)[root], OpenView):
+                    pairing = pair_layers(
+                        self.layers,
+                        student,
+                        root,
+                        own,
+                        teacher,
+                        given,
+                        known,
+                        method=self.root.method,
+                        teacher_root=self.teacher.root,
+                        plan=self.plan,
+                    )
                 if self._logits is not None:
                     self._logits.settle(pairing, student, teacher)
                 return pairing

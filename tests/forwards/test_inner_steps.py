@@ -265,3 +265,31 @@ def test_paused_keeps_the_step_of_a_critic_out_of_the_term(paused: bool) -> None
     # Without it, the critic's backward pass takes a term, whose gradient reaches the generator.
     assert [reached for reached, _ in task.losses] == [float(not paused)] * 2
     assert transfer.engine.calls == (2 if paused else 4)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_transforms_of_functions_have_to_be_paused(transform: str, step: int) -> None:
+    student, teacher = (nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3)) for width in (8, 9))
+    x = torch.randn(5, 6)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(student, parameters, (x,)).square().mean()
+
+    def run() -> Any:
+        parameters = {name: parameter.detach() for name, parameter in student.named_parameters()}
+        if transform == "grad":
+            return torch.func.grad(loss)(parameters, x)
+        return torch.func.vmap(loss, (None, 0))(parameters, x[:, None])
+
+    transfer = RepresentationTransfer(teacher, "penultimate", plan="random")
+    with transfer.attached(student):
+        for _ in range(step):
+            student(x)
+            transfer.loss()
+        with pytest.raises(RuntimeError, match=r"transfer\.paused\(\)"):
+            run()
+        with transfer.paused():
+            run()
+        student(x)
+        assert torch.isfinite(transfer.loss())

@@ -329,3 +329,68 @@ def test_both_towers_have_blocks() -> None:
 
 def test_recurrent_networks() -> None:
     assert of_zoo("recurrent tagger") == same("rnn")
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, packed: nn.utils.rnn.PackedSequence) -> torch.Tensor:
+        return self.fc(self.rnn(packed)[1][-1])
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_samples_of_packed_sequences(is_sorted: bool) -> None:
+    lengths = torch.tensor([7, 5, 4, 2] if is_sorted else [2, 7, 4, 5])
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(4, 7, 5), lengths, True, enforce_sorted=is_sorted)
+    assert chosen(Packed, packed) == same("rnn")
+
+
+class Twice(nn.Module):
+    """Calls one encoder for each of two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.encoder(x), self.encoder(1 - x)], 1))
+
+
+def test_the_table_names_layers_that_run_twice() -> None:
+    lines: list[str] = []
+    transfer = RepresentationTransfer(Twice(), plan="random")
+    transfer.report = lines.append
+    with transfer.attached(student := Twice()):
+        student(torch.randn(4, 3, 8, 8))
+        transfer.loss()
+    assert "more than once in one forward, such as 'encoder.0', 'encoder.1'" in lines[0]
+    assert "name that part as `student_root`" in lines[0]
+
+
+@pytest.mark.parametrize("layers", ["auto", "matched"])
+def test_the_inputs_go_once_through_a_pre_hook_of_the_user(layers: str) -> None:
+    """Channels last to first, which a second time would mix up the axes."""
+
+    def build() -> nn.Module:
+        convolutions = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU()]
+        return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+
+    torch.manual_seed(0)
+    student, teacher, calls = build(), build(), []
+
+    def permuted(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        calls.append(args[0].shape)
+        return (args[0].permute(0, 3, 1, 2),)
+
+    handle = student.register_forward_pre_hook(permuted)
+    transfer = RepresentationTransfer(teacher, layers, plan="random")
+    with transfer.attached(student):
+        for _ in range(2):
+            student(torch.rand(4, 8, 8, 3))
+            transfer.loss()
+    assert calls == [(4, 8, 8, 3)] * 2
+    handle.remove()
+    assert {pair.student for pair in transfer.pairs} <= {"1", "3"}

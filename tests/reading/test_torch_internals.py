@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_otrt.reading.torch_internals import all_buffers, has_freed_graph, is_compiled, is_in_backward
+from lightning_otrt.reading.torch_internals import (
+    all_buffers,
+    has_freed_graph,
+    is_compiled,
+    is_in_backward,
+    is_in_functional_transform,
+    without_earlier_pre_hooks,
+)
 
 
 def test_is_in_backward() -> None:
@@ -33,6 +40,38 @@ def test_is_in_backward_can_be_compiled() -> None:
     compiled = torch.compile(lambda x: x + is_in_backward(), backend="eager", fullgraph=True)
     assert compiled(torch.zeros(1)).item() == 0
     torch.compiler.reset()
+
+
+def test_is_in_functional_transform() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(is_in_functional_transform())
+        return x.sum()
+
+    function(torch.ones(2))
+    torch.func.grad(function)(torch.ones(2))
+    torch.func.vmap(function)(torch.ones(2, 2))
+    function(torch.ones(2))
+    assert seen == [False, True, True, False]
+
+
+def test_without_earlier_pre_hooks() -> None:
+    class Marker:
+        def __call__(self, module: nn.Module, args: Any) -> None:
+            seen.append("marker")
+
+    seen: list[str] = []
+    module = nn.Identity()
+    module.register_forward_pre_hook(lambda module, args: seen.append("earlier"))
+    with without_earlier_pre_hooks(module, Marker):  # there is none
+        module(1)
+    module.register_forward_pre_hook(Marker())
+    module.register_forward_pre_hook(lambda module, args: seen.append("later"))
+    with without_earlier_pre_hooks(module, Marker):
+        module(1)
+    module(1)
+    assert seen == ["earlier", "marker", "later", "earlier", "marker", "later"]
 
 
 def test_all_buffers() -> None:
