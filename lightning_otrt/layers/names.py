@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 
@@ -73,10 +73,14 @@ def named_tensors(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in named_layers(model).items():
         for key, parameter in module.named_parameters(recurse=False):
-            found[join_names(name, key)] = f"Parameter of shape {tuple(parameter.shape)}"
+            found[join_names(name, key)] = _described("Parameter", parameter)
         for key, buffer in module.named_buffers(recurse=False):
-            found[join_names(name, key)] = f"buffer of shape {tuple(buffer.shape)}"
+            found[join_names(name, key)] = _described("buffer", buffer)
     return found
+
+
+def _described(kind: str, tensor: Tensor) -> str:
+    return f"lazy {kind}" if nn.parameter.is_lazy(tensor) else f"{kind} of shape {tuple(tensor.shape)}"
 
 
 def primary_names(modules: Mapping[str, nn.Module], root: str) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -96,7 +97,7 @@ class CloseView(_Hook):
             recorder.nested -= 1
             return
         view, recorder.current = recorder.current, None
-        if output is None:  # the forward raised
+        if output is None and sys.exc_info()[0] is not None:  # the forward raised
             return
         if recorder.read_output is not None:
             with _uncounted_saved_tensors():

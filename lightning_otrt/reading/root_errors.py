@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_otrt.layers.pairs import LayerSpec
 
-__all__ = ["logits_outside", "why_no_view", "why_outside"]
+__all__ = ["check_initialised", "logits_outside", "why_no_view", "why_outside"]
 
 _SHOWN = 5
 #: Such code cannot be found from the student.
@@ -18,6 +18,21 @@ _COMPILED_BEFORE = (
     "attached: what is compiled already has no hooks in it."
 )
 _LOGITS = " The distillation of logits takes what the root returns as logits."
+
+
+def check_initialised(name: str, module: nn.Module) -> None:
+    """Check that a module which may be the root has all of its weights: its layers are chosen before it runs.
+
+    Raises:
+        ValueError: If it has lazy parameters or buffers.
+    """
+    tensors = [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]
+    lazy = [found for found, tensor in tensors if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise ValueError(
+            f"The student has lazy parameters that no forward has initialised: {_listed(lazy)}. Run it once on a batch "
+            "before it is attached, inside `torch.no_grad()`, and before the optimizer is made."
+        )
 
 
 def why_no_view(student: nn.Module, root: str | None, student_root: str | None, layers: LayerSpec) -> str:

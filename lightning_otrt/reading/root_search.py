@@ -13,7 +13,7 @@ from lightning_otrt.reading.eager import EagerCode
 from lightning_otrt.reading.reach import TrainedForwards
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import can_be_root, split_root
-from lightning_otrt.reading.root_errors import logits_outside, why_no_view, why_outside
+from lightning_otrt.reading.root_errors import check_initialised, logits_outside, why_no_view, why_outside
 
 __all__ = ["RootSearch"]
 
@@ -77,8 +77,13 @@ class RootSearch:
             self._eager.release()
 
     def is_possible(self, name: str, teacher: nn.Module) -> bool:
-        """Whether the module that starts a forward may be the root."""
+        """Whether the module that starts a forward may be the root.
+
+        Raises:
+            ValueError: If it has lazy parameters.
+        """
         assert self._student is not None
+        check_initialised(name, named_layers(self._student)[name])
         return self._student_root is not None or can_be_root(name, self._layers, self._student, teacher)
 
     def found(self, name: str) -> None:
