@@ -66,6 +66,7 @@ class LayerMasks:
             means.
         on_grid: A mask that leaves out tokens of a layer whose tokens are read as a map, which has no padding.
         drops_prefix: Whether the mask leaves out the prefix tokens of the layer.
+        flat: A mask that leaves out tokens where the tokens of all samples lie along one axis.
     """
 
     sources: tuple[MaskSource, ...] = ()
@@ -74,6 +75,7 @@ class LayerMasks:
     unread: TracedMask | None = None
     on_grid: TracedMask | None = None
     drops_prefix: bool = False
+    flat: TracedMask | None = None
 
 
 def choose_masks(

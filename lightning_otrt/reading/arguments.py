@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["argument_position", "bound_arguments"]
+__all__ = ["argument_position", "bound_arguments", "positions_by_name", "renamed"]
 
 
 def bound_arguments(
@@ -67,3 +67,61 @@ def argument_position(module: nn.Module, name: str, method: str = "forward") -> 
     positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [parameter.name for parameter in parameters if parameter.kind in positional]
     return names.index(name) if name in names else None
+
+
+def positions_by_name(source: nn.Module, method: str, target: nn.Module) -> tuple[str | None, ...]:
+    """By which names a network takes the positional arguments of another, where a shared name has another place.
+
+    Args:
+        source: The network that got the arguments.
+        method: Its method that was called.
+        target: The network that is to get them.
+
+    Returns:
+        For each place of the source's arguments None for the same place, a name, or ``""`` where the target has no such
+        argument; empty where no shared name has another place.
+
+    Example:
+        >>> positions_by_name(nn.Bilinear(2, 2, 2), "forward", nn.Bilinear(3, 3, 3))
+        ()
+    """
+    own, other = _positional(source, method), _positional(target, "forward")
+    places = {name: place for place, name in enumerate(other)}
+    moved = [place for place, name in enumerate(own) if places.get(name, place) != place]
+    if not moved:
+        return ()
+    first = moved[0]
+    later = [name if name in places else "" for name in own[first:]]
+    return (*(None for _ in range(first)), *later)
+
+
+def renamed(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str | None, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by the names that :func:`positions_by_name` gives.
+
+    Raises:
+        ValueError: If there is one that the other network does not take.
+    """
+    same = [value for place, value in enumerate(args) if place >= len(names) or names[place] is None]
+    found = dict(kwargs)
+    for name, value in zip(names, args, strict=False):
+        if name == "" and value is not None:
+            raise ValueError(
+                "The student and the teacher name their positional arguments otherwise, and the teacher has no "
+                f"argument for one that the student got. Its arguments would be {[each for each in names if each]}. "
+                "Make them with `teacher_inputs`, a function of the student's inputs."
+            )
+        if name:
+            found[name] = value
+    return tuple(same), found
+
+
+def _positional(module: nn.Module, method: str) -> list[str]:
+    try:
+        parameters = inspect.signature(getattr(module, method)).parameters.values()
+    except (TypeError, ValueError, AttributeError):
+        return []
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return []
+    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
 from lightning_otrt.layers.pairs import INPUT, LayerPair
-from lightning_otrt.layers.trace import Trace, TracedLayer
+from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.mask_search import holds_lengths, may_mark_padding
 from lightning_otrt.reading.masks import unknown_polarity
 from lightning_otrt.reading.token_grid import find_token_grid
 
-__all__ = ["layer_masks", "pair_masks", "warn_of_one_sided_masks", "warn_of_unused_masks"]
+__all__ = ["flat_mask", "layer_masks", "pair_masks", "warn_of_one_sided_masks", "warn_of_unused_masks"]
 
 
 def layer_masks(
@@ -36,6 +37,8 @@ def layer_masks(
     layer = trace.layer(name)
     found = (_named(side, trace, layer, mask),) if mask not in (None, "auto") else layer.masks
     tensor = trace.tensor(name, select)
+    if mask == "auto" and tensor is not None and len(tensor.shape) == 2:
+        return LayerMasks(flat=flat_mask(trace, tensor))
     if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
         return LayerMasks()
     samples, tokens = (tensor.shape[place] for place in (tensor.batch_axis, _position_axis(axis, tensor.batch_axis)))
@@ -51,7 +54,7 @@ def layer_masks(
             f"{tokens} positions of {samples} samples. Name its own mask, or pass mask=None for this side."
         )
     if mask == "auto" and masks.used is None and masks.misfit is None and masks.unread is None:
-        shape = samples, tokens
+        shapes = (samples, tokens), (samples, tokens - trace.prefix_tokens)
         if layer.has_own_mask and not name.endswith(INPUT):
             return masks
         lengths = (known for known in trace.arguments if holds_lengths(known) and known.shape == (samples,))
@@ -59,10 +62,17 @@ def layer_masks(
         late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
         return replace(
             masks,
-            unread=next((known for known in possible if known.shape == shape), next(lengths, None)),
+            unread=next((known for known in possible if known.shape in shapes), next(lengths, None)),
             sources=(*masks.sources, *late),
         )
     return masks
+
+
+def flat_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
+    """The mask of tokens of which a tensor ``(B * T, C)`` has one row for each, where some are padding."""
+    rows = tensor.shape[0]
+    found = (mask for layer in trace.layers for mask in layer.masks if mask.shape is not None and mask.padded)
+    return next((mask for mask in found if rows == math.prod(mask.shape or ()) != trace.batch_size), None)
 
 
 def pair_masks(pair: LayerPair, student: Trace, teacher: Trace) -> tuple[LayerMasks, LayerMasks]:
@@ -87,6 +97,15 @@ def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
             f"Padding is not left out of the {side} layers {list(misfits)}: the mask {mask.source.argument!r} of "
             f"{mask.source.module or 'the network'!r} with shape {mask.shape} has another length. If another argument "
             "is their mask, name it with LayerPair(mask=...); mask=None says that padding is to be read.",
+            stacklevel=2,
+        )
+    flat = {name: found.flat for name, found in masks.items() if found.flat is not None}
+    if flat:
+        mask = next(iter(flat.values()))
+        warnings.warn(
+            f"The tokens of all samples lie along one axis in the {side} layers {list(flat)}, and those that the mask "
+            f"{mask.source.argument!r} of shape {mask.shape} leaves out are read too. Flatten valid tokens alone, or "
+            "reshape where the loss is computed and return (B, T, C). LayerPair(mask=None) says that this is meant.",
             stacklevel=2,
         )
     on_grid = {name: found.on_grid for name, found in masks.items() if found.on_grid is not None}

@@ -12,6 +12,7 @@ from lightning_otrt.layers.logits import logit_key, traced_logits
 from lightning_otrt.layers.mask_sources import LayerMasks, MaskSource, choose_masks
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.hooks import mask_key
+from lightning_otrt.reading.layer_masks import flat_mask
 from lightning_otrt.reading.masks import fit_mask
 from lightning_otrt.reading.outputs import as_container, describe, output_items
 from lightning_otrt.reading.pooling import widened, widened_copy
@@ -154,6 +155,8 @@ def logit_masks(trace: Trace, select: str | int | None) -> LayerMasks:
         select: Key or index of the logits, where the user gave one.
     """
     logits, found = traced_logits(trace, select), trace.layer(trace.root).masks
+    if logits is not None and len(logits.shape) == 2:
+        return LayerMasks(flat=flat_mask(trace, logits))
     if logits is None or len(logits.shape) != 3 or logits.neuron_axis is None:
         return LayerMasks()
     # What a network with an encoder and a decoder returns are tokens of the decoder.

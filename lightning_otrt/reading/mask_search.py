@@ -226,7 +226,7 @@ def may_mark_padding(name: str) -> bool:
     """
     *words, last = name.split("_")
     is_known = name in _ENCODER or name in _DECODER
-    return last in ("mask", "masks") and not is_known and _OTHER_MASKS.isdisjoint(words)
+    return last in ("mask", "masks", "valid") and not is_known and _OTHER_MASKS.isdisjoint(words)
 
 
 def holds_lengths(mask: TracedMask) -> bool:

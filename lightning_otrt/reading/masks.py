@@ -23,7 +23,7 @@ __all__ = [
 
 
 def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
-    """A mask ``(B, T)``, also one given as ``(B, 1, T)`` or ``(B, 1, 1, T)``; None for anything else.
+    """A mask ``(B, T)``, also one given as ``(B, 1, T)``, ``(B, 1, 1, T)`` or ``(B, T, 1)``; None for anything else.
 
     Args:
         value: What the argument holds.
@@ -34,7 +34,7 @@ def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
         return torch.amax(value, dim=tuple(range(1, value.dim() - 1)))
     if not isinstance(value, Tensor) or value.is_nested or not 2 <= value.dim() <= 4:
         return None
-    if any(size != 1 for size in value.shape[1:-1]):
+    if sum(size != 1 for size in value.shape[1:]) > 1:
         return None
     return value.flatten(1)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.arguments import positions_by_name
 from lightning_otrt.reading.hooks import OpenView
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
@@ -279,6 +280,8 @@ class Attachment:
                 self._prepare_teacher(student)
                 teacher = self.teacher.module
                 self.teacher.root = find_teacher_root(self.layers, student, root, teacher)
+                source = named_layers(student)[root], self.root.method or "forward"
+                self.teacher.names = positions_by_name(*source, named_layers(teacher)[self.teacher.root])
                 # Each forward gets a copy of its own: both networks may change what they are given.
                 own, for_teacher = (self._guard.copied((args, kwargs)) for _ in range(2))
                 given = self.teacher.inputs_for(*for_teacher)

@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_otrt.checks import shown
+from lightning_otrt.reading.arguments import renamed
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.teacher.borrowed import BorrowedModule
 from lightning_otrt.teacher.copied import FollowingCopy, has_dtype
@@ -92,6 +93,8 @@ class Teacher:
         self._own_dtype = _dtype_of(module)
         #: Name of the submodule that :meth:`run` runs, ``""`` for the whole.
         self.root = ""
+        #: By which names it takes the positional arguments of the student, see :func:`positions_by_name`.
+        self.names: tuple[str | None, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -160,6 +163,8 @@ class Teacher:
         with torch.no_grad():
             if self._inputs is not None:
                 given = _as_arguments(self._inputs(*args, **kwargs))
+            elif self.names:
+                given = renamed(args, kwargs, self.names)
             elif not torch.compiler.is_compiling():
                 check_no_past_states(args, kwargs)
             dtype = self._dtype or self._own_dtype
