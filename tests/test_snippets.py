@@ -44,7 +44,7 @@ NOT_RUN = {
 }
 #: Languages of what is no program: text that a program prints, and a citation.
 NO_PROGRAM = {"text", "bibtex"}
-DIRECTIVES = {"{toctree}", "{eval-rst}", "{literalinclude}"}
+DIRECTIVES = {"{toctree}", "{image}", "{eval-rst}", "{literalinclude}"}
 NET = {"class_path": "torchvision.models.resnet18", "init_args": {"num_classes": 10}}
 BASE: dict[str, Any] = {
     "seed_everything": 0,

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a result depends on; equal runs give equal results.
+    """Everything a result depends on, but the processor: another one rounds otherwise, and a run may end points away.
 
     Attributes:
         setting: ``"1"`` copied, ``"1x"`` from another network, ``"2"`` compression, ``"3"`` smaller, new task.
