@@ -30,6 +30,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "benchmarks/efficiency.py",
         "benchmarks/fixed_views.py",
     ),
+    "weight_on_real_checkpoints": (
+        *_TERM,
+        "lightning_otrt/layers",
+        "lightning_otrt/analysis/weight.py",
+        "benchmarks/real",
+    ),
     "real_checkpoints": (*_TERM, "lightning_otrt/layers", *_TRAINING, "benchmarks/real"),
     "speed": (
         *_ENGINE,
