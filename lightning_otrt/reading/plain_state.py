@@ -39,12 +39,14 @@ class PlainState:
         modules: The modules.
 
     Example:
-        >>> net, features = nn.Linear(2, 2), []
-        >>> handle = net.register_forward_hook(lambda module, args, output: features.append(output))
+        >>> net = nn.Linear(2, 2)
+        >>> net.seen = seen = [1]
         >>> state = PlainState([net])
-        >>> _ = net(torch.zeros(1, 2))
-        >>> len(features), state.restore(), len(features)
-        (1, None, 0)
+        >>> net.seen.append(2)
+        >>> net.steps = 1
+        >>> state.restore()
+        >>> seen, hasattr(net, "steps")
+        ([1], False)
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

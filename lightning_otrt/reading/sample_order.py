@@ -54,6 +54,9 @@ def settle_order(
         )
     except Exception:  # these samples cannot stand in another order: the sizes have to tell
         return replace(traced, unclear_axes=tuple(sorted(unclear)))
+    # Where the first input holds no samples, such as a hidden state of so many layers, nothing may have moved at all.
+    first_input = next((tensor for tensor in tensors if tensor.dim() > 0), None)
+    is_moved = first_input is not None and not first_input.is_nested and len(first_input) == traced.batch_size
     layers, reordered, still = [], [], []
     for layer in traced.layers:
         sides: dict[str, TracedTensor | None] = {"": layer.output, INPUT: layer.input}
@@ -65,7 +68,7 @@ def settle_order(
             if _is_square(tensor, traced) and axes != [0, 1]:
                 still += [] if axes else [name]
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0] if axes else tensor.batch_axis)
-            if _is_reordered(first[name], second[name], tensor.batch_axis):
+            if is_moved and _is_reordered(first[name], second[name], tensor.batch_axis):
                 reordered.append(name)
         layers.append(replace(layer, output=sides[""], input=sides[INPUT], parts=_parts(layer, sides[""])))
     return replace(traced, layers=tuple(layers), reordered=tuple(reordered), unclear_axes=tuple(still))

@@ -38,6 +38,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.teacher.identity._checksum", lambda *args: 1)
         patch.setattr("lightning_otrt.teacher.separate._identities", lambda tensor: (id(tensor),))
         patch.setattr("torch.random.fork_rng", lambda devices: contextlib.nullcontext())
+        patch.setattr("lightning_otrt.reading.tracer.random_state", lambda inputs: [])
         patch.setattr("lightning_otrt.reading.evaluation._restore_buffers", lambda module, saved: None)
         patch.setattr("lightning_otrt.reading.mask_search._is_causal", lambda valid, mask: False)
         patch.setattr("lightning_otrt.reading.mask_search.problem_of", lambda mask, source: "")

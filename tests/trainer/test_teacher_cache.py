@@ -317,6 +317,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The forward of the teacher .DropoutAlways. draws random numbers")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_teachers_that_cannot_be_kept(kind: type[Net]) -> None:
     with pytest.raises(ValueError, match=REFUSED[kind]) as error:
@@ -325,6 +326,7 @@ def test_teachers_that_cannot_be_kept(kind: type[Net]) -> None:
     assert kind.__name__ in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:The forward of the teacher .DropoutAlways. draws random numbers")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_they_run_on_all_samples_where_not_strict(kind: type[Net]) -> None:
     torch.manual_seed(1)
