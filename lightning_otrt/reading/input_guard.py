@@ -78,6 +78,9 @@ def _copied(value: Any, clones: bool, known: dict[int, tuple[Any, Any]]) -> Any:
     """A copy of containers and objects at all depths. ``known`` holds each original with its copy, by identity."""
     if (isinstance(value, Tensor) and not clones) or isinstance(value, _CONSTANT):
         return value
+    if torch.compiler.is_compiling() and type(value) in (Tensor, tuple, list, dict):
+        # Compiled code would be compiled again in each step, since the identities of the arguments are others.
+        return _new_copy(value, clones, known)
     if id(value) not in known:
         known[id(value)] = value, value  # an object that holds itself
         known[id(value)] = value, _new_copy(value, clones, known)
