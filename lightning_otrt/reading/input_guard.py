@@ -29,6 +29,9 @@ class InputGuard:
     fill in its graph or append to its cache without the student seeing it. A tensor that is written to in place shows
     in the first forward: it is restored, and from then on extra forwards get clones.
 
+    Args:
+        clones: Whether extra forwards get clones of the tensors from the start.
+
     Example:
         >>> guard, x = InputGuard(), torch.ones(2)
         >>> with warnings.catch_warnings(), guard.first_forward((x,)) as (own,):
@@ -38,9 +41,9 @@ class InputGuard:
         (tensor([1., 1.]), True)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, clones: bool = False) -> None:
         #: Whether extra forwards get clones of the tensors.
-        self.clones = False
+        self.clones = clones
 
     def copied(self, inputs: Any) -> Any:
         """The inputs in containers and data objects of their own; tensors are cloned if :attr:`clones`."""

@@ -229,10 +229,12 @@ class Attachment:
             return True
         if not self.root.is_possible(name, self.teacher.module):
             return False
-        # Networks that write to their inputs show it here, where the batch can still be restored.
+        # Networks that write to their inputs show it here, where the batch can still be restored. This happens twice:
+        # after the traces, too, since the teacher has to get what the student gets.
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
             self._resolve(self.student, name, own_args, own_kwargs)
-            self._run_teacher(self.student, *self._guard.copied((own_args, own_kwargs)), is_first=True)
+        with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
+            self._run_teacher(self.student, own_args, own_kwargs, is_first=True)
         return True
 
     def _run_teacher(
@@ -283,7 +285,9 @@ class Attachment:
                 source = named_layers(student)[root], self.root.method or "forward"
                 self.teacher.names = positions_by_name(*source, named_layers(teacher)[self.teacher.root])
                 # Each forward gets a copy of its own: both networks may change what they are given.
-                own, for_teacher = (self._guard.copied((args, kwargs)) for _ in range(2))
+                own = self._guard.copied((args, kwargs))
+                # Clones, since the trace of the student may write to its inputs.
+                for_teacher = InputGuard(clones=True).copied((args, kwargs))
                 given = self.teacher.inputs_for(*for_teacher)
                 # What is recorded has gone through the pre-hooks of users once.
                 with without_earlier_pre_hooks(named_layers(student)[root], OpenView):
