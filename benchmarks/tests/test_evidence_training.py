@@ -197,6 +197,7 @@ def test_the_whole_path_of_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "evidence_accuracy.png",
         "evidence_identity.png",
         "evidence_plans.png",
+        "sources.json",
         "transfer.md",
     }
     rows = (folder / "evidence.jsonl").read_text()
