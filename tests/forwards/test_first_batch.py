@@ -20,12 +20,13 @@ class Normalising(nn.Module):
     def __init__(self, width: int, *, in_place: bool) -> None:
         super().__init__()
         self.in_place = in_place
-        self.hidden = nn.Linear(6, width)
+        # Correlations of a linear layer alone would not see that its inputs were normalised twice.
+        self.hidden = nn.Sequential(nn.Linear(6, width), nn.Tanh())
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.sub_(2).div_(3) if self.in_place else (x - 2) / 3
-        return self.head(self.hidden(x).tanh())
+        return self.head(self.hidden(x))
 
 
 @pytest.mark.parametrize(("student_writes", "teacher_writes"), [(True, False), (False, True), (True, True)])
