@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerMasks", "MaskSource", "TracedMask", "choose_masks"]
+__all__ = ["OF_TARGET", "LayerMasks", "MaskSource", "TracedMask", "choose_masks"]
+
+#: How arguments begin that belong to the sequence of a decoder.
+OF_TARGET = ("decoder", "tgt", "target")
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class MaskSource:
         module: Name of the module whose forward gets it.
         argument: Name of the argument in the signature of that forward.
         true_at: What its true elements are: ``"valid"`` tokens or ``"padding"``; ``"unknown"`` where its name does not
-            tell.
+            tell. ``"label"``: it holds labels, which are -100 where there is none.
         method: Name of the method that is called in place of the forward.
         is_named: Whether the user named it, and so says what its elements mean.
         is_pairwise: Whether it said in the traced forward which token sees which, as ``(B, 1, T, T)`` does. What none
@@ -29,6 +32,11 @@ class MaskSource:
     method: str = "forward"
     is_named: bool = False
     is_pairwise: bool = False
+
+    @property
+    def is_of_target(self) -> bool:
+        """Whether it belongs to the sequence of a decoder."""
+        return self.argument.startswith(OF_TARGET) or self.true_at == "label"
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,8 @@ def choose_masks(
             unread = unread or (mask if fits and mask.padded else None)
             continue
         if not fits and not (time_first and mask.shape[0] in lengths and mask.shape[1] == samples):
-            misfit = misfit or (mask if has_samples else None)
+            # Labels of another length, such as several classes of each sample, are not those of positions.
+            misfit = misfit or (mask if has_samples and mask.source.true_at != "label" else None)
             continue
         if mask.is_doubtful or (mask.source.is_pairwise and mask.problem):
             unread = unread or mask

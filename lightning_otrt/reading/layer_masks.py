@@ -10,7 +10,8 @@ from dataclasses import replace
 from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
-from lightning_otrt.reading.mask_search import holds_lengths, may_mark_padding
+from lightning_otrt.reading.mask_names import may_mark_padding
+from lightning_otrt.reading.mask_search import holds_lengths
 from lightning_otrt.reading.masks import unknown_polarity
 from lightning_otrt.reading.token_grid import find_token_grid
 
@@ -157,10 +158,14 @@ def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
     used = [found.used for found in masks.values() if found.used is not None and found.used.empty]
     if used:
         mask = used[0]
-        other = {"valid": f"~{mask.source.argument}", "padding": mask.source.argument}[mask.source.true_at]
+        name = mask.source.argument
+        other = f"~{name}" if mask.source.true_at == "valid" else name
+        hint = f'If that is the wrong way round, pass LayerPair(mask="{other}").'
+        if mask.source.true_at == "label":
+            hint = "They are read as zeros: leave them out of the batch, or pass LayerPair(mask=None)."
         warnings.warn(
-            f"The mask {mask.source.argument!r} of the {side} leaves no token in {mask.empty} samples, read as true at "
-            f'{mask.source.true_at}. If that is the wrong way round, pass LayerPair(mask="{other}").',
+            f"The mask {name!r} of the {side} leaves no token in {mask.empty} samples, read as true at "
+            f"{mask.source.true_at}. {hint}",
             stacklevel=2,
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.logits import logit_key, traced_logits
 from lightning_otrt.layers.mask_sources import LayerMasks, MaskSource, choose_masks
+from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.hooks import mask_key
 from lightning_otrt.reading.layer_masks import flat_mask
@@ -18,8 +19,6 @@ from lightning_otrt.reading.outputs import as_container, describe, output_items
 from lightning_otrt.reading.pooling import widened, widened_copy
 
 __all__ = ["LogitReader", "logit_masks", "logit_reader", "select_logits"]
-
-_OF_DECODER = ("decoder", "tgt", "target")
 
 
 def select_logits(output: Any, select: str | int | None, where: str) -> Tensor:
@@ -154,13 +153,18 @@ def logit_masks(trace: Trace, select: str | int | None) -> LayerMasks:
         trace: One forward of the network.
         select: Key or index of the logits, where the user gave one.
     """
-    logits, found = traced_logits(trace, select), trace.layer(trace.root).masks
+    logits = traced_logits(trace, select)
     if logits is not None and len(logits.shape) == 2:
         return LayerMasks(flat=flat_mask(trace, logits))
     if logits is None or len(logits.shape) != 3 or logits.neuron_axis is None:
         return LayerMasks()
+    # And those of the layer that makes them: inside of the root there may be a network with masks of its own.
+    made = [layer for layer in trace.layers if layer.name in output_layers(trace) and layer.calls == 1]
+    made = [layer for layer in made if layer.output_shape == logits.shape]
+    first = min(made, key=lambda layer: layer.order or 0, default=trace.layer(trace.root))
+    found = tuple(dict.fromkeys((*first.masks, *trace.layer(trace.root).masks)))
     # What a network with an encoder and a decoder returns are tokens of the decoder.
-    found = tuple(mask for mask in found if mask.source.argument.startswith(_OF_DECODER)) or found
+    found = tuple(mask for mask in found if mask.source.is_of_target) or found
     samples = logits.shape[logits.batch_axis]
     (tokens,) = logits.positions
     return choose_masks(found, samples, tokens, 0, time_first=logits.batch_axis == 1)

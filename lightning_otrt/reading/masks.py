@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.mask_sources import MaskSource
 
 __all__ = [
+    "NO_LABEL",
     "as_rows",
     "count_frames",
     "fit_mask",
@@ -20,6 +21,9 @@ __all__ = [
     "unknown_polarity",
     "valid_tokens",
 ]
+
+#: The label that losses leave out, in torch and in Hugging Face.
+NO_LABEL = -100
 
 
 def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
@@ -32,11 +36,18 @@ def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
     """
     if source is not None and source.true_at == "valid" and not source.is_named and is_pairwise(value):
         return torch.amax(value, dim=tuple(range(1, value.dim() - 1)))
+    if source is not None and source.true_at == "label" and not (isinstance(value, Tensor) and _are_labels(value)):
+        return None
     if not isinstance(value, Tensor) or value.is_nested or not 2 <= value.dim() <= 4:
         return None
     if sum(size != 1 for size in value.shape[1:]) > 1:
         return None
     return value.flatten(1)
+
+
+def _are_labels(value: Tensor) -> bool:
+    """Whether a tensor may hold a label for each position: one for each sample, or targets of a regression, do not."""
+    return value.dim() == 2 and not value.is_floating_point() and value.dtype != torch.bool
 
 
 def is_pairwise(value: Any) -> bool:
@@ -76,6 +87,8 @@ def valid_tokens(mask: Tensor, source: MaskSource) -> Tensor:
         if not source.is_named and mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(unknown_polarity(source, problem_of(mask, source)))
         return torch.eq(mask, 0)
+    if source.true_at == "label":
+        return torch.ne(mask, NO_LABEL)
     if mask.dtype == torch.bool:
         return mask
     positive = torch.gt(mask, 0)

@@ -63,7 +63,7 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
     tokens = tensor.shape[1 - tensor.batch_axis]
     before = [*_before(trace, layer), replace(layer, output=None)]
     maps = _maps(before, trace, _gets_images(trace, layer))
-    if not maps:
+    if not maps or _are_words(trace, before, tokens, maps[-1].source):
         return TokenGrid()
     # The declared prefix first, then none: some models add it after this layer.
     for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
@@ -84,6 +84,14 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
     # Learned queries, latent vectors and the one token of class attention are no patches.
     is_learned = layer.looks_at_memory or tokens == 1 or not {tokens, tokens - prefix}.isdisjoint(trace.learned_tokens)
     return TokenGrid(prefix, part_of=last if math.prod(last) > tokens - prefix and not is_learned else None)
+
+
+def _are_words(trace: Trace, before: list[TracedLayer], tokens: int, source: str) -> bool:
+    """Whether as many tokens were made of ids after the map, as those of a caption: they are none of its patches."""
+    order = trace.layer(source).order or 0
+    ids = (layer.input for layer in before if layer.input is not None and (layer.order or 0) > order)
+    sizes = (tensor.shape for tensor in ids if not tensor.is_floating and len(tensor.shape) == 2)
+    return any(shape[1] == tokens and trace.is_sample_count(shape[0]) for shape in sizes)
 
 
 def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:

@@ -20,9 +20,10 @@ from lightning_otrt.layers.names import child_names, is_inside, named_layers, pr
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.arguments import bound_arguments
 from lightning_otrt.reading.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
+from lightning_otrt.reading.calls import Call
 from lightning_otrt.reading.evaluation import in_evaluation, random_state
 from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.mask_search import Call, MaskSearch
+from lightning_otrt.reading.mask_search import MaskSearch
 from lightning_otrt.reading.masks import pad_nested
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation, role_of
 from lightning_otrt.reading.outputs import (
