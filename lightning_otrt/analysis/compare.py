@@ -25,6 +25,7 @@ from lightning_otrt.reading.positions import can_be_compared, match_positions
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
+from lightning_otrt.teacher.past_states import PastStates
 from lightning_otrt.transport.tensor_checks import check_finite
 
 __all__ = ["compare_representations"]
@@ -116,6 +117,8 @@ def compare_representations(
         table: _Table | None = None
         for batch in _batches(dataloader, max_batches, progress):
             own = to_device(batch_inputs(batch, inputs), device)
+            if table is None:
+                runners[1].past_states = PastStates(student, "forward", *own)
             given = own, runners[1].inputs_for(*own)
             if table is None:
                 # This checks the options of the metric before any forward runs.

@@ -17,8 +17,8 @@ from lightning_otrt.layers.streams import choose_plans
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
+from lightning_otrt.reading.failed_teacher import teacher_failed
 from lightning_otrt.reading.layer_masks import pair_masks, warn_of_one_sided_masks, warn_of_unused_masks
-from lightning_otrt.reading.outputs import describe
 from lightning_otrt.reading.reach import describe_reach
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Readers
@@ -187,13 +187,7 @@ def _trace_teacher(
     try:
         return trace(teacher, *inputs, root=teacher_root, values=values)
     except Exception as error:
-        args, kwargs = inputs
-        given = [describe(value) for value in args] + [f"{name}={describe(value)}" for name, value in kwargs.items()]
-        whose = f"{root!r} of the student" if root else "the student"
-        # The original message stays in one piece: batch-size finders look for "out of memory" in it.
-        raise RuntimeError(
-            f"The teacher ({type(teacher).__name__}) failed on ({', '.join(given)}), from the inputs of {whose} "
-            f"({type(student).__name__}). {type(error).__name__}: {error}. If it needs other inputs, make them with "
-            "`teacher_inputs`, a function of the student's inputs. If it should get the inputs of another module of "
-            "the student, name that module as `student_root`."
-        ) from error
+        failed = teacher_failed(error, teacher, inputs, student, root)
+        if failed is error:
+            raise
+        raise failed from error

@@ -37,6 +37,7 @@ from lightning_otrt.reading.outputs import (
     tensors_of_samples,
 )
 from lightning_otrt.reading.sample_order import settle_order
+from lightning_otrt.reading.states import without_states
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
 
 __all__ = ["trace"]
@@ -93,7 +94,7 @@ def trace(
     call = Call(primary[id(target)], target, taken, method or "forward")
     spare = InputGuard().copied((tuple(args), dict(kwargs or {})))
     counted = tensors_of_samples((tuple(args), dict(kwargs or {})))
-    recorder = _TraceHooks(inputs, count_samples(counted, []), values)
+    recorder = _TraceHooks(inputs, count_samples(without_states(target, counted), []), values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
     with in_evaluation(target, inputs), ExitStack() as hooks:
@@ -117,7 +118,7 @@ def trace(
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
         output_shapes=tuple(_shape(tensor, None) for tensor in returned if tensor.is_floating_point()),
-        batch_size=count_samples(counted, returned, sequence_first=is_sequence_first(target) or False),
+        batch_size=_count(target, counted, returned),
         input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
@@ -125,6 +126,13 @@ def trace(
         draws_random=draws_random,
     )
     return settle_order(model, traced, spare, method)
+
+
+def _count(model: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    """The number of samples of a forward."""
+    kept = {id(tensor) for tensor in without_states(model, [*inputs, *outputs])}
+    entered, left = ([tensor for tensor in tensors if id(tensor) in kept] for tensors in (inputs, outputs))
+    return count_samples(entered, left, sequence_first=is_sequence_first(model) or False)
 
 
 def _prefix_tokens(model: nn.Module) -> int:

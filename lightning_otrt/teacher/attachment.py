@@ -11,9 +11,10 @@ from torch import nn
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.arguments import positions_by_name
+from lightning_otrt.reading.failed_teacher import teacher_failed
 from lightning_otrt.reading.hooks import OpenView
 from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.pairing import Pairing, check_layers, pair_layers
+from lightning_otrt.reading.pairing import Inputs, Pairing, check_layers, pair_layers
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import find_teacher_root
 from lightning_otrt.reading.root_search import RootSearch
@@ -31,6 +32,7 @@ from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.cached_run import CachedRun
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.logits import FEATURES, LogitRecording, MatchedLogits
+from lightning_otrt.teacher.past_states import PastStates
 
 __all__ = ["Attachment", "ChoosePairs"]
 
@@ -246,9 +248,21 @@ class Attachment:
         self._ready_teacher(student)
         teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
         with self._recorder.teacher_running():
-            output = self.teacher.run(teacher_args, teacher_kwargs)
+            output = self._run(student, (teacher_args, teacher_kwargs), self.teacher.run)
         self._recorder.teacher_output = (output,)
         self._read_logits(output)
+
+    def _run(self, student: nn.Module, inputs: Inputs, run: Callable[..., Any]) -> Any:
+        """Run the teacher on its inputs; its errors name it and what to do."""
+        if torch.compiler.is_compiling():
+            return run(*inputs)
+        try:
+            return run(*inputs)
+        except Exception as error:
+            failed = teacher_failed(error, self.teacher.source, inputs, student, self.root.name or "")
+            if failed is error:
+                raise
+            raise failed from error
 
     def _read_logits(self, output: Any) -> None:
         if self._logits is not None and self._recorder.current is not None:
@@ -262,11 +276,13 @@ class Attachment:
         self._ready_teacher(student)
         inputs = self.teacher.inputs_for(args, kwargs)
         if is_first:
-            assert self.pairing is not None
-            readers = self.pairing.readers("teacher", self.teacher.module, self.grid)
-            cached.first(inputs, self.pairing, readers, "" if self._logits is None else self._logits.identity)
+            pairing = self.pairing
+            assert pairing is not None
+            readers = pairing.readers("teacher", self.teacher.module, self.grid)
+            more = "" if self._logits is None else self._logits.identity
+            self._run(student, inputs, lambda *given: cached.first(given, pairing, readers, more))
         else:
-            cached(inputs)
+            self._run(student, inputs, lambda *given: cached(given))
 
     def _ready_teacher(self, student: nn.Module) -> None:
         hooked = self.teacher.module
@@ -283,6 +299,7 @@ class Attachment:
                 teacher = self.teacher.module
                 self.teacher.root = find_teacher_root(self.layers, student, root, teacher)
                 source = named_layers(student)[root], self.root.method or "forward"
+                self.teacher.past_states = PastStates(*source, args, kwargs)
                 self.teacher.names = positions_by_name(*source, named_layers(teacher)[self.teacher.root])
                 # Each forward gets a copy of its own: both networks may change what they are given.
                 own = self._guard.copied((args, kwargs))

@@ -17,7 +17,7 @@ from lightning_otrt.teacher.borrowed import BorrowedModule
 from lightning_otrt.teacher.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.identity import checksum_before, stem_checksum
 from lightning_otrt.teacher.load import wrong_form
-from lightning_otrt.teacher.past_states import check_no_past_states
+from lightning_otrt.teacher.past_states import PastStates
 from lightning_otrt.teacher.separate import check_separate
 
 __all__ = ["Teacher"]
@@ -93,6 +93,8 @@ class Teacher:
         self._own_dtype = _dtype_of(module)
         #: Name of the submodule that :meth:`run` runs, ``""`` for the whole.
         self.root = ""
+        #: Finds states of an earlier forward among the student's inputs.
+        self.past_states = PastStates()
         #: By which names it takes the positional arguments of the student, see :func:`positions_by_name`.
         self.names: tuple[str | None, ...] = ()
 
@@ -163,10 +165,11 @@ class Teacher:
         with torch.no_grad():
             if self._inputs is not None:
                 given = _as_arguments(self._inputs(*args, **kwargs))
-            elif self.names:
-                given = renamed(args, kwargs, self.names)
-            elif not torch.compiler.is_compiling():
-                check_no_past_states(args, kwargs)
+            else:
+                if not torch.compiler.is_compiling():
+                    args, kwargs = given = self.past_states.without(args, kwargs)
+                if self.names:
+                    given = renamed(args, kwargs, self.names)
             dtype = self._dtype or self._own_dtype
             if dtype is not None:
                 given = apply_to_collection(given, Tensor, _cast, dtype)
