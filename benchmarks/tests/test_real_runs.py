@@ -246,7 +246,7 @@ def test_the_command_writes_a_page_and_continues(tmp_path: Path, monkeypatch: py
     options = ["--quick", "--cells", name, "--methods", "plain", "transport", "--folder", str(folder)]
     command.main(options)
     rows = Results(folder / f"{name}.jsonl").rows
-    assert len(rows) == 2 * (6 + 2 + 1)
+    assert len(rows) == 2 * (12 + 2 + 1)
     text = (tmp_path / "results" / "real_checkpoints.md").read_text()
     assert text.startswith("# Real checkpoints\n")
     assert "| **plain** |" in text or "| **transport (default)** |" in text
