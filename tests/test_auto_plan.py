@@ -127,7 +127,7 @@ def on_two(options: dict[str, Any]) -> list[Tensor]:
     return train(make_transfer(**options), net(4, seed=1), range(7), dist.get_rank())
 
 
-@pytest.mark.parametrize("memory", [0, 0.9])
+@pytest.mark.parametrize("memory", [pytest.param(0, marks=pytest.mark.slow), 0.9])
 def test_two_processes_are_one(memory: float) -> None:
     options = {"memory": memory, "solve_every": 3}
     expected = train(make_transfer(**options), net(4, seed=1), range(7))

@@ -92,7 +92,7 @@ def test_distillation_has_the_numbers_of_one_process(count: int) -> None:
 
 
 @pytest.mark.parametrize("uneven", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_numbers_of_one_process(count: int, uneven: bool) -> None:
     sizes = (UNEVEN if uneven else EVEN)[count]
     found = run_processes(count, train_all, settings(), sizes)

@@ -74,6 +74,7 @@ def test_keys_are_those_of_earlier_versions() -> None:
     assert keys(torch.arange(2 * 3 * 50 * 50).view(2, 3, 50, 50).double()).tolist() == RECORDED
 
 
+@pytest.mark.slow
 def test_same_in_another_process() -> None:
     code = (
         "import torch; from lightning_otrt.teacher.sample_hash import SampleHash;"

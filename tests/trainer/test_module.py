@@ -103,6 +103,7 @@ def test_copies_and_pickles_are_plain():
         assert_same(weights(copied), weights(wrapped))
 
 
+@pytest.mark.slow
 def test_a_pickle_for_a_new_process_is_wrapped():
     """As `ddp_spawn` makes it: there the module goes on training."""
     wrapped = wrap(make_task())

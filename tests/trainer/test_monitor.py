@@ -164,7 +164,8 @@ class TestProcesses:
 
 
 class TestCompiled:
-    @pytest.mark.parametrize("how", ["the network", pytest.param("the module", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("how", ["the network", "the module"])
     def test_compiled(self, how):
         """The shares of the gradient need hooks that compiled code does not call, and this is said."""
         tasks = []

@@ -54,6 +54,7 @@ class TestFigures:
         assert {"otrt/distance/net.block1", "otrt/directions/net.block1", "otrt/gradient_share"} <= set(header)
         assert not [name for name in header if "entropy" in name or "marginal" in name]
 
+    @pytest.mark.slow
     def test_wandb(self, tmp_path, monkeypatch):
         wandb = pytest.importorskip("wandb")
         for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
@@ -68,6 +69,7 @@ class TestFigures:
         assert len(files) == 2
         assert files[0].read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning")  # Lightning's logger takes out colons
     def test_mlflow(self, tmp_path, monkeypatch):
         """Its file store makes folders of names: none may be the beginning of another."""
