@@ -36,8 +36,10 @@ from lightning_otrt.reading.outputs import (
     sequence_output,
     tensors_of_samples,
 )
+from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.sample_order import settle_order
 from lightning_otrt.reading.states import without_states
+from lightning_otrt.reading.time_major import is_time_major
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
 
 __all__ = ["trace"]
@@ -83,18 +85,39 @@ def trace(
         >>> found.layer("1").output_shape, found.layer("1").neuron_axis
         ((2, 4, 6, 6), 1)
     """
+    found, spare = _trace(model, args, kwargs or {}, root, method, values)
+    copies = InputGuard(clones=True)
+    if not is_time_major(model, found, copies.copied(spare), method):
+        return settle_order(model, found, spare, method)
+    own_args, own_kwargs = copies.copied(spare)
+    found, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=1)
+    return settle_order(model, found, spare, method, input_axis=1)
+
+
+def _trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    root: str,
+    method: str,
+    values: bool,
+    input_axis: int = 0,
+) -> tuple[Trace, Inputs]:
+    """The trace, and a copy of the inputs that no forward has used."""
     modules = named_layers(model)
     if root not in modules:
         children = ", ".join(map(repr, child_names(model))) or "none"
         raise ValueError(f"No module {root!r} in {type(model).__name__} to run. Its children: {children}.")
     primary = primary_names(modules, root)
     target = modules[root]
-    inputs = list(all_tensors((tuple(args), dict(kwargs or {}))))
-    taken = bound_arguments(target, tuple(args), kwargs or {}, method or "forward")
+    inputs = list(all_tensors((tuple(args), dict(kwargs))))
+    taken = bound_arguments(target, tuple(args), kwargs, method or "forward")
     call = Call(primary[id(target)], target, taken, method or "forward")
-    spare = InputGuard().copied((tuple(args), dict(kwargs or {})))
-    counted = tensors_of_samples((tuple(args), dict(kwargs or {})))
-    recorder = _TraceHooks(inputs, count_samples(without_states(target, counted), []), values)
+    spare = InputGuard().copied((tuple(args), dict(kwargs)))
+    counted = tensors_of_samples((tuple(args), dict(kwargs)))
+    second = input_axis == 1 or is_sequence_first(target) or False
+    samples = count_samples(without_states(target, counted), [], sequence_first=input_axis == 1)
+    recorder = _TraceHooks(inputs, samples, values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
     with in_evaluation(target, inputs), ExitStack() as hooks:
@@ -108,7 +131,7 @@ def trace(
                 hooks.callback(after.remove)
         run = getattr(target, method) if method else target
         state = random_state(inputs)
-        returned = returned_tensors(run(*args, **(kwargs or {})))
+        returned = returned_tensors(run(*args, **kwargs))
         draws_random = random_state(inputs) != state
         layers = tuple(
             recorder.layer(name, module, returned) for name, module in modules.items() if primary[id(module)] == name
@@ -118,21 +141,21 @@ def trace(
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
         output_shapes=tuple(_shape(tensor, None) for tensor in returned if tensor.is_floating_point()),
-        batch_size=_count(target, counted, returned),
+        batch_size=_count(target, counted, returned, sequence_first=second),
         input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
         learned_tokens=_learned_tokens(target),
         draws_random=draws_random,
     )
-    return settle_order(model, traced, spare, method)
+    return traced, spare
 
 
-def _count(model: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+def _count(model: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sequence_first: bool) -> int:
     """The number of samples of a forward."""
     kept = {id(tensor) for tensor in without_states(model, [*inputs, *outputs])}
     entered, left = ([tensor for tensor in tensors if id(tensor) in kept] for tensors in (inputs, outputs))
-    return count_samples(entered, left, sequence_first=is_sequence_first(model) or False)
+    return count_samples(entered, left, sequence_first=sequence_first)
 
 
 def _prefix_tokens(model: nn.Module) -> int:

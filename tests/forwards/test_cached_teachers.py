@@ -17,6 +17,7 @@ from helpers import Net, forwards, seeded
 from torch import Tensor, nn
 
 from lightning_otrt import LayerPair, RepresentationTransfer
+from lightning_otrt.reading.tracer import trace
 
 #: Samples of batches: new, known, in part known, in another order, a single one, and one twice.
 BATCHES = [[0, 1, 2, 3], [0, 1, 2, 3], [2, 3, 4, 5], [5, 3, 1, 0], [4], [5, 5, 0]]
@@ -75,8 +76,10 @@ def test_padding(name: str) -> None:
         with pytest.raises(ValueError, match="none of its inputs has one entry for each|it fails on a part of a batch"):
             terms(student, teacher, layers, [(situation.args, {})], teacher_cache="memory", **options)
         return
+    with forwards(teacher) as traced:  # where nothing tells the axis of the samples, it runs more than once
+        trace(teacher, *batches[0])
     # The trace; the first batch with its halves; and samples 4 and 5.
-    transfer = assert_same_terms(student, teacher, layers, batches, 1 + 3 + 1, **options)
+    transfer = assert_same_terms(student, teacher, layers, batches, len(traced) + 3 + 1, **options)
     assert transfer.cache.misses == 6
 
 
