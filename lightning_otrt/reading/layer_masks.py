@@ -63,7 +63,9 @@ def layer_masks(
         late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
         return replace(
             masks,
-            unread=next((known for known in possible if known.shape in shapes), next(lengths, None)),
+            unread=next(
+                (known for known in possible if known.shape in shapes and _may_tell(known)), next(lengths, None)
+            ),
             sources=(*masks.sources, *late),
         )
     return masks
@@ -120,7 +122,8 @@ def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
         )
     unread = {name: found.unread for name, found in masks.items() if found.unread is not None}
     doubtful = {name: mask for name, mask in unread.items() if mask.is_doubtful}
-    pairwise = {name: mask for name, mask in unread.items() if mask.source.is_pairwise and name not in doubtful}
+    seen = {name: mask for name, mask in unread.items() if mask.source.is_pairwise and not mask.source.is_named}
+    pairwise = {name: mask for name, mask in seen.items() if mask.source.true_at != "unknown" and name not in doubtful}
     lengths = {name: mask for name, mask in unread.items() if holds_lengths(mask)}
     unread = {name: mask for name, mask in unread.items() if name not in {*pairwise, *doubtful, *lengths}}
     if lengths:
@@ -215,6 +218,11 @@ def _named(side: str, trace: Trace, layer: TracedLayer, mask: str | None) -> Tra
     if found.problem:
         raise ValueError(f"mask={name!r} of the {side} ({kind}): {found.problem}.")
     return replace(found, source=replace(found.source, true_at="padding")) if name.startswith("~") else found
+
+
+def _may_tell(mask: TracedMask) -> bool:
+    """Whether a mask may tell padding: one that says the same of each sample which token sees which does not."""
+    return mask.padded > 0 or not mask.source.is_pairwise
 
 
 def _position_axis(neuron_axis: int, batch_axis: int) -> int:

@@ -168,19 +168,21 @@ def _holds_other(call: Call, inner: Sequence[Call]) -> bool:
 
 
 def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | None:
-    source = replace(source, is_pairwise=source.true_at == "valid" and not source.is_named and is_pairwise(value))
+    source = replace(source, is_pairwise=source.true_at in ("valid", "unknown") and is_pairwise(value))
     mask = as_rows(value, source)
     if mask is None or mask.is_complex():
         return None
     frames = count_frames(module, mask.shape[1])
     traced = TracedMask(source, tuple(mask.shape), frames, problem_of(mask, source))
+    # One for all samples says nothing about padding, such as a causal one. Those of later batches may.
+    is_common = source.is_pairwise and torch.equal(value, value[:1].expand_as(value))
+    if source.is_pairwise and (source.is_named or source.true_at == "unknown"):
+        return replace(traced, padded=0 if is_common else len(value))
     if traced.problem or source.is_named:
         return traced
     valid = valid_tokens(mask, source)
     padded = _count((~valid).any(1))
     if source.is_pairwise and not padded:
-        # One for all samples says nothing about padding, such as a causal one. Those of later batches may.
-        is_common = torch.equal(value, value[:1].expand_as(value))
         return TracedMask(source, None) if is_common else replace(traced, problem=_UNKNOWN_PADDING)
     if _is_causal(valid, mask) and not source.is_pairwise and source.true_at != "label":
         return None

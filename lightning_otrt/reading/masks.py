@@ -34,8 +34,10 @@ def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
         source: Where it is from. A pairwise mask gives its tokens that some token sees, also where that of the traced
             forward was none.
     """
-    if source is not None and source.true_at == "valid" and not source.is_named and is_pairwise(value):
-        return torch.amax(value, dim=tuple(range(1, value.dim() - 1)))
+    if source is not None and (source.is_named or source.true_at != "padding") and is_pairwise(value):
+        # Where the user says that it is true at padding, that is what is hidden from all.
+        seen = torch.amin if source.true_at == "padding" else torch.amax
+        return seen(value, dim=tuple(range(1, value.dim() - 1)))
     if source is not None and source.true_at == "label" and not (isinstance(value, Tensor) and _are_labels(value)):
         return None
     if not isinstance(value, Tensor) or value.is_nested or not 2 <= value.dim() <= 4:

@@ -155,3 +155,28 @@ def test_several_texts_in_a_sample_later() -> None:
     """Each token is seen: there is no padding, in the first batch or later."""
     values = run(Attention(8), Attention(12), (WORDS, PACKED | FULL), (WORDS, PACKED))
     assert len(values) == 2
+
+
+@pytest.mark.parametrize("mask", [SEEN, SEEN[:, None]])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pairwise_mask_of_unknown_meaning(mask: Tensor, first: bool) -> None:
+    batches = [(WORDS, mask)] if first else [(WORDS,), (WORDS, mask)]
+    with pytest.warns(UserWarning, match="The argument 'mask'.* may be the padding mask of"):
+        run(Positions(8), Positions(12), *batches)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_pairwise_mask_that_is_named(heads: bool) -> None:
+    """True where a token is seen, or true where it is hidden: then what is hidden from all is padding."""
+    torch.manual_seed(0)
+    student, teacher = Positions(8), Positions(12)
+    mask = SEEN[:, None] if heads else SEEN
+    [expected] = run(student, teacher, (WORDS, VALID), mask="mask")
+    assert run(student, teacher, (WORDS, mask), mask="mask") == [pytest.approx(expected, rel=1e-6)]
+    assert run(student, teacher, (WORDS, ~mask), mask="~mask") == [pytest.approx(expected, rel=1e-6)]
+    late = run(student, teacher, (WORDS,), (WORDS, mask), mask="mask")
+    assert late[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_causal_mask_of_unknown_name_is_none_of_padding() -> None:
+    run(Positions(8), Positions(12), (WORDS, CAUSAL.expand(SAMPLES, -1, -1)))
