@@ -15,7 +15,7 @@ from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
 
-__all__ = ["TrainedForwards", "describe_reach", "leads_to"]
+__all__ = ["TrainedForwards", "describe_frozen", "describe_reach", "leads_to"]
 
 
 def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair], method: str = "") -> str:
@@ -35,29 +35,68 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
         >>> describe_reach(net, trace(net, (torch.zeros(3, 4),)), [LayerPair("1", "1")])
         'root: the whole student; 4 of 6 trained tensors lie before the recorded layers'
     """
-    modules = named_layers(student)
-    names = primary_names(modules, trace.root)
     trained: dict[int, bool] = {}
     ran: set[int] = set()
-    # The modules by name, since a wrapper has no name of its own.
-    for module in modules.values():
-        name = names[id(module)]
-        is_before = any(leads_to(name, pair.student, trace) for pair in pairs)
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad:
-                trained[id(parameter)] = trained.get(id(parameter), False) or is_before
-                ran |= {id(parameter)} if trace.layer(name).calls else set()
+    for name, parameter, is_before in _parameters(student, trace, pairs):
+        if parameter.requires_grad:
+            trained[id(parameter)] = trained.get(id(parameter), False) or is_before
+            ran |= {id(parameter)} if trace.layer(name).calls else set()
     called = f"{trace.root}:{method}" if method else trace.root
     root = repr(called) if called else "the whole student"
     before, total = sum(trained.values()), len(trained)
     line = f"root: {root}; {before} of {total} trained tensors lie before the recorded layers"
     if 2 * before > total:
         return line
+    if not before:
+        return f"{line}: all that leads to them is frozen, and the term trains nothing."
     after = sum(key in ran and not is_before for key, is_before in trained.items())
     return (
         f"{line}. Of the others {after} run after them, and {total - before - after} are in modules that do not run. "
         'Later layers, such as those of ["blocks", "penultimate"], let the term train more.'
     )
+
+
+def describe_frozen(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]) -> str:
+    """What to say where all that leads to the recorded layers is frozen; empty where it is not.
+
+    Args:
+        student: The student.
+        trace: Its traced forward.
+        pairs: The resolved pairs.
+
+    Example:
+        >>> from lightning_otrt.reading.tracer import trace
+        >>> net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+        >>> _ = net[0].requires_grad_(False)
+        >>> describe_frozen(net, trace(net, (torch.zeros(3, 4),)), [LayerPair("0", "0")])[:69]
+        "The transfer term is constant: the student layers ['0'] and all 2 par"
+    """
+    found = _parameters(student, trace, pairs)
+    before = {id(parameter): parameter.requires_grad for _, parameter, is_before in found if is_before}
+    if not before or any(before.values()):
+        return ""
+    others = dict.fromkeys(name for name, parameter, _ in found if parameter.requires_grad)
+    layers = list(dict.fromkeys(pair.student for pair in pairs))
+    return (
+        f"The transfer term is constant: the student layers {layers} and all {len(before)} parameters that lead to "
+        f"them are frozen (requires_grad=False). What is trained comes after them or beside them: {list(others)[:8]}. "
+        "The term cannot train frozen weights: unfreeze the blocks that it is to train (`requires_grad_(True)`), or name "
+        "layers behind trained ones. While the backbone is frozen on purpose, as before BackboneFinetuning unfreezes "
+        "it, a `schedule` of 0 leaves the term out."
+    )
+
+
+def _parameters(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]) -> list[tuple[str, nn.Parameter, bool]]:
+    """The parameters with the name of their module, and whether it leads to a recorded layer."""
+    modules = named_layers(student)
+    names = primary_names(modules, trace.root)
+    found = []
+    # The modules by name, since a wrapper has no name of its own.
+    for module in modules.values():
+        name = names[id(module)]
+        is_before = any(leads_to(name, pair.student, trace) for pair in pairs)
+        found += [(name, parameter, is_before) for parameter in module.parameters(recurse=False)]
+    return found
 
 
 def leads_to(name: str, layer: str, trace: Trace) -> bool:

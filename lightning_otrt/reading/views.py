@@ -15,6 +15,7 @@ from lightning_otrt.reading.positions import match_positions
 from lightning_otrt.reading.torch_internals import has_freed_graph
 
 __all__ = [
+    "ConstantTermError",
     "Matched",
     "NeuronCounts",
     "NoTermError",
@@ -76,6 +77,10 @@ class NoTermError(Exception):
     """No term can be formed in this call; the message says why."""
 
 
+class ConstantTermError(NoTermError):
+    """No recorded layer of the student gets a gradient."""
+
+
 class NeuronCounts(NamedTuple):
     """The neurons of a pair, as the traced forwards showed them.
 
@@ -130,7 +135,8 @@ def matched_neurons(
         device: Device of the student.
 
     Raises:
-        NoTermError: If a layer ran more than once, or all layers ran and none of them gets a gradient.
+        NoTermError: If a layer ran more than once.
+        ConstantTermError: If all layers ran and none of them gets a gradient.
         ValueError: If the readings of a pair have different positions that cannot be matched.
     """
     neurons: list[list[tuple[Tensor, Tensor]]] = []
@@ -149,7 +155,7 @@ def matched_neurons(
             if student.requires_grad:
                 constant.pop(index, None)
     if len(constant) == len(pairs) == len(ran):
-        raise NoTermError(
+        raise ConstantTermError(
             f"The transfer term is constant: the outputs of the student layers {list(constant.values())} do not depend "
             "on any parameter that requires a gradient. Unfreeze the layers, choose others, or check for `no_grad`, "
             "`detach` and reentrant activation checkpointing (use_reentrant=False is supported). While layers are "

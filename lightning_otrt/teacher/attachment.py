@@ -15,11 +15,13 @@ from lightning_otrt.reading.failed_teacher import teacher_failed
 from lightning_otrt.reading.hooks import OpenView
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Inputs, Pairing, check_layers, pair_layers
+from lightning_otrt.reading.reach import describe_frozen
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import find_teacher_root
 from lightning_otrt.reading.root_search import RootSearch
 from lightning_otrt.reading.torch_internals import is_compiled, without_earlier_pre_hooks
 from lightning_otrt.reading.views import (
+    ConstantTermError,
     Matched,
     NeuronCounts,
     NoTermError,
@@ -199,7 +201,14 @@ class Attachment:
             NoTermError: If there are none.
         """
         assert self.pairing is not None
-        return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
+        try:
+            return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
+        except ConstantTermError:
+            assert self.student is not None
+            frozen = describe_frozen(self.student, self.pairing.student, self.pairing.pairs)
+            if not frozen:
+                raise
+            raise NoTermError(frozen) from None
 
     def logits(self, views: list[View]) -> MatchedLogits:
         """The logits of each view.

@@ -285,7 +285,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
             layers=named("net.block1"),
             options={"strict": False},
         ),
-        ["The transfer term is constant: the outputs of the student layers ['net.block1']"],
+        ["The transfer term is constant: the student layers ['net.block1'] and all 4 parameters"],
         check_none,
     ),
     (
