@@ -80,9 +80,9 @@ def describe_frozen(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]
     return (
         f"The transfer term is constant: the student layers {layers} and all {len(before)} parameters that lead to "
         f"them are frozen (requires_grad=False). What is trained comes after them or beside them: {list(others)[:8]}. "
-        "The term cannot train frozen weights: unfreeze the blocks that it is to train (`requires_grad_(True)`), or name "
-        "layers behind trained ones. While the backbone is frozen on purpose, as before BackboneFinetuning unfreezes "
-        "it, a `schedule` of 0 leaves the term out."
+        "The term cannot train frozen weights: unfreeze the blocks that it is to train (`requires_grad_(True)`), or "
+        "name layers behind trained ones. While the backbone is frozen on purpose, as before BackboneFinetuning "
+        "unfreezes it, a `schedule` of 0 leaves the term out."
     )
 
 

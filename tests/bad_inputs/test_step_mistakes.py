@@ -105,7 +105,7 @@ MISTAKES = [
     Fit(
         "recorded layers frozen",
         RuntimeError,
-        ("term is constant", "['net.block1']", "Unfreeze the layers", "`no_grad`"),
+        ("term is constant", "['net.block1'] and all 4 parameters", "are frozen", "unfreeze", "'net.head'"),
         layers=named("net.block1"),
         task=frozen("net.block1"),
     ),
