@@ -27,6 +27,9 @@ class LogitDistillation:
     over the tokens of sequences, padding left out. Maps of the teacher of another size are resized to the student's
     (bilinear).
 
+    Where a sample has several labels, ``activation="sigmoid"`` compares the probabilities of each label instead: the
+    same term for each label, with the two classes "yes" and "no", averaged over labels. It also serves a single logit.
+
     Where the classes are others, the teacher's logits are regressed on what enters the student's last linear layer: by
     ridge, on running moments, so that there is nothing to train and no second head. The term is then 1 - R², with the
     map of the regression held fixed in its gradient.
@@ -37,13 +40,14 @@ class LogitDistillation:
         select: Key or index of the logits, where the output holds several tensors; or ``(student, teacher)``.
         class_axis: Axis of the classes. None: 1 for ``(B, K)`` and ``(B, K, H, W)``; for three axes it follows from the
             modules that make the output, where these tell.
+        activation: ``"softmax"``, or ``"sigmoid"`` for networks that are trained with a binary cross-entropy.
         features: Student layer, or ``"layer:input"``, on which the teacher's logits are regressed. None: what enters
             its last linear layer, and only where the numbers of classes differ. Name it where two networks have as many
             classes by chance.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the weight is negative, or the temperature not positive.
+        ValueError: If the weight is negative, the temperature not positive, or the activation unknown.
 
     Example:
         >>> from lightning_otrt import LogitDistillation
@@ -56,6 +60,7 @@ class LogitDistillation:
     select: str | int | tuple[str | int | None, str | int | None] | None = None
     class_axis: int | None = None
     features: str | None = None
+    activation: str = "softmax"
 
     def __post_init__(self) -> None:
         """Check the fields, so that a wrong one is reported where the user writes it."""
@@ -73,6 +78,10 @@ class LogitDistillation:
             )
         if self.class_axis is not None and not is_int(self.class_axis):
             raise TypeError(f"Expected argument `class_axis` to be an axis or None, but got {shown(self.class_axis)}.")
+        if self.activation not in ("softmax", "sigmoid"):
+            raise ValueError(
+                f"Expected argument `activation` to be 'softmax' or 'sigmoid', but got {shown(self.activation)}."
+            )
         if self.features is not None and not isinstance(self.features, str):
             raise TypeError(
                 f"Expected argument `features` to be the name of a student layer or None, but got "

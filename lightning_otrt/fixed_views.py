@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_otrt.checks import check_count, check_seed
+from lightning_otrt.random_numbers import random_numbers_restored
 
 __all__ = ["FixedViews"]
 
@@ -109,16 +110,11 @@ class FixedViews(Dataset[Any]):
 def _seeded(digest: bytes) -> Iterator[None]:
     """Seed the global generators, each by a part of 32 random bytes, and put them back at the end."""
     # Not `torch.manual_seed`: it also seeds the generators of all devices, which would not be restored.
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
-    np.random.seed(np.frombuffer(digest[8:16], dtype="<u4"))
-    random.seed(digest[16:])
-    try:
+    with random_numbers_restored():
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
+        np.random.seed(np.frombuffer(digest[8:16], dtype="<u4"))
+        random.seed(digest[16:])
         yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 def _as_key(index: Any) -> Any:

@@ -18,10 +18,11 @@ PACKAGE = Path(lightning_otrt.__file__).parent
 #: What a floor may import, besides itself and what these may. Single files between the floors count as floors.
 BELOW = {
     "checks": set(),
+    "random_numbers": set(),
     "schedules": {"checks"},
-    "fixed_views": {"checks"},
+    "fixed_views": {"checks", "random_numbers"},
     "distillation": {"checks"},
-    "transport": {"checks"},
+    "transport": {"checks", "random_numbers"},
     "steps": {"transport"},
     "layers": {"checks"},
     "reading": {"layers", "transport"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.random_numbers import random_numbers_restored
 from lightning_otrt.reading.plain_state import PlainState
 from lightning_otrt.reading.torch_internals import all_buffers, without_parametrization_cache
 
-__all__ = ["in_evaluation", "random_state", "state_restored"]
+__all__ = ["in_evaluation", "state_restored"]
 
 
 @contextmanager
@@ -64,26 +64,17 @@ def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
         for module in modules
     ]
     tensors = [*inputs, *model.parameters(), *model.buffers()]
-    plain, python = PlainState(modules), random.getstate()
-    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    plain = PlainState(modules)
+    with random_numbers_restored(tensors):
         try:
             yield
         finally:
-            random.setstate(python)
             with torch.no_grad():
                 plain.restore()
                 for module, flag in flags:
                     module.training = flag
                 for module, saved in zip(modules, buffers, strict=True):
                     _restore_buffers(module, saved)
-
-
-def random_state(inputs: Iterable[Tensor] = ()) -> list[object]:
-    """States of the random number generators of Python, of the CPU and of the devices of tensors, to be compared."""
-    devices = {tensor.device for tensor in inputs if tensor.device.type == "cuda"}
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    return [random.getstate(), *(state.tolist() for state in states)]
 
 
 def _with_flags(model: nn.Module) -> list[nn.Module]:

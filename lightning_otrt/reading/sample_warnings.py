@@ -27,9 +27,9 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
     if drawing:
         warnings.warn(
             f"The forward of {' and that of '.join(drawing)} draws random numbers although it runs in evaluation mode, "
-            "such as noise, time steps or masks. Student and teacher draw other ones, so what is matched may belong to "
-            "other noise. Draw them outside and pass them as an argument, name the network that gets them as "
-            "`student_root`, or give the teacher the same ones with `teacher_inputs`.",
+            "such as noise, time steps or masks. Unless both draw the same ones in the same order, what is matched "
+            "belongs to other noise. Draw them outside and pass them as an argument, name the network that gets them "
+            "as `student_root`, or give the teacher the same ones with `teacher_inputs`.",
             stacklevel=2,
         )
     moved: dict[str, list[str]] = {"student": [], "teacher": []}

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.names import child_names, is_inside, named_layers, primary_names
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
+from lightning_otrt.random_numbers import random_state
 from lightning_otrt.reading.arguments import bound_arguments
 from lightning_otrt.reading.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
 from lightning_otrt.reading.calls import Call
-from lightning_otrt.reading.evaluation import in_evaluation, random_state
+from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.mask_search import MaskSearch
 from lightning_otrt.reading.masks import pad_nested

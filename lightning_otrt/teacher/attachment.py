@@ -179,6 +179,11 @@ class Attachment:
         return "" if self._logits is None else self._logits.note
 
     @property
+    def compares_classes(self) -> bool:
+        """Whether softened classes of both networks are compared."""
+        return self._logits is not None and self._logits.compares_classes
+
+    @property
     def teacher_output(self) -> Any:
         """What the teacher returned in the newest forward of the student.
 
@@ -334,6 +339,7 @@ class Attachment:
                 return pairing
 
         self.pairing = self._settle(choose)
+        self.teacher.draws_random = self.pairing.teacher.draws_random
         self._counts = self.pairing.neuron_counts()
         self._recorder.read_output = None if self._logits is None else self._logits.read_student
         self._watch_student(student)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_otrt.checks import shown
+from lightning_otrt.random_numbers import random_numbers_restored
 from lightning_otrt.reading.arguments import renamed
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.teacher.borrowed import BorrowedModule
@@ -95,6 +97,8 @@ class Teacher:
         self.root = ""
         #: Finds states of an earlier forward among the student's inputs.
         self.past_states = PastStates()
+        #: Whether its forward draws random numbers in evaluation mode.
+        self.draws_random = False
         #: By which names it takes the positional arguments of the student, see :func:`positions_by_name`.
         self.names: tuple[str | None, ...] = ()
 
@@ -182,8 +186,12 @@ class Teacher:
             borrowed.set_evaluation_mode()
         # Not inference mode: the backward of the transfer term could not save tensors made there.
         module = borrowed.module if not self.root else borrowed.module.get_submodule(self.root)
-        with torch.no_grad():
+        with torch.no_grad(), self._random_numbers_kept(borrowed.module):
             return module(*args, **kwargs)
+
+    def _random_numbers_kept(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Leave the generators as they are, so that training draws what it would draw without the teacher."""
+        return random_numbers_restored(module.parameters()) if self.draws_random else nullcontext()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the inputs of the student's root.

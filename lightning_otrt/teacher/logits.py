@@ -23,7 +23,7 @@ from lightning_otrt.reading.positions import match_positions
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import RecordedLayer
 from lightning_otrt.reading.views import NoTermError, View
-from lightning_otrt.transport.soft_targets import logit_neurons
+from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
 
 __all__ = ["FEATURES", "LogitRecording", "MatchedLogits"]
 
@@ -97,6 +97,11 @@ class LogitRecording:
         self.features = self._student = self._teacher = None
 
     @property
+    def compares_classes(self) -> bool:
+        """Whether the term compares softened classes of both networks."""
+        return not self._pools and self.option.activation == "softmax"
+
+    @property
     def identity(self) -> str:
         """What is read of the teacher's output, in words that are equal for equal readings."""
         reader = self._teacher
@@ -160,11 +165,12 @@ class LogitRecording:
             )
         if self.option.features is not None or student.shape[1] != teacher.shape[1]:
             return True, self._regressed(view, student, teacher)
-        if student.shape[1] == 1:
+        by_label = self.option.activation == "sigmoid"
+        if student.shape[1] == 1 and not by_label:
             raise ValueError(
                 f"{where}: both networks have a single output ({shapes}), and softened probabilities of one class are "
-                "always 1. Give both a logit for each of two classes, or regress the teacher's output on a layer of "
-                "the student with LogitDistillation(features='name of the layer')."
+                "always 1. For a binary cross-entropy pass LogitDistillation(activation='sigmoid'); otherwise regress "
+                "the teacher's output on a layer of the student with LogitDistillation(features='name of the layer')."
             )
         mask = _mask_of(view) if view.logit_mask is None else view.logit_mask
         if student.shape != teacher.shape:
@@ -175,6 +181,9 @@ class LogitRecording:
                 )
             size = student.shape[2:]
             teacher = interpolate(teacher, size, mode="bilinear", align_corners=False, antialias=True)
+        if by_label:
+            mask = None if mask is None else mask.unsqueeze(1).expand(student.shape)
+            student, teacher = as_two_classes(student), as_two_classes(teacher)
         return False, (student, teacher, mask)
 
     def _regressed(self, view: View, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -194,7 +203,8 @@ class LogitRecording:
         if not self._pools:
             teacher = self._pooled(teacher, _mask_of(view))
         y, x = match_positions(calls[0], teacher, f"{self.features.name!r} -> the teacher's logits")
-        return y, x if len(x) == 1 else logit_neurons(x, class_axis=0), None
+        is_free = len(x) > 1 and self.option.activation == "softmax"
+        return y, logit_neurons(x, class_axis=0) if is_free else x, None
 
     def _pooled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         where = "the logits of the teacher" if self._teacher is None else f"the logits of the {self._teacher.where}"
@@ -222,8 +232,9 @@ class LogitRecording:
     def _described(self, counts: Sequence[int | None]) -> str:
         if self.features is not None:
             return f"Distillation: the teacher's logits, regressed on {self.features.name!r} of the student"
-        classes = "the same" if counts[0] is None else str(counts[0])
-        return f"Distillation: T² KL of {classes} classes at temperature {self.option.temperature:g}"
+        count = "the same" if counts[0] is None else str(counts[0])
+        classes = "labels, each by itself," if self.option.activation == "sigmoid" else "classes"
+        return f"Distillation: T² KL of {count} {classes} at temperature {self.option.temperature:g}"
 
 
 def _mask_of(view: View) -> Tensor | None:

@@ -34,6 +34,13 @@ class ExtraTerm:
     def discard(self) -> None:
         """Forget the forwards since the last call of :meth:`term`."""
 
+    def check_loss(self, loss: Tensor) -> None:
+        """Look at the loss to which the term is added.
+
+        Args:
+            loss: What the user's training step returned, or passed to ``manual_backward``.
+        """
+
     def skip(self) -> None:
         """The user skips this step."""
 
@@ -123,6 +130,11 @@ class _Step(_Patch):
         present = [value for value in found if value is not None]
         return sum(present[1:], present[0]) if present else None
 
+    def check(self, loss: Tensor) -> None:
+        """Show the loss to all terms."""
+        for term in self.terms:
+            term.check_loss(loss)
+
     def _add(self, output: Any) -> Any:
         """The output of an automatic step with all terms in its loss."""
         if output is None:
@@ -134,6 +146,8 @@ class _Step(_Patch):
             total = self.total()
             if total is None:
                 return output
+            self.check(loss)
+            _check_gradient(loss, total, f"returned by the training_step of {type(self.module).__name__}")
             loss = loss + total.to(loss.device)
             return _with_loss(output, loss) if isinstance(output, Mapping) else loss
         if isinstance(output, Mapping) and loss is None:
@@ -155,6 +169,16 @@ class _Step(_Patch):
             "`self.manual_backward(loss)` after the student ran, so the transfer term was never added. Call "
             "`self.manual_backward(loss)` instead of `loss.backward()`; run forwards that are not trained on inside "
             "`torch.no_grad()` or `transfer.paused()`."
+        )
+
+
+def _check_gradient(loss: Tensor, total: Tensor, what: str) -> None:
+    """Without the term torch would refuse the backward pass of such a loss."""
+    if total.requires_grad and not loss.requires_grad:
+        raise MisconfigurationException(
+            f"The loss {what} has no gradient, so that the transfer term alone would be trained. Look for `detach`, "
+            "`item` or `no_grad` on its way. To train on the transfer term alone, use "
+            "`torch.zeros((), requires_grad=True)` as the loss."
         )
 
 
@@ -182,5 +206,8 @@ class _ManualBackward(_Patch):
         # Only the first backward after a forward gets the term, so two losses of one forward count it once.
         if any(term.has_term() for term in self.step.terms):
             total = self.step.total()
-            loss = loss if total is None else loss + total.to(loss.device)
+            if total is not None:
+                self.step.check(loss)
+                _check_gradient(loss, total, "passed to `self.manual_backward`")
+                loss = loss + total.to(loss.device)
         self.inner(loss, *args, **kwargs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.checks import shown
+from lightning_otrt.random_numbers import random_numbers_restored
 from lightning_otrt.transport.correlation import CorrelationCost, CovarianceCost
 from lightning_otrt.transport.cost import Cost
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
@@ -119,7 +120,8 @@ def exact_plan(cost: Tensor) -> Tensor:
             plan[linear_sum_assignment(problem)] = 1 / rows
         return matrix.to(cost.device)
     try:
-        from ot import emd
+        with random_numbers_restored():  # POT draws from NumPy's generator when it is imported
+            from ot import emd
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'plan="exact" between {rows} student and {columns} teacher neurons needs POT, because the widths differ: '

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-__all__ = ["SoftTargets", "logit_neurons", "soft_targets"]
+__all__ = ["SoftTargets", "as_two_classes", "logit_neurons", "soft_targets"]
 
 
 class SoftTargets(NamedTuple):
@@ -73,6 +73,19 @@ def soft_targets(
         total = kl_div(own, target, reduction="sum", log_target=True)
         positions = total.new_full((), own.numel() / own.shape[class_axis]) if mask is None else mask.sum().to(dtype)
         return SoftTargets(total * temperature**2, positions)
+
+
+def as_two_classes(logits: Tensor) -> Tensor:
+    """Logits of labels ``(B, K, *positions)`` as those of "yes" and "no" ``(B, 2, K, *positions)``.
+
+    Their softmax is the sigmoid and what it lacks to 1.
+
+    Example:
+        >>> import torch
+        >>> as_two_classes(torch.tensor([[0.0, 3.0]])).softmax(1)[:, 0]
+        tensor([[0.5000, 0.9526]])
+    """
+    return torch.stack([logits, torch.zeros_like(logits)], 1)
 
 
 def logit_neurons(logits: Tensor, *, class_axis: int = 1, mask: Tensor | None = None) -> Tensor:

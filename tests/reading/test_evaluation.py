@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from helpers import hooks
 from torch import Tensor, nn
 
+from lightning_otrt import RepresentationTransfer
 from lightning_otrt.reading.evaluation import in_evaluation, state_restored
 from lightning_otrt.reading.tracer import trace
 
@@ -136,3 +140,51 @@ def test_what_was_compiled_before_runs_its_new_hooks():
         compiled(torch.randn(2, 4))
     assert seen == [1]
     torch.compiler.reset()
+
+
+class Drawing(nn.Module):
+    """Draws in evaluation mode, too, as LayerDrop of fairseq does."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.net, self.draw = nn.Linear(3, 4), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.draw()
+        return self.net(x)
+
+
+DRAWS = {"torch": lambda: torch.rand(1), "NumPy": np.random.rand, "Python": random.random}
+
+
+def generators() -> list[object]:
+    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_generators_after_a_trace(draw):
+    model = Drawing(draw)
+    before = generators()
+    found = trace(model, (torch.ones(2, 3),))
+    assert generators() == before
+    assert found.draws_random
+
+
+@pytest.mark.filterwarnings("ignore:The forward of the:UserWarning")
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_training_draws_what_it_would_draw_without_a_teacher(draw, who):
+    """Also the teacher's forward in each step: a run with a tiny weight would else be another run."""
+    torch.manual_seed(0)
+    nets = [Drawing(draw if who in (side, "both") else lambda: None) for side in ("student", "teacher")]
+    drawn = []
+    for transfer in (RepresentationTransfer(nets[1], [("net", "net")]), None):
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(3)
+        with nullcontext() if transfer is None else transfer.attached(nets[0]):
+            for _ in range(3):
+                nets[0](torch.ones(8, 3) * torch.arange(8.0)[:, None])
+                if transfer is not None:
+                    transfer.loss()
+            drawn.append(generators())
+    assert drawn[0] == drawn[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import lightning as L
@@ -308,3 +309,72 @@ def test_a_head_outside_of_the_root_is_an_error():
     callback = OTRTCallback(make_teacher(), {"encoder.1": "block1"}, distillation=1.0)
     with pytest.raises(RuntimeError, match="outside of it: 'head'.*takes what the root returns as logits"):
         make_trainer(callbacks=[callback]).fit(Encoded(), loader())
+
+
+class Labels(Task):
+    """Each sample has several labels."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        targets = F.one_hot(batch[1], 3) + F.one_hot((batch[1] + 1) % 3, 3)
+        return F.binary_cross_entropy_with_logits(self.net(batch[0]), targets.float())
+
+
+class Numbers(Task):
+    """A regression."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return F.smooth_l1_loss(self.net(batch[0])[:, 0], batch[1].float())
+
+
+class Both(Labels):
+    """A classification with another loss beside it."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return super().loss(batch) + F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class TestKindsOfTasks:
+    def fit(self, kind: type[Task], option: LogitDistillation) -> tuple[Task, pl.Trainer]:
+        task, trainer = make_task(kind), make_trainer(callbacks=[make_callback(weight=0, distillation=option)])
+        trainer.fit(task, loader())
+        return task, trainer
+
+    @pytest.mark.parametrize(
+        ("kind", "words"),
+        [(Labels, r"binary cross-entropy, but .*activation='sigmoid'"), (Numbers, r"regression, but .*features=")],
+    )
+    def test_softmax_for_another_task_warns_once(self, kind, words):
+        with pytest.warns(UserWarning, match=words) as caught:
+            self.fit(kind, LogitDistillation())
+        assert len([each for each in caught if re.search(words, str(each.message))]) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "option"),
+        [
+            (Task, LogitDistillation()),
+            (Both, LogitDistillation()),
+            (Labels, LogitDistillation(activation="sigmoid")),
+            (Numbers, LogitDistillation(features="net.block2")),
+        ],
+    )
+    def test_no_word_where_it_fits(self, kind, option):
+        self.fit(kind, option)
+
+    def test_labels_by_hand(self):
+        class ByHandLabels(Labels):
+            def loss(self, batch: list[Tensor]) -> Tensor:
+                logits = self.net(batch[0])
+                with torch.no_grad():
+                    target = torch.sigmoid(teacher(batch[0]) / 2)
+                entropy = F.binary_cross_entropy(target, target)
+                term = 4 * (F.binary_cross_entropy_with_logits(logits / 2, target) - entropy)
+                targets = F.one_hot(batch[1], 3) + F.one_hot((batch[1] + 1) % 3, 3)
+                return F.binary_cross_entropy_with_logits(logits, targets.float()) + 20 * term
+
+        teacher = make_teacher().eval()
+        by_hand, plain = make_task(ByHandLabels), make_task(Labels)
+        for task in (by_hand, plain):
+            make_trainer().fit(task, loader())
+        option = LogitDistillation(20.0, temperature=2.0, activation="sigmoid")
+        found, _ = self.fit(Labels, option)
+        assert_agree(weights(found), weights(by_hand), weights(plain), tolerance=1e-4)  # in float32

@@ -287,3 +287,43 @@ def test_the_manual_demo_of_lightning() -> None:
     trainer.fit(ManualOptimBoringModel(), DataLoader(RandomDataset(32, 16), batch_size=8))
     assert callback.transfer.engine.calls == 2
     assert watching.kept == [0, 0]
+
+
+class ManuallyReturning(Returning):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(self.make(self.loss(batch)))
+        self.optimizers().step()
+
+
+WITHOUT_GRADIENT: dict[str, tuple[type[Returning], Callable[[Tensor], Any]]] = {
+    "detached": (Returning, Tensor.detach),
+    "detached in a mapping": (Returning, lambda loss: {"loss": loss.detach()}),
+    "through a number": (Returning, lambda loss: torch.tensor(loss.item())),
+    "manual": (ManuallyReturning, Tensor.detach),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_a_loss_without_gradient_is_an_error_as_without_the_term(name: str) -> None:
+    kind, make = WITHOUT_GRADIENT[name]
+    for callbacks, kinds, words in (
+        ([], RuntimeError, "does not require grad"),
+        ([make_callback()], MisconfigurationException, "has no gradient, so that the transfer term alone"),
+    ):
+        task = make_task(kind)
+        task.make = make
+        with pytest.raises(kinds, match=words):
+            fitted(callbacks, task=task)
+
+
+def test_training_on_the_term_alone() -> None:
+    task = returning(lambda loss: torch.zeros((), requires_grad=True))
+    before, head = weights(task), task.net.head.weight.clone()
+    fitted([make_callback()], task=task)
+    assert torch.equal(task.net.head.weight, head)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(task).items())

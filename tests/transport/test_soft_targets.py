@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
-from lightning_otrt.transport.soft_targets import logit_neurons, soft_targets
+from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons, soft_targets
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -100,3 +101,18 @@ def test_logits_as_neurons(shape: tuple[int, ...], class_axis: int) -> None:
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         soft_targets(**{"student": torch.zeros(4, 6), "teacher": torch.zeros(4, 6), **arguments})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(6, 1), (6, 5), (3, 5, 4), (2, 3, 4, 4)])
+def test_labels_are_a_binary_cross_entropy_with_soft_targets(shape, masked):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    mask = torch.rand(shape, generator=generator) > 0.4 if masked else None
+    target = torch.sigmoid(teacher / 4)
+    each = binary_cross_entropy_with_logits(student / 4, target, reduction="none")
+    each = 16 * (each - binary_cross_entropy(target, target, reduction="none"))
+    expected = each.mean() if mask is None else each[mask].mean()
+    found = soft_targets(as_two_classes(student), as_two_classes(teacher), mask=mask).mean
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert float(found) > 1e-3
