@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,7 +22,13 @@ from lightning_otrt.reading.layer_masks import pair_masks, warn_of_one_sided_mas
 from lightning_otrt.reading.reach import describe_reach
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Readers
-from lightning_otrt.reading.root import split_root
+from lightning_otrt.reading.root import (
+    can_be_root,
+    describe_teacher_root,
+    same_part,
+    split_root,
+    warn_of_whole_teacher,
+)
 from lightning_otrt.reading.sample_warnings import warn_of_other_samples
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.views import NeuronCounts
@@ -122,10 +128,16 @@ def pair_layers(
     looks = plan == "auto"
     student_trace = trace(student, *inputs, root=root, method=method, values=looks)
     teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root, values=looks)
+    runs_part = describe_teacher_root(root, teacher_root)
+
+    def checked(pairs: tuple[LayerPair, ...], notes: Sequence[str]) -> Pairing:
+        plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
+        told = "\n".join(filter(None, [*notes, describe_reach(student, student_trace, pairs, method), runs_part]))
+        warn_of_whole_teacher(same_part(student, root, teacher), pairs, root, teacher_trace)
+        return _checked(Pairing(pairs, student_trace, teacher_trace, told, plans))
+
     if known is not None:
-        plans = choose_plans(known, student_trace, teacher_trace) if looks else ()
-        note = describe_reach(student, student_trace, known, method)
-        return _checked(Pairing(known, student_trace, teacher_trace, note, plans))
+        return checked(known, ())
 
     def find_matches() -> list[tuple[str, str]]:
         runs = (named_layers(student)[root], *inputs), (named_layers(teacher)[teacher_root], *teacher_inputs)
@@ -133,9 +145,7 @@ def pair_layers(
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
     notes = [fallback_note(layers, student_trace, teacher_trace), output_note(layers, student_trace, teacher_trace)]
-    notes.append(describe_reach(student, student_trace, pairs, method))
-    plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
-    return _checked(Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)), plans))
+    return checked(pairs, notes)
 
 
 def _checked(pairing: Pairing) -> Pairing:
@@ -172,13 +182,20 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
             f"Expected `student_root` to name a method of {name or 'the student'!r} ({type(names[name]).__name__}) "
             f"after the colon, but it has no method {method!r}."
         )
-    check_names(
-        layers,
-        LayerNames(
-            "student", tuple(names), name if root is not None else None, type(student).__name__, named_tensors(student)
-        ),
-        LayerNames("teacher", tuple(named_layers(teacher)), "", type(teacher).__name__, named_tensors(teacher)),
+    own = LayerNames(
+        "student", tuple(names), name if root is not None else None, type(student).__name__, named_tensors(student)
     )
+    part = "" if root is None else same_part(student, name, teacher)
+    try:
+        check_names(
+            layers,
+            own,
+            LayerNames("teacher", tuple(named_layers(teacher)), part, type(teacher).__name__, named_tensors(teacher)),
+        )
+    except ValueError:
+        # Names of the teacher may be relative to the part of it that corresponds to a root which is not known yet.
+        if root is not None or not any(can_be_root(other, layers, student, teacher) for other in names):
+            raise
 
 
 def _trace_teacher(

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 from torch import nn
 
-from lightning_otrt.layers.grammar import only_words
+from lightning_otrt.layers.grammar import WORDS, parse_layers
 from lightning_otrt.layers.lookup import LayerNames, check_names
-from lightning_otrt.layers.names import named_layers
-from lightning_otrt.layers.pairs import LayerSpec
+from lightning_otrt.layers.names import is_inside, named_layers
+from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
+from lightning_otrt.layers.trace import Trace
 
-__all__ = ["can_be_root", "find_teacher_root", "split_root"]
+__all__ = [
+    "can_be_root",
+    "describe_teacher_root",
+    "find_teacher_root",
+    "same_part",
+    "split_root",
+    "warn_of_whole_teacher",
+]
 
 
 def can_be_root(name: str, layers: LayerSpec, student: nn.Module, teacher: nn.Module) -> bool:
@@ -22,7 +33,9 @@ def can_be_root(name: str, layers: LayerSpec, student: nn.Module, teacher: nn.Mo
     held = {id(inner) for inner in module.modules()}
     inside = LayerNames("student", tuple(known for known, inner in modules.items() if id(inner) in held), name)
     try:
-        check_names(layers, inside, LayerNames("teacher", tuple(named_layers(teacher))))
+        check_names(
+            layers, inside, LayerNames("teacher", tuple(named_layers(teacher)), same_part(student, name, teacher))
+        )
     except ValueError:
         return False
     return True
@@ -39,14 +52,21 @@ def split_root(root: str | None) -> tuple[str, str]:
     return name, method
 
 
-def find_teacher_root(layers: LayerSpec, student: nn.Module, root: str, teacher: nn.Module) -> str:
-    """The submodule of the teacher that corresponds to a root which is a part of the student; ``""`` for the whole.
+def same_part(student: nn.Module, root: str, teacher: nn.Module) -> str:
+    """The submodule of the teacher that corresponds to a root which is a part of the student; ``""`` if there is none.
 
-    An encoder learns from the teacher's encoder, not from its decoder. Only where layers are words: names may point
-    anywhere in the teacher. The submodule has the name of the root, and it or the module around it the same type.
+    It has the name of the root, and it or the module around it the same type.
+
+    Example:
+        >>> class AutoEncoder(nn.Module):
+        ...     def __init__(self, width: int) -> None:
+        ...         super().__init__()
+        ...         self.encoder, self.decoder = nn.Linear(4, width), nn.Linear(width, 4)
+        >>> same_part(AutoEncoder(2), "encoder", AutoEncoder(3))
+        'encoder'
     """
     modules, found = named_layers(student), named_layers(teacher)
-    if not root or not only_words(layers) or type(modules[root]) is type(teacher):
+    if not root or type(modules[root]) is type(teacher):
         return ""
     parts = root.split(".")
     for start in range(len(parts)):
@@ -58,3 +78,60 @@ def find_teacher_root(layers: LayerSpec, student: nn.Module, root: str, teacher:
         if is_alike:
             return name
     return ""
+
+
+def find_teacher_root(layers: LayerSpec, student: nn.Module, root: str, teacher: nn.Module) -> str:
+    """The submodule of the teacher that runs on the inputs of the student's root; ``""`` for the whole.
+
+    An encoder learns from the teacher's encoder alone: the whole teacher would encode a second time what is encoded
+    already. Where a layer is named that lies outside of that part, the whole teacher has to run.
+    """
+    part = same_part(student, root, teacher)
+    if not part:
+        return ""
+    modules = named_layers(teacher)
+    held = {id(inner) for inner in modules[part].modules()}  # one that is registered twice has two names
+    names, no_names = LayerNames("teacher", tuple(modules), part), LayerNames("student", ())
+    selectors = {entry.teacher for entry in parse_layers(layers)}
+    found = (
+        name.removesuffix(INPUT)
+        for selector in selectors
+        if isinstance(selector, str) and selector not in WORDS
+        for name in names.find(selector, no_names)
+    )
+    return part if all(id(modules[name]) in held for name in found) else ""
+
+
+def describe_teacher_root(root: str, teacher_root: str) -> str:
+    """Which part of the teacher runs, for the log; empty for the whole teacher.
+
+    Example:
+        >>> describe_teacher_root("net.encoder", "encoder")
+        "teacher: its part 'encoder' runs alone, on what enters 'net.encoder' of the student"
+    """
+    if not teacher_root:
+        return ""
+    return f"teacher: its part {teacher_root!r} runs alone, on what enters {root!r} of the student"
+
+
+def warn_of_whole_teacher(part: str, pairs: Sequence[LayerPair], root: str, teacher: Trace) -> None:
+    """Warn where the whole teacher runs on the inputs of a part of the student, and has the same part further inside.
+
+    Args:
+        part: The teacher's submodule that corresponds to the student's root, ``""`` if there is none.
+        pairs: The resolved pairs.
+        root: Name of the student's root.
+        teacher: Trace of the teacher.
+    """
+    inside = [layer for layer in teacher.layers if is_inside(layer.name, part)]
+    if not part or teacher.root or any(layer.takes_model_input for layer in inside):
+        return
+    outside = list(dict.fromkeys(pair.teacher for pair in pairs if not is_inside(pair.teacher, part)))
+    warnings.warn(
+        f"The whole teacher ({teacher.layer('').kind}) runs on what enters {root!r} of the student, because its layers "
+        f"{outside} lie outside of its own {part!r}. Its {part!r} gets something else, such as inputs that are "
+        f"normalised or encoded a second time. Name layers inside {part!r}, which then runs alone; name the module of "
+        "the student that gets what the whole teacher takes as `student_root`; or make the teacher's inputs with "
+        "`teacher_inputs`.",
+        stacklevel=2,
+    )
