@@ -30,6 +30,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "benchmarks/efficiency.py",
         "benchmarks/fixed_views.py",
     ),
+    "launches": (*_ENGINE, "benchmarks/launches.py"),
     "weight_on_real_checkpoints": (
         *_TERM,
         "lightning_otrt/layers",

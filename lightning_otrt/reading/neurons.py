@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from lightning_otrt.checks import check_count
 from lightning_otrt.reading.outputs import select_tensor
-from lightning_otrt.reading.pooling import pool, pool_valid, widened_copy
+from lightning_otrt.reading.pooling import Windows, pool, pool_valid, widened_copy
 from lightning_otrt.reading.positions import as_matrix
 
 __all__ = ["NeuronReader", "neurons"]
@@ -118,6 +118,7 @@ class NeuronReader:
     prefix_tokens: int = 0
     token_grid: tuple[int, int] | None = None
     select: str | int | None = None
+    _windows: Windows = field(default_factory=Windows, init=False, repr=False, compare=False)
 
     def __call__(self, output: Any, mask: Tensor | None = None, token_grid: tuple[int, int] | None = None) -> Tensor:
         """Read one output.
@@ -151,7 +152,7 @@ class NeuronReader:
             return widened_copy(x)
         if x.dim() == 3 and mask is not None:
             return pool_valid(x, mask, self._sizes(x.shape[2:])[0])
-        return pool(x, self._sizes(x.shape[2:]))
+        return pool(x, self._sizes(x.shape[2:]), self._windows)
 
     def sequence_size(self, output: Tensor) -> tuple[int, int] | None:
         """Number of samples and positions of a sequence, a prefix included; None for vectors, maps and token grids."""
@@ -211,9 +212,9 @@ class NeuronReader:
                     "`transfer.paused()`, or match layers without positions."
                 )
             x = x.unflatten(-1, grid)  # type: ignore[no-untyped-call]
-            return pool(x, self._sizes(x.shape[2:]))
+            return pool(x, self._sizes(x.shape[2:]), self._windows)
         if mask is None:
-            return pool(x, self._sizes((tokens,)))
+            return pool(x, self._sizes((tokens,)), self._windows)
         mask = mask[:, -tokens:] if mask.dim() == 2 and mask.shape[-1] == tokens + self.prefix_tokens else mask
         if mask.shape != (x.shape[0], tokens):
             raise ValueError(

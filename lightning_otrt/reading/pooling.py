@@ -5,17 +5,48 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["pool", "pool_valid", "widened", "widened_copy"]
+__all__ = ["Windows", "pool", "pool_valid", "widened", "widened_copy"]
 
 #: Up to so many positions one matrix product takes a third of the time of sums.
 _SMALL_MAP = 64
+#: Matrices that are kept: a few for each layer, more only where images have many sizes.
+_KEPT = 64
 
 
-def pool(x: Tensor, sizes: Sequence[int]) -> Tensor:
+class Windows:
+    """Matrices of pooling windows, made once for each shape, type and device: each takes some 20 kernels to make."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, shape: Sequence[int], sizes: Sequence[int], like: Tensor) -> Tensor:
+        """The matrix ``(positions, positions that are kept)`` in the type and on the device of ``like``."""
+        if torch.compiler.is_compiling():
+            return _product_of_windows(shape, sizes, like)  # a constant there, and no memory of the graph's to keep
+        key = (*shape, *sizes, like.dtype, like.device)
+        if key not in self._made:
+            if len(self._made) >= _KEPT:
+                self._made.clear()
+            # A validation runs in inference mode, whose tensors a later backward pass could not use.
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = _product_of_windows(shape, sizes, like)
+        return self._made[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Windows:
+        """A copy makes its own."""
+        return Windows()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the matrices."""
+        return Windows, ()
+
+
+def pool(x: Tensor, sizes: Sequence[int], windows: Windows | None = None) -> Tensor:
     """Average-pool the positions of ``(B, C, *positions)`` to ``sizes``, in float32 or wider.
 
     The windows are those of adaptive average pooling, whose backward pass is not deterministic on CUDA. So matrix
@@ -24,6 +55,7 @@ def pool(x: Tensor, sizes: Sequence[int]) -> Tensor:
     Args:
         x: ``(B, C, *positions)``.
         sizes: Number of positions to keep along each axis, at most the size of the axis.
+        windows: Where matrices of windows are kept; None: nowhere.
 
     Returns:
         ``(B, C, *sizes)``, never ``x`` itself.
@@ -35,16 +67,17 @@ def pool(x: Tensor, sizes: Sequence[int]) -> Tensor:
     shape = tuple(x.shape[2:])
     if shape == tuple(sizes):
         return widened_copy(x)
-    if math.prod(shape) <= _SMALL_MAP:
+    windows = windows or Windows()
+    is_uneven = any(size % target for size, target in zip(shape, sizes, strict=True))
+    # On a device a product is no faster than the sums, which need no matrix.
+    if math.prod(shape) <= _SMALL_MAP and (is_uneven or x.device.type == "cpu"):
         x = widened(x)
-        windows = functools.reduce(torch.kron, [_windows(*ends, x) for ends in zip(shape, sizes, strict=True)])
-        return _product(x.flatten(2), windows).view(*x.shape[:2], *sizes)
-    if any(size % target for size, target in zip(shape, sizes, strict=True)):
+        return _product(x.flatten(2), windows(shape, sizes, x)).view(*x.shape[:2], *sizes)
+    if is_uneven:
         x = widened(x)
         for axis, target in enumerate(sizes, start=2):
             if x.shape[axis] != target:
-                windows = _windows(x.shape[axis], target, x)
-                x = _product(x.movedim(axis, -1), windows).movedim(-1, axis)
+                x = _product(x.movedim(axis, -1), windows((x.shape[axis],), (target,), x)).movedim(-1, axis)
         return x
     count = math.prod(x.shape[2:]) // math.prod(sizes)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -93,6 +126,11 @@ def _product(x: Tensor, windows: Tensor) -> Tensor:
     """``x @ windows`` in the precision that both have. Autocast would lower it."""
     with torch.autocast(x.device.type, enabled=False):
         return x @ windows
+
+
+def _product_of_windows(shape: Sequence[int], sizes: Sequence[int], like: Tensor) -> Tensor:
+    """The matrix of windows of all axes."""
+    return functools.reduce(torch.kron, [_windows(*ends, like) for ends in zip(shape, sizes, strict=True)])
 
 
 def _windows(size: int, target: int, like: Tensor) -> Tensor:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_otrt.steps.first_batch import inspect_plan
 from lightning_otrt.steps.pair_state import PairState, Solved
-from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient, all_finite
+from lightning_otrt.transport.cost import Cost, Evaluate, Plan, Rounds, Sums, ValueAndGradient, all_finite
 from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import exact_plan, fixed_plan
 from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
+from lightning_otrt.transport.tensors import expanded, finite
 
 __all__ = [
     "EARLY_SOLVES",
     "MEMORY",
     "Coupling",
+    "Due",
     "EntropicCoupling",
     "ExactCoupling",
     "FixedCoupling",
@@ -43,6 +45,18 @@ MEMORY = 0.98
 #: Samples behind a static plan, and updates of its solves, which have to converge: no later solve improves the last.
 STATIC_SAMPLES = 256
 STATIC_ITERATIONS = 200
+
+
+class Due(NamedTuple):
+    """A plan that is due.
+
+    Attributes:
+        problem: What to solve it from.
+        evaluate: Value and gradient of the batch behind the problem, from the plan; None where nothing is saved by it.
+    """
+
+    problem: Problem
+    evaluate: Evaluate | None = None
 
 
 class Coupling(ABC):
@@ -104,42 +118,47 @@ class Coupling(ABC):
             return float(self.memory)
         return saved if setting == "auto" else None
 
-    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Problem | None:
-        """Add a batch of one process to the statistics of a pair.
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Due | None:
+        """Add a batch of one process to the statistics of a pair, or of several pairs of equal shape.
 
         Args:
-            state: The state of the pair.
-            y: Student neurons ``(N, n)``.
-            x: Teacher neurons ``(M, n)``.
+            state: The state of the pair, or of several ``(B, ...)``.
+            y: Student neurons ``(..., N, n)``.
+            x: Teacher neurons ``(..., M, n)``.
             samples: Samples of the batch, each of which has one or more observations.
             calls: Number of calls before this one.
 
         Returns:
-            What to solve a plan from, or None if no plan is due.
+            What to solve a plan from, with the dimensions of the batch in front; None if no plan is due.
         """
         if self.cost.scaled:
             energy = self.cost.energy(x)
             before = torch.zeros_like(energy) if state.energy is None else state.energy
-            is_finite = (energy[0] - energy[0]) == 0  # in two operations; `isfinite` takes four
+            is_finite = finite(energy[..., :1])
             state.energy = torch.where(is_finite, torch.add(energy, before, alpha=MEMORY), before)
         due = self.is_due(state, calls)
         if state.memory is None:
-            state.memory = self.choose_memory(samples, max(y.shape[0], x.shape[0]))
+            state.memory = self.choose_memory(samples, max(y.shape[-2], x.shape[-2]))
         if not due and not self.remembers(state):
             return None
-        sums = self._feed(state, y, x)
-        return self.problem(sums, state.energy, y.dtype) if due else None
+        if not state.memory:
+            return self.due(y, x, state.energy)
+        sums = self._feed(state, y, x, state.memory)
+        return Due(self.problem(sums, state.energy, y.dtype)) if due else None
+
+    def due(self, y: Tensor, x: Tensor, energy: Tensor | None) -> Due:
+        """What to solve a plan from where it sees this batch alone."""
+        matrix, evaluate = self.cost.matrix_and_value(y, x, energy)
+        return Due([matrix], evaluate)
 
     def problem(self, sums: Sums, energy: Tensor | None, dtype: torch.dtype) -> Problem:
         """What to solve a plan from, in the type of the neurons: the cost matrix of these sums."""
         return [self.cost.matrix(sums, energy).to(dtype)]
 
-    def _feed(self, state: PairState, y: Tensor, x: Tensor) -> Sums:
-        """The running sums with this batch, or those of the batch alone without memory."""
-        if not state.memory:
-            return self.cost.sums(y, x)
+    def _feed(self, state: PairState, y: Tensor, x: Tensor, memory: float) -> Sums:
+        """The running sums with this batch."""
         if state.sums is not None and state.reference is not None:
-            state.sums = self.cost.accumulate(state.sums, state.memory, y, x, state.reference)
+            state.sums = self.cost.accumulate(state.sums, memory, y, x, state.reference)
             return state.sums
         if state.reference is None:
             # The first call refuses values that are not finite, but a pair that it skipped may begin with some.
@@ -147,7 +166,7 @@ class Coupling(ABC):
             state.reference = next(means), next(means)
         sums = self.cost.sums(y, x, state.reference)
         is_finite = all_finite(sums)
-        state.sums = [torch.where(is_finite, part, 0.0) for part in sums]
+        state.sums = [torch.where(expanded(is_finite, part), part, 0.0) for part in sums]
         return state.sums
 
     def count(self, state: PairState, samples: int | Tensor, is_finite: Tensor) -> None:  # noqa: B027 - optional
@@ -173,19 +192,17 @@ class Coupling(ABC):
         """Warnings about the first plan of a pair."""
         yield from ()
 
-    def value(self, state: PairState, y: Tensor, x: Tensor, problem: Problem | None = None) -> ValueAndGradient:
+    def value(self, state: PairState, y: Tensor, x: Tensor, evaluate: Evaluate | None = None) -> ValueAndGradient:
         """⟨P, M⟩ of a batch of one process, and its gradient with respect to the student neurons.
 
         Args:
-            state: The state of the pair, with a plan.
-            y: Student neurons ``(N, n)``.
-            x: Teacher neurons ``(M, n)``.
-            problem: That of this batch, where there is one that saves work. It is overwritten.
+            state: The state of the pair, or of several ``(B, ...)``, with a plan.
+            y: Student neurons ``(..., N, n)``.
+            x: Teacher neurons ``(..., M, n)``.
+            evaluate: That of :class:`Due`, if the plan was solved from this batch.
         """
         assert isinstance(state.plan, Plan)
-        if problem is None:
-            return self.cost.value(y, x, state.plan, state.energy)
-        return self.cost.value_of_matrix(y, x, state.plan, problem[0], state.energy)
+        return evaluate(state.plan) if evaluate else self.cost.value(y, x, state.plan, state.energy)
 
     def shared_value(self, state: PairState, y: Tensor, x: Tensor, energy: Tensor | None) -> Rounds:
         """:meth:`value` where several processes each hold a part of the batch; see :meth:`Cost.shared_value`."""
@@ -232,7 +249,7 @@ class EntropicCoupling(Coupling):
         entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=iterations, mean=mean)
         # Sinkhorn's last update is that of the rows, so the student's masses are exact.
         student_mass = costs.new_full(costs.shape[:2], 1 / costs.shape[1])
-        is_finite = torch.isfinite(mean) & torch.isfinite(entropic.marginal_error)
+        is_finite = finite(mean + entropic.marginal_error)
         return Solved(Plan(entropic.matrix, student_mass, entropic.teacher_mass), entropic.potential, is_finite)
 
     def inspect(self, names: tuple[str, str], plan: Plan | Alignment) -> Iterator[str]:
@@ -255,13 +272,13 @@ class StaticCoupling(EntropicCoupling):
         """Never: once a call solves nothing, the plan is final."""
         return False
 
-    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Problem | None:
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Due | None:
         """See :meth:`Coupling.observe`. Until the plan is final this waits for the device."""
-        matrix = super().observe(state, y, x, samples, calls)
-        if matrix is not None:
+        due = super().observe(state, y, x, samples, calls)
+        if due is not None:
             norms = torch.linalg.vector_norm(y) + torch.linalg.vector_norm(x)
             self.count(state, samples, norms.square().isfinite())
-        return matrix
+        return due
 
     def count(self, state: PairState, samples: int | Tensor, is_finite: Tensor) -> None:
         """Finite samples only: a plan that rests on others would never be improved."""

@@ -16,7 +16,7 @@ from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 from lightning_otrt.transport.soft_targets import soft_targets
-from lightning_otrt.transport.tensors import common_dtype, widest
+from lightning_otrt.transport.tensors import common_dtype, finite, widest
 
 __all__ = ["Distillation"]
 
@@ -144,7 +144,7 @@ class Distillation:
         self._sums, self._reference = move_reference(sums, self._reference)
         solved = self._regression.solve(self._sums)
         older = torch.zeros_like(solved) if self._map is None else self._map
-        self._map = torch.where(all_finite([solved]), solved, older)
+        self._map = torch.where(finite(solved.sum()), solved, older)
 
     def _check(self, views: LogitViews, *, is_regression: bool) -> None:
         """Refuse a first batch with bad values, and warn of probabilities."""

@@ -15,13 +15,14 @@ from lightning_otrt.steps.first_batch import inspect_batch
 from lightning_otrt.steps.kinds import get_coupling
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.solving import solve_plans
-from lightning_otrt.transport.cost import Cost, ValueAndGradient
+from lightning_otrt.steps.stacking import Group, Stacks, group_pairs, stacked
+from lightning_otrt.transport.cost import Cost, Evaluate, ValueAndGradient
 from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import ORTHOGONAL
 from lightning_otrt.transport.tensor_checks import check_cost
-from lightning_otrt.transport.tensors import common_dtype
+from lightning_otrt.transport.tensors import common_dtype, without_autocast
 
 __all__ = ["Batch", "PairDistance", "TransportEngine", "Values", "counts_of"]
 
@@ -131,6 +132,7 @@ class TransportEngine:
         """Forget plans, statistics and counters."""
         self.calls = 0
         self.pairs = [PairState() for _ in self.names]
+        self._stacks = Stacks()
         self.bad_calls: Tensor | None = None
 
     def term(
@@ -161,7 +163,7 @@ class TransportEngine:
                 observations. On any call, if a pair has other numbers of neurons than its plan.
         """
         self._absent = absent
-        with torch.no_grad(), torch.autocast(views[0][0][0].device.type, enabled=False):
+        with torch.no_grad(), without_autocast(views[0][0][0]):
             batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
             values = self._values(batches, samples, is_new=self.calls == 0 or not reevaluation)
             total, distances = self._total(batches, values)
@@ -179,49 +181,68 @@ class TransportEngine:
         for state, batch in zip(self.pairs, batches, strict=True):
             state.has_run = state.has_run or any(counts_of(batch))
         present = {index: [batches[index][view] for view in views] for index, views in active.items() if views}
-        reusable: dict[int, Problem] = {}
         if is_new:
-            problems = self._observe(present, samples)
-            if self.cost.needs_matrix:
-                # A problem is the cost of this very batch if it holds no others and is not pooled over views.
-                own = [index for index in problems if not self.pairs[index].memory and len(present[index]) == 1]
-                reusable = {index: problems[index] for index in own}
-            self._solve(problems)
+            for index, batch in present.items():
+                self.couplings[index].prepare(self.pairs[index], *batch[0], self._places[index], index)
+        groups = group_pairs(present, self.pairs, self.couplings)
+        self._stacks.forget_all_but(groups)
+        joined = {group: stacked([present[index] for index in group]) for group in groups}
+        states = {group: self._stacks.join(group, self._states(group)) for group in groups}
+        evaluations: dict[Group, Evaluate] = {}
+        if is_new:
+            problems, evaluations = self._observe(joined, states, samples)
+            self._solve(problems, states)
             self.calls += 1
-        return {
-            index: {
-                view: self.couplings[index].value(state, *batches[index][view], reusable.pop(index, None))
-                for view in active[index]
-            }
-            for index in present
-            if (state := self.pairs[index]).plan is not None
-        }
+        values: Values = {}
+        for group, state in states.items():
+            self._stacks.split(group, state, self._states(group))
+            if state.plan is None:
+                continue
+            coupling, evaluate = self.couplings[group[0]], evaluations.pop(group, None)
+            found = [coupling.value(state, y, x, evaluate) for y, x in joined.pop(group)]
+            del evaluate
+            for number, index in enumerate(group):
+                rows = found if len(group) == 1 else [(value[number], gradient[number]) for value, gradient in found]
+                values[index] = dict(zip(active[index], rows, strict=True))
+        return {index: values[index] for index in present if index in values}
 
-    def _observe(self, batches: Mapping[int, Batch], samples: int) -> dict[int, Problem]:
-        """Feed the statistics; returns the problems of the pairs whose plans are due."""
-        problems = {}
-        for index, batch in batches.items():
+    def _states(self, group: Group) -> list[PairState]:
+        return [self.pairs[index] for index in group]
+
+    def _observe(
+        self, batches: Mapping[Group, Batch], states: Mapping[Group, PairState], samples: int
+    ) -> tuple[dict[Group, Problem], dict[Group, Evaluate]]:
+        """Feed the statistics.
+
+        Returns:
+            The problems of the groups whose plans are due; and what their values follow from, where that saves work.
+        """
+        problems, evaluations = {}, {}
+        for group, batch in batches.items():
             y, x = batch[0] if len(batch) == 1 else (torch.cat(side, -1) for side in zip(*batch, strict=True))
-            state = self.pairs[index]
-            coupling = self.couplings[index]
-            coupling.prepare(state, y, x, self._places[index], index)
-            problem = coupling.observe(state, y, x, samples, self.calls)
-            if problem is not None:
-                problems[index] = problem
-        return problems
+            due = self.couplings[group[0]].observe(states[group], y, x, samples, self.calls)
+            if due is not None:
+                problems[group] = due.problem
+                # Of several views the problem is that of all together.
+                if due.evaluate is not None and len(batch) == 1:
+                    evaluations[group] = due.evaluate
+        return problems, evaluations
 
-    def _solve(self, problems: dict[int, Problem]) -> None:
-        """Solve a plan for each problem, all of which are taken out of ``problems``."""
-        new = {index for index in problems if self.pairs[index].plan is None}
+    def _solve(self, problems: dict[Group, Problem], states: Mapping[Group, PairState]) -> None:
+        """Solve the plans of each problem, all of which are taken out of ``problems``."""
+        new = {group for group in problems if states[group].plan is None}
         if isinstance(self.cost, CustomCost):
-            for index in new:
-                check_cost(problems[index][0], self.cost.function)
+            for group in new:
+                check_cost(problems[group][0], self.cost.function)
         for coupling in dict.fromkeys(self.couplings):
-            own = {index: problems.pop(index) for index in list(problems) if self.couplings[index] is coupling}
-            for index, solved in solve_plans(coupling, own, self.pairs):
-                self.pairs[index].keep(solved)
-                if index in new:
-                    self._warn(coupling.inspect(self.names[index], solved.plan))
+            own = {group: problems.pop(group) for group in list(problems) if self.couplings[group[0]] is coupling}
+            for group, solved in solve_plans(coupling, own, states):
+                states[group].keep(solved)
+                for number, index in enumerate(group if group in new else ()):
+                    plan = solved.plan
+                    if len(group) > 1:
+                        plan = type(plan)(*(part[number] for part in plan))
+                    self._warn(coupling.inspect(self.names[index], plan))
 
     def _total(self, batches: Sequence[Batch], values: Values) -> tuple[Tensor, list[PairDistance]]:
         """The weighted sum over pairs, and the distance of each."""
@@ -232,8 +253,8 @@ class TransportEngine:
             if index in values:
                 parts = [value for value, _ in values[index].values()]
                 value = parts[0] if len(parts) == 1 else torch.stack(parts).mean()
-                weighted = value * self.weights[index]
-                total = weighted if total is None else total + weighted
+                weight = self.weights[index]
+                total = value * weight if total is None else torch.add(total, value, alpha=weight)
             else:
                 value = batch[0][0].new_full((), float("nan"))
             plan = None if state.plan is None else state.plan.matrix

@@ -21,6 +21,7 @@ from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.process_checks import SamePlans, check_same
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
+from lightning_otrt.steps.stacking import Group
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
 from lightning_otrt.transport.tensors import widest
 
@@ -131,7 +132,8 @@ class GlobalTransportEngine(TransportEngine):
         if is_new:
             problems, observed = self._exchange(batches, samples)
             solved = list(problems)
-            self._solve(problems)
+            alone: dict[Group, PairState] = {(index,): self.pairs[index] for index in problems}
+            self._solve({(index,): problem for index, problem in problems.items()}, alone)
             if solved:
                 self._same_plans.keep(self.ranks, [self.pairs[index] for index in solved])
             self.calls += 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_otrt.steps.coupling import Coupling, Problem
+from lightning_otrt.steps.coupling import Coupling, Due, Problem
 from lightning_otrt.steps.pair_state import PairState, Solved
-from lightning_otrt.transport.cost import Cost, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.cost import Cost, Evaluate, Rounds, Sums, ValueAndGradient
 from lightning_otrt.transport.orthogonal import Alignment, OrthogonalAlignment, random_projection
 
 __all__ = ["OrthogonalCoupling", "RandomOrthogonalCoupling"]
@@ -33,11 +33,15 @@ class OrthogonalCoupling(Coupling):
         """See :meth:`Coupling.problem`: the cross-correlation, and the scale of each teacher neuron."""
         return [part.to(dtype) for part in self.rule.problem(sums)]
 
+    def due(self, y: Tensor, x: Tensor, energy: Tensor | None) -> Due:
+        """See :meth:`Coupling.due`."""
+        return Due(self.problem(self.cost.sums(y, x), energy, y.dtype))
+
     def solve(self, problem: Problem, start: Tensor | None) -> Solved:
         """See :meth:`Coupling.solve`."""
         return _solved(self.rule.align(problem))
 
-    def value(self, state: PairState, y: Tensor, x: Tensor, problem: Problem | None = None) -> ValueAndGradient:
+    def value(self, state: PairState, y: Tensor, x: Tensor, evaluate: Evaluate | None = None) -> ValueAndGradient:
         """See :meth:`OrthogonalAlignment.value`."""
         assert state.plan is not None
         return self.rule.value(y, x, state.plan.matrix)

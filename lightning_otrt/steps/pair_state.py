@@ -11,18 +11,18 @@ from torch import Tensor
 
 from lightning_otrt.transport.cost import Plan, Sums
 from lightning_otrt.transport.orthogonal import Alignment
-from lightning_otrt.transport.tensors import all_nonzero
+from lightning_otrt.transport.tensors import all_nonzero, expanded
 
 __all__ = ["PairState", "Solved"]
 
 
 class Solved(NamedTuple):
-    """A new plan for one pair.
+    """A new plan for one pair, or several with a leading dimension.
 
     Attributes:
         plan: The plan, or the alignment of an orthogonal coupling.
         potential: Where the next solve may start, ``(M,)``; None for a solver that always starts from scratch.
-        is_finite: Scalar; false where cost or plan have values that are not finite. It stays on the device.
+        is_finite: False where cost or plan have values that are not finite. It stays on the device.
     """
 
     plan: Plan | Alignment
@@ -54,10 +54,33 @@ class PairState:
     samples: int = 0
     has_run: bool = False
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        single = [tensor for tensor in (self.potential, self.energy) if tensor is not None]
+        return [*(self.plan or ()), *(self.sums or ()), *(self.reference or ()), *single]
+
+    def layout(self) -> tuple[Any, ...]:
+        """What :meth:`tensors` are; equal for states that have the same ones."""
+        parts = (self.sums, self.reference, self.potential, self.energy)
+        return type(self.plan), *(part is None for part in parts)
+
+    def take(self, like: PairState, tensors: Sequence[Tensor]) -> None:
+        """Become a state like another one, with these tensors."""
+        rest = iter(tensors)
+        self.plan = None if like.plan is None else type(like.plan)(*(next(rest) for _ in like.plan))
+        self.sums = None if like.sums is None else [next(rest) for _ in like.sums]
+        self.reference = None if like.reference is None else (next(rest), next(rest))
+        self.potential = None if like.potential is None else next(rest)
+        self.energy = None if like.energy is None else next(rest)
+        self.memory, self.samples, self.has_run = like.memory, like.samples, like.has_run
+
     def keep(self, solved: Solved) -> None:
         """Take a new plan. If it is not finite, keep the old one, or start with the one that matches nothing."""
         plan, potential, is_finite = solved
-        older: Sequence[Tensor | float] = self.plan or plan.fallback(*plan.matrix.shape)
+        if all_nonzero(is_finite):
+            self.plan, self.potential = plan, self.potential if potential is None else potential
+            return
+        older: Sequence[Tensor | float] = self.plan or plan.fallback(*plan.matrix.shape[-2:])
         self.plan = type(plan)(*(_where(is_finite, new, old) for new, old in zip(plan, older, strict=True)))
         if potential is not None:
             self.potential = _where(is_finite, potential, 0.0 if self.potential is None else self.potential)
@@ -128,8 +151,5 @@ class PairState:
 
 
 def _where(is_finite: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
-    """``new`` if it is finite, else ``old``, in place of ``new``: ``torch.where`` would take three times as long."""
-    if all_nonzero(is_finite):
-        return new
-    old = old if isinstance(old, Tensor) else new.new_full((), old)
-    return torch.lerp(old.expand_as(new), new.nan_to_num_(0.0, 0.0, 0.0), is_finite.to(new.dtype), out=new)
+    """``new`` where it is finite, else ``old``."""
+    return torch.where(expanded(is_finite, new), new, old)

@@ -16,7 +16,7 @@ from lightning_otrt.teacher.numerics import Numerics
 from lightning_otrt.teacher.per_sample import Run, cloned, tolerance, why_not_per_sample
 from lightning_otrt.teacher.sample_hash import SampleHash, check_dense
 from lightning_otrt.teacher.samples import Inputs, leaves, select_samples
-from lightning_otrt.teacher.store import SampleStore
+from lightning_otrt.teacher.store import Found, SampleStore
 
 __all__ = ["CannotCacheError", "SampleCache"]
 
@@ -125,11 +125,7 @@ class SampleCache:
             copied = HostCopy(self._hash((((inputs[0], dict(inputs[1]), str(numerics)),), {}), size))
         except TypeError as error:
             raise CannotCacheError(str(error)) from error
-        self._add_pending()
-        keys = copied.wait()
-        verify()
-        found = self.store.lookup(keys, device)
-        missing = torch.nonzero(~found.mask)[:, 0]
+        keys, found, known, missing = self._find(copied, verify, device)
         self.hits, self.misses = self.hits + size - len(missing), self.misses + len(missing)
         self._hits_of_run += size - len(missing)
         self._seen += size
@@ -148,11 +144,26 @@ class SampleCache:
         if _layout(fresh) != _layout(found.tensors):
             return run(inputs, size)
         self._keep(keys[missing], fresh)
-        known = _on(torch.nonzero(found.mask)[:, 0], device)
+        places = _on(known, device)
         return {
-            name: part.new_empty(size, *part.shape[1:]).index_copy_(0, index, part).index_copy_(0, known, kept)
+            name: part.new_empty(size, *part.shape[1:]).index_copy_(0, index, part).index_copy_(0, places, kept)
             for (name, part), kept in zip(fresh.items(), found.tensors.values(), strict=True)
         }
+
+    def _find(
+        self, copied: HostCopy, verify: Callable[[], None], device: torch.device
+    ) -> tuple[Tensor, Found, Tensor, Tensor]:
+        """Look samples up on the host, which waits for their keys: the only wait of a step.
+
+        Returns:
+            The keys, what is known, and the places of the known and of the other samples in the batch, on the CPU.
+        """
+        assert self.store is not None
+        self._add_pending()
+        keys = copied.wait()
+        verify()
+        found = self.store.lookup(keys, device)
+        return keys, found, torch.nonzero(found.mask)[:, 0], torch.nonzero(~found.mask)[:, 0]
 
     def start_epoch(self) -> None:
         """Look for what other processes have written. The callbacks call it; a plain loop may."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.cost import Cost, Evaluate, Plan, Rounds, Sums, ValueAndGradient, finite_and_factor
 from lightning_otrt.transport.moments import (
     around_mean,
     centred,
@@ -18,6 +18,8 @@ from lightning_otrt.transport.moments import (
 from lightning_otrt.transport.tensors import (
     add_product,
     all_nonzero,
+    decay_into,
+    expanded,
     is_long,
     matrix_vector,
     means,
@@ -75,27 +77,33 @@ class CorrelationCost(Cost):
         if is_long(y) or running[-1].dtype != y.dtype or reference is None:
             return super().accumulate(running, decay, y, x, reference)
         (y, yy), (x, xx) = deviations(y, reference[0]), deviations(x, reference[1])
-        is_finite = torch.isfinite(yy.sum() + xx.sum())
+        is_finite, factor = finite_and_factor(yy.sum(-1) + xx.sum(-1), decay)
         y, x, yy, xx, count = zero_unless(is_finite, y, x, yy, xx, observation_count(y))
-        factor = torch.where(is_finite, y.new_full((), decay), 1.0)  # two Python numbers would give float32
         *parts, products = running
         for total, new in zip(parts, (count, y.sum(-1), x.sum(-1), yy, xx), strict=True):
-            total.mul_(factor).add_(new)
-        add_product(products.mul_(factor), y, x.mT)
+            decay_into(total, expanded(factor, total), new)
+        add_product(products.mul_(expanded(factor, products)), y, x.mT)
         return running
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ P - Σ_i ŷ_i·z_i - Σ_(dead, dead) P with z = P x̂; gradient -(z_i - (ŷ_i·z_i) ŷ_i) / ‖y_i - ȳ_i‖."""
         y, inverse_y = centred(y)
         x, inverse_x = centred(x)
-        z = product(plan.matrix, x.mul_(inverse_x[..., None]), like=y)
-        products = torch.linalg.vecdot(y, z).mul_(inverse_y)
-        value = plan.student_mass.sub(products)
-        # Two dead neurons cost 0 instead of 1.
+        return _evaluate(y, inverse_y, x.mul_(inverse_x[..., None]), inverse_x, plan)
+
+    def matrix_and_value(self, y: Tensor, x: Tensor, energy: Tensor | None) -> tuple[Tensor, Evaluate]:
+        """See :meth:`Cost.matrix_and_value`; both need centred neurons and their norms."""
+        if is_long(y):
+            return super().matrix_and_value(y, x, energy)
+        y, inverse_y = centred(y)
+        x, inverse_x = centred(x)
+        x.mul_(inverse_x[..., None])
+        # 1, but 0 between two dead neurons.
+        largest: Tensor | float = 1.0
         if not all_nonzero(inverse_x):
-            value.sub_(matrix_vector(plan.matrix, (inverse_x == 0).to(y.dtype)).mul_(inverse_y == 0))
-        along = products.mul_(inverse_y).mul_(inverse_y)
-        return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
+            largest = torch.maximum(inverse_y.sign()[..., None], inverse_x.sign()[..., None, :])
+        matrix = (y @ x.mT).mul_(inverse_y.neg()[..., None]).add_(largest).clamp_min_(0)
+        return matrix, lambda plan: _evaluate(y, inverse_y, x, inverse_x, plan)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in two rounds: the moments of the neurons, then the products ŷ_i·z_i."""
@@ -141,6 +149,21 @@ class CorrelationCost(Cost):
         """The reference plus the mean deviation from it."""
         y, x = ((part / sums[0])[..., None].to(reference[0].dtype) for part in sums[1:3])
         return reference[0] + y, reference[1] + x
+
+
+def _evaluate(y: Tensor, inverse_y: Tensor, x: Tensor, inverse_x: Tensor, plan: Plan) -> ValueAndGradient:
+    """Value and gradient from centred student neurons, unit teacher neurons, and 1 / norms, 0 where neurons are dead.
+
+    ``inverse_y`` is overwritten.
+    """
+    z = product(plan.matrix, x, like=y)
+    products = torch.linalg.vecdot(y, z).mul_(inverse_y)
+    value = plan.student_mass.sub(products)
+    # Two dead neurons cost 0 instead of 1.
+    if not all_nonzero(inverse_x):
+        value = torch.where(inverse_y == 0, matrix_vector(plan.matrix, inverse_x.sign()), value)
+    along = products.mul_(inverse_y).mul_(inverse_y)
+    return value.sum(-1), z.mul_(inverse_y.neg_()[..., None]).addcmul_(y, along[..., None])
 
 
 class CovarianceCost(CorrelationCost):

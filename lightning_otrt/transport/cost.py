@@ -11,14 +11,27 @@ gives those of several processes that exchange their sums.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from typing import NamedTuple
+from collections.abc import Callable, Generator
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Cost", "Plan", "Rounds", "Sums", "ValueAndGradient", "all_finite", "decay_and_add"]
+from lightning_otrt.transport.tensors import expanded, finite
+
+__all__ = [
+    "Cost",
+    "Evaluate",
+    "Plan",
+    "Rounds",
+    "Sums",
+    "ValueAndGradient",
+    "all_finite",
+    "decay_and_add",
+    "finite_and_factor",
+]
 
 Sums = list[Tensor]
 ValueAndGradient = tuple[Tensor, Tensor]
@@ -54,6 +67,10 @@ class Plan(NamedTuple):
         return 1 / (rows * columns), 1 / rows, 1 / columns
 
 
+#: Value and gradient of a batch, from its plan.
+Evaluate: TypeAlias = Callable[[Plan], ValueAndGradient]
+
+
 class Cost(ABC):
     """A ground cost M between student and teacher neurons."""
 
@@ -63,8 +80,6 @@ class Cost(ABC):
     additive: bool = True
     #: Whether the mean square of the teacher scales the cost (see :meth:`energy`).
     scaled: bool = False
-    #: Whether value and gradient need the cost matrix, so that the matrix that was made for the plan saves work.
-    needs_matrix: bool = False
     #: Fewest observations from which the cost can be computed.
     min_observations: int = 1
 
@@ -110,6 +125,19 @@ class Cost(ABC):
             The value ``(...)`` and the gradient, of the shape of ``y``.
         """
 
+    def matrix_and_value(self, y: Tensor, x: Tensor, energy: Tensor | None) -> tuple[Tensor, Evaluate]:
+        """The cost matrix of these observations alone, and their :meth:`value` as a function of the plan.
+
+        What both need is computed once. The function may be called once, and overwrites the matrix.
+
+        Args:
+            y: Student neurons ``(..., N, n)``.
+            x: Teacher neurons ``(..., M, n)``.
+            energy: See :meth:`value`.
+        """
+        matrix = self.matrix(self.sums(y, x), energy).to(y.dtype)
+        return matrix, lambda plan: self.value(y, x, plan, energy)
+
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """:meth:`value` where several processes each hold a part of the observations.
 
@@ -145,16 +173,6 @@ class Cost(ABC):
         """
         raise NotImplementedError(f"The cost {self.name!r} is no sum over observations, so it has no global batch.")
 
-    def value_of_matrix(
-        self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor | None
-    ) -> ValueAndGradient:
-        """What :meth:`value` returns, if the cost matrix of these observations is known; it is overwritten.
-
-        Raises:
-            NotImplementedError: If the cost does not set :attr:`needs_matrix`.
-        """
-        raise NotImplementedError(f"The cost {self.name!r} needs no cost matrix for its value.")
-
     def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The best ``reference`` for the next sums: the neurons' means if ``sums`` contain them, else the old one."""
         return reference
@@ -166,12 +184,25 @@ class Cost(ABC):
 
 
 def all_finite(sums: Sums) -> Tensor:
-    """Whether all sums are finite in the type of the last of them, a boolean scalar on their device."""
-    return torch.stack([part.sum().to(sums[-1].dtype) for part in sums]).sum().isfinite()
+    """Whether all sums are finite in the type of the last of them, on their device: a boolean for each of a batch.
+
+    The first of them, the count, has the dimensions of the batch and no others.
+    """
+    batch, dtype = sums[0].dim(), sums[-1].dtype
+    totals = [part if part.dim() == batch else part.flatten(batch).sum(-1) for part in sums]
+    return finite(functools.reduce(torch.add, [part.to(dtype) for part in totals]))
+
+
+def finite_and_factor(total: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Whether a sum over a batch is finite, and ``decay`` where it is, else 1."""
+    is_finite = finite(total)
+    return is_finite, torch.where(is_finite, total.new_full((), decay), 1.0)  # two Python numbers would give float32
 
 
 def decay_and_add(running: Sums, decay: float, new: Sums, is_finite: Tensor) -> Sums:
-    """``decay`` times ``running`` plus ``new``, or ``running`` unchanged if the scalar ``is_finite`` is false."""
+    """``decay`` times ``running`` plus ``new``, or ``running`` unchanged where ``is_finite`` of the batch is false."""
     # One rounding of the decay for sums of all types: two would let their means drift apart.
     factor = running[-1].new_full((), decay)
-    return [torch.where(is_finite, factor * old + part, old) for old, part in zip(running, new, strict=True)]
+    return [
+        torch.where(expanded(is_finite, old), factor * old + part, old) for old, part in zip(running, new, strict=True)
+    ]

@@ -23,7 +23,7 @@ from lightning_otrt.transport.plans import (
     solve_plan,
 )
 from lightning_otrt.transport.tensor_checks import check_cost, check_values
-from lightning_otrt.transport.tensors import common_dtype
+from lightning_otrt.transport.tensors import common_dtype, without_autocast
 
 __all__ = ["TransportResult", "transport_distance"]
 
@@ -144,23 +144,25 @@ def transport_distance(
     check_plan_and_cost(plan, rule)
     check_epsilon(epsilon)
     _check_neurons(student, teacher, rule)
-    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(student):
         batched = student.dim() == 3
         y, x = common_dtype(student.detach(), teacher.detach())
         y, x = (y, x) if batched else (y[None], x[None])
         energy = rule.energy(x)
-        sums = rule.sums(y, x)
-        matrix = rule.matrix(sums, energy).to(y.dtype)
-        check_cost(matrix, cost)
         coupling: Plan | Alignment
         if plan in ORTHOGONAL:
+            sums = rule.sums(y, x)
+            matrix = rule.matrix(sums, energy).to(y.dtype)
+            check_cost(matrix, cost)
             alignment = OrthogonalAlignment.of_cost(rule)
             projection = fixed_projection(plan, y.shape[1], x.shape[1], seed=seed)
             coupling = alignment.align([part.to(y.dtype) for part in alignment.problem(sums)], projection)
             value, gradient = alignment.value(y, x, coupling.matrix)
         else:
-            coupling = Plan.of(solve_plan(matrix, plan, epsilon, seed))
-            value, gradient = rule.value(y, x, coupling, energy)
+            problem, evaluate = rule.matrix_and_value(y, x, energy)
+            check_cost(problem, cost)
+            matrix, coupling = problem.clone(), Plan.of(solve_plan(problem, plan, epsilon, seed))
+            value, gradient = evaluate(coupling)
         if not batched:
             value, gradient, matrix = value[0], gradient[0], matrix[0]
             coupling = type(coupling)(*(part[0] for part in coupling))

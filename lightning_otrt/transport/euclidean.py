@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_otrt.transport.cost import Cost, Plan, Rounds, Sums, ValueAndGradient
+from lightning_otrt.transport.cost import Cost, Evaluate, Plan, Rounds, Sums, ValueAndGradient, finite_and_factor
 from lightning_otrt.transport.tensors import (
     add_product,
+    decay_into,
     dot,
+    expanded,
     is_long,
     norms,
     observation_count,
@@ -46,12 +48,12 @@ class SquaredEuclideanCost(Cost):
             return super().accumulate(running, decay, y, x, reference)
         y, x = _centre(y, x)
         yy, xx = norms(y).square_(), norms(x).square_()
-        is_finite = torch.isfinite(yy.sum() + xx.sum())
+        is_finite, factor = finite_and_factor(yy.sum(-1) + xx.sum(-1), decay)
         y, x, yy, xx, count = zero_unless(is_finite, y, x, yy, xx, observation_count(y))
-        factor = torch.where(is_finite, y.new_full((), decay), 1.0)  # two Python numbers would give float32
         total, squared = running
-        total.mul_(factor).add_(count)
-        add_product(squared.mul_(factor).add_(yy[..., None]).add_(xx[..., None, :]), y, x.mT, alpha=-2)
+        decay_into(total, factor, count)
+        squared.mul_(expanded(factor, squared)).add_(yy[..., None]).add_(xx[..., None, :])
+        add_product(squared, y, x.mT, alpha=-2)
         return running
 
     def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
@@ -59,15 +61,27 @@ class SquaredEuclideanCost(Cost):
         count, squared = sums
         return (squared / (count * _scale(energy))[..., None, None]).clamp_min_(0)
 
+    def matrix_and_value(self, y: Tensor, x: Tensor, energy: Tensor | None) -> tuple[Tensor, Evaluate]:
+        """See :meth:`Cost.matrix_and_value`; both need the neurons around the teacher's mean, and their squares."""
+        if is_long(y):
+            return super().matrix_and_value(y, x, energy)
+        scale = observation_count(y) * _scale(energy)
+        y, x = _centre(y, x)
+        squares = _squares(y, x)
+        matrix = _squared_distances(y, x, squares).mul_(scale.reciprocal()[..., None, None])
+        return matrix, lambda plan: _in_units_of(scale, *_transported_squares(y, x, squares, plan))
+
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
-        total, half_gradient = _transported_squares(y, x, plan)
+        y, x = _centre(y, x)
+        total, half_gradient = _transported_squares(y, x, _squares(y, x), plan)
         return _in_units_of(observation_count(y) * _scale(energy), total, half_gradient)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in one round of three numbers."""
         assert energy is not None
-        total, half_gradient = _transported_squares(y, x, plan)
+        y, x = _centre(y, x)
+        total, half_gradient = _transported_squares(y, x, _squares(y, x), plan)
         total, count, energy = yield [total, observation_count(y), energy]
         return _in_units_of(count * _scale(energy), total, half_gradient)
 
@@ -89,7 +103,6 @@ class EuclideanCost(SquaredEuclideanCost):
     """
 
     name = "euclidean"
-    needs_matrix = True
 
     def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """Root of the mean squared distances over s."""
@@ -117,12 +130,14 @@ class EuclideanCost(SquaredEuclideanCost):
         unit = (sums[0] * _scale(energy)).rsqrt_().to(y.dtype)
         return _from_distances(*_centre(y, x), plan, sums[1].to(y.dtype, copy=True).sqrt_(), unit, unit)
 
-    def value_of_matrix(
-        self, y: Tensor, x: Tensor, plan: Plan, matrix: Tensor, energy: Tensor | None
-    ) -> ValueAndGradient:
-        """The same from the distances over √n s."""
+    def matrix_and_value(self, y: Tensor, x: Tensor, energy: Tensor | None) -> tuple[Tensor, Evaluate]:
+        """See :meth:`Cost.matrix_and_value`; the value is that of the distances over √n s."""
+        if is_long(y):
+            return super().matrix_and_value(y, x, energy)
         scale = observation_count(y) * _scale(energy)
-        return _from_distances(*_centre(y, x), plan, matrix, torch.ones_like(scale), scale.reciprocal())
+        y, x = _centre(y, x)
+        matrix = _squared_distances(y, x).mul_(scale.reciprocal()[..., None, None]).sqrt_()
+        return matrix, lambda plan: _from_distances(y, x, plan, matrix, torch.ones_like(scale), scale.reciprocal())
 
 
 def _from_distances(
@@ -137,13 +152,13 @@ def _from_distances(
     return value, gradient.mul_(gradient_unit[..., None, None])
 
 
-def _transported_squares(y: Tensor, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Σ P_ij ‖y_i - x_j‖², and half of its gradient with respect to ``y``, a_i y_i - z_i."""
-    y, x = _centre(y, x)
-    own = torch.linalg.vecdot(plan.student_mass, norms(y).square_())
+def _transported_squares(y: Tensor, x: Tensor, squares: tuple[Tensor, Tensor], plan: Plan) -> tuple[Tensor, Tensor]:
+    """Σ P_ij ‖y_i - x_j‖², and half of its gradient with respect to ``y``, a_i y_i - z_i; both sides are centred."""
+    yy, xx = squares
+    own = torch.linalg.vecdot(plan.student_mass, yy)
     half_gradient = subtract_product(y * plan.student_mass[..., None], plan.matrix, x)
     total = (2 * dot(y, half_gradient)).sub_(own)
-    return total.add_(torch.linalg.vecdot(plan.teacher_mass, norms(x).square_())), half_gradient
+    return total.add_(torch.linalg.vecdot(plan.teacher_mass, xx)), half_gradient
 
 
 def _in_units_of(scale: Tensor, total: Tensor, half_gradient: Tensor) -> ValueAndGradient:
@@ -157,9 +172,13 @@ def _centre(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return y - centre, x - centre
 
 
-def _squared_distances(y: Tensor, x: Tensor) -> Tensor:
-    distances = norms(y).square_()[..., None] + norms(x).square_()[..., None, :]
-    return add_product(distances, y, x.mT, alpha=-2).clamp_min_(0)
+def _squares(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return norms(y).square_(), norms(x).square_()
+
+
+def _squared_distances(y: Tensor, x: Tensor, squares: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    yy, xx = squares or _squares(y, x)
+    return add_product(yy[..., None] + xx[..., None, :], y, x.mT, alpha=-2).clamp_min_(0)
 
 
 def _scale(energy: Tensor | None) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from reading.adaptive import ADAPTIVE
 from torch import Tensor
 
-from lightning_otrt.reading.pooling import pool, pool_valid, widened, widened_copy
+from lightning_otrt.reading.neurons import NeuronReader
+from lightning_otrt.reading.pooling import Windows, pool, pool_valid, widened, widened_copy
 
 SIZES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((16,), (16,)),
@@ -77,3 +81,33 @@ def test_widened() -> None:
     assert widened(single.half()).dtype == torch.float32
     assert widened_copy(single) is not single
     assert widened_copy(single).data_ptr() != single.data_ptr()
+
+
+@pytest.mark.parametrize(("sizes", "targets"), WAYS)
+def test_windows_are_made_once(sizes: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    windows = Windows()
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(3, 5, *sizes, dtype=dtype)
+        first = pool(x, targets, windows)
+        made = dict(windows._made)
+        assert torch.equal(pool(x, targets, windows), first)
+        assert torch.equal(pool(x, targets), first)
+        assert all(windows._made[key] is matrix for key, matrix in made.items())
+
+
+def test_windows_of_a_validation_serve_a_later_backward_pass() -> None:
+    reader, x = NeuronReader("layer", neuron_axis=1), torch.randn(2, 3, 7, 7)
+    with torch.inference_mode():
+        reader(x)
+    x.requires_grad_()
+    reader(x).sum().backward()
+    torch.testing.assert_close(x.grad.sum(), torch.tensor(2 * 3 * 16.0))
+
+
+def test_windows_of_many_sizes_are_not_all_kept() -> None:
+    windows = Windows()
+    for size in range(65, 200):
+        pool(torch.zeros(1, 1, size), (4,), windows)
+    assert len(windows._made) < 100
+    assert not copy.deepcopy(windows)._made
+    assert not pickle.loads(pickle.dumps(windows))._made

