@@ -1,8 +1,9 @@
 """Correctness and cost on a GPU, in one command: ``python -m benchmarks.gpu``; ``--cpu`` rehearses it without one.
 
 Checks values, gradients and plans on CUDA against float64 on the CPU, counts waits and kernel launches, captures the
-plan solve in a CUDA graph, and times the solve and a ResNet-50 step (bfloat16, batch 64, 224 × 224, five pairs) with
-CUDA events. Writes ``results/gpu.json``.
+plan solve in a CUDA graph, and times the solve, GeomLoss' loss beside it, and a ResNet-50 step (bfloat16, batch 64,
+224 × 224, five pairs) with CUDA events; times fits with the callback, without and with the teacher cache; and, where
+there are two devices, steps of the global batch through NCCL. Writes ``results/gpu.json``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_runs import against_samples_loss, callback_epochs, global_steps
 from benchmarks.problems import CLOUDS, COSTS, SHAPES, neurons
 from benchmarks.steps import STAGES, Steps, TermAlone, engine_step
 from benchmarks.timing import Quartiles, wall_clock
@@ -210,6 +212,32 @@ def _autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, torch.bfloat16)
 
 
+def measure(device: str) -> dict[str, Any]:
+    """All parts; on ``"cpu"`` with tiny networks."""
+    rehearsal = device == "cpu"
+    shapes = ((24, 24, 64), (32, 16, 48)) if rehearsal else SHAPES
+    size, batch = (32, 4) if rehearsal else (224, 64)
+    results: dict[str, Any] = {
+        "device": "cpu" if rehearsal else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        # The package leaves these as the user set them.
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "checks": check(device, shapes),
+        "counts": count(device, shapes[0]),
+        "solve, ms": solve_times(device, shapes),
+        "SamplesLoss, ms": against_samples_loss(device, shapes[:3], lambda function: time_of(function, device)),
+        "step": network_step(device),
+        "fit, ms a step": callback_epochs(
+            device, tiny if rehearsal else resnet50, torch.randn(4 * batch if rehearsal else 2048, 3, size, size), batch
+        ),
+    }
+    if not rehearsal:
+        results["graph"] = capture(shapes[1])
+    if rehearsal or torch.cuda.device_count() > 1:
+        results["two processes, ms a step"] = global_steps(device, calls=2 if rehearsal else 50)
+    return results
+
+
 def main() -> int:
     """Run all parts and write the results; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,22 +246,11 @@ def main() -> int:
     if not rehearsal and not torch.cuda.is_available():
         print("benchmarks.gpu: there is no CUDA device here, so there is nothing to measure. `--cpu` rehearses it.")
         return 0
-    device = "cpu" if rehearsal else "cuda"
-    shapes = ((24, 24, 64), (32, 16, 48)) if rehearsal else SHAPES
     start = time.perf_counter()
-    results: dict[str, Any] = {
+    results = {
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
-        "device": "cpu" if rehearsal else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        # The package leaves these as the user set them.
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "checks": check(device, shapes),
-        "counts": count(device, shapes[0]),
-        "solve, ms": solve_times(device, shapes),
-        "step": network_step(device),
+        **measure("cpu" if rehearsal else "cuda"),
     }
-    if not rehearsal:
-        results["graph"] = capture(shapes[1])
     results["seconds"] = time.perf_counter() - start
     failed = [row for row in results["checks"] if not row["passed"]]
     waiting = [row for row in results["counts"] if row["waits"]]

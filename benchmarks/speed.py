@@ -11,7 +11,7 @@ import argparse
 import json
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,19 @@ def measure_solve(problem: Problem, seconds: float) -> dict[str, Any]:
     found[PRODUCTS] = {"accurate": True, "ratio": ratios(taken, PRODUCTS, OURS)}
     what = {"shape": problem.shape, "label": problem.label, "cloud": problem.cloud, "cost": problem.cost}
     return {**what, "methods": found}
+
+
+def measure_solves(shapes: Sequence[tuple[int, int, int]], seconds: float) -> list[dict[str, Any]]:
+    """Cold solves of all clouds and costs."""
+    found = []
+    for shape in shapes:
+        for cloud in CLOUDS:
+            for cost in COSTS:
+                row = measure_solve(make_problem(shape, cloud, cost), seconds)
+                found.append(row)
+                loss = Quartiles(*row["methods"][LOSS]["ratio"])
+                print(f"{row['label']} {cloud} {cost}: SamplesLoss {loss:.1f} times as long", flush=True)
+    return found
 
 
 def measure_between(shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
@@ -256,6 +269,8 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
         mine = row["methods"][OURS]
         where = f"{row['label']} {row['cloud']} {row['cost']}"
         lines.append(f"| {where} | {mine['milliseconds']:.1f} | {' | '.join(cells)} |")
+    if "small stamp" in results:
+        lines += ["", f"The rows of {results['solve'][0]['label']}, by `--small`: {results['small stamp']}"]
     lines += [
         "",
         "## Between two solves: time of a step over one bare product of the plan with the teacher",
@@ -329,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes and no network; writes nothing")
     parser.add_argument("--rotations", action="store_true", help="measure rotations alone; the other results stay")
+    parser.add_argument("--small", action="store_true", help="measure the first shape alone; the other results stay")
     options = parser.parse_args()
     quick = options.quick
     torch.set_num_threads(1)
@@ -341,20 +357,19 @@ def main() -> None:
         results["rotations"], results["rotations stamp"] = measure_rotations(seconds=3.0), stamp()
         write(results, measured=False)  # the other results are those of an earlier commit
         return
+    if options.small:
+        results = json.loads((HERE / "results" / "speed.json").read_text())
+        others = [row for row in results["solve"] if tuple(row["shape"]) != SHAPES[0]]
+        results["solve"], results["small stamp"] = [*measure_solves(SHAPES[:1], seconds=3.0), *others], stamp()
+        write(results, measured=False)
+        return
     results = {
         "command": f"python -m benchmarks.speed{' --quick' if quick else ''}",
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "solve": [],
         "between": [],
     }
-    for shape in SHAPES[:2] if quick else SHAPES:
-        for cloud in CLOUDS:
-            for cost in COSTS:
-                row = measure_solve(make_problem(shape, cloud, cost), seconds=0.7)
-                results["solve"].append(row)
-                loss = Quartiles(*row["methods"][LOSS]["ratio"])
-                print(f"{row['label']} {cloud} {cost}: SamplesLoss {loss:.1f} times as long", flush=True)
+    results["solve"] = measure_solves(SHAPES[:2] if quick else SHAPES, seconds=0.7)
     for shape in SHAPES[1:2] if quick else SHAPES[1:]:
         results["between"] += measure_between(shape, seconds=4.0)
     results["warm start"] = measure_warm_start()
