@@ -37,6 +37,7 @@ from lightning_otrt.reading.outputs import (
     sequence_output,
     tensors_of_samples,
 )
+from lightning_otrt.reading.own_gradients import own_gradients_explained
 from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.sample_order import settle_order
 from lightning_otrt.reading.states import without_states
@@ -121,7 +122,7 @@ def _trace(
     recorder = _TraceHooks(inputs, samples, values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
-    with in_evaluation(target, inputs), ExitStack() as hooks:
+    with in_evaluation(target, inputs), own_gradients_explained(target), ExitStack() as hooks:
         for name, module in modules.items():
             if primary[id(module)] == name and is_inside(name, root):
                 before = add_forward_pre_hook(
