@@ -202,9 +202,8 @@ class NoteGrid(_Hook):
         if self.side == "teacher" and not recorder.runs_teacher:
             return
         tensor = output[0] if isinstance(output, tuple) else output
-        if isinstance(tensor, Tensor) and tensor.dim() == 4:
-            rows, columns = (tensor.shape[axis] // self.merged for axis in self.axes)
-            recorder.current.grids[self.key] = rows, columns
+        if isinstance(tensor, Tensor) and tensor.dim() == len(self.axes) + 2:
+            recorder.current.grids[self.key] = tuple(tensor.shape[axis] // self.merged for axis in self.axes)
 
 
 def grid_key(side: str, patches: PatchMap) -> str:

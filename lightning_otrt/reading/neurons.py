@@ -24,7 +24,7 @@ def neurons(
     batch_axis: int = 0,
     grid: int | None = 4,
     prefix_tokens: int = 0,
-    token_grid: tuple[int, int] | None = None,
+    token_grid: tuple[int, ...] | None = None,
     mask: Tensor | None = None,
     select: str | int | None = None,
 ) -> Tensor:
@@ -116,11 +116,11 @@ class NeuronReader:
     batch_axis: int = 0
     grid: int | None = 4
     prefix_tokens: int = 0
-    token_grid: tuple[int, int] | None = None
+    token_grid: tuple[int, ...] | None = None
     select: str | int | None = None
     _windows: Windows = field(default_factory=Windows, init=False, repr=False, compare=False)
 
-    def __call__(self, output: Any, mask: Tensor | None = None, token_grid: tuple[int, int] | None = None) -> Tensor:
+    def __call__(self, output: Any, mask: Tensor | None = None, token_grid: tuple[int, ...] | None = None) -> Tensor:
         """Read one output.
 
         Args:
@@ -195,7 +195,7 @@ class NeuronReader:
         limit = self.grid**2 if len(sizes) == 1 else self.grid
         return tuple(min(limit, size) for size in sizes)
 
-    def _pool_tokens(self, x: Tensor, mask: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+    def _pool_tokens(self, x: Tensor, mask: Tensor | None, grid: tuple[int, ...] | None) -> Tensor:
         """Drop the prefix of ``(B, C, T)`` and pool what is left as a map or as a sequence."""
         tokens = x.shape[-1] - self.prefix_tokens
         if tokens <= 0:
@@ -205,7 +205,7 @@ class NeuronReader:
             )
         x = x[..., self.prefix_tokens :]
         if grid is not None:
-            if grid[0] * grid[1] != tokens:
+            if math.prod(grid) != tokens:
                 raise ValueError(
                     f"{self.layer} gives {tokens} tokens after {self.prefix_tokens} prefix tokens, which do not fill "
                     f"the token grid {grid} of the patches before it. Leave forwards that drop or merge tokens out by "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -73,18 +74,26 @@ def layer_reader(
     if layout.part_of is not None and tensor is not None:
         warnings.warn(
             f"The {where} has {tensor.shape[1 - tensor.batch_axis] - layout.prefix} tokens, but the patches before it "
-            f"are a grid of {layout.part_of[0]} x {layout.part_of[1]}. They are read as a sequence. If the network "
+            f"are a grid of {' x '.join(map(str, layout.part_of))}. They are read as a sequence. If the network "
             "takes a random part of them, as masked autoencoders do, their order means nothing: match layers without "
             "positions, or pass grid=1.",
             stacklevel=2,
         )
     if layout.more_than is not None and tensor is not None:
-        tokens, (rows, columns) = tensor.shape[1 - tensor.batch_axis], layout.more_than
+        tokens, size = tensor.shape[1 - tensor.batch_axis], layout.more_than
         warnings.warn(
-            f"The {where} has {tokens} tokens, {tokens - rows * columns} more than the grid of {rows} x {columns} "
-            "patches before it, and it is not known where they stand. All are read as a sequence. If they stand in "
-            "front, call their parameters cls_token and register_tokens in the network; else match layers without "
-            "positions, or pass grid=1.",
+            f"The {where} has {tokens} tokens, {tokens - math.prod(size)} more than the grid of "
+            f"{' x '.join(map(str, size))} patches before it, and it is not known where they stand. All are "
+            "read as a sequence. If they stand in front, call their parameters cls_token and register_tokens in the "
+            "network; else match layers without positions, or pass grid=1.",
+            stacklevel=2,
+        )
+    if layout.frames is not None:
+        count, size = layout.frames[0], layout.frames[1:]
+        warnings.warn(
+            f"The {where} has the patches of {count} frames, each of {' x '.join(map(str, size))}, and it is not known "
+            "whether frames or patches come first. They are read as a sequence: match layers of networks with the same "
+            "order, or pass grid=1.",
             stacklevel=2,
         )
     return NeuronReader(
@@ -114,5 +123,5 @@ def _patches(trace: Trace, modules: Mapping[str, nn.Module], layout: TokenGrid) 
         return None
     output = trace.layer(layout.source).output
     neurons = None if output is None else output.neuron_axis
-    rows, columns = sorted({1, 2, 3} - {neurons})
-    return PatchMap(layout.source, modules[layout.source], (rows, columns), layout.merged)
+    axes = tuple(sorted(set(range(1, len(layout.size) + 2)) - {neurons}))
+    return PatchMap(layout.source, modules[layout.source], axes, layout.merged)

@@ -38,13 +38,13 @@ class PatchMap(NamedTuple):
     Attributes:
         name: Its name.
         module: The module.
-        axes: The axes of the rows and of the columns in its output.
+        axes: The axes of the rows and of the columns in its output, and of the times of a video.
         merged: The side of the square of its positions that each token holds.
     """
 
     name: str
     module: nn.Module
-    axes: tuple[int, int]
+    axes: tuple[int, ...]
     merged: int = 1
 
 

@@ -16,13 +16,14 @@ _FEW = 16
 
 
 class _Map(NamedTuple):
-    """Rows and columns of a map, the layer that it comes from, and the side of the squares that were merged.
+    """The sizes of a map, the layer that it comes from, and the side of the squares that were merged.
+
+    The sizes are rows and columns, with the times in front of a video.
 
     The axes of a convolution are known. Those of other layers follow from sizes, which may agree by chance.
     """
 
-    rows: int
-    columns: int
+    size: tuple[int, ...]
     source: str
     is_conv: bool
     merged: int = 1
@@ -33,19 +34,22 @@ class TokenGrid(NamedTuple):
 
     Attributes:
         prefix: Number of class and register tokens in front.
-        size: Rows and columns of the others, None for a sequence.
+        size: Rows and columns of the others, of a video times, rows and columns; None for a sequence.
         source: Name of the layer that gives the map which they come from.
         merged: The side of the square of its positions that each token holds.
-        part_of: Rows and columns of the patches before the layer, where it has fewer tokens than these.
+        part_of: The sizes of the patches before the layer, where it has fewer tokens than these.
         more_than: The same, where it has a few more, whose place is not known.
+        frames: Number of frames of a video and the sizes of each, where its frames are images of their own: it is not
+            known whether frames or patches come first.
     """
 
     prefix: int = 0
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
     source: str = ""
     merged: int = 1
-    part_of: tuple[int, int] | None = None
-    more_than: tuple[int, int] | None = None
+    part_of: tuple[int, ...] | None = None
+    more_than: tuple[int, ...] | None = None
+    frames: tuple[int, ...] | None = None
 
 
 def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> TokenGrid:
@@ -63,27 +67,42 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
     tokens = tensor.shape[1 - tensor.batch_axis]
     before = [*_before(trace, layer), replace(layer, output=None)]
     maps = _maps(before, trace, _gets_images(trace, layer))
-    if not maps or _are_words(trace, before, tokens, maps[-1].source):
+    if not maps:
+        return _of_frames(trace, before, tokens)
+    if _are_words(trace, before, tokens, maps[-1].source):
         return TokenGrid()
     # The declared prefix first, then none: some models add it after this layer.
     for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
-        fitting = [found for found in maps if found.rows * found.columns == tokens - prefix]
+        fitting = [found for found in maps if math.prod(found.size) == tokens - prefix]
         if fitting:
             found = next((found for found in reversed(fitting) if found.is_conv), fitting[-1])
-            return TokenGrid(prefix, (found.rows, found.columns), found.source, found.merged)
+            return TokenGrid(prefix, found.size, found.source, found.merged)
     prefix = trace.prefix_tokens if tokens > trace.prefix_tokens else 0
     for found in (found for found in reversed(maps) if found.is_conv and found.merged == 1):
-        size = found.rows, found.columns
+        size = found.size
         more = tokens - math.prod(size)
         # One token is a class token under any name, or made by code. Of several, some may stand behind the patches.
         if more == 1 and tokens > 2 and not layer.looks_at_memory:
             return TokenGrid(1, size, found.source)
         if 1 < more <= _FEW and math.prod(size) > 1 and not layer.looks_at_memory:
             return TokenGrid(prefix, more_than=size)
-    last = maps[-1].rows, maps[-1].columns
+    last = maps[-1].size
     # Learned queries, latent vectors and the one token of class attention are no patches.
     is_learned = layer.looks_at_memory or tokens == 1 or not {tokens, tokens - prefix}.isdisjoint(trace.learned_tokens)
     return TokenGrid(prefix, part_of=last if math.prod(last) > tokens - prefix and not is_learned else None)
+
+
+def _of_frames(trace: Trace, before: list[TracedLayer], tokens: int) -> TokenGrid:
+    """Tokens that come from the patches of several frames of each sample, which a convolution took as images."""
+    for layer in reversed(before):
+        tensor = layer.output
+        if layer.role != "conv" or tensor is None or len(tensor.shape) != 4 or not trace.batch_size:
+            continue
+        count, rest = divmod(tensor.shape[0], trace.batch_size)
+        for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
+            if not rest and count > 1 and count * math.prod(tensor.positions) == tokens - prefix:
+                return TokenGrid(prefix, frames=(count, *tensor.positions))
+    return TokenGrid()
 
 
 def _are_words(trace: Trace, before: list[TracedLayer], tokens: int, source: str) -> bool:
@@ -141,12 +160,14 @@ def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_M
         tensor = layer.output
         if tensor is None:
             continue
-        if len(tensor.shape) == 4 and tensor.neuron_axis is not None and trace.is_sample_count(tensor.shape[0]):
-            rows, columns = tensor.positions
-            if not (gets_images or found) and had_tokens and rows * columns not in channels:
+        is_conv = layer.role in ("conv", "pointwise")
+        is_map = len(tensor.shape) == 4 or (len(tensor.shape) == 5 and is_conv)
+        if is_map and tensor.neuron_axis is not None and trace.is_sample_count(tensor.shape[0]):
+            cells = math.prod(tensor.positions)
+            if not (gets_images or found) and had_tokens and cells not in channels:
                 continue
-            found.append(_Map(rows, columns, layer.name, layer.role in ("conv", "pointwise")))
-            channels.setdefault(rows * columns, set()).add(tensor.shape[tensor.neuron_axis])
+            found.append(_Map(tensor.positions, layer.name, is_conv))
+            channels.setdefault(cells, set()).add(tensor.shape[tensor.neuron_axis])
         elif len(tensor.shape) == 3:
             channels.setdefault(tensor.shape[1 - tensor.batch_axis], set()).add(tensor.shape[2])
             had_tokens |= tensor.neuron_axis == 2 and tensor.shape[tensor.batch_axis] == trace.batch_size
@@ -158,9 +179,12 @@ def _merged(tensor: TracedTensor, maps: list[_Map], channels: dict[int, set[int]
     if len(tensor.shape) != 3:
         return None
     tokens, width = tensor.shape[1 - tensor.batch_axis], tensor.shape[2]
-    for rows, columns, source, is_conv, merged in reversed(maps):
+    for size, source, is_conv, merged in reversed(maps):
+        if len(size) != 2:
+            continue
+        rows, columns = size
         side = math.isqrt(rows * columns // tokens) if tokens else 0
         divides = side > 1 and rows % side == columns % side == 0 and rows * columns == tokens * side**2
         if divides and width in {side**2 * before for before in channels.get(rows * columns, ())}:
-            return _Map(rows // side, columns // side, source, is_conv, merged * side)
+            return _Map((rows // side, columns // side), source, is_conv, merged * side)
     return None

@@ -47,7 +47,7 @@ class View:
     student: dict[str, list[Tensor]] = field(default_factory=dict)
     teacher: dict[str, list[Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor | None] = field(default_factory=dict)
-    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    grids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     logits: Tensor | None = None
     logit_mask: Tensor | None = None
 
