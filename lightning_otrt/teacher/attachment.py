@@ -20,6 +20,7 @@ from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import find_teacher_root
 from lightning_otrt.reading.root_search import RootSearch
 from lightning_otrt.reading.torch_internals import is_compiled, without_earlier_pre_hooks
+from lightning_otrt.reading.train_only import FirstInput
 from lightning_otrt.reading.views import (
     ConstantTermError,
     Matched,
@@ -96,6 +97,7 @@ class Attachment:
             None if cache is None else CachedRun(teacher, self._recorder, cache, strict, agree, self._read_logits)
         )
         self._guard = InputGuard()
+        self._first_input = FirstInput()
         self._attached_dtype: torch.dtype | None = None
 
     @property
@@ -147,6 +149,7 @@ class Attachment:
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
         self.root.stop()
+        self._first_input.forget()
         self._recorder.remove()
         if self.cached is not None:
             self.cached.close()
@@ -171,6 +174,7 @@ class Attachment:
 
     def take(self) -> list[View]:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""
+        self._first_input.forget()
         return trained_views(self._recorder.take())
 
     @property
@@ -321,7 +325,10 @@ class Attachment:
                 for_teacher = InputGuard(clones=True).copied((args, kwargs))
                 given = self.teacher.inputs_for(*for_teacher)
                 # What is recorded has gone through the pre-hooks of users once.
-                with without_earlier_pre_hooks(named_layers(student)[root], OpenView):
+                with (
+                    without_earlier_pre_hooks(named_layers(student)[root], OpenView),
+                    self._first_input.noted(student, root),
+                ):
                     pairing = pair_layers(
                         self.layers,
                         student,
@@ -345,6 +352,8 @@ class Attachment:
         self._watch_student(student)
         self.root.found(self.pairing.student.root)
         self._watch_teacher()
+        if not self.pairing.student.draws_random:  # which has a warning of its own
+            self._first_input.compare_next()
 
     def _watch_student(self, student: nn.Module) -> None:
         assert self.pairing is not None
