@@ -28,6 +28,11 @@ def recorded_tensor(side: str, trace: Trace, name: str, select: str | int | None
     where = f"{side.capitalize()} layer {layer.name!r} ({layer.kind})"
     if layer.calls == 0:
         raise ValueError(f"{where} {_why_not_called(layer, trace)}")
+    if layer.in_transform:
+        raise ValueError(
+            f"{where} runs inside a transform of torch.func (vmap, jvp, grad, ...) of the network, and its tensors "
+            "cannot leave it. Name a layer that the network calls outside of the transform."
+        )
     if layer.calls > 1:
         parent = layer.name.rpartition(".")[0]
         around = f", such as {parent!r}" if parent and trace.layer(parent).calls == 1 else ""

@@ -11,7 +11,7 @@ from lightning_otrt.layers.depth import pair_blocks
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
 from lightning_otrt.layers.inner_network import inner_hint
 from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
-from lightning_otrt.layers.model_output import assumed_output
+from lightning_otrt.layers.model_output import assumed_output, output_layers
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace, TracedLayer
@@ -78,15 +78,25 @@ def resolve_layers(
 def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
     """Says that "auto" or "matched" took the penultimate layer instead of blocks, and why; empty if it did not."""
     words = [entry.student for entry in parse_layers(spec) if entry.student in ("auto", "matched")]
-    without = [
-        f"the {side} ({trace.layer(trace.root).kind})"
-        for side, trace in (("student", student), ("teacher", teacher))
-        if not block_names(trace)
-    ]
+    without = [(side, trace) for side, trace in (("student", student), ("teacher", teacher)) if not block_names(trace)]
     if not words or not without:
         return ""
+    models = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace in without]
+    single = [
+        layer.name
+        for _, trace in without
+        for layer in trace.recordable()
+        if _has_positions(layer) and not layer.gives_model_output and layer.name not in output_layers(trace)
+    ]
+    if single:
+        shown = ", ".join(map(repr, dict.fromkeys(single[:3])))
+        return (
+            f'"{words[0]}" is "penultimate" here, because no blocks were found in {" and in ".join(models)}. Layers '
+            f"with positions or tokens, such as {shown}, are there, but no stack of blocks: numbered modules of one "
+            "type that hold others and run once. Name the layers."
+        )
     note = (
-        f'"{words[0]}" is "penultimate" here, because no layer of {" and of ".join(without)} has positions or tokens, '
+        f'"{words[0]}" is "penultimate" here, because no layer of {" and of ".join(models)} has positions or tokens, '
         "apart from those that make the output"
     )
     repeated = [
@@ -146,8 +156,12 @@ def _expand(entry: LayerEntry, student: Trace, teacher: Trace, find_matches: Fin
             if find_matches is None:
                 raise ValueError('"matched" pairs layers by their activations, and a trace alone has none.')
             return [entry.pair(*names) for names in find_matches()]
-        word = "blocks" if have_blocks else "penultimate"
-        entry = replace(entry, student=word, teacher=word)
+        if not have_blocks:
+            try:
+                return _expand(replace(entry, student="penultimate", teacher="penultimate"), student, teacher, None)
+            except ValueError as error:
+                raise ValueError(f"{fallback_note(str(entry.student), student, teacher)} {error}") from None
+        entry = replace(entry, student="blocks", teacher="blocks")
     if entry.student == entry.teacher == "blocks" and block_names(student) and block_names(teacher):
         return [entry.pair(*pair) for pair in pair_blocks(student, teacher)]
     names = _names("student", student), _names("teacher", teacher)

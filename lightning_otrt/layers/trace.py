@@ -61,6 +61,7 @@ class TracedLayer:
         masks: Padding masks of its sequence, the nearest first.
         looks_at_memory: Whether it is, or is inside of, a module whose sequence looks at another one.
         has_own_mask: Whether what it returns tells its own padding: packed sequences and nested tensors do.
+        in_transform: Whether it ran inside a transform of ``torch.func``, which its tensors cannot leave.
     """
 
     name: str
@@ -81,6 +82,7 @@ class TracedLayer:
     masks: tuple[TracedMask, ...] = ()
     looks_at_memory: bool = False
     has_own_mask: bool = False
+    in_transform: bool = False
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
@@ -100,7 +102,9 @@ class TracedLayer:
     @property
     def is_recordable(self) -> bool:
         """Whether the output can be a representation: one call, one floating-point tensor of two or more axes."""
-        return self.calls == 1 and self.output is not None and self.output.is_floating and len(self.output.shape) >= 2
+        if self.in_transform or self.calls != 1 or self.output is None:
+            return False
+        return self.output.is_floating and len(self.output.shape) >= 2
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,11 @@ class _Read(_Hook):
         # Those of the teacher are read all the same: what is kept of a sample may serve another run.
         if self.side == "student" and not recorder.reads_pairs and self.key.isdigit():
             return
+        if is_in_functional_transform():
+            raise RuntimeError(
+                f"The {self.reader.layer} runs inside a transform of torch.func (vmap, jvp, grad, ...) of the network, "
+                "and its tensors cannot leave it. Name a layer that the network calls outside of the transform."
+            )
         view = recorder.current
         readings = view.student if self.side == "student" else view.teacher
         with _uncounted_saved_tensors():

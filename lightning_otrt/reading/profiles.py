@@ -15,7 +15,7 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.outputs import all_tensors, output_items, sequence_output
-from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward
+from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
 __all__ = ["Inputs", "is_close", "mapped", "profiles"]
 
@@ -32,7 +32,7 @@ def profiles(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> di
     target, found = modules[traced.root], {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if is_in_backward():
+        if is_in_backward() or is_in_functional_transform():
             return
         returned = [item for _, item in output_items(sequence_output(module, output)) if isinstance(item, Tensor)]
         entered = next((arg for arg in args if isinstance(arg, Tensor)), None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Sequence
 
 from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.layers.trace import Trace
+from lightning_otrt.layers.trace import Trace, TracedTensor
 
 __all__ = ["warn_of_other_samples"]
 
@@ -46,6 +48,17 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
                 "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
                 stacklevel=2,
             )
+    for place, (side, trace, _) in enumerate(sides):
+        tensors = {(pair.student, pair.teacher)[place]: _tensor(trace, pair, place) for pair in pairs}
+        chosen = {name: tensor.shape for name, tensor in tensors.items() if tensor and _has_chosen_rows(trace, tensor)}
+        if chosen:
+            warnings.warn(
+                f"The {side} layers {chosen} have as many rows as neither samples nor all of their positions make: the "
+                "network may choose them, as for the experts of a mixture or the proposals of a detector, and each "
+                "network chooses other ones. Then different rows are matched. Name the module around them, which "
+                "gives all tokens. Where both networks have the same rows, such as the valid tokens, nothing is wrong.",
+                stacklevel=2,
+            )
     for side, trace, layers in sides:
         unclear = sorted({name for name in layers if name in trace.unclear_axes})
         if unclear:
@@ -56,3 +69,31 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
                 "the network.",
                 stacklevel=2,
             )
+
+
+def _tensor(trace: Trace, pair: LayerPair, place: int) -> TracedTensor | None:
+    return trace.tensor((pair.student, pair.teacher)[place], pair.select)
+
+
+def _has_chosen_rows(trace: Trace, tensor: TracedTensor) -> bool:
+    """Whether a tensor ``(rows, features)`` has rows that are neither samples nor the positions of all samples."""
+    rows = tensor.shape[0]
+    if len(tensor.shape) != 2 or trace.is_sample_count(rows) or not trace.batch_size:
+        return False
+    tensors = [tensor for layer in trace.layers for tensor in (layer.input, layer.output) if tensor is not None]
+    wide = [tensor for tensor in tensors if len(tensor.shape) > 2]
+    # Valid tokens alone, or packed ones, may be any number.
+    has_padding = any(layer.has_own_mask or any(mask.padded for mask in layer.masks) for layer in trace.layers)
+    if not wide or has_padding:
+        return False
+    entered = {size for shape in trace.layer(trace.root).input_shapes for size in shape}  # edges of a graph
+    folded = {tensor.shape[0] for tensor in wide if tensor.shape[0] % trace.batch_size == 0}  # windows, views
+    counts = {
+        samples * math.prod(axes)
+        for tensor in wide
+        for samples in tensor.shape[tensor.batch_axis : tensor.batch_axis + 1]
+        for number in range(len(tensor.positions) + 1)
+        for axes in itertools.combinations(tensor.positions, number)
+        if trace.is_sample_count(samples) or samples in folded
+    }
+    return rows not in {*entered, *folded, *counts}

@@ -42,7 +42,12 @@ from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.sample_order import settle_order
 from lightning_otrt.reading.states import without_states
 from lightning_otrt.reading.time_major import is_time_major
-from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
+from lightning_otrt.reading.torch_internals import (
+    add_forward_hook,
+    add_forward_pre_hook,
+    is_in_backward,
+    is_in_functional_transform,
+)
 
 __all__ = ["trace"]
 
@@ -291,6 +296,7 @@ class _TraceHooks:
             takes_model_input=frame.takes_model_input,
             masks=masks,
             looks_at_memory=any(call.memories for call in (frame.call, *around)),
+            in_transform=is_in_functional_transform(),
             has_own_mask=packed_mask(returned) is not None or any(value.is_nested for _, value in tensors),
         )
         self._outputs[name] = [weakref.ref(value) for _, value in tensors]
@@ -330,7 +336,8 @@ class _TraceHooks:
 
     def _facts(self, value: Tensor, shape: tuple[int, ...], neuron_axis: int | None, batch_axis: int) -> TracedTensor:
         dtype, is_floating = str(value.dtype).removeprefix("torch."), value.is_floating_point()
-        rectified = is_rectified(value) if self._values and is_floating and value.numel() else None
+        looks = self._values and is_floating and value.numel() and not is_in_functional_transform()
+        rectified = is_rectified(value) if looks else None
         return TracedTensor(shape, dtype, is_floating, neuron_axis, batch_axis, rectified)
 
     def _neuron_axis(self, module: nn.Module, frame: _Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:

@@ -17,7 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.reading.neuron_axes import role_of
 from lightning_otrt.reading.outputs import describe
-from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, is_in_backward
+from lightning_otrt.reading.torch_internals import (
+    add_forward_hook,
+    add_forward_pre_hook,
+    is_in_backward,
+    is_in_functional_transform,
+)
 
 __all__ = ["FirstInput"]
 
@@ -140,7 +145,13 @@ def _is_first_layer(module: nn.Module) -> bool:
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first tensor among the arguments; None where its values cannot be compared."""
     value = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    if value is None or value.is_nested or value.layout != torch.strided or hasattr(value, "device_mesh"):
+    if (
+        value is None
+        or is_in_functional_transform()
+        or value.is_nested
+        or value.layout != torch.strided
+        or hasattr(value, "device_mesh")
+    ):
         return None
     return value
 
