@@ -59,7 +59,7 @@ class RepresentationTransfer(RecordedStudent):
             ``"matched"`` (blocks of the student with the closest teacher layers on the first batch, in order),
             :class:`LayerPair` objects, or a list of these. Words are resolved once, by the first process for all, and
             a resumed run uses the pairs of its checkpoint.
-        weight: Weight α of the term. 8 suits the correlation of blocks; for others there is
+        weight: Weight α of the term. 32 suits the correlation of blocks; for others there is
             :func:`~lightning_otrt.suggest_weight`. It may be set again at any time, as ``schedule`` may.
         student_root: Name of the student's submodule whose inputs the teacher gets too, or of its method, as in
             ``"net:forward_features"``; None: the outermost one that holds the layers and is called.
@@ -119,7 +119,7 @@ class RepresentationTransfer(RecordedStudent):
         teacher: TeacherSource,
         layers: LayerSpec = "auto",
         *,
-        weight: float = 8.0,
+        weight: float = 32.0,
         student_root: str | None = None,
         cost: str | Callable[[Tensor, Tensor], Tensor] = "correlation",
         plan: str = "sinkhorn",

@@ -149,7 +149,7 @@ class TestRepr:
             "OTRTCallback(Net(...))",
             "RepresentationTransfer(Net(...))",
         ]
-        assert repr(OTRTCallback(make_teacher(), weight=8, layers="auto", seed=0)) == "OTRTCallback(Net(...))"
+        assert repr(OTRTCallback(make_teacher(), weight=32, layers="auto", seed=0)) == "OTRTCallback(Net(...))"
 
     @pytest.mark.parametrize(
         ("teacher", "text"),

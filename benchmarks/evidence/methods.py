@@ -73,7 +73,7 @@ class Method:
 
 BLOCKS = {"layers": "blocks"}
 PENULTIMATE = {"layers": "penultimate", "cost": "euclidean"}
-#: Candidates of all transport terms; 8 is the default of the library.
+#: Candidates of all transport terms; 32 is the default of the library.
 TRANSPORT = (2.0, 8.0, 32.0)
 DEFAULT = "ot-blocks"
 

@@ -64,6 +64,9 @@ class TestWarnings:
             callback = OTRTCallback(make_teacher(), LAYERS, plan=plan, weight=1.0)
             assert not [text for text in self.told(make_task(), callback) if "uniform" in text]
 
+    def test_the_default_weight_on_a_small_network(self):
+        assert self.told(make_task(), OTRTCallback(make_teacher(), LAYERS), max_steps=8) == []
+
     @pytest.mark.parametrize(("weight", "text"), [(1e-4, "changes next to nothing"), (1e4, "task hardly counts")])
     def test_weight_out_of_range(self, weight, text):
         [message] = self.told(make_task(lr=1e-6), OTRTCallback(make_teacher(), LAYERS, weight=weight), max_steps=8)
