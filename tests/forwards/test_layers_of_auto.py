@@ -154,6 +154,7 @@ def test_the_last_part_of_a_block_that_ends_a_network_is_no_output(by_name: bool
     assert chosen(build, torch.randn(4, 7, 5)) == same("1", "2", "3")
 
 
+@pytest.mark.filterwarnings("ignore:.* has the patches of 2 frames, each of 2 x 2, and it is not known:UserWarning")
 @pytest.mark.parametrize("name", ["VideoMAE", "Timesformer"])
 def test_blocks_of_video_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
