@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["random_numbers_restored", "random_state"]
+__all__ = ["draw", "random_numbers_restored", "random_state"]
 
 
 @contextmanager
@@ -46,6 +46,18 @@ def random_state(tensors: Iterable[Tensor] = ()) -> list[object]:
     name, keys, *rest = np.random.get_state()
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _cuda_devices(tensors))]
     return [random.getstate(), name, np.asarray(keys).tolist(), *rest, *(state.tolist() for state in states)]
+
+
+def draw(tensors: Iterable[Tensor] = ()) -> None:
+    """Draw a number from each generator, so that what is drawn next is not what was drawn from the same state before.
+
+    Args:
+        tensors: The generators of their devices are among them.
+    """
+    random.random()
+    np.random.random()
+    for device in {torch.device("cpu"), *(tensor.device for tensor in tensors)}:
+        torch.rand(1, device=device)
 
 
 def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:

@@ -26,7 +26,7 @@ _NOTHING_FOUND = {
     "blocks": "No layer of the {side} ({kind}) has positions or tokens with a known neuron axis, so there are no "
     'blocks to match. Use "penultimate", or name the layers and their `neuron_axis`.',
     "penultimate": "No classification head was found in the {side} ({kind}): its forward does not end with a Linear or "
-    "1x1 convolution that gives a 2-D output. Name the layer, such as 'fc:input' or 'backbone'.",
+    "1x1 convolution with a 2-D output. Name a layer, as in 'fc:input'.",
 }
 
 
@@ -89,11 +89,10 @@ def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
         if _has_positions(layer) and not layer.gives_model_output and layer.name not in output_layers(trace)
     ]
     if single:
-        shown = ", ".join(map(repr, dict.fromkeys(single[:3])))
+        shown = ", ".join(map(repr, dict.fromkeys(single[:2])))
         return (
-            f'"{words[0]}" is "penultimate" here, because no blocks were found in {" and in ".join(models)}. Layers '
-            f"with positions or tokens, such as {shown}, are there, but no stack of blocks: numbered modules of one "
-            "type that hold others and run once. Name the layers."
+            f'"{words[0]}" is "penultimate" here, because no blocks were found in {" and in ".join(models)}: '
+            f"layers with positions or tokens, such as {shown}, are no stack of numbered modules."
         )
     note = (
         f'"{words[0]}" is "penultimate" here, because no layer of {" and of ".join(models)} has positions or tokens, '

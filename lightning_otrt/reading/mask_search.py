@@ -175,7 +175,7 @@ def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | 
     frames = count_frames(module, mask.shape[1])
     traced = TracedMask(source, tuple(mask.shape), frames, problem_of(mask, source))
     # One for all samples says nothing about padding, such as a causal one. Those of later batches may.
-    is_common = source.is_pairwise and torch.equal(value, value[:1].expand_as(value))
+    is_common = source.is_pairwise and _is_common(value)
     if source.is_pairwise and (source.is_named or source.true_at == "unknown"):
         return replace(traced, padded=0 if is_common else len(value))
     if traced.problem or source.is_named:
@@ -187,6 +187,11 @@ def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | 
     if _is_causal(valid, mask) and not source.is_pairwise and source.true_at != "label":
         return None
     return replace(traced, empty=_count(valid.sum(1) == 0), padded=padded)
+
+
+def _is_common(value: Tensor) -> bool:
+    """Whether all samples have the same mask. It waits for the device, in the traced forward only."""
+    return torch.equal(value, value[:1].expand_as(value))
 
 
 def _count(samples: Tensor) -> int:

@@ -75,11 +75,12 @@ def describe_frozen(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]
     before = {id(parameter): parameter.requires_grad for _, parameter, is_before in found if is_before}
     if not before or any(before.values()):
         return ""
-    others = dict.fromkeys(name for name, parameter, _ in found if parameter.requires_grad)
+    others = list(dict.fromkeys(name for name, parameter, _ in found if parameter.requires_grad))
+    elsewhere = f"What is trained comes after them or beside them: {others[:8]}. " if others else ""
     layers = list(dict.fromkeys(pair.student for pair in pairs))
     return (
         f"The transfer term is constant: the student layers {layers} and all {len(before)} parameters that lead to "
-        f"them are frozen (requires_grad=False). What is trained comes after them or beside them: {list(others)[:8]}. "
+        f"them are frozen (requires_grad=False). {elsewhere}"
         "The term cannot train frozen weights: unfreeze the blocks that it is to train (`requires_grad_(True)`), or "
         "name layers behind trained ones. While the backbone is frozen on purpose, as before BackboneFinetuning "
         "unfreezes it, a `schedule` of 0 leaves the term out."

@@ -163,12 +163,12 @@ def _is_same(before: Tensor, now: Tensor) -> bool:
     if not before.is_floating_point() or not now.is_floating_point() or not before.numel():
         return torch.equal(before, now)
     is_half = min(before.element_size(), now.element_size()) < 4
-    x, y = before.double().flatten(), now.double().flatten()
+    x, y = before.float().flatten(), now.float().flatten()
     if not bool(x.isfinite().all() & y.isfinite().all()):
         return True  # reported where it reaches a layer
     rounding = (_ROUNDING_OF_HALF if is_half else _ROUNDING) * float(x.abs().max())
     if float((x - y).abs().max()) <= rounding:
         return True
     kept = y.abs() > rounding  # dropout sets the others to zero
-    factor = float((x[kept] * y[kept]).sum() / (x[kept] ** 2).sum().clamp_min(1e-300))
+    factor = float((x[kept] * y[kept]).sum() / (x[kept] ** 2).sum().clamp_min(1e-30))
     return bool(((factor * x - y)[kept].abs() <= rounding * max(factor, 1.0)).all())

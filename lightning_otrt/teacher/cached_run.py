@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from lightning_otrt.random_numbers import draw
 from lightning_otrt.reading.evaluation import state_restored
 from lightning_otrt.reading.outputs import all_tensors
 from lightning_otrt.reading.pairing import Pairing
@@ -117,8 +119,19 @@ class CachedRun:
                 self._compare(name)
 
         given = list(all_tensors((inputs[0], dict(inputs[1]))))
-        tensors = self.cache.tensors(inputs, self._run, verify, lambda: state_restored(self.teacher.module, given))
+        tensors = self.cache.tensors(inputs, self._run, verify, lambda: self._undone(given))
         self.recorder.current.teacher = _as_readings(tensors)
+
+    @contextmanager
+    def _undone(self, given: list[Tensor]) -> Iterator[None]:
+        """Undo what the check of the first batch changes. In it a random teacher draws other numbers than before."""
+        draws_random, self.teacher.draws_random = self.teacher.draws_random, False
+        try:
+            with state_restored(self.teacher.module, given):
+                draw(given)
+                yield
+        finally:
+            self.teacher.draws_random = draws_random
 
     def _run(self, inputs: Inputs, size: int) -> dict[str, Tensor]:
         """Run the teacher, and take what its hooks read out of the view."""

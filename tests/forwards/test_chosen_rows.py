@@ -176,7 +176,7 @@ def points(width: int) -> nn.Module:
 
 def test_auto_says_that_tokens_are_no_blocks():
     told = run(Graph(6), Graph(9), "auto", torch.randn(6, 10, 8))
-    assert "Layers with positions or tokens, such as 'first', 'norm', are there, but no stack of blocks" in told
+    assert "layers with positions or tokens, such as 'first', 'norm', are no stack of numbered modules" in told
     assert "no layer of" not in told
 
 

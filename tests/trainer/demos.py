@@ -142,6 +142,7 @@ class Case:
     axis: int = 1
     prunable: str = ""
     in_parts: Callable[[], Fed] | None = None
+    teacher_inputs: Callable[..., Any] | None = None
 
     @property
     def pair(self) -> LayerPair:
@@ -153,7 +154,7 @@ def mlp() -> nn.Module:
 
 
 class Text(nn.Module):
-    """A teacher for the recurrent demo, which takes the hidden state of the student, too."""
+    """A teacher for the recurrent demo, which takes a hidden state, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,12 +165,19 @@ class Text(nn.Module):
         return self.top(self.encoder(words))
 
 
+def without_state(words: Tensor, hidden: Any) -> tuple[Tensor, None]:
+    """The demo goes on from the hidden state of the last batch, which is one of the student."""
+    return words, None
+
+
 DEMOS = {
     "boring": Case(Boring, "layer", "0", mlp, prunable="layer", in_parts=partial(deep, Boring, "layer")),
     "manual": Case(Manual, "layer", "0", mlp, prunable="layer", in_parts=partial(deep, Manual, "layer")),
     "demo": Case(Demo, "l1", "0", mlp, prunable="l1", in_parts=partial(deep, Demo, "l1")),
     "images": Case(Images, "net.conv2", "conv1", boring_classes.Net, root="net", prunable="net.fc1"),
-    "lstm": Case(LSTM, "model.rnn", "top", Text, root="model", axis=2, prunable="model.decoder"),
+    "lstm": Case(
+        LSTM, "model.rnn", "top", Text, root="model", axis=2, prunable="model.decoder", teacher_inputs=without_state
+    ),
     "transformer": Case(
         Transformer,
         "model.transformer.encoder.layers.0",

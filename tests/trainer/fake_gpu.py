@@ -36,6 +36,7 @@ def fake_gpu() -> Iterator[None]:
     - the checksum of the teacher's weights, and the check that the student has none of them, when it is attached;
     - the generators of random numbers and the buffers that are restored after the trace of the first batch, and the
       values of its masks;
+    - the comparison of what the first layer gets in evaluation and in training, in the first forward;
     - the checks of the values and plans of the first batch, and the monitor's look whether the student is a copy;
     - the read of the flags for values that are not finite, every ``log_every_n_steps`` and at the end.
     """
@@ -45,8 +46,10 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("torch.random.fork_rng", lambda devices: contextlib.nullcontext())
         patch.setattr("lightning_otrt.reading.tracer.random_state", lambda inputs: [])
         patch.setattr("lightning_otrt.reading.evaluation._restore_buffers", lambda module, saved: None)
+        patch.setattr("lightning_otrt.reading.train_only._is_same", lambda before, now: True)
         patch.setattr("lightning_otrt.reading.mask_search._is_causal", lambda valid, mask: False)
         patch.setattr("lightning_otrt.reading.mask_search.problem_of", lambda mask, source: "")
+        patch.setattr("lightning_otrt.reading.mask_search._is_common", lambda value: True)
         patch.setattr("lightning_otrt.reading.mask_search._count", lambda samples: 0)
         patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
         patch.setattr("lightning_otrt.steps.engine.inspect_batch", lambda *args: ())

@@ -177,7 +177,7 @@ def test_from_yaml(tmp_path, name):
         assert callback.distillation == LogitDistillation(0.5, select=("logits", 0))
     if name == "a schedule by its class":
         assert callback.transfer.schedule == LinearWarmup(4)
-        assert found.trainer.callback_metrics["otrt/weight"] == 2.0
+        assert found.trainer.callback_metrics["otrt/weight"] == 8.0
     if name == "a teacher in half precision":
         assert callback.transfer.teacher.module.head.weight.dtype in (torch.float32, torch.bfloat16)
         assert callback.transfer.teacher.dtype == torch.bfloat16

@@ -272,7 +272,14 @@ def fit(case: Case, tool: Callback, path: Path, way: str) -> Fit:
     if way == "by hand":
         ByHand(case, module, teacher)
     if way == "callback":
-        added = OTRTCallback(teacher, [case.pair], weight=WEIGHT, plan="exact", memory=0, solve_every=1)
+        options = {
+            "weight": WEIGHT,
+            "plan": "exact",
+            "memory": 0,
+            "solve_every": 1,
+            "teacher_inputs": case.teacher_inputs,
+        }
+        added = OTRTCallback(teacher, [case.pair], **options)
         callbacks.insert(0, added)
     options = {"max_epochs": 3, "limit_val_batches": 0, "default_root_dir": path, **tool.options(path)}
     trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, precision="64-true", **options)

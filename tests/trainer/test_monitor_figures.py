@@ -21,7 +21,7 @@ from lightning_otrt.trainer.monitor import OTRTMonitor
 
 class TestFigures:
     def run(self, logger, plan="sinkhorn"):
-        callback = OTRTCallback(make_teacher(), LAYERS, plan=plan)
+        callback = OTRTCallback(make_teacher(), LAYERS, plan=plan, weight=1.0)
         return fit(make_task(), callback, OTRTMonitor(1), logger=logger, max_epochs=2)
 
     def test_tensorboard(self, tmp_path):
