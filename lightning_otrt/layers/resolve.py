@@ -26,7 +26,7 @@ _NOTHING_FOUND = {
     "blocks": "No layer of the {side} ({kind}) has positions or tokens with a known neuron axis, so there are no "
     'blocks to match. Use "penultimate", or name the layers and their `neuron_axis`.',
     "penultimate": "No classification head was found in the {side} ({kind}): its forward does not end with a Linear or "
-    "1x1 convolution with a 2-D output. Name a layer, as in 'fc:input'.",
+    "1x1 convolution with a 2-D output. Name the layer, as 'fc:input'.",
 }
 
 
