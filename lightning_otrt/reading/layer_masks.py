@@ -38,7 +38,7 @@ def layer_masks(
     layer = trace.layer(name)
     found = (_named(side, trace, layer, mask),) if mask not in (None, "auto") else layer.masks
     tensor = trace.tensor(name, select)
-    if mask == "auto" and tensor is not None and len(tensor.shape) == 2:
+    if mask == "auto" and tensor is not None and len(tensor.shape) != 3:
         return LayerMasks(flat=flat_mask(trace, tensor))
     if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
         return LayerMasks()
@@ -72,7 +72,7 @@ def layer_masks(
 
 
 def flat_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
-    """The mask of tokens of which a tensor ``(B * T, C)`` has one row for each, where some are padding."""
+    """The mask of tokens, or frames, of which a tensor ``(B * T, ...)`` has one for each, where some are padding."""
     rows = tensor.shape[0]
     found = (mask for layer in trace.layers for mask in layer.masks if mask.shape is not None and mask.padded)
     return next((mask for mask in found if rows == math.prod(mask.shape or ()) != trace.batch_size), None)

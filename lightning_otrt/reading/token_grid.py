@@ -84,7 +84,9 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         # One token is a class token under any name, or made by code. Of several, some may stand behind the patches.
         if more == 1 and tokens > 2 and not layer.looks_at_memory:
             return TokenGrid(1, size, found.source)
-        if 1 < more <= _FEW and math.prod(size) > 1 and not layer.looks_at_memory:
+        # More than a few are another sequence, but for learned tokens that stand beside the patches.
+        is_beside = 1 < more <= _FEW or not {more, more - prefix}.isdisjoint(trace.learned_tokens)
+        if more > 1 and is_beside and math.prod(size) > 1 and not layer.looks_at_memory:
             return TokenGrid(prefix, more_than=size)
     last = maps[-1].size
     # Learned queries, latent vectors and the one token of class attention are no patches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,8 @@ class LogitRecording:
         self._student: LogitReader | None = None
         self._teacher: LogitReader | None = None
         self._pools = False
+        #: Shape of the student's logits in the trace, until the training forward of that batch.
+        self._traced: tuple[int, ...] | None = None
 
     def settle(self, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> None:
         """Take from the traces what to read, and how.
@@ -71,6 +74,8 @@ class LogitRecording:
         """
         self._student = self._reader("student", pairing.student, student)
         self.use_teacher(pairing, teacher)
+        traced = traced_logits(pairing.student, self.option.selects[0])
+        self._traced = None if traced is None else traced.shape
         counts = []
         for side, trace, select in zip(
             ("student", "teacher"), (pairing.student, pairing.teacher), self.option.selects, strict=True
@@ -119,6 +124,15 @@ class LogitRecording:
         """Keep the student's logits in a view."""
         if self._student is not None:
             view.logits, view.logit_mask = self._student(output, view.masks)
+            traced, self._traced = self._traced, None
+            if traced is not None and sorted(traced) != sorted(view.logits.shape):
+                warnings.warn(
+                    f"The student's logits have the shape {tuple(view.logits.shape)} as (batch, classes, *positions), "
+                    f"but {traced} in evaluation mode on the same batch, as where auxiliary outputs come first in "
+                    "training. They are compared with the teacher's, which are those of evaluation. Name those that "
+                    "belong to them: distillation=LogitDistillation(select=(student, teacher)).",
+                    stacklevel=2,
+                )
 
     def read_teacher(self, output: Any, view: View) -> None:
         """Keep the teacher's logits in a view; for a regression they are pooled at once."""
