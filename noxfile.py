@@ -28,7 +28,8 @@ PROCESSORS: dict[str, dict[str, str]] = {
     "compatible": {"MKL_CBWR": "COMPATIBLE"},
     "two_threads": {"OMP_NUM_THREADS": "2"},
     "unaligned": {},
-    "other_rounding": {"PYTHONPATH": "tests", "PYTEST_ADDOPTS": "-p other_rounding -k 'not memory'"},
+    # The plugin cannot write to nested tensors.
+    "other_rounding": {"PYTHONPATH": "tests", "PYTEST_ADDOPTS": "-p other_rounding -k 'not memory and not nested'"},
 }
 
 

@@ -60,7 +60,7 @@ class OtherRounding(TorchDispatchMode):
             with self:
                 return operation.decompose(*args, **(kwargs or {}))
         inputs = list(tensors(args)) if name in INEXACT else []
-        if not inputs or any(isinstance(x, FakeTensor) or x.device.type != "cpu" or x.is_nested for x in inputs):
+        if not inputs or any(isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" for tensor in inputs):
             return operation(*args, **(kwargs or {}))
         key = name, *((tuple(tensor.shape), tensor.stride()) for tensor in inputs)
         before = inputs[0].clone() if name.startswith(("addm", "baddb")) else None
