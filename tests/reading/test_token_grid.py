@@ -169,7 +169,22 @@ def test_tokens_that_a_convolution_mixes_as_a_map_lie_on_it() -> None:
 
 
 def test_more_tokens_than_a_few_are_another_sequence() -> None:
-    assert grid_of(WithTokens("text", (30, 6)), "linear", IMAGES) == TokenGrid()
+    class WithText(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.text, self.linear = nn.Conv2d(3, 6, 4, 4), nn.Linear(5, 6), nn.Linear(6, 6)
+
+        def forward(self, images: Tensor, text: Tensor) -> Tensor:
+            return self.linear(torch.cat([self.text(text), self.embed(images).flatten(2).mT], 1))
+
+    found = trace(WithText(), (IMAGES, torch.randn(len(IMAGES), 30, 5)))
+    output = found.layer("linear").output
+    assert output is not None
+    assert find_token_grid(found, found.layer("linear"), output) == TokenGrid()
+
+
+def test_many_learned_tokens_beside_the_patches_are_told() -> None:
+    assert grid_of(WithTokens("text", (30, 6)), "linear", IMAGES) == TokenGrid(more_than=(4, 6))
 
 
 def test_vision_tower_of_clip() -> None:
