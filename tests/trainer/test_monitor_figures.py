@@ -54,7 +54,7 @@ class TestFigures:
         assert {"otrt/distance/net.block1", "otrt/directions/net.block1", "otrt/gradient_share"} <= set(header)
         assert not [name for name in header if "entropy" in name or "marginal" in name]
 
-    @pytest.mark.slow
+    # Not slow: what it leaves in a process changes what the slow tests of test_soak.py count.
     def test_wandb(self, tmp_path, monkeypatch):
         wandb = pytest.importorskip("wandb")
         for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
