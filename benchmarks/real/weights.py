@@ -1,6 +1,6 @@
 """Which weight suits real checkpoints: ``python -m benchmarks.real.weights``, 25 minutes of one core.
 
-The default of 8 and what `suggest_weight` says differ on deep networks. So students of two cells of
+A fixed weight and what `suggest_weight` says differ on deep networks. So students of two cells of
 ``python -m benchmarks.real`` are trained with weights around both, on validation samples, with the learning rate that
 tuning chose for the method. Rows are appended to a file; the command continues where it was stopped.
 """
