@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.layer_masks import layer_masks, warn_of_unused_masks
+from lightning_otrt.reading.layer_masks import layer_masks
+from lightning_otrt.reading.mask_warnings import warn_of_unused_masks
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.views import View

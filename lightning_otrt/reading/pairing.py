@@ -18,7 +18,8 @@ from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
 from lightning_otrt.reading.failed_teacher import teacher_failed
-from lightning_otrt.reading.layer_masks import pair_masks, warn_of_one_sided_masks, warn_of_unused_masks
+from lightning_otrt.reading.layer_masks import pair_masks
+from lightning_otrt.reading.mask_warnings import warn_of_one_sided_masks, warn_of_unused_masks
 from lightning_otrt.reading.reach import describe_reach
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Readers

@@ -16,8 +16,8 @@ from lightning_otrt.layers.names import child_names, named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.layer_masks import warn_of_unused_masks
 from lightning_otrt.reading.logits import LogitReader, logit_masks, logit_reader
+from lightning_otrt.reading.mask_warnings import warn_of_unused_masks
 from lightning_otrt.reading.neurons import NeuronReader
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.positions import match_positions

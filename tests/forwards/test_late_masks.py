@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forwards.masked import BERT, LONGEST, SAMPLES, VALID, WORDS
-from forwards.test_masks import run
+from forwards.masked_terms import run
 from forwards.test_masks_between_sequences import ADDED, CAUSAL, LLAMA, PACKED, SEEN, Attention
 from torch import Tensor, nn
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from forwards.masked import LONGEST, OTHER, SAMPLES, VALID, WORDS, Situation, hugging_face
-from forwards.test_masks import by_hand, networks, run, term
+from forwards.masked_terms import by_hand, check_term, networks, run, term
 from torch import Tensor, nn
 
 VECTORS = torch.randn(SAMPLES, LONGEST, 8, generator=torch.Generator().manual_seed(5))
@@ -119,15 +118,7 @@ SITUATIONS = {
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_value(name: str) -> None:
-    situation = SITUATIONS[name]
-    student, teacher = networks(situation)
-    expected = by_hand(student, teacher, situation)
-    if situation.warning:
-        with pytest.warns(UserWarning, match=situation.warning):
-            found = term(student, teacher, situation)
-    else:
-        found = term(student, teacher, situation)
-    assert found == pytest.approx(expected, rel=1e-4)
+    check_term(SITUATIONS[name])
 
 
 def test_masks_of_other_batches() -> None:
@@ -180,11 +171,7 @@ def test_a_mask_of_unknown_meaning_is_named(build: type[Marked], argument: str) 
 )
 def test_a_mask_of_known_meaning(build: type[Marked], argument: str, valid: Tensor | None) -> None:
     situation = Situation(build, (WORDS,), "mix", valid, {argument: VALID})
-    student, teacher = networks(situation)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = term(student, teacher, situation)
-    assert found == pytest.approx(by_hand(student, teacher, situation), rel=1e-4)
+    check_term(situation)
 
 
 class Patches(nn.Module):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from forwards.masked import BART, LONGEST, MORE_WORDS, OTHER, SAMPLES, T5, VALID, WORDS, Situation, hugging_face
-from forwards.test_masks import by_hand, networks, term
+from forwards.masked_terms import check_term
 from torch import Tensor, nn
 
 VECTORS = torch.randn(SAMPLES, LONGEST, 8, generator=torch.Generator().manual_seed(5))
@@ -154,14 +153,4 @@ SITUATIONS = {
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_value(name: str) -> None:
-    situation = SITUATIONS[name]
-    student, teacher = networks(situation)
-    expected = by_hand(student, teacher, situation)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if situation.warning:
-            with pytest.warns(UserWarning, match=situation.warning):
-                found = term(student, teacher, situation)
-        else:
-            found = term(student, teacher, situation)
-    assert found == pytest.approx(expected, rel=1e-4)
+    check_term(SITUATIONS[name])

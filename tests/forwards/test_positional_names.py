@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from forwards.masked import SAMPLES, VALID, WORDS
-from forwards.test_masks import run
+from forwards.masked_terms import run
 from torch import Tensor, nn
 
 from lightning_otrt import RepresentationTransfer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from forwards.masked import VALID, WORDS
-from forwards.test_masks import run
+from forwards.masked_terms import run
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
