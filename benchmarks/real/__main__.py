@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.evidence.experiments import Experiment
@@ -26,11 +27,11 @@ from benchmarks.real.training import execute
 RESULTS = Path(__file__).parents[1] / "results" / "real"
 
 
-def run(name: str, cell: Experiment, results: Results, seeds: int) -> None:
+def run(name: str, cell: Experiment, results: Results, seeds: int, device: str = "cpu") -> None:
     """Tune, then run what is missing."""
 
     def go(runs: Sequence[Run], title: str) -> None:
-        complete(runs, results, execute, title=f"{name}, {title}")
+        complete(runs, results, partial(execute, device=device), title=f"{name}, {title}")
 
     choices = tune(cell.tuning, cell.tuned_methods(), results, go)
     go([one for one in cell.runs(choices) if one.seed < seeds], "runs")
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"some methods of the cells: {', '.join(METHODS)}"
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; commands for other cells may share a GPU")
     parser.add_argument("--quick", action="store_true", help="four steps and one seed of each cell that is named")
     parser.add_argument("--report", action="store_true", help="write the report from what is there, run nothing")
     parser.add_argument("--folder", type=Path, help="where rows go; default: results/real, quick: outputs")
@@ -58,8 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_new = not any(folder.glob("*.jsonl"))  # else some rows may be of earlier code
     if not options.report:
         for name in options.cells or CELLS:
-            run(name, _with(cells[name], options.methods), Results(folder / f"{name}.jsonl"), options.seeds)
-        if not (folder / NETWORKS).exists():
+            run(
+                name,
+                _with(cells[name], options.methods),
+                Results(folder / f"{name}.jsonl"),
+                options.seeds,
+                options.device,
+            )
+        if options.device == "cpu" and not (folder / NETWORKS).exists():
             measure(folder / NETWORKS)
     found = {name: Results(folder / f"{name}.jsonl") for name in cells}
     text = page(found, cells, folder)

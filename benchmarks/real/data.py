@@ -56,13 +56,23 @@ class Samples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.labels.device
+
+    def to(self, device: str) -> Samples:
+        """The same on a device."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return Samples(inputs, self.labels.to(device))
+
     def batch(self, indices: Tensor) -> Batch:
         """Some of them."""
         return Batch({name: value[indices] for name, value in self.inputs.items()})
 
     def chunks(self, size: int = 128) -> list[Batch]:
         """All of them, in order."""
-        return [self.batch(indices) for indices in torch.split(torch.arange(len(self)), size)]
+        return [self.batch(indices) for indices in torch.split(torch.arange(len(self), device=self.device), size)]
 
 
 @dataclass(frozen=True)
@@ -98,13 +108,18 @@ class Problem:
         return int(self.train.labels.max()) + 1
 
 
-def problem_of(run: Run) -> Problem:
-    """The samples of a run."""
-    return _problem(run.target, run.per_class, run.seed, run.split)
+def problem_of(run: Run, device: str = "cpu") -> Problem:
+    """The samples of a run, on a device."""
+    return _problem(run.target, run.per_class, run.seed, run.split, device)
 
 
 @functools.lru_cache(maxsize=2)
-def _problem(target: str, per_class: int, seed: int, split: str) -> Problem:
+def _problem(target: str, per_class: int, seed: int, split: str, device: str) -> Problem:
+    problem = _on_cpu(target, per_class, seed, split)
+    return Problem(problem.train.to(device), problem.held_out.to(device))
+
+
+def _on_cpu(target: str, per_class: int, seed: int, split: str) -> Problem:
     if target == "sections":
         return _sections(per_class, seed, split)
     images, labels, held_out, held_out_labels = {"emoji": _emoji, "fashion": _fashion}[target](per_class, seed, split)

@@ -31,7 +31,7 @@ def default_pairs(student: nn.Module, teacher: nn.Module, samples: Samples) -> t
     net = copy.deepcopy(student).train()
     transfer = RepresentationTransfer(teacher)
     with transfer.attached(net):
-        samples.batch(torch.arange(min(_FIRST, len(samples))))(net)
+        samples.batch(torch.arange(min(_FIRST, len(samples)), device=samples.device))(net)
         transfer.loss()
     return tuple(transfer.pairs)
 

@@ -40,29 +40,37 @@ STUDENTS: dict[str, Callable[[int], nn.Module]] = {
 FEATURES = {"EfficientNet-Lite0": "global_pool", "MiniLM": "head"}
 
 
-def execute(run: Run) -> Row:
+def execute(run: Run, device: str = "cpu") -> Row:
     """Train and evaluate the student of a run.
 
+    Args:
+        run: What to run.
+        device: Where teacher and student are.
+
     Returns:
-        ``accuracy`` in percent, ``seconds`` of the whole run, ``step_ms``, processor time of a training step with the
-        teacher's outputs at hand, and the ``layers`` that were compared.
+        ``accuracy`` in percent, ``seconds`` of the whole run, and the ``layers`` that were compared. On a CPU
+        ``step_ms``, processor time of a training step with the teacher's outputs at hand; else the ``device``.
     """
     torch.set_num_threads(1)
     start = time.perf_counter()
-    method, problem = METHODS[run.method], problem_of(run)
+    device = str(torch.empty(0, device=device).device)  # with its number
+    method, problem = METHODS[run.method], problem_of(run, device)
     if method.freeze:
         found: Row = {"accuracy": ridge_accuracy(run, problem)}
     else:
-        student = new_student(run, problem.num_classes)
+        student = new_student(run, problem.num_classes, device)
         found = fit(run, method, student, problem.train)
         found = {"accuracy": accuracy(student, problem.held_out), **found}
+    if device != "cpu":
+        found.pop("step_ms", None)  # several processes share the device, so that the time of one says little
+        found["device"] = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__.partition('+')[0]}"
     return {**found, "accuracy": round(found["accuracy"], 3), "seconds": round(time.perf_counter() - start, 2)}
 
 
 @functools.cache
-def teacher_of(name: str) -> nn.Module:
+def teacher_of(name: str, device: str = "cpu") -> nn.Module:
     """A frozen teacher in evaluation mode."""
-    return TEACHERS[name]().eval().to(memory_format=torch.channels_last)
+    return TEACHERS[name]().eval().to(device, memory_format=torch.channels_last)
 
 
 def names_of(run: Run) -> tuple[str, str]:
@@ -71,21 +79,21 @@ def names_of(run: Run) -> tuple[str, str]:
     return teacher, student
 
 
-def new_student(run: Run, num_classes: int) -> nn.Module:
-    """The student before training: the same for all methods of a seed."""
+def new_student(run: Run, num_classes: int, device: str = "cpu") -> nn.Module:
+    """The student before training: the same for all methods of a seed, on every device."""
     torch.manual_seed(run.seed)
-    return STUDENTS[names_of(run)[1]](num_classes).to(memory_format=torch.channels_last)
+    return STUDENTS[names_of(run)[1]](num_classes).to(device, memory_format=torch.channels_last)
 
 
-def recorded_of(run: Run) -> Recorded:
+def recorded_of(run: Run, device: str = "cpu") -> Recorded:
     """What the teacher of a run computes on its training samples, at the layers that the default chooses."""
-    return _recorded(replace(run, method="", lr=0.0, weight_decay=0.0, weight=0.0, steps=0))
+    return _recorded(replace(run, method="", lr=0.0, weight_decay=0.0, weight=0.0, steps=0), device)
 
 
 @functools.lru_cache(maxsize=1)
-def _recorded(run: Run) -> Recorded:
-    problem, teacher = problem_of(run), teacher_of(names_of(run)[0])
-    pairs = default_pairs(new_student(run, problem.num_classes), teacher, problem.train)
+def _recorded(run: Run, device: str) -> Recorded:
+    problem, teacher = problem_of(run, device), teacher_of(names_of(run)[0], device)
+    pairs = default_pairs(new_student(run, problem.num_classes, device), teacher, problem.train)
     return Recorded.of(teacher, pairs, problem.train)
 
 
@@ -121,7 +129,7 @@ class Rival(nn.Module):
 
     def prepare(self, student: nn.Module, samples: Samples, seed: int) -> None:
         """Make the projections, whose first values follow from the seed."""
-        indices = torch.arange(2)
+        indices = torch.arange(2, device=samples.device)
         batch = samples.batch(indices)
         with torch.no_grad():
             logits = batch(student.eval())
@@ -136,7 +144,7 @@ class Rival(nn.Module):
 
 def fit(run: Run, method: Method, student: nn.Module, samples: Samples) -> Row:
     """Train in place; what was measured."""
-    recorded = recorded_of(run) if method.uses_teacher else None
+    recorded = recorded_of(run, str(samples.device)) if method.uses_teacher else None
     layers = {} if recorded is None else {"layers": [f"{pair.student} -> {pair.teacher}" for pair in recorded.pairs]}
     replay: Replay | None = None
     transfer: RepresentationTransfer | None = None
@@ -162,7 +170,7 @@ def fit(run: Run, method: Method, student: nn.Module, samples: Samples) -> Row:
         torch.manual_seed(run.seed)
         start = time.process_time()
         for _ in range(run.steps):
-            indices = batches.next()
+            indices = batches.next().to(samples.device)
             batch = samples.batch(indices)
             if replay is not None:
                 replay.indices = indices
@@ -199,21 +207,22 @@ def accuracy(net: nn.Module, held_out: Samples) -> float:
 
 def ridge_accuracy(run: Run, problem: Problem) -> float:
     """Accuracy of a linear head on the frozen teacher's features, in closed form; the penalty is the run's weight."""
-    train, held_out = _frozen_features(replace(run, lr=0.0, weight_decay=0.0, weight=0.0, steps=0))
+    device = str(problem.train.device)
+    train, held_out = _frozen_features(replace(run, lr=0.0, weight_decay=0.0, weight=0.0, steps=0), device)
     targets = F.one_hot(problem.train.labels, problem.num_classes).double()
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     x = (train - mean) / std
-    gram = x.mT @ x / len(x) + run.weight * torch.eye(x.shape[1], dtype=x.dtype)
+    gram = x.mT @ x / len(x) + run.weight * torch.eye(x.shape[1], dtype=x.dtype, device=device)
     weights = torch.linalg.solve(gram, x.mT @ (targets - targets.mean(0)) / len(x))
     scores = (held_out - mean) / std @ weights + targets.mean(0)
     return 100 * float((scores.argmax(1) == problem.held_out.labels).double().mean())
 
 
 @functools.lru_cache(maxsize=1)
-def _frozen_features(run: Run) -> tuple[Tensor, Tensor]:
+def _frozen_features(run: Run, device: str) -> tuple[Tensor, Tensor]:
     """What enters a linear head on the teacher, of training and held-out samples, in float64."""
     name = names_of(run)[0]
-    teacher, problem = teacher_of(name), problem_of(run)
+    teacher, problem = teacher_of(name, device), problem_of(run, device)
     found = []
     for samples in (problem.train, problem.held_out):
         rows = []

@@ -252,7 +252,7 @@ def test_the_command_writes_a_page_and_continues(tmp_path: Path, monkeypatch: py
     assert "| **plain** |" in text or "| **transport (default)** |" in text
     assert "| ResNet-10, student |" in text
     assert "missing seeds of distillation of logits alone 1" in text
-    monkeypatch.setattr(command, "execute", lambda run: pytest.fail("ran again"))
+    monkeypatch.setattr(command, "execute", lambda run, device: pytest.fail("ran again"))
     command.main(options)
 
 

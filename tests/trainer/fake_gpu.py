@@ -21,7 +21,18 @@ from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.host_copy import HostCopy
 from lightning_otrt.teacher.store import Found
 
-__all__ = ["BATCH", "STEPS", "Task", "fake_cache", "fake_fit", "fake_gpu", "images", "needs_cuda_build", "network"]
+__all__ = [
+    "BATCH",
+    "STEPS",
+    "Task",
+    "fake_cache",
+    "fake_fit",
+    "fake_gpu",
+    "images",
+    "layers_of_images",
+    "needs_cuda_build",
+    "network",
+]
 
 needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a build of torch with CUDA")
 
@@ -148,7 +159,7 @@ class _OneDevice(SingleDeviceStrategy):
 def network(width: int, dtype: torch.dtype | None = None) -> nn.Sequential:
     """Two blocks of convolutions, and a head, on the fake device."""
     with torch.device("cuda"), _default(dtype):
-        return _layers(width)
+        return layers_of_images(width)
 
 
 @contextlib.contextmanager
@@ -159,7 +170,8 @@ def _default(dtype: torch.dtype | None) -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def _layers(width: int) -> nn.Sequential:
+def layers_of_images(width: int) -> nn.Sequential:
+    """The same where torch makes tensors."""
     first = nn.Sequential(nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU())
     second = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU())
     return nn.Sequential(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
