@@ -9,6 +9,7 @@ there are two devices, steps of the global batch through NCCL. Writes ``results/
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -84,17 +85,19 @@ def count(device: str, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
     found = []
     for cost in COSTS:
         for memory in (0.0, 0.98):
-            for solve in (False, True):
-                step = engine_step(shape, cost, memory, solve, device)
+            for solve, graphs in itertools.product((False, True), (False, True)):
+                step = engine_step(shape, cost, memory, solve, device, graphs=graphs)
+                for _ in range(4):
+                    step()  # the calls before a capture, and the capture
                 waits = _waits(step, device)
                 kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
                 with profile(activities=kinds) as record:
                     step()
                 names = [event.name for event in record.events() or []]
-                launches = sum("LaunchKernel" in name for name in names)
+                launches = sum("LaunchKernel" in name or "GraphLaunch" in name for name in names)
                 if device != "cuda":
                     launches = sum(name.startswith("aten::") for name in names)
-                what = {"cost": cost, "memory": memory, "solve": solve}
+                what = {"cost": cost, "memory": memory, "solve": solve, "graphs": graphs}
                 found.append({**what, "launches": launches, "waits": waits})
     return found
 
@@ -153,32 +156,32 @@ def solve_times(device: str, shapes: tuple[tuple[int, int, int], ...]) -> list[d
         plan, x = torch.rand(shape[:2], device=device), torch.randn(shape[1:], device=device)
         row: dict[str, Any] = {"shape": shape, "product": time_of(lambda plan=plan, x=x: plan @ x, device)}
         for cost in COSTS:
-            for solve in (False, True):
-                name = f"{cost}, {'solving' if solve else 'between'}"
-                row[name] = time_of(engine_step(shape, cost, 0.0, solve, device), device)
+            for solve, graphs in itertools.product((False, True), (False, True)):
+                name = f"{cost}, {'solving' if solve else 'between'}, {'graphs' if graphs else 'no graphs'}"
+                row[name] = time_of(engine_step(shape, cost, 0.0, solve, device, graphs=graphs), device)
         found.append(row)
     return found
 
 
-def network_step(device: str) -> dict[str, Any]:
+def network_step(device: str, *, graphs: bool = True) -> dict[str, Any]:
     """ResNet-50, bfloat16 autocast, five pairs: steps with and without the term, in turn; and the term alone.
 
     A call is timed over ten steps, one of which solves.
     """
     cuda = device == "cuda"
     images = torch.randn(64 if cuda else 4, 3, 224 if cuda else 32, 224 if cuda else 32, device=device)
-    steps = Steps(resnet50 if cuda else tiny, images, partial(_autocast, device))
+    steps = Steps(resnet50 if cuda else tiny, images, partial(_autocast, device), graphs=graphs)
     task, whole = [], []
     # Attached once: the first call after it traces the layers, which is another forward of both networks.
     with steps.transfer.attached(steps.student):
-        for _ in range(9):
+        for _ in range(40):  # early solves, and the captures of both kinds of call
             steps.whole()
         for _ in range(8 if cuda else 1):
             task.append(time_of(lambda: [steps.task() for _ in range(10)], device, repeats=1).median / 10)
             whole.append(time_of(lambda: [steps.whole() for _ in range(10)], device, repeats=1).median / 10)
     alone = TermAlone(steps)
     with alone.transfer.attached(alone.student):
-        for _ in range(9):
+        for _ in range(40):
             alone()
         term = time_of(lambda: [alone() for _ in range(10)], device, repeats=5).median / 10
     base = Quartiles.of(task).median
@@ -227,6 +230,7 @@ def measure(device: str) -> dict[str, Any]:
         "solve, ms": solve_times(device, shapes),
         "SamplesLoss, ms": against_samples_loss(device, shapes[:3], lambda function: time_of(function, device)),
         "step": network_step(device),
+        "step, no graphs": network_step(device, graphs=False),
         "fit, ms a step": callback_epochs(
             device, tiny if rehearsal else resnet50, torch.randn(4 * batch if rehearsal else 2048, 3, size, size), batch
         ),

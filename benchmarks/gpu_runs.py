@@ -79,16 +79,23 @@ def callback_epochs(
         epochs: Epochs of each fit.
 
     Returns:
-        By name: no callback, the callback, and the callback with ``teacher_cache="memory"``, which also has the share
+        By name: no callback, the callback, the same without CUDA graphs, and the callback with ``teacher_cache="memory"``, which also has the share
         of samples that were known.
     """
     data = TensorDataset(images, torch.randint(10, images.shape[:1]))
     found = {}
-    for name, options in {"no callback": None, "callback": {}, "teacher_cache": {"teacher_cache": "memory"}}.items():
+    fits: dict[str, dict[str, Any] | None] = {
+        "no callback": None,
+        "callback": {},
+        "callback, no graphs": {},
+        "teacher_cache": {"teacher_cache": "memory"},
+    }
+    for name, options in fits.items():
         torch.manual_seed(0)
         clock, callbacks = _Epochs(), []
         if options is not None:
             callbacks.append(OTRTCallback(build().eval(), LAYERS, solve_every=10, **options))
+            callbacks[0].transfer.cuda_graphs = "no graphs" not in name
         trainer = pl.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=1,

@@ -29,13 +29,19 @@ def engine_step(
     *,
     plan: str = "sinkhorn",
     cold: bool = False,
+    graphs: bool = True,
 ) -> Callable[[], object]:
-    """Forward and backward of the term of one pair, always or never solving its plan; ``cold`` forgets the last one."""
+    """Forward and backward of the term of one pair, always or never solving its plan.
+
+    ``cold`` forgets the last plan. On a CUDA device later calls are replayed from a graph, unless ``graphs`` is false.
+    """
     y, x = (side.to(device) for side in neurons(shape, "independent"))
     y.requires_grad_()
     engine = TransportEngine(
         [("student", "teacher")], [1.0], get_cost(cost), plan, 0.01, memory, 1 if solve else 10**9, 0
     )
+
+    engine.graphs.is_enabled = graphs
 
     def step() -> None:
         y.grad = None
@@ -117,6 +123,7 @@ class Steps:
         images: A batch of images.
         context: Autocast, or nothing.
         solve_every: Calls between two solves.
+        graphs: Whether calls on a CUDA device are captured.
     """
 
     def __init__(
@@ -125,6 +132,8 @@ class Steps:
         images: Tensor,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
         solve_every: int = 10,
+        *,
+        graphs: bool = True,
     ) -> None:
         device = images.device
         self.images, self.labels = images, torch.randint(10, images.shape[:1], device=device)
@@ -133,6 +142,7 @@ class Steps:
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3)
         layers = {stage: stage for stage in STAGES}
         self.transfer = RepresentationTransfer(self.teacher, layers, weight=1.0, solve_every=solve_every)
+        self.transfer.cuda_graphs = graphs
 
     def task(self) -> None:
         """Forward of the teacher; forward, backward and update of the student. While attached, hooks do nothing."""
@@ -210,6 +220,7 @@ class TermAlone:
         self.student = _Stages(student, trained=True)
         pairs = [LayerPair(stage, stage, neuron_axis=1) for stage in STAGES]
         self.transfer = RepresentationTransfer(_Stages(teacher, trained=False), pairs, solve_every=solve_every)
+        self.transfer.cuda_graphs = steps.transfer.cuda_graphs
 
     def __call__(self) -> None:
         """Forward and backward of the term; inside ``transfer.attached(student)``."""

@@ -66,6 +66,7 @@ class RunState:
         #: The resolved pairs, empty before the first forward.
         self.pairs: tuple[LayerPair, ...] = ()
         self.engine: TransportEngine | None = None
+        self._uses_graphs = True
         self.distillation = distillation
         #: The layers that did not run in the last call, by the number of their pair.
         self.absent: dict[int, str] = {}
@@ -77,6 +78,22 @@ class RunState:
     def calls(self) -> int:
         """Number of calls that had a term."""
         return max(each.calls for each in (self.engine, self.distillation) if each is not None)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether calls on a CUDA device are captured as graphs."""
+        return self._uses_graphs if self.engine is None else self.engine.graphs.is_enabled
+
+    @uses_graphs.setter
+    def uses_graphs(self, value: bool) -> None:
+        self._uses_graphs = value
+        if self.engine is not None:
+            self.engine.graphs.is_enabled = value
+
+    def forget_graphs(self) -> None:
+        """Free the memory of captured calls."""
+        if self.engine is not None:
+            self.engine.graphs.forget()
 
     @property
     def ranks(self) -> Ranks | None:
@@ -285,6 +302,7 @@ class RunState:
             engine = TransportEngine(names, weights, **self.settings, plans=plans)
         else:
             engine = GlobalTransportEngine(names, weights, **self.settings, plans=plans, ranks=ranks)
+        engine.graphs.is_enabled = self._uses_graphs
         if before is not None:
             engine.load_state_dict(before.state_dict(), device or torch.device("cpu"))
         return engine

@@ -198,6 +198,18 @@ class RepresentationTransfer(RecordedStudent):
         return self.current_weights.transport
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether steps of one process on a CUDA device are captured as graphs, which saves most launches.
+
+        They hold memory: some four times the neurons and the cost matrices of a step. Set it to False to save that.
+        """
+        return self._run.uses_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self._run.uses_graphs = value
+
+    @property
     def has_weight(self) -> bool:
         """Whether some term has a weight, whatever the schedule."""
         return self.weight > 0 or self._distills > 0
@@ -278,6 +290,11 @@ class RepresentationTransfer(RecordedStudent):
         if self._run.calls % self.check_every == 0:
             self.check_finite()
         return terms.total
+
+    def detach(self) -> None:
+        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
+        super().detach()
+        self._run.forget_graphs()
 
     def check_layers(self) -> None:
         """Raise a RuntimeError, or warn unless ``strict``, if a layer never ran. Call it at the end of a loop."""

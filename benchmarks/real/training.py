@@ -134,7 +134,7 @@ class Rival(nn.Module):
         with torch.no_grad():
             logits = batch(student.eval())
         torch.manual_seed(seed)
-        self.loss = self._make(*self.features(batch, indices, logits))
+        self.loss = self._make(*self.features(batch, indices, logits)).to(samples.device)
 
     def forward(self, batch: Batch, indices: Tensor, logits: Tensor) -> Tensor:
         """The loss of a batch."""

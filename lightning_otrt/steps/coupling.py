@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_otrt.steps.first_batch import inspect_plan
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.transport.cost import Cost, Evaluate, Plan, Rounds, Sums, ValueAndGradient, all_finite
+from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import exact_plan, fixed_plan
 from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
@@ -94,6 +95,10 @@ class Coupling(ABC):
     def is_due(self, state: PairState, calls: int) -> bool:
         """Whether a plan is solved in this call, which comes after ``calls`` others."""
         return state.plan is None or calls in EARLY_SOLVES or calls % self.solve_every == 0
+
+    def can_capture(self, is_due: bool) -> bool:
+        """Whether a call, with a plan that is due or not, is operations on the device alone, as a CUDA graph is."""
+        return not isinstance(self.cost, CustomCost)
 
     def remembers(self, state: PairState) -> bool:
         """Whether calls that solve no plan still add to the running cost."""
@@ -268,6 +273,10 @@ class StaticCoupling(EntropicCoupling):
         """Until there are enough samples."""
         return state.plan is None or state.samples < STATIC_SAMPLES
 
+    def can_capture(self, is_due: bool) -> bool:
+        """Once the plan is final: before, each call reads whether it was finite."""
+        return super().can_capture(is_due) and not is_due
+
     def remembers(self, state: PairState) -> bool:
         """Never: once a call solves nothing, the plan is final."""
         return False
@@ -296,6 +305,10 @@ class StaticCoupling(EntropicCoupling):
 
 class ExactCoupling(Coupling):
     """Optimal plans, solved on the CPU."""
+
+    def can_capture(self, is_due: bool) -> bool:
+        """Between solves."""
+        return super().can_capture(is_due) and not is_due
 
     def solve(self, problem: Problem, start: Tensor | None) -> Solved:
         """See :meth:`Coupling.solve`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from lightning_otrt.steps.kinds import get_coupling
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.solving import solve_plans
 from lightning_otrt.steps.stacking import Group, Stacks, group_pairs, stacked
+from lightning_otrt.steps.step_graphs import StepGraphs, Views
 from lightning_otrt.transport.cost import Cost, Evaluate, ValueAndGradient
 from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.gradient import attach_gradients
@@ -78,6 +80,7 @@ class TransportEngine:
         plans: Kind of plan of each pair.
         calls: Number of calls so far.
         pairs: What is kept of each pair.
+        graphs: The calls that were captured as CUDA graphs.
         bad_calls: Number of calls since the last read whose value was not finite, on the device; None before the first.
         processes: Number of processes that average their gradients of the same term.
     """
@@ -110,6 +113,7 @@ class TransportEngine:
             self._otherwise = f"plan='sinkhorn' with {self._otherwise}"
         self._absent: Collection[int] = ()
         self._warned: set[str] = set()
+        self.graphs = StepGraphs()
         self.reset()
 
     def _use(self, plans: Sequence[str]) -> None:
@@ -133,6 +137,7 @@ class TransportEngine:
         self.calls = 0
         self.pairs = [PairState() for _ in self.names]
         self._stacks = Stacks()
+        self.graphs.forget()
         self.bad_calls: Tensor | None = None
 
     def term(
@@ -188,23 +193,41 @@ class TransportEngine:
         self._stacks.forget_all_but(groups)
         joined = {group: stacked([present[index] for index in group]) for group in groups}
         states = {group: self._stacks.join(group, self._states(group)) for group in groups}
-        evaluations: dict[Group, Evaluate] = {}
-        if is_new:
-            problems, evaluations = self._observe(joined, states, samples)
-            self._solve(problems, states)
-            self.calls += 1
+        kind = is_new, *(self._is_due(group, state, is_new) for group, state in states.items())
+        compute = partial(self._compute, samples, is_new)
+        if all(self.couplings[group[0]].can_capture(due) for group, due in zip(states, kind[1:], strict=True)):
+            found = self.graphs.run(compute, joined, states, kind)
+        else:
+            found = compute(joined, states)
+        self.calls += is_new
         values: Values = {}
         for group, state in states.items():
             self._stacks.split(group, state, self._states(group))
-            if state.plan is None:
-                continue
-            coupling, evaluate = self.couplings[group[0]], evaluations.pop(group, None)
-            found = [coupling.value(state, y, x, evaluate) for y, x in joined.pop(group)]
-            del evaluate
-            for number, index in enumerate(group):
-                rows = found if len(group) == 1 else [(value[number], gradient[number]) for value, gradient in found]
+            for number, index in enumerate(group if group in found else ()):
+                rows = found[group]
+                if len(group) > 1:
+                    rows = [(value[number], gradient[number]) for value, gradient in rows]
                 values[index] = dict(zip(active[index], rows, strict=True))
         return {index: values[index] for index in present if index in values}
+
+    def _is_due(self, group: Group, state: PairState, is_new: bool) -> bool:
+        return is_new and self.couplings[group[0]].is_due(state, self.calls)
+
+    def _compute(
+        self, samples: int, is_new: bool, batches: dict[Group, Views], states: Mapping[Group, PairState]
+    ) -> dict[Group, list[ValueAndGradient]]:
+        """Bring the states of the groups up to date; values and gradients of those with a plan, for each view."""
+        evaluations: dict[Group, Evaluate] = {}
+        if is_new:
+            problems, evaluations = self._observe(batches, states, samples)
+            self._solve(problems, states)
+        values = {}
+        for group, state in states.items():
+            views, evaluate = batches.pop(group), evaluations.pop(group, None)
+            if state.plan is not None:
+                values[group] = [self.couplings[group[0]].value(state, y, x, evaluate) for y, x in views]
+            del views, evaluate
+        return values
 
     def _states(self, group: Group) -> list[PairState]:
         return [self.pairs[index] for index in group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
@@ -16,8 +17,25 @@ from trainer.fake_gpu import BATCH, STEPS, Task, layers_of_images
 from trainer.test_no_waiting import OPTIONS, Encoder, Manual, TwoViews, Words, padded_words
 
 from lightning_otrt import LogitDistillation, OTRTCallback, OTRTModule, OTRTMonitor
+from lightning_otrt.steps import step_graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _captures_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture waits for the device, once for each kind of step."""
+    capturing = step_graphs.CudaGraph.capturing
+
+    @contextlib.contextmanager
+    def allowed(self: step_graphs.CudaGraph, pool: Any) -> Iterator[None]:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        with capturing(self, pool):
+            yield
+        torch.cuda.set_sync_debug_mode(mode)
+
+    monkeypatch.setattr(step_graphs.CudaGraph, "capturing", allowed)
 
 
 @pytest.fixture(autouse=True)
@@ -183,3 +201,33 @@ def test_teacher_cache(options: dict[str, Any]) -> None:
     assert close(found[1], found[0], start_of(task))
     assert callback.transfer.cache is not None
     assert callback.transfer.cache.hit_rate == 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 0.9}, {"cost": "sqeuclidean"}, {"plan": "orthogonal"}], ids=repr)
+@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=repr)
+def test_graphs(options: dict[str, Any], trainer: dict[str, Any]) -> None:
+    """The weights after three epochs, most steps of which are replayed, are those without graphs."""
+    task, teacher, samples = Trained(layers_of_images(8)), layers_of_images(12), TensorDataset(*data())
+    found, captured = [], []
+    for uses_graphs in (True, False):
+        torch.manual_seed(1)
+        callback = OTRTCallback(copy.deepcopy(teacher), solve_every=3, **options)
+        callback.transfer.cuda_graphs = uses_graphs
+        counter = Captures(callback)
+        own = copy.deepcopy(task)
+        found.append(fit(own, [callback, counter], samples=samples, waits=True, max_epochs=4, **trainer))
+        captured.append(counter.found)
+    assert close(found[0], found[1], start_of(task))
+    assert captured[0] >= 2
+    assert captured[1] == 0
+
+
+class Captures(pl.Callback):
+    """How many calls were captured, counted before the transfer lets go of them."""
+
+    def __init__(self, callback: OTRTCallback) -> None:
+        self.callback, self.found = callback, 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """After a step."""
+        self.found = len(self.callback.transfer.engine.graphs._captured)
