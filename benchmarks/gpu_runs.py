@@ -79,8 +79,8 @@ def callback_epochs(
         epochs: Epochs of each fit.
 
     Returns:
-        By name: no callback, the callback, the same without CUDA graphs, and the callback with ``teacher_cache="memory"``, which also has the share
-        of samples that were known.
+        By name: no callback, the callback, the same without CUDA graphs, and the callback with
+        ``teacher_cache="memory"``, which also has the share of samples that were known.
     """
     data = TensorDataset(images, torch.randint(10, images.shape[:1]))
     found = {}
