@@ -22,6 +22,7 @@ from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.observer import Observer
 from lightning_otrt.reading.positions import can_be_compared, match_positions
+from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
@@ -146,6 +147,10 @@ class _Table:
         self.runners = runners
         traces = [trace(runner.module, *inputs) for runner, inputs in zip(runners, given, strict=True)]
         layers = [choose_layers(*each) for each in zip(chosen, traces, ("student", "teacher"), strict=True)]
+        traces = [
+            settle_token_order(runner.module, seen, names, inputs)
+            for runner, seen, names, inputs in zip(runners, traces, layers, given, strict=True)
+        ]
         self.observers = [
             Observer(side, runner.module, seen, found, grid)
             for side, runner, seen, found in zip(("student", "teacher"), runners, traces, layers, strict=True)

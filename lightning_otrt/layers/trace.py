@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from lightning_otrt.layers.mask_sources import TracedMask
@@ -124,6 +125,8 @@ class Trace:
         draws_random: Whether the forward drew random numbers although it ran in evaluation mode.
         reordered: Names of layers that hold the samples in another order than the inputs; ``":input"`` for what enters.
         unclear_axes: Names of layers of which nothing tells the axis of the samples.
+        unordered_tokens: Names of layers with a token for each position of a map, which are not shown to lie row by
+            row; ``":input"`` for what enters.
     """
 
     layers: tuple[TracedLayer, ...]
@@ -138,6 +141,7 @@ class Trace:
     draws_random: bool = False
     reordered: tuple[str, ...] = ()
     unclear_axes: tuple[str, ...] = ()
+    unordered_tokens: tuple[str, ...] = ()
 
     @property
     def shows_output(self) -> bool:
@@ -156,7 +160,11 @@ class Trace:
         """
         name = name.removesuffix(INPUT)
         name = dict(self.aliases).get(name, name)
-        return {layer.name: layer for layer in self.layers}[name]
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, TracedLayer]:
+        return {layer.name: layer for layer in self.layers}
 
     def tensor(self, name: str, select: str | int | None = None) -> TracedTensor | None:
         """What a recording of ``name`` or ``"name:input"`` reads; None where that is not one tensor."""

@@ -18,6 +18,7 @@ from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.observer import Observer
 from lightning_otrt.reading.pooling import pool
 from lightning_otrt.reading.positions import can_be_compared, match_positions
+from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.transport.distance import transport_distance
 
 __all__ = ["match_layers"]
@@ -47,9 +48,13 @@ def match_layers(
     student, teacher = traces
     candidates = [name for name in comparable_layers(teacher) if _positions(teacher, name) > 1]
     layers = select_layers(["blocks"], student, "student"), select_layers(candidates, teacher, "teacher")
+    settled = [
+        settle_token_order(model, trace, chosen, run[1:])
+        for model, trace, chosen, run in zip(models, traces, layers, runs, strict=True)
+    ]
     readings = [
         _readings(side, model, trace, chosen, run)
-        for side, model, trace, chosen, run in zip(("student", "teacher"), models, traces, layers, runs, strict=True)
+        for side, model, trace, chosen, run in zip(("student", "teacher"), models, settled, layers, runs, strict=True)
     ]
     ys, xs = _at_same_positions(*readings)
     if min(map(len, [*ys, *xs]), default=MIN_SAMPLES) < MIN_SAMPLES:

@@ -31,6 +31,7 @@ from lightning_otrt.reading.root import (
     warn_of_whole_teacher,
 )
 from lightning_otrt.reading.sample_warnings import warn_of_other_samples
+from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.views import NeuronCounts
 
@@ -129,9 +130,14 @@ def pair_layers(
     looks = plan == "auto"
     student_trace = trace(student, *inputs, root=root, method=method, values=looks)
     teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root, values=looks)
+    traces = student_trace, teacher_trace
     runs_part = describe_teacher_root(root, teacher_root)
 
     def checked(pairs: tuple[LayerPair, ...], notes: Sequence[str]) -> Pairing:
+        student_trace, teacher_trace = traces
+        own = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+        student_trace = settle_token_order(student, student_trace, own[0], inputs, method)
+        teacher_trace = settle_token_order(teacher, teacher_trace, own[1], teacher_inputs)
         plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
         told = "\n".join(filter(None, [*notes, describe_reach(student, student_trace, pairs, method), runs_part]))
         warn_of_whole_teacher(same_part(student, root, teacher), pairs, root, teacher_trace)

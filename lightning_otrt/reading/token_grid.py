@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 
 __all__ = ["TokenGrid", "find_token_grid"]
@@ -41,6 +42,8 @@ class TokenGrid(NamedTuple):
         more_than: The same, where it has a few more, whose place is not known.
         frames: Number of frames of a video and the sizes of each, where its frames are images of their own: it is not
             known whether frames or patches come first.
+        unordered: The sizes of the patches before the layer, where it has as many tokens, which are not shown to lie
+            row by row.
     """
 
     prefix: int = 0
@@ -50,6 +53,7 @@ class TokenGrid(NamedTuple):
     part_of: tuple[int, ...] | None = None
     more_than: tuple[int, ...] | None = None
     frames: tuple[int, ...] | None = None
+    unordered: tuple[int, ...] | None = None
 
 
 def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> TokenGrid:
@@ -71,11 +75,14 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         return _of_frames(trace, before, tokens)
     if _are_words(trace, before, tokens, maps[-1].source):
         return TokenGrid()
+    is_unordered = _name_of(layer, tensor) in trace.unordered_tokens
     # The declared prefix first, then none: some models add it after this layer.
     for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
         fitting = [found for found in maps if math.prod(found.size) == tokens - prefix]
         if fitting:
             found = next((found for found in reversed(fitting) if found.is_conv), fitting[-1])
+            if is_unordered:
+                return TokenGrid(prefix, unordered=found.size)
             return TokenGrid(prefix, found.size, found.source, found.merged)
     prefix = trace.prefix_tokens if tokens > trace.prefix_tokens else 0
     for found in (found for found in reversed(maps) if found.is_conv and found.merged == 1):
@@ -83,7 +90,7 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         more = tokens - math.prod(size)
         # One token is a class token under any name, or made by code. Of several, some may stand behind the patches.
         if more == 1 and tokens > 2 and not layer.looks_at_memory:
-            return TokenGrid(1, size, found.source)
+            return TokenGrid(unordered=size) if is_unordered else TokenGrid(1, size, found.source)
         # More than a few are another sequence, but for learned tokens that stand beside the patches.
         is_beside = 1 < more <= _FEW or not {more, more - prefix}.isdisjoint(trace.learned_tokens)
         if more > 1 and is_beside and math.prod(size) > 1 and not layer.looks_at_memory:
@@ -92,6 +99,11 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
     # Learned queries, latent vectors and the one token of class attention are no patches.
     is_learned = layer.looks_at_memory or tokens == 1 or not {tokens, tokens - prefix}.isdisjoint(trace.learned_tokens)
     return TokenGrid(prefix, part_of=last if math.prod(last) > tokens - prefix and not is_learned else None)
+
+
+def _name_of(layer: TracedLayer, tensor: TracedTensor) -> str:
+    """How a tensor of a layer is called: what enters it, or what it gives."""
+    return layer.name + INPUT if tensor is layer.input else layer.name
 
 
 def _of_frames(trace: Trace, before: list[TracedLayer], tokens: int) -> TokenGrid:
