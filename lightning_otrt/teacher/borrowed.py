@@ -7,6 +7,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.teacher.max_norm import WithoutWrites
+
 __all__ = ["BorrowedModule"]
 
 
@@ -34,9 +36,11 @@ class BorrowedModule:
         self._changed_modes = False
         self._device: torch.device | None = None
         self._homes: list[tuple[nn.Module, str, torch.device]] = []
+        self._writes = WithoutWrites(module)
 
     def set_evaluation_mode(self) -> None:
-        """Put the module and all modules inside it into evaluation mode."""
+        """Put the module and all modules inside it into evaluation mode, in which they do not write to their weights."""
+        self._writes.stop()
         if not self._modes:
             self._modes = [(module, getattr(module, "training", False)) for module in self.module.modules()]
         # A frozen script module has no such flag.
@@ -61,6 +65,7 @@ class BorrowedModule:
 
     def give_back(self) -> None:
         """Restore devices and modes, but only what was changed here: another borrower may still run the module."""
+        self._writes.allow()
         if self._changed_modes:
             for module, mode in self._modes:
                 if getattr(module, "training", mode) != mode:
