@@ -39,7 +39,7 @@ class BorrowedModule:
         self._writes = WithoutWrites(module)
 
     def set_evaluation_mode(self) -> None:
-        """Put the module and all modules inside it into evaluation mode, in which they do not write to their weights."""
+        """Put the module and all inside it into evaluation mode, in which they do not write to their weights."""
         self._writes.stop()
         if not self._modes:
             self._modes = [(module, getattr(module, "training", False)) for module in self.module.modules()]

@@ -42,8 +42,7 @@ class WithoutWrites:
         """Put the other forwards in their place. Cheap if they are."""
         for part in self._writing:
             if "forward" not in vars(part):
-                kind = _Rows if isinstance(part, nn.Embedding) else _Bags
-                object.__setattr__(part, "forward", kind(part))
+                object.__setattr__(part, "forward", _Rows(part) if isinstance(part, nn.Embedding) else _Bags(part))
 
     def allow(self) -> None:
         """Take them away."""
