@@ -1,6 +1,7 @@
-"""One traced forward of a model: which modules ran, in what order, and along which axis their neurons lie.
+"""One traced forward of a model: which modules ran, in what order, and what went in and out of each.
 
-The model is the same before and after: no random number used up, no statistic or flag changed, no hook left.
+``traced_axes.py`` tells along which axis the neurons lie. The model is the same before and after: no random number used
+up, no statistic or flag changed, no hook left.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +26,7 @@ from lightning_otrt.reading.calls import Call
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.mask_search import MaskSearch
-from lightning_otrt.reading.masks import pad_nested
-from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation, role_of
+from lightning_otrt.reading.neuron_axes import role_of
 from lightning_otrt.reading.outputs import (
     all_tensors,
     as_container,
@@ -48,6 +48,7 @@ from lightning_otrt.reading.torch_internals import (
     is_in_backward,
     is_in_functional_transform,
 )
+from lightning_otrt.reading.traced_axes import Frame, TracedAxes, has_children, shape_of
 
 __all__ = ["trace"]
 
@@ -147,7 +148,7 @@ def _trace(
         layers=layers,
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
-        output_shapes=tuple(_shape(tensor, None) for tensor in returned if tensor.is_floating_point()),
+        output_shapes=tuple(shape_of(tensor, None) for tensor in returned if tensor.is_floating_point()),
         batch_size=_count(target, counted, returned, sequence_first=second),
         input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
@@ -183,60 +184,21 @@ def _learned_tokens(model: nn.Module) -> frozenset[int]:
     return frozenset(found)
 
 
-@dataclass
-class _Frame:
-    """A module that is running.
-
-    Attributes:
-        call: The module with its arguments.
-        input: Its first positional tensor input.
-        input_axis: Axis of the neurons in the input, None while unknown.
-        source: Where the input came from.
-        takes_model_input: Whether an input of the whole model enters it, masks aside.
-        votes: ``(shape, neuron axis)`` of the outputs of inner modules whose types tell the axis.
-    """
-
-    call: Call
-    input: Tensor | None
-    input_axis: int | None
-    source: _Source | None
-    takes_model_input: bool = False
-    votes: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
-
-    @property
-    def module(self) -> nn.Module:
-        """The module."""
-        return self.call.module
-
-
-@dataclass
-class _Source:
-    """Which layer made a tensor. The reference is weak, since a trace must not keep activations alive."""
-
-    tensor: Callable[[], Tensor | None]
-    layer: str
-    neuron_axis: int | None
-    batch_axis: int
-
-
 class _TraceHooks:
     """The hooks of one traced forward, and what they noted."""
 
     def __init__(self, inputs: Sequence[Tensor], samples: int, values: bool) -> None:
         self._values = values
         self._inputs = {id(tensor) for tensor in inputs}
-        self._samples = samples
+        self._axes = TracedAxes(samples)
         self._search = MaskSearch(inputs)
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
-        self._running: list[_Frame] = []
-        self._sources: dict[int, _Source] = {}
-        self._takes_sequence_first = functools.cache(is_sequence_first)  # looked up for each tensor inside a module
         self._completed = 0
 
     def enter(self, call: Call) -> None:
         """The call of a method, inside of which all modules run."""
-        self._running.append(_Frame(call, None, None, None))
+        self._axes.enter(call, None, takes_model_input=False)
 
     def before_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
@@ -244,41 +206,29 @@ class _TraceHooks:
         if is_in_backward():
             return
         tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
-        source = self._source(tensor)
-        axis = None
-        if tensor is not None:
-            axis = axis_of_type(module, _shape(tensor, None))
-            if axis is None and source is not None:
-                axis = source.neuron_axis
-            for frame in self._running:
-                # Where a container passes its input on, the layer that gets it tells the axis of the neurons.
-                if frame.input is tensor and frame.input_axis is None:
-                    frame.input_axis = axis
         taken = bound_arguments(module, args, kwargs)
         starts = any(id(value) in self._inputs for key, value in taken.items() if not key.endswith("mask"))
-        self._running.append(_Frame(Call(name, module, taken), tensor, axis, source, starts))
+        self._axes.enter(Call(name, module, taken), tensor, takes_model_input=starts)
 
     def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook."""
         if is_in_backward():
             return
-        frame = self._running.pop()
-        while frame.module is not module:  # an inner forward raised, and its caller went on
-            frame = self._running.pop()
+        frame = self._axes.leave(module)
         returned, output = output, sequence_output(module, output)
         tensors = [(key, value) for key, value in output_items(output) if isinstance(value, Tensor)]
         entered = frame.input
         masks: tuple[TracedMask, ...] = ()
-        around = [running.call for running in reversed(self._running)]
-        if not _has_children(module):
+        around = [running.call for running in reversed(self._axes.running)]
+        if not has_children(module):
             self._search.pass_on(frame.call, [value for _, value in tensors], around)
         if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):
             masks = self._search.masks([frame.call, *around])
         length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)
-        traced = tuple((key, self._traced(module, frame, value, length)) for key, value in tensors)
+        traced = tuple((key, self._traced(frame, value, length)) for key, value in tensors)
         is_single = len(traced) == 1 and not isinstance(as_container(output), Mapping)
         known = self._layers.get(name)
-        made_by = self._source(tensors[0][1]) if is_single and _has_children(module) else None
+        made_by = self._axes.source(tensors[0][1]) if is_single and has_children(module) else None
         self._layers[name] = TracedLayer(
             name=name,
             kind=type(module).__name__,
@@ -302,90 +252,26 @@ class _TraceHooks:
         self._outputs[name] = [weakref.ref(value) for _, value in tensors]
         self._completed += 1
         for (_, value), (_, facts) in zip(tensors, traced, strict=True):
-            self._note(name, module, value, facts)
+            self._axes.note(name, module, value, facts)
 
     def layer(self, name: str, module: nn.Module, returned: Sequence[Tensor]) -> TracedLayer:
         """All that is known of a module after the forward, which returned these tensors."""
         layer = self._layers.get(name, TracedLayer(name, kind=type(module).__name__))
         outputs = [reference() for reference in self._outputs.get(name, [])]
         is_returned = any(output is tensor for output in outputs if output is not None for tensor in returned)
-        return replace(layer, is_container=_has_children(module), role=role_of(module), gives_model_output=is_returned)
+        return replace(layer, is_container=has_children(module), role=role_of(module), gives_model_output=is_returned)
 
-    def _note(self, name: str, module: nn.Module, value: Tensor, facts: TracedTensor) -> None:
-        """Remember where a tensor came from, and let a module of known type vote on the axes of those around it."""
-        if axis_of_type(module, facts.shape) is not None and facts.neuron_axis is not None:
-            for frame in self._running:
-                frame.votes.append((facts.shape, facts.neuron_axis))
-        known = self._source(value)
-        if known is not None and _has_children(module):
-            name = known.layer  # the container returns what its last child made
-        self._sources[id(value)] = _Source(weakref.ref(value), name, facts.neuron_axis, facts.batch_axis)
+    def _traced_input(self, frame: Frame, value: Tensor, length: int | None) -> TracedTensor:
+        shape = shape_of(value, length)
+        return self._facts(value, shape, frame.input_axis, self._axes.batch_axis(frame, value, shape))
 
-    def _source(self, tensor: Tensor | None) -> _Source | None:
-        source = self._sources.get(id(tensor))
-        return source if source is not None and source.tensor() is tensor else None
-
-    def _traced_input(self, frame: _Frame, value: Tensor, length: int | None) -> TracedTensor:
-        shape = _shape(value, length)
-        return self._facts(value, shape, frame.input_axis, self._batch_axis(frame.module, frame, value, shape))
-
-    def _traced(self, module: nn.Module, frame: _Frame, value: Tensor, length: int | None) -> TracedTensor:
-        shape = _shape(value, length)
-        axis = self._neuron_axis(module, frame, value, shape)
-        return self._facts(value, shape, axis, self._batch_axis(module, frame, value, shape))
+    def _traced(self, frame: Frame, value: Tensor, length: int | None) -> TracedTensor:
+        shape = shape_of(value, length)
+        axis = self._axes.neuron_axis(frame, value, shape)
+        return self._facts(value, shape, axis, self._axes.batch_axis(frame, value, shape))
 
     def _facts(self, value: Tensor, shape: tuple[int, ...], neuron_axis: int | None, batch_axis: int) -> TracedTensor:
         dtype, is_floating = str(value.dtype).removeprefix("torch."), value.is_floating_point()
         looks = self._values and is_floating and value.numel() and not is_in_functional_transform()
         rectified = is_rectified(value) if looks else None
         return TracedTensor(shape, dtype, is_floating, neuron_axis, batch_axis, rectified)
-
-    def _neuron_axis(self, module: nn.Module, frame: _Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:
-        """The axis by the module's type, else by the layer that made the tensor, the votes of children or the input."""
-        by_type = axis_of_type(module, shape)
-        if by_type is not None:
-            return by_type
-        source = self._source(value)
-        if source is not None and source.neuron_axis is not None:
-            return source.neuron_axis
-        votes = {axis for voted, axis in frame.votes if voted == shape}
-        if not votes:  # branches that were concatenated along the neurons
-            votes = {axis for voted, axis in frame.votes if _without(voted, axis) == _without(shape, axis)}
-        if not votes and is_normalisation(module):  # what runs around it
-            votes = {axis for outer in self._running for voted, axis in outer.votes if voted == shape}
-        if votes:
-            return votes.pop() if len(votes) == 1 else None
-        keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
-        if not _has_children(module) and keeps_shape and frame.source is not None:
-            axis = frame.source.neuron_axis
-            # A layer of unknown type may permute. Its shape shows that, unless another axis has the same size.
-            keeps_layout = is_elementwise(module) or is_normalisation(module)
-            if axis is not None and (keeps_layout or shape.count(shape[axis]) == 1):
-                return axis
-        return None
-
-    def _batch_axis(self, module: nn.Module, frame: _Frame, value: Tensor, shape: tuple[int, ...]) -> int:
-        """The axis of the samples of a ``(B, T, C)`` or ``(T, B, C)`` tensor, by `batch_first` or by its sizes."""
-        if value.dim() != 3 or value.is_nested:
-            return 0
-        for running in (module, *(outer.module for outer in reversed(self._running))):
-            sequence_first = self._takes_sequence_first(running)
-            if sequence_first is not None:
-                return int(sequence_first)
-        source = self._source(value) or frame.source
-        if source is not None and source.batch_axis == 1:
-            return 1
-        return 1 if shape[0] != self._samples and shape[1] == self._samples else 0
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return (*shape[:axis], -1, *shape[axis + 1 :])
-
-
-def _shape(value: Tensor, length: int | None) -> tuple[int, ...]:
-    """The shape of a tensor; that of a nested one, as it is padded to the length of the mask."""
-    return tuple((pad_nested(value, length)[0] if value.is_nested and value.dim() == 3 else value).shape)

@@ -1,0 +1,163 @@
+"""The axes of neurons and samples of the tensors in a traced forward, and which layer made each of them.
+
+The type of a module tells the axis of its neurons, else the layer that made the tensor, else the layers inside and
+around it. ``tracer.py`` runs the forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_otrt.layers.trace import TracedTensor
+from lightning_otrt.reading.batch_facts import is_sequence_first
+from lightning_otrt.reading.calls import Call
+from lightning_otrt.reading.masks import pad_nested
+from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation
+
+__all__ = ["Frame", "Source", "TracedAxes", "has_children", "shape_of"]
+
+
+@dataclass
+class Frame:
+    """A module that is running.
+
+    Attributes:
+        call: The module with its arguments.
+        input: Its first positional tensor input.
+        input_axis: Axis of the neurons in the input, None while unknown.
+        source: Where the input came from.
+        takes_model_input: Whether an input of the whole model enters it, masks aside.
+        votes: ``(shape, neuron axis)`` of the outputs of inner modules whose types tell the axis.
+    """
+
+    call: Call
+    input: Tensor | None = None
+    input_axis: int | None = None
+    source: Source | None = None
+    takes_model_input: bool = False
+    votes: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self.call.module
+
+
+@dataclass
+class Source:
+    """Which layer made a tensor. The reference is weak, since a trace must not keep activations alive."""
+
+    tensor: Callable[[], Tensor | None]
+    layer: str
+    neuron_axis: int | None
+    batch_axis: int
+
+
+class TracedAxes:
+    """What is known of the axes of tensors at a moment of the forward.
+
+    Args:
+        samples: Number of samples in the batch.
+
+    Attributes:
+        running: The modules that are running, from the outermost to the innermost.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.running: list[Frame] = []
+        self._samples = samples
+        self._sources: dict[int, Source] = {}
+        self._takes_sequence_first = functools.cache(is_sequence_first)  # looked up for each tensor inside a module
+
+    def enter(self, call: Call, tensor: Tensor | None, *, takes_model_input: bool) -> None:
+        """A module starts to run on a tensor."""
+        source = self.source(tensor)
+        axis = None
+        if tensor is not None:
+            axis = axis_of_type(call.module, shape_of(tensor, None))
+            if axis is None and source is not None:
+                axis = source.neuron_axis
+            for frame in self.running:
+                # Where a container passes its input on, the layer that gets it tells the axis of the neurons.
+                if frame.input is tensor and frame.input_axis is None:
+                    frame.input_axis = axis
+        self.running.append(Frame(call, tensor, axis, source, takes_model_input))
+
+    def leave(self, module: nn.Module) -> Frame:
+        """A module has run."""
+        frame = self.running.pop()
+        while frame.module is not module:  # an inner forward raised, and its caller went on
+            frame = self.running.pop()
+        return frame
+
+    def source(self, tensor: Tensor | None) -> Source | None:
+        """Which layer made a tensor, None if none is known."""
+        source = self._sources.get(id(tensor))
+        return source if source is not None and source.tensor() is tensor else None
+
+    def note(self, name: str, module: nn.Module, value: Tensor, facts: TracedTensor) -> None:
+        """Remember where a tensor came from, and let a module of known type vote on the axes of those around it."""
+        if axis_of_type(module, facts.shape) is not None and facts.neuron_axis is not None:
+            for frame in self.running:
+                frame.votes.append((facts.shape, facts.neuron_axis))
+        known = self.source(value)
+        if known is not None and has_children(module):
+            name = known.layer  # the container returns what its last child made
+        self._sources[id(value)] = Source(weakref.ref(value), name, facts.neuron_axis, facts.batch_axis)
+
+    def neuron_axis(self, frame: Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:
+        """The axis by the module's type, else by the layer that made the tensor, the votes of children or the input."""
+        module = frame.module
+        by_type = axis_of_type(module, shape)
+        if by_type is not None:
+            return by_type
+        source = self.source(value)
+        if source is not None and source.neuron_axis is not None:
+            return source.neuron_axis
+        votes = {axis for voted, axis in frame.votes if voted == shape}
+        if not votes:  # branches that were concatenated along the neurons
+            votes = {axis for voted, axis in frame.votes if _without(voted, axis) == _without(shape, axis)}
+        if not votes and is_normalisation(module):  # what runs around it
+            votes = {axis for outer in self.running for voted, axis in outer.votes if voted == shape}
+        if votes:
+            return votes.pop() if len(votes) == 1 else None
+        keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
+        if not has_children(module) and keeps_shape and frame.source is not None:
+            axis = frame.source.neuron_axis
+            # A layer of unknown type may permute. Its shape shows that, unless another axis has the same size.
+            keeps_layout = is_elementwise(module) or is_normalisation(module)
+            if axis is not None and (keeps_layout or shape.count(shape[axis]) == 1):
+                return axis
+        return None
+
+    def batch_axis(self, frame: Frame, value: Tensor, shape: tuple[int, ...]) -> int:
+        """The axis of the samples of a ``(B, T, C)`` or ``(T, B, C)`` tensor, by `batch_first` or by its sizes."""
+        if value.dim() != 3 or value.is_nested:
+            return 0
+        for running in (frame.module, *(outer.module for outer in reversed(self.running))):
+            sequence_first = self._takes_sequence_first(running)
+            if sequence_first is not None:
+                return int(sequence_first)
+        source = self.source(value) or frame.source
+        if source is not None and source.batch_axis == 1:
+            return 1
+        return 1 if shape[0] != self._samples and shape[1] == self._samples else 0
+
+
+def has_children(module: nn.Module) -> bool:
+    """Whether there are modules inside of it."""
+    return next(module.children(), None) is not None
+
+
+def shape_of(value: Tensor, length: int | None) -> tuple[int, ...]:
+    """The shape of a tensor; that of a nested one, as it is padded to the length of the mask."""
+    return tuple((pad_nested(value, length)[0] if value.is_nested and value.dim() == 3 else value).shape)
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], -1, *shape[axis + 1 :])
