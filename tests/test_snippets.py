@@ -18,7 +18,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
-from torchvision.models.resnet import Bottleneck, ResNet
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 mpl.use("Agg")
 
@@ -54,6 +55,13 @@ BASE: dict[str, Any] = {
 }
 
 
+class Narrow(ResNet):
+    """With a quarter of the neurons, but for the last stage, whose numbers of neurons pages name."""
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes if planes == 512 else planes // 4, *args, **options)
+
+
 def pages(*first: str) -> list[Any]:
     """All pages; slow where some are named, and the page is not one of them."""
     return [
@@ -66,11 +74,14 @@ def pages(*first: str) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No download, few images, one epoch of two steps."""
+    """No download, few images, one epoch of two steps, and narrow networks."""
     get_model, fake_data, trainer = torchvision.models.get_model, torchvision.datasets.FakeData, L.Trainer
 
+    def resnet18(weights: Any = None, **options: Any) -> ResNet:
+        return Narrow(BasicBlock, [1, 1, 1, 1], **options)
+
     def resnet50(weights: Any = None, **options: Any) -> ResNet:
-        return ResNet(Bottleneck, [1, 1, 1, 1], **options)
+        return Narrow(Bottleneck, [1, 1, 1, 1], **options)
 
     def small_data(size: int, *args: Any, **options: Any) -> Any:
         return fake_data(min(size, 16), *args, **options)
@@ -80,8 +91,10 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return trainer(**{**limits, "enable_progress_bar": False, "enable_model_summary": False, **options})
 
     def without_weights(name: str, weights: Any = None, **options: Any) -> Any:
-        return resnet50() if name == "resnet50" else get_model(name, weights=None, **options)
+        small = {"resnet18": resnet18, "resnet50": resnet50}
+        return small[name](**options) if name in small else get_model(name, weights=None, **options)
 
+    monkeypatch.setattr(torchvision.models, "resnet18", resnet18)
     monkeypatch.setattr(torchvision.models, "resnet50", resnet50)
     monkeypatch.setattr(torchvision.models, "get_model", without_weights)
     monkeypatch.setattr(torchvision.datasets, "FakeData", small_data)
