@@ -21,7 +21,7 @@ from lightning_otrt.steps.engine import PairDistance, TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.ranks import Ranks
-from lightning_otrt.teacher.attachment import ChoosePairs
+from lightning_otrt.teacher.pair_choice import ChoosePairs
 
 __all__ = ["RunState"]
 

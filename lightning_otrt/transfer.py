@@ -22,12 +22,13 @@ from lightning_otrt.run_state import RunState
 from lightning_otrt.schedules import Schedule, weight_at
 from lightning_otrt.steps.distillation import Distillation
 from lightning_otrt.steps.engine import PairDistance
-from lightning_otrt.teacher.attachment import Attachment, ChoosePairs
+from lightning_otrt.teacher.attachment import Attachment
 from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.cache_options import TeacherCache
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.load import TeacherSource, load_teacher
 from lightning_otrt.teacher.logits import LogitRecording
+from lightning_otrt.teacher.pair_choice import ChoosePairs
 from lightning_otrt.terms import Weights, make_terms
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.plans import check_plan_and_cost

@@ -1,25 +1,21 @@
-"""A student with hooks and the teacher that runs on its inputs: from the first forward to the neurons of each call."""
+"""A student with hooks, and the teacher that runs on its inputs. ``pair_choice.py`` has its first forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
-from lightning_otrt.reading.arguments import positions_by_name
 from lightning_otrt.reading.failed_teacher import teacher_failed
-from lightning_otrt.reading.hooks import OpenView
 from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.pairing import Inputs, Pairing, check_layers, pair_layers
+from lightning_otrt.reading.pairing import Inputs, Pairing, check_layers
 from lightning_otrt.reading.reach import describe_frozen
 from lightning_otrt.reading.recorder import Recorder
-from lightning_otrt.reading.root import find_teacher_root
 from lightning_otrt.reading.root_search import RootSearch
-from lightning_otrt.reading.torch_internals import is_compiled, without_earlier_pre_hooks
+from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.train_only import FirstInput
 from lightning_otrt.reading.views import (
     ConstantTermError,
@@ -35,12 +31,9 @@ from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.cached_run import CachedRun
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.logits import FEATURES, LogitRecording, MatchedLogits
-from lightning_otrt.teacher.past_states import PastStates
+from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
 
-__all__ = ["Attachment", "ChoosePairs"]
-
-#: Traces both networks and chooses pairs of layers, or takes those that are given.
-ChoosePairs: TypeAlias = Callable[[tuple[LayerPair, ...] | None], Pairing]
+__all__ = ["Attachment"]
 
 #: Calls whose graphs are checked: an inner step that frees them does so from the start.
 GRAPH_CHECKS = 3
@@ -314,35 +307,20 @@ class Attachment:
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
                 self._prepare_teacher(student)
-                teacher = self.teacher.module
-                self.teacher.root = find_teacher_root(self.layers, student, root, teacher)
-                source = named_layers(student)[root], self.root.method or "forward"
-                self.teacher.past_states = PastStates(*source, args, kwargs)
-                self.teacher.names = positions_by_name(*source, named_layers(teacher)[self.teacher.root])
-                # Each forward gets a copy of its own: both networks may change what they are given.
-                own = self._guard.copied((args, kwargs))
-                # Clones, since the trace of the student may write to its inputs.
-                for_teacher = InputGuard(clones=True).copied((args, kwargs))
-                given = self.teacher.inputs_for(*for_teacher)
-                # What is recorded has gone through the pre-hooks of users once.
-                with (
-                    without_earlier_pre_hooks(named_layers(student)[root], OpenView),
-                    self._first_input.noted(student, root),
-                ):
-                    pairing = pair_layers(
-                        self.layers,
-                        student,
-                        root,
-                        own,
-                        teacher,
-                        given,
-                        known,
-                        method=self.root.method,
-                        teacher_root=self.teacher.root,
-                        plan=self.plan,
-                    )
+                pairing = trace_and_pair(
+                    self.layers,
+                    known,
+                    student,
+                    root,
+                    (args, kwargs),
+                    self.teacher,
+                    self._guard,
+                    self._first_input,
+                    method=self.root.method,
+                    plan=self.plan,
+                )
                 if self._logits is not None:
-                    self._logits.settle(pairing, student, teacher)
+                    self._logits.settle(pairing, student, self.teacher.module)
                 return pairing
 
         self.pairing = self._settle(choose)

@@ -1,0 +1,76 @@
+"""The choice of the pairs of layers in the first forward of a student, from traces of both networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import nn
+
+from lightning_otrt.layers.names import named_layers
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.arguments import positions_by_name
+from lightning_otrt.reading.hooks import OpenView
+from lightning_otrt.reading.input_guard import InputGuard
+from lightning_otrt.reading.pairing import Inputs, Pairing, pair_layers
+from lightning_otrt.reading.root import find_teacher_root
+from lightning_otrt.reading.torch_internals import without_earlier_pre_hooks
+from lightning_otrt.reading.train_only import FirstInput
+from lightning_otrt.teacher.frozen import Teacher
+from lightning_otrt.teacher.past_states import PastStates
+
+__all__ = ["ChoosePairs", "trace_and_pair"]
+
+#: Traces both networks and chooses pairs of layers, or takes those that are given.
+ChoosePairs: TypeAlias = Callable[[tuple[LayerPair, ...] | None], Pairing]
+
+
+def trace_and_pair(
+    layers: LayerSpec,
+    known: tuple[LayerPair, ...] | None,
+    student: nn.Module,
+    root: str,
+    inputs: Inputs,
+    teacher: Teacher,
+    guard: InputGuard,
+    first_input: FirstInput,
+    *,
+    method: str,
+    plan: str,
+) -> Pairing:
+    """Find what of the teacher runs on which inputs, trace one forward of each network, and choose the pairs.
+
+    Args:
+        layers: What the user passed as ``layers``.
+        known: See :func:`~lightning_otrt.reading.pairing.pair_layers`.
+        student: The student.
+        root: Name of its module whose inputs the teacher gets too.
+        inputs: Arguments of that module.
+        teacher: The teacher, on the student's device. It is told its root and what it takes of the inputs.
+        guard: Copies the inputs of the student's trace.
+        first_input: Notes what the first layer gets in the trace.
+        method: Method of the student's root that is called in place of its forward.
+        plan: See :func:`~lightning_otrt.reading.pairing.pair_layers`.
+    """
+    module, source = teacher.module, named_layers(student)[root]
+    teacher.root = find_teacher_root(layers, student, root, module)
+    teacher.past_states = PastStates(source, method or "forward", *inputs)
+    teacher.names = positions_by_name(source, method or "forward", named_layers(module)[teacher.root])
+    # Each forward gets a copy of its own: both networks may change what they are given.
+    own = guard.copied(inputs)
+    # Clones, since the trace of the student may write to its inputs.
+    given = teacher.inputs_for(*InputGuard(clones=True).copied(inputs))
+    # What is recorded has gone through the pre-hooks of users once.
+    with without_earlier_pre_hooks(source, OpenView), first_input.noted(student, root):
+        return pair_layers(
+            layers,
+            student,
+            root,
+            own,
+            module,
+            given,
+            known,
+            method=method,
+            teacher_root=teacher.root,
+            plan=plan,
+        )
