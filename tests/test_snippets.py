@@ -16,10 +16,10 @@ import torchvision
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from narrow import NarrowResNet
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
-from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 mpl.use("Agg")
 
@@ -55,13 +55,6 @@ BASE: dict[str, Any] = {
 }
 
 
-class Narrow(ResNet):
-    """With a quarter of the neurons, but for the last stage, whose numbers of neurons pages name."""
-
-    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
-        return super()._make_layer(block, planes if planes == 512 else planes // 4, *args, **options)
-
-
 def pages(*first: str) -> list[Any]:
     """All pages; slow where some are named, and the page is not one of them."""
     return [
@@ -74,14 +67,14 @@ def pages(*first: str) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No download, few images, one epoch of two steps, and narrow networks."""
+    """No download, few images, one epoch of two steps, and networks that are narrow but for the stage pages name."""
     get_model, fake_data, trainer = torchvision.models.get_model, torchvision.datasets.FakeData, L.Trainer
 
-    def resnet18(weights: Any = None, **options: Any) -> ResNet:
-        return Narrow(BasicBlock, [1, 1, 1, 1], **options)
+    def resnet18(weights: Any = None, **options: Any) -> NarrowResNet:
+        return NarrowResNet(BasicBlock, [1, 1, 1, 1], whole=512, **options)
 
-    def resnet50(weights: Any = None, **options: Any) -> ResNet:
-        return Narrow(Bottleneck, [1, 1, 1, 1], **options)
+    def resnet50(weights: Any = None, **options: Any) -> NarrowResNet:
+        return NarrowResNet(Bottleneck, [1, 1, 1, 1], whole=512, **options)
 
     def small_data(size: int, *args: Any, **options: Any) -> Any:
         return fake_data(min(size, 16), *args, **options)

@@ -27,9 +27,10 @@ def compare(student, teacher, data=None, **options):
 
 
 def small_resnet():
-    from torchvision.models.resnet import BasicBlock, ResNet
+    from narrow import NarrowResNet
+    from torchvision.models.resnet import BasicBlock
 
-    return ResNet(BasicBlock, [2, 2, 1, 1], num_classes=3)
+    return NarrowResNet(BasicBlock, [2, 2, 1, 1], num_classes=3)
 
 
 class Sequence(nn.Module):

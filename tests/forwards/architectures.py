@@ -229,7 +229,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "timm mixer": Architecture(timm_model("mixer_s32_224", img_size=64, num_classes=7), images(), slow=True),
     "timm convmixer": Architecture(_convmixer, images()),
     "timm mobilevit_xxs": Architecture(timm_model("mobilevit_xxs", num_classes=7), images(), slow=True),
-    "timm pvt_v2_b0": Architecture(timm_model("pvt_v2_b0", num_classes=7), images()),
+    "timm pvt_v2_b0": Architecture(timm_model("pvt_v2_b0", num_classes=7), images(), slow=True),
     "timm edgenext_xx_small": Architecture(timm_model("edgenext_xx_small", num_classes=7), images(), slow=True),
     "timm poolformer_s12": Architecture(timm_model("poolformer_s12", num_classes=7), images(), slow=True),
     "timm repvgg_a0": Architecture(timm_model("repvgg_a0", num_classes=7), images(), slow=True),

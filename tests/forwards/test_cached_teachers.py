@@ -71,7 +71,8 @@ def test_padding(name: str) -> None:
         )
         for samples in BATCHES
     ]
-    options: dict[str, Any] = {"cost": "sqeuclidean", "memory": 0}
+    # The plan is fixed: a solved one takes long, and depends on the same readings.
+    options: dict[str, Any] = {"cost": "sqeuclidean", "plan": "random", "memory": 0}
     if situation.args and len(situation.args[0]) != SAMPLES:
         with pytest.raises(ValueError, match="none of its inputs has one entry for each|it fails on a part of a batch"):
             terms(student, teacher, layers, [(situation.args, {})], teacher_cache="memory", **options)
@@ -132,9 +133,9 @@ def test_models(name: str, tmp_path: Path) -> None:
     batches = [((images[samples],), {}) for samples in BATCHES[:4]]
     # Where a layer has as many tokens as the batch has samples, two more tell the axis of the samples.
     order = 2 if "Swin" in name else 0
-    assert_same_terms(student, teacher, layers, batches, 1 + order + 3 + 1)
+    assert_same_terms(student, teacher, layers, batches, 1 + order + 3 + 1, plan="random")
     for known in (0, 1):
-        _, transfer = terms(student, teacher, layers, batches, teacher_cache=str(tmp_path))
+        _, transfer = terms(student, teacher, layers, batches, teacher_cache=str(tmp_path), plan="random")
         assert transfer.cache.misses == (0 if known else 6)
         assert all(parameter.grad is None for parameter in teacher.parameters())
 

@@ -30,8 +30,14 @@ def detector(name: str) -> nn.Module:
     return getattr(torchvision.models.detection, name)(**options).train()
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn"])
-@pytest.mark.parametrize("layers", ["auto", "penultimate", "blocks"])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_fpn", "auto"),
+        ("fasterrcnn_mobilenet_v3_large_fpn", "penultimate"),
+        ("retinanet_resnet50_fpn", "blocks"),
+    ],
+)
 def test_error(name: str, layers: str) -> None:
     student = Task(detector(name))
     transfer = RepresentationTransfer(detector(name), layers)

@@ -94,10 +94,11 @@ class TestImages:
 class TestSegmentation:
     def make(self, name: str, classes: int, aux: bool = False) -> nn.Module:
         models = pytest.importorskip("torchvision.models.segmentation")
-        return getattr(models, name)(weights=None, weights_backbone=None, num_classes=classes, aux_loss=aux)
+        options = {"aux_loss": True} if aux else {}
+        return getattr(models, name)(weights=None, weights_backbone=None, num_classes=classes, **options)
 
     def test_each_pixel(self):
-        student, teacher = self.make("deeplabv3_mobilenet_v3_large", 5), self.make("fcn_resnet50", 5)
+        student, teacher = self.make("deeplabv3_mobilenet_v3_large", 5), self.make("lraspp_mobilenet_v3_large", 5)
         value, output, target, _ = distil(student, teacher, lambda net: net(images()))
         assert value == pytest.approx(by_hand(output["out"].detach(), target["out"]), rel=1e-4)
 
@@ -108,7 +109,7 @@ class TestSegmentation:
         assert "regressed on 'classifier.4:input'" in said
 
     def test_an_auxiliary_output(self):
-        student, teacher = self.make("deeplabv3_mobilenet_v3_large", 5, True), self.make("fcn_resnet50", 5)
+        student, teacher = self.make("deeplabv3_mobilenet_v3_large", 5, True), self.make("lraspp_mobilenet_v3_large", 5)
         option = LogitDistillation(select=("aux", "out"))
         value, output, target, _ = distil(student, teacher, lambda net: net(images()), distillation=option)
         assert value == pytest.approx(by_hand(output["aux"].detach(), target["out"]), rel=1e-4)
@@ -118,7 +119,8 @@ class TestSegmentation:
         sizes = {"hidden_sizes": [8, 16, 24, 32], "decoder_hidden_size": 16, "depths": [1] * 4}
         config = transformers.SegformerConfig(num_labels=5, num_attention_heads=[1] * 4, **sizes)
         student = transformers.SegformerForSemanticSegmentation(config).eval()
-        value, output, target, _ = distil(student, self.make("fcn_resnet50", 5), lambda net: net(images()))
+        teacher = self.make("lraspp_mobilenet_v3_large", 5)
+        value, output, target, _ = distil(student, teacher, lambda net: net(images()))
         assert output.logits.shape[2:] == (16, 16)
         resized = F.interpolate(target["out"], (16, 16), mode="bilinear", antialias=True)
         assert value == pytest.approx(by_hand(output.logits.detach(), resized), rel=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -11,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from forwards.architectures import ARCHITECTURES, BATCH, Architecture
+from forwards.architectures import ARCHITECTURES, BATCH
 from torch import Tensor, nn
 
 from lightning_otrt import RepresentationTransfer
 
 NAMES = [pytest.param(name, marks=pytest.mark.slow if entry.slow else ()) for name, entry in ARCHITECTURES.items()]
+#: Tests of one architecture follow each other, and share its networks.
+of_each = pytest.mark.parametrize("subject", NAMES, indirect=True, scope="module")
 
 
 def make(teacher: nn.Module, **options: Any) -> RepresentationTransfer:
@@ -28,7 +29,7 @@ class Subject:
     """A student and a teacher of one architecture with other weights, in float64, in evaluation mode."""
 
     def __init__(self, name: str) -> None:
-        self.entry: Architecture = ARCHITECTURES[name]
+        self.name, self.entry = name, ARCHITECTURES[name]
         torch.manual_seed(0)
         # In evaluation mode batch statistics and dropout do not tie samples together or draw numbers.
         self.student = self.entry.build().double().eval()
@@ -77,19 +78,26 @@ class Plain:
     reached: int
 
 
-@functools.cache
-def plain(name: str) -> Plain:
+@pytest.fixture(scope="module")
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """Networks that no test changes."""
+    return Subject(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(subject: Subject) -> Plain:
     """It is the same for all properties, and a trace of two networks takes long."""
-    subject = Subject(name)
     loss, transfer, reports = subject.run(subject.batch())
     loss.backward()
     parameters = list(subject.student.parameters())
+    reached = sum(p.grad is not None for p in parameters)
+    subject.student.zero_grad()
     return Plain(
         term=float(loss.detach()),
         pairs=[(pair.student, pair.teacher) for pair in transfer.pairs],
         reports=reports,
         trained=sum(p.requires_grad for p in parameters),
-        reached=sum(p.grad is not None for p in parameters),
+        reached=reached,
     )
 
 
@@ -104,29 +112,21 @@ def positional(module: nn.Module, batch: dict[str, Any]) -> tuple[list[Any], dic
     return args, left
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_order_of_samples(name: str) -> None:
-    subject = Subject(name)
-    batch = subject.batch()
+@of_each
+def test_order_of_samples_which_come_by_position(subject: Subject, plain: Plain) -> None:
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(2))
-    shuffled = {key: value.index_select(subject.entry.batch_axis, order) for key, value in batch.items()}
-    assert subject.term(shuffled) == pytest.approx(plain(name).term, rel=1e-6, abs=1e-9)
+    shuffled = {key: value.index_select(subject.entry.batch_axis, order) for key, value in subject.batch().items()}
+    assert subject.term(shuffled, by_position=True) == pytest.approx(plain.term, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_keyword_against_position(name: str) -> None:
-    subject = Subject(name)
-    assert subject.term(subject.batch(), by_position=True) == pytest.approx(plain(name).term, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if ARCHITECTURES[name.values[0]].padding])
-def test_content_of_padding(name: str) -> None:
-    subject = Subject(name)
+@of_each
+def test_content_of_padding(subject: Subject, plain: Plain) -> None:
+    if subject.entry.padding is None:
+        return
     batch = subject.batch()
-    assert subject.entry.padding is not None
     other = subject.entry.padding(batch, torch.Generator().manual_seed(3))
     assert any(not torch.equal(other[key], value) for key, value in batch.items())
-    assert subject.term(other) == pytest.approx(plain(name).term, rel=1e-6)
+    assert subject.term(other) == pytest.approx(plain.term, rel=1e-6)
 
 
 class LabelFirst(nn.Module):
@@ -148,36 +148,37 @@ FIRST = {
 }
 
 
-#: Each takes some seconds: by default one of each family, the others where slow tests run.
-FAMILIES = ("resnet18", "timm vit", "BERT", "T5", "lraspp_mobilenet_v3_large")
+#: Each takes a second: by default all that may stand first, and one of each family, the rest where slow tests run.
+QUICK = {
+    ("resnet18", "uint8 images"),
+    ("timm vit", "camera matrices"),
+    ("BERT", "labels"),
+    ("T5", "one number"),
+    ("lraspp_mobilenet_v3_large", "labels"),
+}
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name.values[0] in FAMILIES else pytest.param(*name.values, marks=pytest.mark.slow) for name in NAMES],
+    ("subject", "first"),
+    [
+        pytest.param(name, first, marks=[] if (name, first) in QUICK else [pytest.mark.slow])
+        for name, entry in ARCHITECTURES.items()
+        for first in FIRST
+        if not entry.root  # which gets images alone
+    ],
+    indirect=["subject"],
+    scope="module",
 )
-def test_what_stands_first(name: str) -> None:
+def test_what_stands_first(subject: Subject, first: str, plain: Plain) -> None:
     """Another first argument changes neither the layers nor the term."""
-    entry = ARCHITECTURES[name]
-    subject = Subject(name)
-    if entry.root:
-        pytest.skip("the root gets images alone")
-    batch = subject.batch()
-
-    def chosen(first: Tensor) -> tuple[list[tuple[str, str]], float]:
-        transfer = make(LabelFirst(subject.teacher))
-        student = LabelFirst(subject.student)
-        with transfer.attached(student):
-            student(first, **batch)
-            value = float(transfer.loss().detach())
-        return [(pair.student, pair.teacher) for pair in transfer.pairs], value
-
-    expected = plain(name)
-    layers = [(f"net.{student}", f"net.{teacher}") for student, teacher in expected.pairs]
-    for first in FIRST.values():
-        found, value = chosen(first())
-        assert found == layers
-        assert value == pytest.approx(expected.term, rel=1e-9)
+    transfer = make(LabelFirst(subject.teacher))
+    student = LabelFirst(subject.student)
+    with transfer.attached(student):
+        student(FIRST[first](), **subject.batch())
+        value = float(transfer.loss().detach())
+    found = [(pair.student, pair.teacher) for pair in transfer.pairs]
+    assert found == [(f"net.{student}", f"net.{teacher}") for student, teacher in plain.pairs]
+    assert value == pytest.approx(plain.term, rel=1e-9)
 
 
 #: Trained tensors that are printed as lying before the recorded layers and get no gradient from the term.
@@ -193,12 +194,11 @@ def reach(reports: list[str]) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_reach_is_printed_and_is_what_gets_a_gradient(name: str) -> None:
-    found = plain(name)
-    before, trained = reach(found.reports)
-    assert trained == found.trained
-    assert before - found.reached == MORE_THAN_TRAINED.get(name, 0)
+@of_each
+def test_reach_is_printed_and_is_what_gets_a_gradient(subject: Subject, plain: Plain) -> None:
+    before, trained = reach(plain.reports)
+    assert trained == plain.trained
+    assert before - plain.reached == MORE_THAN_TRAINED.get(subject.name, 0)
     assert before > trained / 2
 
 

@@ -214,9 +214,14 @@ def updates_buffers(net: nn.Module) -> None:
             buffer.add_(1)
 
 
-@pytest.mark.parametrize("update", [writes_in_place, writes_data, loads, updates_buffers])
 @pytest.mark.parametrize(
-    ("build", "inputs"), [(resnet, IMAGES), (bert, torch.arange(48).view(4, 12) % 50), (perceptron, VECTORS)]
+    ("build", "inputs", "update"),
+    [
+        (resnet, IMAGES, writes_data),
+        (resnet, IMAGES, updates_buffers),
+        (bert, torch.arange(48).view(4, 12) % 50, loads),
+        *((perceptron, VECTORS, update) for update in (writes_in_place, writes_data, loads)),
+    ],
 )
 def test_a_teacher_that_its_owner_trains(build: Any, inputs: Tensor, update: Callable[[nn.Module], None]) -> None:
     teacher, student = build(1), build(2)
@@ -260,7 +265,6 @@ def fit(teacher: nn.Module, path: Any, *, epochs: int, resume: bool, build: Any,
 
 
 HEADS = {
-    "torchvision": (resnet, {"net.layer4": "layer4"}, "fc", "layer3.0.conv1"),
     "timm": (convnet, {"net.layer4": "layer4"}, "fc", "layer3.0.conv2"),
     "torchvision, what enters the head": (resnet, {"net.fc:input": "fc:input"}, "fc", "layer4.0.conv1"),
     "by hand": (perceptron, {"net.1": "1"}, "2", "0"),

@@ -86,8 +86,6 @@ TORCHVISION = {"class_path": "torchvision.models.resnet18", "init_args": {"weigh
 CASES: dict[str, dict[str, Any]] = {
     "a teacher by its class": {"teacher": NET},
     "a function of torchvision": {"teacher": TORCHVISION, "layers": {"net.block1": "layer1"}},
-    "torchvision by name, untrained": {"teacher": "resnet18:None", "layers": {"net.block1": "layer1"}},
-    "torchvision by name and weights": {"teacher": ["resnet18", None], "layers": {"net.block1": "layer1"}},
     "a word": {"teacher": NET, "layers": "penultimate"},
     "an index": {"teacher": NET, "layers": -2},
     "a mapping": {"teacher": NET, "layers": {"net.block1": "block1", "net.block2": "block2"}},
@@ -358,9 +356,8 @@ def test_every_file_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CHOSEN)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "torchvision" else pytest.param(name, marks=pytest.mark.slow) for name in CHOSEN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHOSEN)
 def test_the_files_of_the_examples(tmp_path, name):
     """Students of torchvision, timm and Hugging Face as they are in the gallery, on fewer images."""
     pytest.importorskip({"hugging_face": "transformers"}.get(name, name))

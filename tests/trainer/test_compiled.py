@@ -67,6 +67,9 @@ class Called(Task):
         return F.cross_entropy(self(batch[0]), batch[1])
 
 
+#: The fits that compiled ones are compared with.
+CALLED, NOT_CALLED = Context(Called), Context()
+
 SOME_COMPILED = [
     pytest.param(how, marks=[] if how in (whole, submodule, submodule_in_place) else [pytest.mark.slow])
     for how in (whole, submodule, submodule_in_place, layer, layer_in_place, task_in_place, step_alone)
@@ -79,7 +82,7 @@ SOME_COMPILED = [
 @pytest.mark.parametrize("compiled", SOME_COMPILED)
 def test_compiled(compiled, ran_before, way):
     """Hooks put on code that ran compiled before would never fire, silently."""
-    context = Context(Called)
+    context = CALLED
     task = context.make()
     fitted = task if way == "callback" else OTRTModule(task, make_teacher(), **EXACT)
     fitted = compiled(fitted, backend="eager")
@@ -98,7 +101,7 @@ def test_compiled(compiled, ran_before, way):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiled", [submodule, pytest.param(layer_in_place, marks=pytest.mark.slow)])
 def test_compiled_as_one_graph(compiled):
-    context = Context()
+    context = NOT_CALLED
     task = compiled(context.make(), backend="eager", fullgraph=True)
     context.fit(task, callbacks=[OTRTCallback(make_teacher(), **EXACT)])
     assert_agree(by_name(weights(task)), by_hand(context), without(context))

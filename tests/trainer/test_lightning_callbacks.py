@@ -306,7 +306,9 @@ def leave_out_frozen(module: pl.LightningModule) -> None:
     module.configure_optimizers = configure_optimizers
 
 
-QUICK = [("boring", name) for name in CALLBACKS] + [(name, "ModelCheckpoint") for name in DEMOS if name != "boring"]
+QUICK = [("boring", name) for name in CALLBACKS] + [
+    (name, "ModelCheckpoint") for name in DEMOS if name not in ("boring", "images")
+]
 
 
 def marks_of(demo: str, name: str) -> list[pytest.MarkDecorator]:

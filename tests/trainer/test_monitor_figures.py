@@ -36,13 +36,16 @@ class TestFigures:
         assert "otrt/gradient_share" in events.Tags()["scalars"]
 
     def test_csv(self, tmp_path):
-        logger = CSVLogger(tmp_path)
+        from matplotlib import pyplot
+
+        logger, before = CSVLogger(tmp_path), pyplot.get_fignums()
         self.run(logger)
+        assert pyplot.get_fignums() == before, "figures are closed"
         files = sorted((Path(logger.log_dir) / "otrt" / "plan" / "net.block2").iterdir())
         assert [file.name for file in files] == ["step=16.png", "step=8.png"]
         assert files[0].read_bytes().startswith(b"\x89PNG")
 
-    @pytest.mark.parametrize("plan", ["orthogonal", "random_orthogonal"])
+    @pytest.mark.parametrize("plan", ["orthogonal", pytest.param("random_orthogonal", marks=pytest.mark.slow)])
     def test_rotations(self, tmp_path, plan):
         """They have singular values and directions in place of the picture and the figures of a plan."""
         logger = CSVLogger(tmp_path)
@@ -94,13 +97,6 @@ class TestFigures:
         for name in ("net.block1", "net.block2-block1-2", "net.head:input-2"):
             files = client.list_artifacts(run, f"otrt/plan/{name}")
             assert [Path(file.path).name for file in files] == ["step=16.png", "step=8.png"]
-
-    def test_figures_are_closed(self, tmp_path):
-        from matplotlib import pyplot
-
-        before = pyplot.get_fignums()
-        self.run(CSVLogger(tmp_path))
-        assert pyplot.get_fignums() == before
 
     def test_without_matplotlib(self, tmp_path, monkeypatch):
         def missing():

@@ -43,8 +43,14 @@ SETTINGS: dict[str, tuple[type[Task], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("options", [EXACT, RUNNING, {**RUNNING, "plan": "random_orthogonal"}])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, RUNNING) for name in SETTINGS),
+        ("plain", EXACT),
+        ("accumulation", {**RUNNING, "plan": "random_orthogonal"}),
+    ],
+)
 def test_callback_and_wrapper_are_one(name: str, options: dict[str, Any]) -> None:
     kind, trainer = SETTINGS[name]
     first, second = make_task(kind), make_task(kind)
@@ -99,7 +105,7 @@ def test_validation_distances_are_those_of_the_set() -> None:
     assert logged == pytest.approx(float(transport_distance(*sides, plan="orthogonal").value), rel=1e-4)
 
 
-@pytest.mark.parametrize("memory", [0, 0.9])
+@pytest.mark.parametrize("memory", [pytest.param(0, marks=pytest.mark.slow), 0.9])
 def test_it_trains(memory: float) -> None:
     """The term falls, and far below that of its control."""
     last = {}

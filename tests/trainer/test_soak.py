@@ -108,7 +108,7 @@ def by_wrapper(task: Task) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("way", [by_one_callback, by_new_callbacks, by_wrapper])
-@pytest.mark.parametrize("fits", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fits", [7, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_fits_of_one_module(way: Callable[[Task], Callable[[], Any]], fits: int) -> None:
     task = make_task()
     fit = way(task)

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_otrt import FixedViews, OTRTCallback, OTRTModule, RepresentationTransfer, TeacherCache
 
-#: Batches of an epoch, and forwards of the first one: the trace, the whole batch and its halves.
-BATCHES, FIRST = 8, 4
+#: Samples and batches of an epoch, and forwards of the first one: the trace, the whole batch and its halves.
+SAMPLES, BATCHES, FIRST = 32, 4, 4
 
 
 class Values(pl.Callback):
@@ -63,7 +63,7 @@ def fit(
     )
     noted = Values()
     make_trainer(**{"max_epochs": 2, "callbacks": [callback, noted], **(trainer or {})}).fit(
-        make_task() if task is None else task, loader(shuffle=True) if data is None else data
+        make_task() if task is None else task, loader(SAMPLES, shuffle=True) if data is None else data
     )
     return noted.values, callback
 
@@ -106,14 +106,14 @@ def test_losses_are_those_without_it(name: str) -> None:
     assert_same_values(found, expected)
     assert len(count) == (0 if "copied" in name else FIRST + BATCHES - 1)
     transfer_cache = callback.transfer.cache
-    assert (transfer_cache.hits, transfer_cache.misses) == (64, 64)
+    assert (transfer_cache.hits, transfer_cache.misses) == (SAMPLES, SAMPLES)
 
 
 def test_each_place(cache: str) -> None:
     expected, _ = fit()
     found, callback = fit(cache)
     assert_same_values(found, expected)
-    assert callback.transfer.cache.hits == 64
+    assert callback.transfer.cache.hits == SAMPLES
     assert callback.teacher_cache == cache
 
 
@@ -129,20 +129,20 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["wrapper", "plain loop"])
 def test_the_other_ways_in(way: str) -> None:
-    expected, _ = fit(data=loader())
+    expected, _ = fit(data=loader(SAMPLES))
     task, options = make_task(), {"layers": LAYERS, "weight": 2.0, "teacher_cache": "memory"}
     if way == "wrapper":
         noted = Values()
         wrapped: Any = OTRTModule(task, make_teacher(), **options)
-        make_trainer(max_epochs=2, callbacks=[noted]).fit(wrapped, loader())
+        make_trainer(max_epochs=2, callbacks=[noted]).fit(wrapped, loader(SAMPLES))
         assert_same_values(noted.values, expected)
-        assert wrapped.otrt.cache.hits == 64
+        assert wrapped.otrt.cache.hits == SAMPLES
         return
     transfer, found = RepresentationTransfer(make_teacher(), **options), []
     optimizer = task.configure_optimizers()
     with transfer.attached(task):
         for _ in range(2):
-            for batch in loader():
+            for batch in loader(SAMPLES):
                 loss = task.loss(batch)
                 term = transfer.loss()
                 found.append(float(term.detach()) / 2)
@@ -150,7 +150,7 @@ def test_the_other_ways_in(way: str) -> None:
                 (loss + term).backward()
                 optimizer.step()
     assert_same_values(found, expected)
-    assert transfer.cache.hits == 64
+    assert transfer.cache.hits == SAMPLES
 
 
 class Views(Task):
@@ -186,7 +186,7 @@ def test_steps_of_other_kinds(name: str) -> None:
     # A run without the cache sums in another order, which a shorter type shows more.
     assert_same_values(found, expected, tolerance=2e-2 if "bf16" in str(setting) else 1e-5)
     counted = callback.transfer.cache
-    assert counted.misses == (128 if name == "several views" else 64)
+    assert counted.misses == (2 * SAMPLES if name == "several views" else SAMPLES)
     assert counted.hits > 0
 
 
@@ -199,8 +199,8 @@ def test_partly_known_batches(tmp_path: Path) -> None:
         found, callback = fit(str(tmp_path), teacher=teacher, trainer={"max_epochs": 1})
     assert_same_values(found, expected)
     counted = callback.transfer.cache
-    assert counted.hits + counted.misses == 64
-    assert (counted.misses, counted.store.samples) == (44, 64)
+    assert counted.hits + counted.misses == SAMPLES
+    assert (counted.misses, counted.store.samples) == (12, SAMPLES)
     assert len(count) > 1
 
 
@@ -230,7 +230,7 @@ def test_another_teacher_shares_nothing(tmp_path: Path, change: str) -> None:
     else:
         teacher.block1.temperature = 0.5
     _, callback = fit(str(tmp_path), teacher=teacher, **options)
-    assert callback.transfer.cache.hits == 64
+    assert callback.transfer.cache.hits == SAMPLES
     assert len(os.listdir(tmp_path)) == 2
 
 
@@ -239,8 +239,8 @@ def test_the_same_teacher_again() -> None:
     callback = OTRTCallback(make_teacher(), LAYERS, teacher_cache="memory")
     with forwards(callback.transfer.teacher.module) as count:
         for _ in range(2):
-            make_trainer(max_epochs=1, callbacks=[callback]).fit(make_task(), loader())
-    assert callback.transfer.cache.hits == 64
+            make_trainer(max_epochs=1, callbacks=[callback]).fit(make_task(), loader(SAMPLES))
+    assert callback.transfer.cache.hits == SAMPLES
     assert len(count) == FIRST + BATCHES - 1 + 1
 
 
@@ -273,7 +273,7 @@ def test_a_teacher_that_is_trained_runs_on_all_samples_where_not_strict() -> Non
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             make_trainer(max_epochs=2, callbacks=[callback, noted, Averaged(teacher, by_data=True)]).fit(
-                make_task(), loader()
+                make_task(), loader(SAMPLES)
             )
         told = [str(w.message) for w in caught if "teacher_cache" in str(w.message)]
         assert len(told) == (cache is not None)
@@ -359,7 +359,7 @@ class Augmented(Dataset[Any]):
     """Images with noise, other in each epoch."""
 
     def __init__(self) -> None:
-        self.data = make_data()
+        self.data = make_data(SAMPLES)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -373,11 +373,11 @@ def test_random_augmentation() -> None:
     with pytest.warns(UserWarning, match=r"In 2 epochs no sample came a second time.*FixedViews") as caught:
         _, callback = fit("memory", data=DataLoader(Augmented(), 8), trainer={"max_epochs": 4})
     assert len([w for w in caught if "FixedViews" in str(w.message)]) == 1
-    assert callback.transfer.cache.store.samples == 128
+    assert callback.transfer.cache.store.samples == 2 * SAMPLES
     fixed = DataLoader(FixedViews(Augmented(), views=2), 8, shuffle=True)
     _, callback = fit("memory", data=fixed, trainer={"max_epochs": 6})
-    assert callback.transfer.cache.store.samples <= 128
-    assert callback.transfer.cache.hits > 200
+    assert callback.transfer.cache.store.samples <= 2 * SAMPLES
+    assert callback.transfer.cache.hits > 3 * SAMPLES
 
 
 def test_a_weight_of_zero_runs_no_teacher() -> None:
@@ -404,16 +404,16 @@ def test_what_was_kept_is_written_when_a_fit_fails(tmp_path: Path) -> None:
 
 
 def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(str(tmp_path), data=loader(32))
+    fit(str(tmp_path), data=loader(16))
 
     def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.warns(UserWarning, match="only read") as caught:
-        _, callback = fit(str(tmp_path), data=loader(64))
+        _, callback = fit(str(tmp_path), data=loader(32))
     assert len([w for w in caught if "only read" in str(w.message)]) == 1
-    assert (callback.transfer.cache.hits, callback.transfer.cache.misses) == (64, 64)
+    assert (callback.transfer.cache.hits, callback.transfer.cache.misses) == (32, 32)
 
 
 def test_a_folder_that_goes_away(tmp_path: Path) -> None:
@@ -427,7 +427,9 @@ def test_a_folder_that_goes_away(tmp_path: Path) -> None:
         callback = OTRTCallback(make_teacher(), LAYERS, weight=2.0, teacher_cache=str(tmp_path / "kept"))
         noted = Values()
         torch.manual_seed(0)
-        make_trainer(max_epochs=2, callbacks=[Clearing(), callback, noted]).fit(make_task(), loader(shuffle=True))
+        make_trainer(max_epochs=2, callbacks=[Clearing(), callback, noted]).fit(
+            make_task(), loader(SAMPLES, shuffle=True)
+        )
     assert_same_values(noted.values, expected)
 
 
