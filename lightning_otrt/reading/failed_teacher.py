@@ -19,7 +19,7 @@ def teacher_failed(
     student: nn.Module,
     root: str,
 ) -> Exception:
-    """What to raise in place of an error of the teacher's forward; the error itself where this library raised it.
+    """What to raise in place of an error of the teacher's forward; the error itself where it came from this library.
 
     Args:
         error: What the forward raised.
@@ -43,8 +43,13 @@ def teacher_failed(
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether a hook of this library raised it, which says itself what is wrong."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
+    """Whether code of this library raised it, such as a hook, or what that code called in torch."""
+    frame, is_own = error.__traceback__, False
+    while frame is not None:
+        place = str(frame.tb_frame.f_globals.get("__name__"))
+        if place.startswith("lightning_otrt."):
+            is_own = True
+        elif place == "torch.nn.modules.module":  # it calls a module, and then its hooks
+            is_own = False
         frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_otrt.")
+    return is_own

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_otrt import LayerPair, RepresentationTransfer
 from lightning_otrt.reading.failed_teacher import teacher_failed
+from lightning_otrt.reading.neurons import NeuronReader
 
 
 class Net(nn.Module):
@@ -70,3 +71,40 @@ def test_where_it_comes_from() -> None:
     except RuntimeError as error:
         failed = teacher_failed(error, nn.Linear(2, 2), ((1,), {"b": None}), nn.ReLU(), "net")
     assert "failed on (int, b=None), from the inputs of 'net' of the student (ReLU)" in str(failed)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_error_of_torch_inside_a_reading_is_none_of_the_teacher(
+    first: int, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python code of torch that a hook calls is the innermost frame, and no module runs inside of the hook."""
+
+    def fails(reader: NeuronReader, output: Any, *args: Any) -> Tensor:
+        if "teacher" in reader.layer and output[0].max() > 1e3:
+            return output.unflatten(1, (5, 5))
+        return read(reader, output, *args)
+
+    read = NeuronReader.__call__
+    monkeypatch.setattr(NeuronReader, "__call__", fails)
+    student, teacher = Net(8), Net(12)
+    transfer = RepresentationTransfer(teacher, {"mix": "mix"}, **({"teacher_cache": "memory"} if cached else {}))
+    with transfer.attached(student):
+        for _ in range(first):
+            student(torch.rand(6, 4))
+            transfer.loss()
+        with pytest.raises(RuntimeError, match="unflatten") as caught:
+            student(torch.rand(6, 4) * 1e6 + 1e6)
+    assert "The teacher" not in str(caught.value)
+
+
+def test_a_hook_of_the_user_is_one_of_the_teacher() -> None:
+    def fails(*args: Any) -> None:
+        raise ValueError("no")
+
+    teacher = Net(12)
+    teacher.mix.register_forward_hook(fails)
+    transfer = RepresentationTransfer(teacher, {"mix": "mix"})
+    student = Net(8)
+    with transfer.attached(student), pytest.raises(RuntimeError, match=r"The teacher \(Net\) failed.*ValueError: no"):
+        student(torch.rand(6, 4))
