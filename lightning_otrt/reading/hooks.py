@@ -18,6 +18,7 @@ from lightning_otrt.reading.arguments import argument_position
 from lightning_otrt.reading.masks import as_rows, fit_mask, pad_nested, valid_tokens
 from lightning_otrt.reading.neurons import NeuronReader
 from lightning_otrt.reading.outputs import packed_mask, select_tensor, sequence_output
+from lightning_otrt.reading.own_hook import OwnHook
 from lightning_otrt.reading.torch_internals import is_in_backward, is_in_functional_transform
 from lightning_otrt.reading.views import View
 
@@ -27,20 +28,15 @@ if TYPE_CHECKING:
 __all__ = ["CloseView", "NoteGrid", "NoteMask", "OpenView", "ReadInput", "ReadOutput", "ViewAroundMethod", "mask_key"]
 
 
-class _Hook:
-    """A hook that belongs to one recorder.
-
-    Copies and pickles of a hooked module (weight averaging, checkpoints of whole modules) get a hook that does nothing:
-    they must not record, and must not copy the teacher.
-    """
+class _Hook(OwnHook):
+    """A hook that belongs to one recorder."""
 
     recorder: Recorder | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return type(self).__new__(type(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return object.__new__, (type(self),)
+    @property
+    def is_live(self) -> bool:
+        """Whether it has a recorder."""
+        return self.recorder is not None
 
 
 class OpenView(_Hook):
@@ -51,9 +47,10 @@ class OpenView(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a view, unless one is open or the forward is no training forward."""
-        recorder = self.recorder
-        if recorder is None:
+        if self.leaves_copy(module):
             return
+        recorder = self.recorder
+        assert recorder is not None
         if recorder.enabled and recorder.current is not None:
             recorder.nested += recorder.current.root == self.name
             return
@@ -89,6 +86,8 @@ class CloseView(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Close the view of this forward."""
+        if self.leaves_copy(module):
+            return
         recorder = self.recorder
         # Not enabled: a forward inside the recorded one, such as the one that traces the layers.
         if recorder is None or not recorder.enabled or recorder.current is None or recorder.current.root != self.name:
@@ -171,6 +170,8 @@ class NoteMask(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the mask of this forward."""
+        if self.leaves_copy(module):
+            return
         recorder = self.recorder
         if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
             return
@@ -196,6 +197,8 @@ class NoteGrid(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note the size of this forward."""
+        if self.leaves_copy(module):
+            return
         recorder = self.recorder
         if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
             return
@@ -323,6 +326,8 @@ class ReadOutput(_Read):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Read the output."""
+        if self.leaves_copy(module):
+            return
         self.read(sequence_output(module, output), packed_mask(output))
 
 
@@ -331,6 +336,8 @@ class ReadInput(_Read):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the input."""
+        if self.leaves_copy(module):
+            return
         self.read(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_otrt.layers.names import is_inside, named_layers, primary_names
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.own_hook import OwnHook
 from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
 
 __all__ = ["TrainedForwards", "describe_frozen", "describe_reach", "leads_to"]
@@ -139,7 +139,7 @@ class TrainedForwards:
         seen: set[int] = set()
         for name, module in self._modules.items():
             if id(module) not in seen and any(p.requires_grad for p in module.parameters(recurse=False)):
-                self._handles.append(add_forward_pre_hook(module, partial(self._note, name)))
+                self._handles.append(add_forward_pre_hook(module, _Note(self, name)))
             seen.add(id(module))
 
     def outside(self, root: str) -> list[str]:
@@ -157,10 +157,26 @@ class TrainedForwards:
             handle.remove()
         self._handles.clear()
 
-    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(self, name: str) -> None:
+        """Note that a module runs."""
         if self._is_on() and torch.is_grad_enabled() and not is_in_backward():
             self._ran.setdefault(name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainedForwards:
-        """The same object: a copy that is made during the first step is not watched."""
-        return self
+
+class _Note(OwnHook):
+    """Forward pre-hook that notes its module."""
+
+    forwards: TrainedForwards | None = None
+
+    def __init__(self, forwards: TrainedForwards, name: str) -> None:
+        self.forwards, self.name = forwards, name
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it has somewhere to note it."""
+        return self.forwards is not None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note the module."""
+        if not self.leaves_copy(module) and self.forwards is not None:
+            self.forwards.note(self.name)

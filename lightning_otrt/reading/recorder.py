@@ -164,6 +164,12 @@ class Recorder:
         self.read_output = self.teacher_output = None
         self.nested, self.runs_teacher = 0, False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is recorded, and without handles: copies of the modules lose their hooks by themselves."""
+        handles: dict[str, Any] = {name: [] for name in ("_root_handles", "_student_handles", "_teacher_handles")}
+        lost: dict[str, Any] = {"views": [], "current": None, "teacher_output": None, "_student_masks": [], "nested": 0}
+        return {**self.__dict__, **handles, **lost}
+
     def _install(
         self, handles: list[RemovableHandle], side: str, readers: Readers, masks: Masks
     ) -> list[RemovableHandle]:

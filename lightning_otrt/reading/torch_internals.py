@@ -23,6 +23,7 @@ __all__ = [
     "is_compiled",
     "is_in_backward",
     "is_in_functional_transform",
+    "remove_hook",
     "without_earlier_pre_hooks",
     "without_parametrization_cache",
 ]
@@ -69,6 +70,15 @@ def forward_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
     of_hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
     flags: list[dict[int, Any]] = [module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs]
     return [*of_hooks, *flags, module._forward_hooks_always_called]
+
+
+def remove_hook(module: nn.Module, hook: Any) -> None:
+    """Take a hook off a module without the handle that its registration gave, which a copy of the module lacks."""
+    tables = forward_hook_tables(module)
+    numbers = [number for table in tables[:2] for number, known in table.items() if known is hook]
+    for table in tables:
+        for number in numbers:
+            table.pop(number, None)
 
 
 @contextmanager
