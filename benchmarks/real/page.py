@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from benchmarks.evidence.experiments import Experiment
 from benchmarks.evidence.goals import Goal, goals_table
 from benchmarks.evidence.report import Accuracies, Found, gather, p_value, signed
-from benchmarks.evidence.runs import Results
+from benchmarks.evidence.runs import Results, Row
 from benchmarks.evidence.statistics import Comparison, estimate, family
 from benchmarks.real.cells import label
 from benchmarks.real.methods import CONTROLS, METHODS, PLAIN
@@ -39,9 +39,9 @@ are in no training or validation set, in either drawing. Images are 64 × 64, te
   transport term does, and valid tokens alone.
 - *Distillation* is that of the library: with other classes the teacher's output regressed on what enters the student's
   head. *Controls* are a fixed random assignment, or rotation, in place of the one that is solved.
-- *Cost* is the processor time of a training step on one thread, with the teacher's outputs at hand (`teacher_cache`).
-  Without it the teacher's forward comes on top: its time for a batch of 32 is in the first table. Each image has eight
-  fixed views.
+- *Cost* is the processor time of a training step on one thread of a CPU, with the teacher's outputs at hand
+  (`teacher_cache`): the median over all cells of the same two networks that ran on a CPU. Without a cache the teacher's
+  forward comes on top: its time for a batch of 32 is in the first table. Each image has eight fixed views.
 - The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
 
 
@@ -60,8 +60,8 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
         "# Real checkpoints",
         "",
         f"`python -m benchmarks.real` on {platform.machine()}, torch {torch.__version__.partition('+')[0]}, one "
-        f"thread: {len(rows)} runs, {hours:.1f} hours. Each run is a line of a file in `{folder.name}`; the "
-        "command continues where it was stopped.",
+        f"thread, or with `--device cuda` on the GPU that a cell names: {len(rows)} runs, {hours:.1f} hours. Each run "
+        f"is a line of a file in `{folder.name}`; the command continues where it was stopped.",
         "",
         _PROTOCOL,
         "",
@@ -70,9 +70,11 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
     tests = {name: comparisons_of(accuracies(one)) for name, one in found.items()}
     if reached := [goal for name, one in found.items() for goal in goals(one, tests[name])]:
         lines += ["## Goals on real checkpoints", "", f"The recipe is {label(RECIPE)}.", "", *goals_table(reached)]
+    times = step_times(rows)
     for name, one in found.items():
-        lines += [f"## {one.experiment.title}", "", f"`python -m benchmarks.real --cells {name}`", ""]
-        lines += [*cell_table(one, tests[name]), *_other_runs(one), *_choices(one)]
+        command = f"python -m benchmarks.real --cells {name}"
+        lines += [f"## {one.experiment.title}", "", f"`{command}{_device(one)}", ""]
+        lines += [*cell_table(one, tests[name], times), *_other_runs(one), *_choices(one)]
     if missing := _missing(found, cells):
         lines += ["## Cells not run yet", "", *missing, ""]
     return "\n".join(lines)
@@ -89,7 +91,24 @@ def comparisons_of(values: Accuracies) -> dict[tuple[str, str], Comparison]:
     return family({(one, other): (values[one], values[other]) for one, other in pairs if {one, other} <= values.keys()})
 
 
-def cell_table(found: Found, tests: Mapping[tuple[str, str], Comparison]) -> list[str]:
+def _device(found: Found) -> str:
+    """The end of a cell's command, and the devices that its runs name."""
+    devices = dict.fromkeys(row["device"] for row in found.results.rows.values() if "device" in row)
+    return f" --device cuda` ({'; '.join(devices)})" if devices else "`"
+
+
+def step_times(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """Median milliseconds of a step by networks and method, over the runs on a CPU."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if "step_ms" in row:
+            times.setdefault((row["pair"], row["method"]), []).append(row["step_ms"])
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def cell_table(
+    found: Found, tests: Mapping[tuple[str, str], Comparison], times: Mapping[tuple[str, str], float]
+) -> list[str]:
     """Accuracy, gains over plain training and over the control, and cost of each method."""
     values = accuracies(found)
     means = {name: statistics.fmean(of_seed.values()) for name, of_seed in values.items() if name != "frozen"}
@@ -108,7 +127,8 @@ def cell_table(found: Found, tests: Mapping[tuple[str, str], Comparison]) -> lis
         for other in (PLAIN, CONTROLS.get(name, "")):
             one = tests.get((name, other))
             cells += ["", ""] if one is None else [signed(one.gain), p_value(one.corrected)]
-        lines.append(f"| {' | '.join([*cells, _step(found, name)])} |")
+        time = times.get((found.experiment.tuning.pair, name))
+        lines.append(f"| {' | '.join([*cells, '' if time is None else f'{time:.0f}'])} |")
     return [*lines, ""]
 
 
@@ -121,13 +141,6 @@ def _other_runs(found: Found) -> list[str]:
         if tests > shown
         else []
     )
-
-
-def _step(found: Found, method: str) -> str:
-    """Median time of a step over the runs of a method."""
-    rows = found.results.rows.values()
-    times = [row["step_ms"] for row in rows if row["method"] == method and "step_ms" in row]
-    return f"{statistics.median(times):.0f}" if times else ""
 
 
 def _choices(found: Found) -> list[str]:

@@ -92,3 +92,23 @@ def test_what_is_missing_is_named(tmp_path: Path, seeds: int) -> None:
     missing = text.partition("## Cells not run yet")[2]
     assert f"`{NAME}`" in missing
     assert (f"missing seeds of {label('plain')} 3" in missing) == (seeds == 2)
+
+
+def test_a_cell_that_ran_on_a_gpu(tmp_path: Path) -> None:
+    """It names the device. Its steps cost what those of the same networks cost on a CPU, where that was measured."""
+    on_cpu, other = filled(tmp_path / "rows.jsonl"), "emoji-20-resnet10"
+    on_gpu = Results(tmp_path / "other.jsonl")
+    changes = {"per_class": 20}
+    for row in on_cpu.rows.values():
+        run = Run.of(row)
+        steps = 400 if run.split == "test" else 200
+        run = replace(run, steps=steps, **changes)
+        found = {name: row[name] for name in ("accuracy", "seconds", "layers")}
+        on_gpu.rows[run.key] = {**run.settings, **found, "device": "A card, torch 9.9"}
+    results = {name: Results(tmp_path / name) for name in CELLS} | {other: on_gpu}
+    for measured in (False, True):
+        text = page(results | ({NAME: on_cpu} if measured else {}), CELLS, tmp_path)
+        cell = text.partition(f"## {CELLS[other].title}")[2].partition("\n## ")[0]
+        assert f"`python -m benchmarks.real --cells {other} --device cuda` (A card, torch 9.9)" in cell
+        line = next(line for line in cell.splitlines() if line.startswith(f"| {label('transport')} |"))
+        assert line.endswith("| 54 |" if measured else "|  |")
