@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,7 +22,10 @@ pytest.register_assert_rewrite("helpers", "bad_inputs.fits", "bad_inputs.message
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make warnings errors, but for those of the inventory."""
+    """Make warnings errors, but for those of the inventory, and hide GPUs from all tests but those that need one."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        # Else a Trainer takes the GPU, or warns that it does not. `pytest -m gpu` shows it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config.addinivalue_line("filterwarnings", "error")
     for line, _ in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)

@@ -9,6 +9,7 @@ EXPECTED_WARNINGS: list[tuple[str, str]] = [
     (r"ignore:\s.* was deprecated in v4:DeprecationWarning", "LightningCLI calls what jsonargparse 4.49 deprecated"),
     (r"ignore:\s*By default only one Jsonargparse:DeprecationWarning", "comes along with the one above"),
     ("ignore:.*invalid escape sequence", "in POT 0.9.7, told at the first import where the installer compiled nothing"),
+    ("ignore:`torch.jit.* is deprecated", "torch 2.10 and 2.11 say so of TorchScript, which users have and tests take"),
     ("ignore:Guards may run slower on Python 3.13.0", "torch says so of that one release, when it compiles"),
     ("ignore:The .grad attribute of a Tensor that is not a leaf", "Dynamo hides it, unless warnings are errors"),
     ("ignore:`training_step` returned `None`", "Lightning tells users of such steps, which are tested on purpose"),

@@ -145,7 +145,8 @@ class NeuronReader:
             x = x.transpose(0, self.batch_axis)
             axis = self.batch_axis if axis == 0 else axis
         is_tokens = x.dim() == 3 and axis == 2
-        x = x.movedim(axis, 1)
+        if axis != 1:  # `movedim` costs the host as much as a pooling
+            x = x.movedim(axis, 1)
         if is_tokens:
             return self._pool_tokens(x, mask, token_grid or self.token_grid)
         if x.dim() == 2:

@@ -58,4 +58,4 @@ def can_be_compared(student: Tensor, teacher: Tensor) -> bool:
 
 def as_matrix(reading: Tensor) -> Tensor:
     """``(B, C, *positions)`` to ``(C, B * positions)``."""
-    return reading.movedim(1, 0).flatten(1)
+    return reading.transpose(0, 1).flatten(1)

@@ -88,6 +88,7 @@ def test_casts_of_a_trace_are_not_kept():
         assert torch.is_autocast_cache_enabled()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_generator_is_forked_too():
     model = Noisy().cuda()
