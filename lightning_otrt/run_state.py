@@ -17,10 +17,11 @@ from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.views import why_absent
 from lightning_otrt.steps.distillation import Distillation
-from lightning_otrt.steps.engine import PairDistance, TransportEngine
+from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.steps.term_engine import PairDistance, TermEngine
 from lightning_otrt.teacher.pair_choice import ChoosePairs
 
 __all__ = ["RunState"]
@@ -65,7 +66,7 @@ class RunState:
         self.shares_batch: bool | None = None
         #: The resolved pairs, empty before the first forward.
         self.pairs: tuple[LayerPair, ...] = ()
-        self.engine: TransportEngine | None = None
+        self.engine: TermEngine | None = None
         self._uses_graphs = True
         self.distillation = distillation
         #: The layers that did not run in the last call, by the number of their pair.
@@ -288,7 +289,7 @@ class RunState:
             return None
         return pairs if layers == repr(self.layers) and has_layers(student, pairs) else None
 
-    def _make_engine(self, device: torch.device | None, plans: tuple[str, ...]) -> TransportEngine:
+    def _make_engine(self, device: torch.device | None, plans: tuple[str, ...]) -> TermEngine:
         """The engine for the pairs, with the plans and statistics of an earlier one for the same pairs."""
         names = [(pair.student, pair.teacher) for pair in self.pairs]
         weights = [pair.weight for pair in self.pairs]
@@ -299,7 +300,7 @@ class RunState:
         if ranks is None:
             if before is not None and not isinstance(before, GlobalTransportEngine):
                 return before
-            engine = TransportEngine(names, weights, **self.settings, plans=plans)
+            engine: TermEngine = TransportEngine(names, weights, **self.settings, plans=plans)
         else:
             engine = GlobalTransportEngine(names, weights, **self.settings, plans=plans, ranks=ranks)
         engine.graphs.is_enabled = self._uses_graphs

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_otrt.reading.views import NoTermError, View
 from lightning_otrt.run_state import RunState
-from lightning_otrt.steps.engine import PairDistance
+from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
 
 __all__ = ["CallTerms", "Weights", "make_terms"]

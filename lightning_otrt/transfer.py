@@ -21,7 +21,7 @@ from lightning_otrt.recording import RecordedStudent
 from lightning_otrt.run_state import RunState
 from lightning_otrt.schedules import Schedule, weight_at
 from lightning_otrt.steps.distillation import Distillation
-from lightning_otrt.steps.engine import PairDistance
+from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
 from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.cache_options import TeacherCache

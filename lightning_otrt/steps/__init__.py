@@ -1,1 +1,1 @@
-"""A training run: when plans are solved and from which sums (``coupling.py``), and the term (``engine.py``)."""
+"""A training run: when plans are solved and from which sums (``coupling.py``), and the term (``term_engine.py``)."""

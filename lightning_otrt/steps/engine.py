@@ -1,182 +1,29 @@
-"""Transport over the steps of a training run: statistics, plans, values and gradients of all pairs of layers."""
+"""Transport of one process over a training run: pairs of equal shape are observed, solved and evaluated together."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
-from lightning_otrt.steps.coupling import Coupling, Problem
-from lightning_otrt.steps.first_batch import inspect_batch
-from lightning_otrt.steps.kinds import get_coupling
+from lightning_otrt.steps.coupling import Problem
 from lightning_otrt.steps.pair_state import PairState
-from lightning_otrt.steps.solving import solve_plans
 from lightning_otrt.steps.stacking import Group, Stacks, group_pairs, stacked
-from lightning_otrt.steps.step_graphs import StepGraphs, Views
-from lightning_otrt.transport.cost import Cost, Evaluate, ValueAndGradient
-from lightning_otrt.transport.custom_cost import CustomCost
-from lightning_otrt.transport.gradient import attach_gradients
-from lightning_otrt.transport.orthogonal import Alignment
-from lightning_otrt.transport.plans import ORTHOGONAL
-from lightning_otrt.transport.tensor_checks import check_cost
-from lightning_otrt.transport.tensors import common_dtype, without_autocast
+from lightning_otrt.steps.step_graphs import Views
+from lightning_otrt.steps.term_engine import Batch, TermEngine, Values, counts_of
+from lightning_otrt.transport.cost import Evaluate, ValueAndGradient
 
-__all__ = ["Batch", "PairDistance", "TransportEngine", "Values", "counts_of"]
-
-#: Detached neurons ``(N, n)`` and ``(M, n)`` of one pair, for each forward (view) of a call. n is 0 where its layers
-#: did not run.
-Batch = Sequence[tuple[Tensor, Tensor]]
-#: Value and gradient of each pair in the term, for each view in which its layers ran.
-Values: TypeAlias = dict[int, dict[int, ValueAndGradient]]
+__all__ = ["TransportEngine"]
 
 
-@dataclass(frozen=True, eq=False)
-class PairDistance:
-    """The distance of one pair of layers in one call.
-
-    Attributes:
-        name: Name of the student layer.
-        value: ⟨P, M⟩, the mean over views, detached; NaN if the pair was skipped.
-        plan: The plan behind it, ``(N, M)``. If the pair was skipped, its last one, or None if it had none yet. Of an
-            orthogonal coupling it is the matrix from centred teacher neurons to targets.
-        memory: Decay of the running cost behind the plan; 0 if the plan sees the batch of its solve alone, None before
-            the first call of the pair.
-        observations: Observations of the call over all views. Other processes are taken to have as many as this one.
-        is_skipped: Whether the pair is left out of the term of this call: its layers did not run, or there are too few
-            observations.
-        alignment: The orthogonal coupling behind it, None for a transport plan.
-    """
-
-    name: str
-    value: Tensor
-    plan: Tensor | None
-    memory: float | None
-    observations: int
-    is_skipped: bool = False
-    alignment: Alignment | None = None
-
-
-class TransportEngine:
-    """Turns the neurons of all pairs of a call into one differentiable term.
-
-    Args:
-        names: ``(student layer, teacher layer)`` of each pair.
-        weights: Weight of each pair. They sum to 1.
-        cost: The ground cost.
-        plan: Kind of plan; see :data:`lightning_otrt.transport.plans.PLANS`.
-        epsilon: Entropic regularisation relative to the mean cost.
-        memory: Decay of the running cost, or ``"auto"``: 0.98 where a call has fewer samples than neurons, else 0.
-        solve_every: Calls between two solves.
-        seed: Seed of random plans.
-        strict: Raise on the first call if there are too few observations; else the pair is skipped.
-        plans: Kind of plan of each pair, where ``plan`` is ``"auto"``.
-
-    Attributes:
-        plans: Kind of plan of each pair.
-        calls: Number of calls so far.
-        pairs: What is kept of each pair.
-        graphs: The calls that were captured as CUDA graphs.
-        bad_calls: Number of calls since the last read whose value was not finite, on the device; None before the first.
-        processes: Number of processes that average their gradients of the same term.
-    """
-
-    processes = 1
-
-    def __init__(
-        self,
-        names: Sequence[tuple[str, str]],
-        weights: Sequence[float],
-        cost: Cost,
-        plan: str,
-        epsilon: float,
-        memory: float | str,
-        solve_every: int,
-        seed: int,
-        *,
-        strict: bool = True,
-        plans: Sequence[str] = (),
-    ) -> None:
-        self.names, self.weights, self.plan, self.epsilon = names, weights, plan, epsilon
-        #: The layers of each pair, for errors.
-        self._places = [f"{student!r} -> {teacher!r}" for student, teacher in names]
-        self.memory, self.solve_every, self.seed, self.strict = memory, solve_every, seed, strict
-        self.cost = cost
-        self._use(plans or [plan] * len(names))
-        #: What needs no correlations, for errors.
-        self._otherwise = "cost='euclidean'"
-        if plan in (*ORTHOGONAL, "auto"):
-            self._otherwise = f"plan='sinkhorn' with {self._otherwise}"
-        self._absent: Collection[int] = ()
-        self._warned: set[str] = set()
-        self.graphs = StepGraphs()
-        self.reset()
-
-    def _use(self, plans: Sequence[str]) -> None:
-        """Make the couplings of the pairs, one for each kind of plan."""
-        self.plans = tuple(plans)
-        made = {
-            plan: get_coupling(
-                plan,
-                self.cost,
-                epsilon=self.epsilon,
-                memory=self.memory,
-                solve_every=self.solve_every,
-                seed=self.seed,
-            )
-            for plan in dict.fromkeys(plans)
-        }
-        self.couplings: list[Coupling] = [made[plan] for plan in plans]
+class TransportEngine(TermEngine):
+    """The engine of one process. See :class:`~lightning_otrt.steps.term_engine.TermEngine` for its arguments."""
 
     def reset(self) -> None:
         """Forget plans, statistics and counters."""
-        self.calls = 0
-        self.pairs = [PairState() for _ in self.names]
+        super().reset()
         self._stacks = Stacks()
-        self.graphs.forget()
-        self.bad_calls: Tensor | None = None
-
-    def term(
-        self,
-        views: Sequence[Sequence[tuple[Tensor, Tensor]]],
-        samples: int,
-        *,
-        absent: Collection[int] = (),
-        reevaluation: bool = False,
-    ) -> tuple[Tensor, list[PairDistance]]:
-        """The term of one call.
-
-        Args:
-            views: For each view, the neurons ``(N, n)`` and ``(M, n)`` of each pair. A pair whose layers did not run in
-                a view has no observations there: ``(N, 0)`` and ``(M, 0)``.
-            samples: Number of samples in all views.
-            absent: The pairs that ran in no view, whose lack of observations is no fault of the batch.
-            reevaluation: Whether this is the batch of the last call again, as in the closures of LBFGS. Plans and
-                statistics then stay as they are.
-
-        Returns:
-            Σ_pairs w_pair · mean over views of ⟨P, M⟩, differentiable once, and the distance of each pair. The mean is
-            that of the views in which the pair ran. A pair that ran in none, or has too few observations, is missing
-            from the sum, and the others keep their weights.
-
-        Raises:
-            ValueError: On the first call, if a value is not finite, or if ``strict`` and there are too few
-                observations. On any call, if a pair has other numbers of neurons than its plan.
-        """
-        self._absent = absent
-        with torch.no_grad(), without_autocast(views[0][0][0]):
-            batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
-            values = self._values(batches, samples, is_new=self.calls == 0 or not reevaluation)
-            total, distances = self._total(batches, values)
-        return self._attach(total, views, values), distances
-
-    def absent_pairs(self) -> list[int]:
-        """The pairs whose layers did not run in any call so far, on any process."""
-        return [index for index, state in enumerate(self.pairs) if not state.has_run]
 
     def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> Values:
         """Value and gradient of each pair that has any: observe, solve, evaluate."""
@@ -251,150 +98,8 @@ class TransportEngine:
                     evaluations[group] = due.evaluate
         return problems, evaluations
 
-    def _solve(self, problems: dict[Group, Problem], states: Mapping[Group, PairState]) -> None:
-        """Solve the plans of each problem, all of which are taken out of ``problems``."""
-        new = {group for group in problems if states[group].plan is None}
-        if isinstance(self.cost, CustomCost):
-            for group in new:
-                check_cost(problems[group][0], self.cost.function)
-        for coupling in dict.fromkeys(self.couplings):
-            own = {group: problems.pop(group) for group in list(problems) if self.couplings[group[0]] is coupling}
-            for group, solved in solve_plans(coupling, own, states):
-                states[group].keep(solved)
-                for number, index in enumerate(group if group in new else ()):
-                    plan = solved.plan
-                    if len(group) > 1:
-                        plan = type(plan)(*(part[number] for part in plan))
-                    self._warn(coupling.inspect(self.names[index], plan))
-
-    def _total(self, batches: Sequence[Batch], values: Values) -> tuple[Tensor, list[PairDistance]]:
-        """The weighted sum over pairs, and the distance of each."""
-        total: Tensor | None = None
-        distances = []
-        for index, (batch, state) in enumerate(zip(batches, self.pairs, strict=True)):
-            observations = self.processes * sum(counts_of(batch))
-            if index in values:
-                parts = [value for value, _ in values[index].values()]
-                value = parts[0] if len(parts) == 1 else torch.stack(parts).mean()
-                weight = self.weights[index]
-                total = value * weight if total is None else torch.add(total, value, alpha=weight)
-            else:
-                value = batch[0][0].new_full((), float("nan"))
-            plan = None if state.plan is None else state.plan.matrix
-            name, skipped = self.names[index][0], index not in values
-            alignment = state.plan if isinstance(state.plan, Alignment) else None
-            distances.append(PairDistance(name, value, plan, state.memory, observations, skipped, alignment))
-        if total is None:
-            total = batches[0][0][0].new_zeros(())
-        if self.bad_calls is None:
-            self.bad_calls = torch.zeros_like(total, dtype=torch.int64)
-        # The difference is NaN for an infinite total, too. `isfinite` would take four operations.
-        self.bad_calls += (total - total) != 0
-        return total, distances
-
-    def _attach(
-        self,
-        total: Tensor,
-        views: Sequence[Sequence[tuple[Tensor, Tensor]]],
-        values: Values,
-    ) -> Tensor:
-        """The total with its gradients for the student neurons of all views."""
-        inputs, gradients, factors = [], [], []
-        for index, results in values.items():
-            for view, (_, gradient) in results.items():
-                student = views[view][index][0]
-                inputs.append(student)
-                gradients.append(gradient.to(student.dtype))
-                factors.append(self.weights[index] / len(results) * self.processes)
-        with torch.enable_grad():
-            return attach_gradients(total, inputs, gradients, factors)
-
-    def _usable_views(self, index: int, counts: Sequence[int]) -> list[int]:
-        """The views in which a pair ran, by the observations of each; none if one of them has too few."""
-        if not any(counts) and index in self._absent:
-            return []
-        fewest = min(filter(None, counts), default=0)
-        return [view for view, count in enumerate(counts) if count] if self._has_enough(index, fewest) else []
-
-    def _has_enough(self, index: int, count: int) -> bool:
-        """Whether a pair has enough observations for a term. If not, a strict first call raises, and others warn."""
-        if count >= self.cost.min_observations:
-            return True
-        message = (
-            f"{self._places[index]} has {count} observations, and fewer than {self.cost.min_observations} carry no "
-            "correlation"
-        )
-        if self.calls == 0 and self.strict:
-            raise ValueError(f"{message}. Use a larger batch, layers with positions or tokens, or {self._otherwise}.")
-        self._warn([f"{message}: the pair is skipped for such batches. Use drop_last=True."])
-        return False
-
-    def _inspect(self, batches: Sequence[Batch]) -> None:
-        """Refuse a first batch with bad values, and warn of what will train badly."""
-        for names, batch in zip(self.names, batches, strict=True):
-            for y, x in batch:
-                if y.shape[-1]:
-                    self._warn(inspect_batch(names, y, x, self.cost, self.epsilon, self._otherwise))
-
-    def _warn(self, messages: Iterable[str]) -> None:
-        """Give each warning once."""
-        for message in messages:
-            if message not in self._warned:
-                self._warned.add(message)
-                warnings.warn(message, stacklevel=3)
-
     def synchronize(self) -> None:
-        """Bring statistics of several processes together before one of them saves; nothing to do for a single one."""
+        """Nothing to do for a single process."""
 
     def release_ranks(self) -> None:
-        """Let go of a process group that is about to end; nothing to do for a single process."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Counters, plans, potentials and statistics: what a resumed run needs to go on as if it had not stopped."""
-        return {
-            "names": [list(name) for name in self.names],
-            "settings": {
-                "cost": self.cost.name,
-                "plan": self.plan,
-                "plans": list(self.plans),
-                "memory": self.memory,
-            },
-            "calls": self.calls,
-            "pairs": [state.state_dict() for state in self.pairs],
-        }
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore :meth:`state_dict`.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            device: Device of the student.
-
-        Raises:
-            ValueError: If it was saved with other layers, another cost or another kind of plan.
-        """
-        saved = [tuple(name) for name in state["names"]]
-        if saved != [tuple(name) for name in self.names]:
-            raise ValueError(
-                f"The checkpoint was saved with the layer pairs {saved}, but this run has {list(self.names)}. "
-                "Resume with the same `layers`, or load the weights alone."
-            )
-        settings = state["settings"]
-        for name, own in (("cost", self.cost.name), ("plan", self.plan)):
-            if settings[name] != own:
-                raise ValueError(
-                    f"The checkpoint was saved with {name}={settings[name]!r}, but this run has {name}={own!r}. "
-                    f"Statistics and plans of one do not fit the other. Resume with the same `{name}`, or load "
-                    "the weights alone."
-                )
-        self.calls = state["calls"]
-        self._use(settings["plans"])
-        self.pairs = [
-            PairState.of(pair, coupling.resumed_memory(pair["memory"], settings["memory"]), device, coupling.plan_type)
-            for pair, coupling in zip(state["pairs"], self.couplings, strict=True)
-        ]
-
-
-def counts_of(batch: Batch) -> list[int]:
-    """Observations of each view."""
-    return [y.shape[-1] for y, _ in batch]
+        """Nothing to do for a single process."""

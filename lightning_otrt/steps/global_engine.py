@@ -9,70 +9,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_otrt.steps.coupling import MEMORY, Problem
-from lightning_otrt.steps.engine import Batch, TransportEngine, Values, counts_of
+from lightning_otrt.steps.messages import Message, Observed, added, fed, scaled
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.process_checks import SamePlans, check_same
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.steps.stacking import Group
-from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient, all_finite, decay_and_add
+from lightning_otrt.steps.term_engine import Batch, TermEngine, Values, counts_of
+from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient, all_finite
 from lightning_otrt.transport.tensors import widest
 
 __all__ = ["GlobalTransportEngine"]
 
 
-class Message(NamedTuple):
-    """What one pair of a process tells the others in a call. They receive the sum over processes of every tensor.
-
-    Attributes:
-        counts: Observations of each view.
-        energy: The share of this process in the running scale of the teacher.
-        sums: For a due plan: the sums of each view.
-        samples: For a due plan: the samples of the call.
-        running: For a due plan with memory: the share of this process in the running sums.
-        not_finite: For sums that feed the running ones and stay here: 1 if they are not finite, else 0.
-        rounds: Without a due plan: the first round of the value of each view.
-    """
-
-    counts: Tensor
-    energy: Tensor | None
-    sums: list[Sums]
-    samples: Tensor | None
-    running: Sums | None
-    not_finite: Tensor | None
-    rounds: list[Sums]
-
-
-@dataclass
-class Observed:
-    """What the exchange of a call leaves for the values of a pair: the sums of all processes, or begun rounds.
-
-    Attributes:
-        views: The views in which the pair ran on some process. Sums, rounds and replies are those of these views.
-        sums: The sums of each view over all processes.
-        energy: The scale of the teacher over all processes.
-        reference: The points around which the sums were taken.
-        rounds: For each view a generator that waits for the answer to its first round.
-        replies: Those answers.
-    """
-
-    views: list[int]
-    sums: list[Sums] = field(default_factory=list)
-    energy: Tensor | None = None
-    reference: tuple[Tensor, Tensor] | None = None
-    rounds: list[Rounds] = field(default_factory=list)
-    replies: list[Sums] = field(default_factory=list)
-
-
-class GlobalTransportEngine(TransportEngine):
-    """A :class:`TransportEngine` whose batch is that of all processes together.
+class GlobalTransportEngine(TermEngine):
+    """The engine whose batch is that of all processes together.
 
     Running sums and the scale of the teacher are kept as shares, which add up to the global ones. Every process makes
     the same calls with as many views. Pairs may have other numbers of observations on each process, also none where
@@ -80,8 +37,8 @@ class GlobalTransportEngine(TransportEngine):
 
     Args:
         ranks: The processes.
-        arguments: Arguments of :class:`TransportEngine`.
-        options: Options of :class:`TransportEngine`.
+        arguments: Arguments of :class:`TermEngine`.
+        options: Options of :class:`TermEngine`.
 
     Raises:
         ValueError: If the cost is not additive over observations, as a user's function need not be.
@@ -197,7 +154,7 @@ class GlobalTransportEngine(TransportEngine):
             # A pair that never ran anywhere has no reference. Its sums are zeros around any point.
             reference = state.reference or (y.new_zeros(y.shape[0], 1), x.new_zeros(x.shape[0], 1))
             sums = [self.cost.sums(y, x, reference) for y, x in batch]
-        unsent = [] if due or not sums else _add(sums)
+        unsent = [] if due or not sums else added(sums)
         rounds: list[Rounds] = []
         if state.plan is not None and not due:
             rounds = [coupling.shared_value(state, y, x, energy) for y, x in batch]
@@ -223,15 +180,15 @@ class GlobalTransportEngine(TransportEngine):
                 energy = torch.where(torch.isfinite(energy[0]), energy, state.energy * size)
             state.energy = energy / size
         if got.not_finite is not None:
-            state.sums, self._is_pending = _fed(state, state.sums, unsent, got.not_finite == 0), True
+            state.sums, self._is_pending = fed(state, state.sums, unsent, got.not_finite == 0), True
         if not got.sums:
             return Observed(views, replies=[got.rounds[view] for view in views] if got.rounds else []), None
         assert state.reference is not None
         observed = Observed(views, sums=[got.sums[view] for view in views], energy=energy, reference=state.reference)
-        total = _add(got.sums)
+        total = added(got.sums)
         is_finite = all_finite(total)
         if state.memory:
-            total = _fed(state, got.running, total, is_finite)
+            total = fed(state, got.running, total, is_finite)
             state.sums, self._is_pending = [part / size for part in total], False
             assert got.samples is not None
             coupling.count(state, got.samples, is_finite)
@@ -340,36 +297,10 @@ class GlobalTransportEngine(TransportEngine):
                 "Call `synchronize()` on all processes first; Lightning's checkpoints do.",
                 stacklevel=3,
             )
-        return _scaled(super().state_dict(), self.processes)
+        return scaled(super().state_dict(), self.processes)
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore :meth:`state_dict`, or that of a single process."""
-        super().load_state_dict(_scaled(state, 1 / self.processes), device)
+        super().load_state_dict(scaled(state, 1 / self.processes), device)
         self._is_pending = self._is_agreed = False
         self._same_plans = SamePlans()
-
-
-def _fed(state: PairState, running: Sums | None, new: Sums, is_finite: Tensor) -> Sums:
-    """The running sums with new ones, or those alone at the start. Sums that are not finite add nothing."""
-    assert state.memory is not None
-    running = [torch.zeros_like(part) for part in new] if running is None else running
-    return decay_and_add(running, state.memory, new, is_finite)
-
-
-def _add(sums: Sequence[Sums]) -> Sums:
-    """The sums of several views as one."""
-    return [torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] for parts in zip(*sums, strict=True)]
-
-
-def _scaled(state: dict[str, Any], factor: float) -> dict[str, Any]:
-    """The state of an engine with its additive statistics times ``factor``."""
-
-    def scale(pair: dict[str, Any]) -> dict[str, Any]:
-        sums, energy = pair["sums"], pair["energy"]
-        return {
-            **pair,
-            "sums": None if sums is None else [part * factor for part in sums],
-            "energy": None if energy is None else energy * factor,
-        }
-
-    return {**state, "pairs": [scale(pair) for pair in state["pairs"]]}

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.steps.term_engine import TermEngine
 from lightning_otrt.transport.named_costs import get_cost
 
 WEIGHTS = [0.2, 0.3, 0.5]
@@ -44,7 +45,7 @@ def blank(pair: int) -> tuple[Tensor, Tensor]:
     return y.detach()[:, :0], x[:, :0]
 
 
-def engine(cost: str, memory: float, ranks: Any = None) -> TransportEngine:
+def engine(cost: str, memory: float, ranks: Any = None) -> TermEngine:
     names = [(f"s{pair}", f"t{pair}") for pair in range(3)]
     settings = {"plan": TERMS[cost]["plan"], "epsilon": 0.02, "memory": memory, "solve_every": 3, "seed": 0}
     arguments = (names, WEIGHTS, get_cost(TERMS[cost]["cost"]))

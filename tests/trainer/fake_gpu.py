@@ -65,7 +65,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.reading.mask_search._is_common", lambda value: True)
         patch.setattr("lightning_otrt.reading.mask_search._count", lambda samples: 0)
         patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
-        patch.setattr("lightning_otrt.steps.engine.inspect_batch", lambda *args: ())
+        patch.setattr("lightning_otrt.steps.term_engine.inspect_batch", lambda *args: ())
         patch.setattr("lightning_otrt.steps.distillation.Distillation._check", lambda self, views, is_regression: None)
         patch.setattr("lightning_otrt.steps.coupling.inspect_plan", lambda *args: ())
         patch.setattr("lightning_otrt.steps.coupling.TRAINING_ITERATIONS", 3)
