@@ -51,6 +51,7 @@ class TracedMask:
         empty: Number of samples in which it leaves no token.
         padded: Number of samples in which it leaves out a token.
         is_doubtful: Whether the layer may hold another sequence than the mask.
+        longest: The largest of lengths that stand in place of a mask; 1 where they are shares of the longest.
     """
 
     source: MaskSource
@@ -60,6 +61,7 @@ class TracedMask:
     empty: int = 0
     padded: int = 0
     is_doubtful: bool = False
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class LayerMasks:
         on_grid: A mask that leaves out tokens of a layer whose tokens are read as a map, which has no padding.
         drops_prefix: Whether the mask leaves out the prefix tokens of the layer.
         flat: A mask that leaves out tokens where the tokens of all samples lie along one axis.
+        on_map: A mask, or lengths, that leaves out positions of the input where the layer is a map, whose padding is
+            read.
     """
 
     sources: tuple[MaskSource, ...] = ()
@@ -84,6 +88,7 @@ class LayerMasks:
     on_grid: TracedMask | None = None
     drops_prefix: bool = False
     flat: TracedMask | None = None
+    on_map: TracedMask | None = None
 
 
 def choose_masks(

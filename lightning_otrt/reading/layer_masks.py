@@ -8,7 +8,7 @@ from dataclasses import replace
 from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
-from lightning_otrt.reading.mask_names import may_mark_padding
+from lightning_otrt.reading.mask_names import is_mask_name, may_mark_padding
 from lightning_otrt.reading.mask_search import holds_lengths
 from lightning_otrt.reading.masks import unknown_polarity
 from lightning_otrt.reading.token_grid import find_token_grid
@@ -37,7 +37,13 @@ def layer_masks(
     found = (_named(side, trace, layer, mask),) if mask not in (None, "auto") else layer.masks
     tensor = trace.tensor(name, select)
     if mask == "auto" and tensor is not None and len(tensor.shape) != 3:
-        return LayerMasks(flat=flat_mask(trace, tensor))
+        return LayerMasks(flat=flat_mask(trace, tensor), on_map=_map_mask(trace, tensor))
+    if mask is not None and tensor is not None and len(tensor.shape) > 3:
+        raise ValueError(
+            f"mask={mask!r} cannot be used for the {side} layer {name!r}, a map of shape {tensor.shape}: padding is "
+            "left out of sequences (B, T, C) and (B, C, T) alone. Match layers that give those, or pass mask=None to "
+            "read it."
+        )
     if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
         return LayerMasks()
     samples, tokens = (tensor.shape[place] for place in (tensor.batch_axis, _position_axis(axis, tensor.batch_axis)))
@@ -74,6 +80,27 @@ def flat_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
     rows = tensor.shape[0]
     found = (mask for layer in trace.layers for mask in layer.masks if mask.shape is not None and mask.padded)
     return next((mask for mask in found if rows == math.prod(mask.shape or ()) != trace.batch_size), None)
+
+
+def _map_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
+    """The mask, or the lengths, of an input from which a map ``(B, C, F, T)`` may come, where some of it is padding."""
+    samples = tensor.shape[0]
+    if len(tensor.shape) < 4 or not trace.is_sample_count(samples) or math.prod(tensor.positions) < 2:
+        return None
+    entered = [shape for layer in trace.layers if _is_input(layer, trace) for shape in layer.input_shapes]
+    sizes = {size for shape in entered if len(shape) > 2 and shape[0] == samples for size in shape[1:]}
+    for known in trace.arguments:
+        if known.shape is None or known.shape[0] != samples:
+            continue
+        fits = known.longest in {1, *sizes} if holds_lengths(known) else sizes.issuperset(known.shape[1:])
+        if fits and (holds_lengths(known) or (known.padded and is_mask_name(known.source.argument))):
+            return known
+    return None
+
+
+def _is_input(layer: TracedLayer, trace: Trace) -> bool:
+    """Whether inputs of the model enter a layer."""
+    return layer.takes_model_input or layer.name == trace.root
 
 
 def pair_masks(pair: LayerPair, student: Trace, teacher: Trace) -> tuple[LayerMasks, LayerMasks]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning_otrt.layers.mask_sources import OF_TARGET
 from lightning_otrt.reading.calls import Call, argument_names, takes_any
 
-__all__ = ["LABELS", "late_names", "may_mark_padding", "memory_names", "own_names"]
+__all__ = ["LABELS", "is_mask_name", "late_names", "may_mark_padding", "memory_names", "own_names"]
 
 _ENCODER = {
     "attention_mask": "valid",
@@ -109,5 +109,13 @@ def may_mark_padding(name: str) -> bool:
         (True, False, False)
     """
     *words, last = name.split("_")
-    is_known = name in _ENCODER or name in _DECODER
-    return last in ("mask", "masks", "valid") and not is_known and _OTHER_MASKS.isdisjoint(words)
+    return last in ("mask", "masks", "valid") and not _is_known(name) and _OTHER_MASKS.isdisjoint(words)
+
+
+def is_mask_name(name: str) -> bool:
+    """Whether an argument is called as a padding mask, of known or unknown meaning."""
+    return _is_known(name) or may_mark_padding(name)
+
+
+def _is_known(name: str) -> bool:
+    return name in _ENCODER or name in _DECODER

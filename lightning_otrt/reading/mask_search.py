@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import OF_TARGET, MaskSource, TracedMask
 from lightning_otrt.reading.calls import Call, argument_names, is_ids, is_tensor
-from lightning_otrt.reading.mask_names import LABELS, late_names, may_mark_padding, memory_names, own_names
+from lightning_otrt.reading.mask_names import (
+    LABELS,
+    is_mask_name,
+    late_names,
+    may_mark_padding,
+    memory_names,
+    own_names,
+)
 from lightning_otrt.reading.masks import as_rows, count_frames, is_pairwise, problem_of, valid_tokens
 
 __all__ = ["MaskSearch", "holds_lengths"]
@@ -103,7 +110,11 @@ class MaskSearch:
         found = []
         for name in argument_names(root):
             source = MaskSource(root.name, name, "valid", root.method, is_named=True)
-            found.append(self._traced(root, source) or _no_mask(root.arguments.get(name), source))
+            value = root.arguments.get(name)
+            traced = self._traced(root, source) or _no_mask(value, source)
+            if isinstance(value, Tensor) and value.dim() == 2 and not value.is_nested and is_mask_name(name):
+                traced = replace(traced, padded=_uneven(value))
+            found.append(traced)
         return tuple(found)
 
     def _traced(self, call: Call, source: MaskSource) -> TracedMask | None:
@@ -145,11 +156,39 @@ def holds_lengths(mask: TracedMask) -> bool:
 
 
 def _no_mask(value: Any, source: MaskSource) -> TracedMask:
-    is_whole = isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
-    words = {"length", "lengths", "len", "lens"}
-    if is_whole and not words.isdisjoint(source.argument.split("_")):
-        return TracedMask(source, tuple(value.shape), problem="it holds lengths and is no mask (B, T)")
+    lengths = _lengths(value)
+    if lengths is not None and _may_be_lengths(source.argument):
+        problem = "it holds lengths and is no mask (B, T)"
+        return TracedMask(source, tuple(lengths.shape), problem=problem, longest=int(lengths.max()))
+    if isinstance(value, Tensor) and value.dim() == 3 and is_mask_name(source.argument):  # pixels (B, H, W)
+        return TracedMask(source, tuple(value.shape), problem="it is no mask (B, T)", padded=_uneven(value))
     return TracedMask(source, None, problem="it is no mask (B, T)")
+
+
+def _lengths(value: Any) -> Tensor | None:
+    """Whole numbers, one for each sample, or shares of the longest one, which has 1."""
+    if isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
+        return torch.tensor(value)
+    if not isinstance(value, Tensor) or value.dim() != 1 or not value.numel() or value.dtype == torch.bool:
+        return None
+    if value.is_floating_point():
+        return value if bool((value > 0).all() & (value.max() == 1)) else None
+    return None if value.is_complex() else value
+
+
+def _may_be_lengths(name: str) -> bool:
+    """Whether an argument is called as one of lengths: ``lengths``, ``x_lens``, ``seqlens``, ``num_frames``."""
+    words = name.lower().split("_")
+    is_count = (
+        len(words) > 1 and words[0] in ("n", "nb", "num") and words[-1] in ("frames", "points", "steps", "tokens")
+    )
+    return is_count or any(word.endswith(("length", "lengths", "len", "lens")) for word in words)
+
+
+def _uneven(mask: Tensor) -> int:
+    """In how many samples some elements of a mask are others than the rest."""
+    flat = mask.flatten(1)
+    return _count((flat != flat[:, :1]).any(1))
 
 
 def _holds_other(call: Call, inner: Sequence[Call]) -> bool:

@@ -29,6 +29,11 @@ _WARNINGS = {
         "pooled like one: their padding is read. Give the network images of one size, match layers after the tokens "
         "are put together, or pass LayerPair(mask=None)."
     ),
+    "on_map": (
+        "The argument {mask!r} of the {side} says what of its input is padding, and the layers {layers} are maps, "
+        "whose padding is read. Match layers that give sequences (B, T, C) or (B, C, T), or give the network samples "
+        "of one size. LayerPair(mask=None) says that this is meant."
+    ),
     "lengths": (
         "The argument {mask!r} of the {side} may say how many positions of the layers {layers} are no padding, which "
         "is read. Give the network a mask (B, T) too and name it with LayerPair(mask=...), or pass mask=None."
@@ -94,6 +99,8 @@ def _problems(masks: LayerMasks) -> Iterator[tuple[str, TracedMask]]:
         yield "misfit", masks.misfit
     if masks.flat is not None:
         yield "flat", masks.flat
+    if masks.on_map is not None:
+        yield "on_map", masks.on_map
     if masks.on_grid is not None:
         yield "on_grid", masks.on_grid
     if masks.used is not None and masks.used.empty:
