@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _MEMORY_OF_LATENTS = ("inputs", "context")
 
 @dataclass(frozen=True)
 class Call:
-    """A module that is running.
+    """A module that is running. What follows from its arguments is found once, since each layer inside of it reads it.
 
     Args:
         name: Its name.
@@ -37,26 +37,26 @@ class Call:
     arguments: Mapping[str, Any]
     method: str = "forward"
 
-    @property
+    @cached_property
     def sequence(self) -> Tensor | None:
         """Its first tensor that is no mask."""
         return next((value for name, value in self.arguments.items() if is_tensor(value) and "mask" not in name), None)
 
-    @property
+    @cached_property
     def looks_at_memory(self) -> bool:
         """Whether it is a decoder or a part of one, which gets another sequence too."""
         names = [name for name in _MEMORY if self.arguments.get(name) is not None]
         names += [name for name in _MEMORY_OF_LATENTS if is_tensor(self.arguments.get(name))]
         return any(self.arguments[name] is not self.sequence for name in names)
 
-    @property
+    @cached_property
     def memories(self) -> tuple[Tensor, ...]:
         """The sequences that its own one looks at."""
         names = [*_MEMORY, *_MEMORY_OF_LATENTS, *(("key", "value") if self.is_cross_attention else ())]
         found: list[Any] = [self.arguments.get(name) for name in names]
         return tuple(value for value in found if is_tensor(value) and value is not self.sequence)
 
-    @property
+    @cached_property
     def is_cross_attention(self) -> bool:
         """Whether its mask is that of the keys, and these are no queries."""
         query, key = self.arguments.get("query"), self.arguments.get("key")
@@ -64,7 +64,7 @@ class Call:
         has_other_keys = key is not None and query is not None and key is not query
         return is_named or has_other_keys or self.arguments.get("key_value_states") is not None
 
-    @property
+    @cached_property
     def has_two_sequences(self) -> bool:
         """Whether it gets the sequences of an encoder and of a decoder."""
         return any(name.startswith(OF_TARGET) for name in self.arguments) and not self.looks_at_memory

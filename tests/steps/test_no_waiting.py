@@ -32,9 +32,11 @@ def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
 @needs_cuda_build
 @pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
-@pytest.mark.parametrize("solve_every", [1, 10])
-def test_nothing_waits_for_the_device(cost: str, memory: float, solve_every: int) -> None:
-    call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=solve_every))
+def test_nothing_waits_for_the_device(cost: str, memory: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third of the calls is one between two solves."""
+    for name in ("TRAINING_ITERATIONS", "WARM_ITERATIONS"):  # all of which are alike
+        monkeypatch.setattr(f"lightning_otrt.steps.coupling.{name}", 3)
+    call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=10))
 
 
 @needs_cuda_build
