@@ -127,6 +127,7 @@ class Trace:
         unclear_axes: Names of layers of which nothing tells the axis of the samples.
         unordered_tokens: Names of layers with a token for each position of a map, which are not shown to lie row by
             row; ``":input"`` for what enters.
+        chosen_rows: Names of layers whose rows are not shown to be the samples, or all their positions.
     """
 
     layers: tuple[TracedLayer, ...]
@@ -142,6 +143,7 @@ class Trace:
     reordered: tuple[str, ...] = ()
     unclear_axes: tuple[str, ...] = ()
     unordered_tokens: tuple[str, ...] = ()
+    chosen_rows: tuple[str, ...] = ()
 
     @property
     def shows_output(self) -> bool:

@@ -30,6 +30,7 @@ from lightning_otrt.reading.root import (
     split_root,
     warn_of_whole_teacher,
 )
+from lightning_otrt.reading.row_choice import settle_rows
 from lightning_otrt.reading.sample_warnings import warn_of_other_samples
 from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.reading.tracer import trace
@@ -136,8 +137,9 @@ def pair_layers(
     def checked(pairs: tuple[LayerPair, ...], notes: Sequence[str]) -> Pairing:
         student_trace, teacher_trace = traces
         own = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-        student_trace = settle_token_order(student, student_trace, own[0], inputs, method)
-        teacher_trace = settle_token_order(teacher, teacher_trace, own[1], teacher_inputs)
+        for settle in (settle_token_order, settle_rows):
+            student_trace = settle(student, student_trace, own[0], inputs, method)
+            teacher_trace = settle(teacher, teacher_trace, own[1], teacher_inputs)
         plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
         told = "\n".join(filter(None, [*notes, describe_reach(student, student_trace, pairs, method), runs_part]))
         warn_of_whole_teacher(same_part(student, root, teacher), pairs, root, teacher_trace)

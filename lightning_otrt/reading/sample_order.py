@@ -12,7 +12,7 @@ from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.outputs import all_tensors
 from lightning_otrt.reading.profiles import Inputs, is_close, mapped, profiles
 
-__all__ = ["settle_order"]
+__all__ = ["rolled", "settle_order"]
 
 
 def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, input_axis: int = 0) -> Trace:
@@ -39,7 +39,7 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
     try:
         first, second = (
             profiles(model, traced, given, method)
-            for given in (InputGuard().copied(inputs), _rolled(inputs, traced.batch_size, input_axis))
+            for given in (InputGuard().copied(inputs), rolled(inputs, traced.batch_size, input_axis))
         )
     except Exception:  # these samples cannot stand in another order: the sizes have to tell
         return replace(traced, unclear_axes=tuple(sorted(unclear)))
@@ -78,7 +78,7 @@ def _is_square(tensor: TracedTensor | None, traced: Trace) -> bool:
     return tensor is not None and len(tensor.shape) == 3 and tensor.shape[0] == tensor.shape[1] == traced.batch_size
 
 
-def _rolled(inputs: Inputs, samples: int, axis: int) -> Inputs:
+def rolled(inputs: Inputs, samples: int, axis: int) -> Inputs:
     """The inputs with the last sample first; a list of one number for each sample counts as a tensor."""
 
     def roll(tensor: Tensor) -> Tensor:

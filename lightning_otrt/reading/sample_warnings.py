@@ -48,17 +48,23 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
                 "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
                 stacklevel=2,
             )
-    for place, (side, trace, _) in enumerate(sides):
-        tensors = {(pair.student, pair.teacher)[place]: _tensor(trace, pair, place) for pair in pairs}
-        chosen = {name: tensor.shape for name, tensor in tensors.items() if tensor and _has_chosen_rows(trace, tensor)}
-        if chosen:
-            warnings.warn(
-                f"The {side} layers {chosen} have as many rows as neither samples nor all of their positions make: the "
-                "network may choose them, as for the experts of a mixture or the proposals of a detector, and each "
-                "network chooses other ones. Then different rows are matched. Name the module around them, which "
-                "gives all tokens. Where both networks have the same rows, such as the valid tokens, nothing is wrong.",
-                stacklevel=2,
-            )
+    for place, (side, trace, layers) in enumerate(sides):
+        tensors = {layer: _tensor(trace, pair, place) for layer, pair in zip(layers, pairs, strict=True)}
+        odd = [name for name, tensor in tensors.items() if tensor and _has_chosen_rows(trace, tensor)]
+        others = [name for name in tensors if name in trace.chosen_rows and name not in odd]
+        what = {
+            "have as many rows as neither samples nor all of their positions make": odd,
+            "have rows that do not follow the samples when these are in another order": others,
+        }
+        for problem, chosen in what.items():
+            if chosen:
+                warnings.warn(
+                    f"The {side} layers {chosen} {problem}: the network may choose them, as for the experts of a "
+                    "mixture or the proposals of a detector, and each network chooses other ones. Then different rows "
+                    "are matched. Name the module around them, which gives all tokens. Where both networks have the "
+                    "same rows, such as the valid tokens, nothing is wrong.",
+                    stacklevel=2,
+                )
     for side, trace, layers in sides:
         unclear = sorted({name for name in layers if name in trace.unclear_axes})
         if unclear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.embed, self.router = nn.Linear(5, width), nn.Linear(width, 2)
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(2))
-        self.head, self.capacity = nn.Linear(width, 3), capacity
+        self.mixed, self.head, self.capacity = nn.Linear(width, width), nn.Linear(width, 3), capacity
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -33,7 +34,24 @@ class Mixture(nn.Module):
         for number, expert in enumerate(self.experts):
             chosen = scores[:, number].topk(self.capacity or len(tokens)).indices
             mixed = mixed.index_add(0, chosen, expert(tokens[chosen]) * scores[chosen, number, None])
-        return self.head(mixed.view_as(x).mean(1))
+        return self.head(self.mixed(mixed.view_as(x)).mean(1))
+
+
+class Listed(nn.Module):
+    """Two branches on rows that are some of the tokens, in some order."""
+
+    def __init__(self, width: int, rows: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.head, self.rows = nn.Linear(5, width), nn.Linear(width, 3), rows
+        self.members = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.experts = nn.ModuleDict({str(number): nn.Linear(width, width) for number in range(2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows(self.embed(x))
+        rows = rows.flatten(0, -2)
+        for branch in (*self.members, *self.experts.values()):
+            rows = rows + branch(rows)
+        return self.head(rows)
 
 
 def run(student: nn.Module, teacher: nn.Module, layers: object, x: Tensor) -> str:
@@ -51,6 +69,33 @@ def run(student: nn.Module, teacher: nn.Module, layers: object, x: Tensor) -> st
 def test_experts_are_warned_of(layer, capacity):
     with pytest.warns(UserWarning, match=ROWS) as caught:
         run(Mixture(6, capacity), Mixture(9, capacity), [layer], torch.randn(8, 10, 5))
+    assert {str(warning.message).split(" layers")[0] for warning in caught} == {"The student", "The teacher"}
+
+
+def by_score(tokens: Tensor) -> Tensor:
+    """The eight tokens of a batch of eight that score highest."""
+    tokens = tokens.flatten(0, 1)
+    return tokens[tokens[:, 0].topk(8).indices]
+
+
+def above(tokens: Tensor) -> Tensor:
+    """The highest token of each sample, the samples in the order of its score."""
+    best = tokens.gather(1, tokens[..., :1].argmax(1, keepdim=True).expand(-1, -1, tokens.shape[2]))[:, 0]
+    return best[best[:, 0].argsort()]
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        *((lambda width, rows=rows: Listed(width, rows), "members.0") for rows in (by_score, above)),
+        (lambda width: Listed(width, by_score), "experts.1:input"),
+        *((lambda width, count=count: Mixture(width, count), "experts.1") for count in (8, 80)),
+        (lambda width: Mixture(width, None), "experts.0.0"),
+    ],
+)
+def test_as_many_rows_as_samples_or_tokens_by_chance_are_warned_of(make, layer):
+    with pytest.warns(UserWarning, match="rows that do not follow the samples") as caught:
+        run(make(6), make(9), [layer], torch.randn(8, 10, 5))
     assert {str(warning.message).split(" layers")[0] for warning in caught} == {"The student", "The teacher"}
 
 
@@ -90,7 +135,11 @@ class Views(nn.Module):
 @pytest.mark.parametrize(
     ("make", "layer", "shape"),
     [
-        (lambda width: Mixture(width, None), "experts.0", (8, 10, 5)),
+        (lambda width: Mixture(width, None), "mixed", (8, 10, 5)),
+        (lambda width: Listed(width, lambda x: x), "members.0", (8, 10, 5)),
+        (lambda width: Listed(width, lambda x: x.transpose(0, 1)), "members.1", (8, 10, 5)),
+        (lambda width: Listed(width, lambda x: x[:, 0]), "members.0", (8, 10, 5)),
+        (lambda width: Listed(width, lambda x: x.mean(1)), "experts.1:input", (8, 10, 5)),
         (Windows, "pooled", (8, 10, 5)),
         (Flattened, "each", (4, 3, 16, 16)),
         (Views, "head:input", (4, 3, 16, 16)),
