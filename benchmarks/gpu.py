@@ -3,7 +3,7 @@
 Checks values, gradients and plans on CUDA against float64 on the CPU, counts waits and kernel launches, captures the
 plan solve in a CUDA graph, and times the solve, GeomLoss' loss beside it, and a ResNet-50 step (bfloat16, batch 64,
 224 × 224, five pairs) with CUDA events; times fits with the callback, without and with the teacher cache; and, where
-there are two devices, steps of the global batch through NCCL. Writes ``results/gpu.json``.
+there are two devices, steps of the global batch through NCCL. Writes ``results/gpu.json`` and ``results/gpu.md``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_page import write
 from benchmarks.gpu_runs import against_samples_loss, callback_epochs, global_steps
+from benchmarks.pages import RESULTS, here
 from benchmarks.problems import CLOUDS, COSTS, SHAPES, neurons
 from benchmarks.steps import STAGES, Steps, TermAlone, engine_step
 from benchmarks.timing import Quartiles, wall_clock
@@ -246,13 +247,19 @@ def main() -> int:
     """Run all parts and write the results; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU with tiny networks; writes nothing")
-    rehearsal = parser.parse_args().cpu
+    parser.add_argument("--report", action="store_true", help="write the page from results/gpu.json, and run nothing")
+    options = parser.parse_args()
+    rehearsal, path = options.cpu, RESULTS / "gpu.json"
+    if options.report:
+        write(json.loads(path.read_text()))
+        return 0
     if not rehearsal and not torch.cuda.is_available():
         print("benchmarks.gpu: there is no CUDA device here, so there is nothing to measure. `--cpu` rehearses it.")
         return 0
     start = time.perf_counter()
     results = {
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+        "where": here(),
         **measure("cpu" if rehearsal else "cuda"),
     }
     results["seconds"] = time.perf_counter() - start
@@ -264,9 +271,8 @@ def main() -> int:
     print(f"{len(results['checks']) - len(failed)} of {len(results['checks'])} checks pass; {waits}.")
     print(json.dumps({key: results[key] for key in results if key not in ("checks", "counts")}, indent=1))
     if not rehearsal:
-        path = Path(__file__).parent / "results" / "gpu.json"
-        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
+        write(json.loads(path.read_text()))
     return 1 if failed or waiting else 0
 
 

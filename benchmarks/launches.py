@@ -119,10 +119,9 @@ def report(rows: list[dict[str, Any]], before: list[dict[str, Any]] | None, comm
         f"two. Pairs of {width} and {columns} neurons with {observations} observations; the counts do not depend on "
         "these numbers.",
         "",
-        "Nothing of a call is captured in a CUDA graph. A graph saves the time of launches, which these counts bound. "
-        "No capture of a whole call could be run, for want of a GPU, and code that has never run is not shipped. What "
-        "can be known without one: nothing in a solve waits for the device, and no shape depends on a value. "
-        "`python -m benchmarks.gpu` captures a warm solve where there is a GPU, compares its plan and times both.",
+        "These are the counts of calls that are not captured in a CUDA graph: the first two of each kind, those whose "
+        "shapes are never the same again, and those of a global batch. A captured call of any number of pairs is one "
+        "launch, with copies of its neurons before and of its gradients after it: [GPU](gpu.md).",
         "",
         f"| pairs of equal shape | cost | memory | between solves{', before' if before else ''} |"
         + (" between solves, after |" if before else "")

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.sources import changed, hashes
 
-__all__ = ["RESULTS", "check", "mark", "stamp", "write_page"]
+__all__ = ["RESULTS", "check", "here", "mark", "stamp", "write_page"]
 
 #: Where pages, their data and their figures are.
 RESULTS = Path(__file__).parent / "results"
@@ -31,13 +31,14 @@ _STALE = "*Stale: since then "
 _NAMED = 3
 
 
-def write_page(page: str, folder: Path = RESULTS, *, measured: bool = True) -> Path:
+def write_page(page: str, folder: Path = RESULTS, *, measured: bool = True, where: str = "") -> Path:
     """Write a page under the name of its title.
 
     Args:
         page: Markdown that starts with ``# Title``.
         folder: Where it goes.
         measured: Whether all its numbers come from the code as it is. If not, the page keeps the stamp that it had.
+        where: Commit, day and machine of numbers that come from another machine, in place of those of this one.
 
     Returns:
         The file, such as ``results/fixed_views.md`` for ``# Fixed views``.
@@ -48,20 +49,25 @@ def write_page(page: str, folder: Path = RESULTS, *, measured: bool = True) -> P
     name = re.sub(r"[^a-z0-9]+", "_", title[2:].lower()).strip("_")
     records = _read(folder)
     if measured or name not in records:
-        records[name] = {"stamp": stamp(), "files": hashes(name)}
+        records[name] = {"stamp": stamp(where), "files": hashes(name)}
         (folder / RECORDS).write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
     path = folder / f"{name}.md"
     path.write_text(f"{page.rstrip()}\n\n{_ending(name, records[name])}\n")
     return path
 
 
-def stamp() -> str:
+def stamp(where: str = "") -> str:
     """Commit, day and machine, as the last line of a page."""
+    return f"*Measured at {where or here()}.*"
+
+
+def here() -> str:
+    """The code as it is, today and this machine."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True, check=False
     )
     commit = found.stdout.strip() or "unknown"
-    return f"*Measured at commit {commit} on {date.today()}; {_processor()}, torch {torch.__version__}.*"
+    return f"commit {commit} on {date.today()}; {_processor()}, torch {torch.__version__}"
 
 
 def stale(folder: Path = RESULTS) -> dict[str, list[str]]:

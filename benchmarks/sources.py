@@ -30,6 +30,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "benchmarks/efficiency.py",
         "benchmarks/fixed_views.py",
     ),
+    "gpu": (
+        *_TERM,
+        "lightning_otrt/teacher",
+        *(f"benchmarks/{name}.py" for name in ("gpu", "gpu_runs", "problems", "rivals", "steps")),
+    ),
     "launches": (*_ENGINE, "benchmarks/launches.py"),
     "weight_on_real_checkpoints": (
         *_TERM,

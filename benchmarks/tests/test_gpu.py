@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.gpu import check, count, network_step, time_of, tiny
+from benchmarks.gpu_page import page
 from benchmarks.gpu_runs import against_samples_loss, callback_epochs, global_steps
+from benchmarks.pages import RESULTS
 
 SHAPE = (24, 16, 48)
 
@@ -43,3 +47,12 @@ def test_two_processes() -> None:
     found = global_steps("cpu", calls=2)
     assert list(found) == ["no term", "local", "global"]
     assert min(found.values()) > 0
+
+
+def test_the_page_of_what_was_measured() -> None:
+    """From the file in the repository, which a GPU wrote."""
+    results = json.loads((RESULTS / "gpu.json").read_text())
+    text = page(results)
+    assert f"on one {results['device']}." in text
+    assert "0 of 24 kinds of call wait" in text
+    assert len([line for line in text.splitlines() if line.startswith("| 2048 × 2048 × 256 |")]) == 3

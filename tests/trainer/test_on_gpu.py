@@ -19,7 +19,12 @@ from trainer.test_no_waiting import OPTIONS, Encoder, Manual, TwoViews, Words, p
 from lightning_otrt import LogitDistillation, OTRTCallback, OTRTModule, OTRTMonitor
 from lightning_otrt.steps import step_graphs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # Of the fits on a CPU that others are compared with, and of torch's search for waits.
+    pytest.mark.filterwarnings("ignore:GPU available but not used", "ignore:Synchronization debug mode is a prototype"),
+]
 
 
 @pytest.fixture(autouse=True)
