@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lightning_otrt.checks import check_count, check_number
 
-__all__ = ["CosineDecay", "LinearWarmup", "Schedule", "weight_at"]
+__all__ = ["CosineDecay", "LinearWarmup", "Schedule", "factor_at"]
 
 #: From the number of completed optimizer steps to a factor on the weight.
 Schedule = Callable[[int], float]
@@ -77,12 +77,11 @@ class CosineDecay:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def weight_at(step: int, weight: float, schedule: Schedule | None) -> float:
-    """The weight at a step.
+def factor_at(step: int, schedule: Schedule | None) -> float:
+    """The factor on the weight at a step.
 
     Args:
         step: Number of completed optimizer steps.
-        weight: The full weight.
         schedule: From the step to a factor on the weight; None: always the full weight.
 
     Raises:
@@ -95,7 +94,7 @@ def weight_at(step: int, weight: float, schedule: Schedule | None) -> float:
             f"step {step}. A schedule maps the step to a factor on `weight`: return a float, 0 for a step without "
             "the term."
         )
-    return weight * float(factor)
+    return float(factor)
 
 
 def _check_steps(schedule: object, steps: int, what: str) -> None:

@@ -19,7 +19,7 @@ from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.views import NoTermError
 from lightning_otrt.recording import RecordedStudent
 from lightning_otrt.run_state import RunState
-from lightning_otrt.schedules import Schedule, weight_at
+from lightning_otrt.schedules import Schedule, factor_at
 from lightning_otrt.steps.distillation import Distillation
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
@@ -218,7 +218,8 @@ class RepresentationTransfer(RecordedStudent):
     @property
     def current_weights(self) -> Weights:
         """The weights of both terms at the current step; see :attr:`current_weight`."""
-        return Weights(*(weight_at(self.step, weight, self.schedule) for weight in (self.weight, self._distills)))
+        factor = factor_at(self.step, self.schedule)
+        return Weights(self.weight * factor, self._distills * factor)
 
     @contextmanager
     def attached(self, student: nn.Module) -> Iterator[RepresentationTransfer]:

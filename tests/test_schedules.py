@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_otrt import CosineDecay, LinearWarmup
-from lightning_otrt.schedules import weight_at
+from lightning_otrt.schedules import factor_at
 
 
 def test_linear_warmup():
@@ -57,6 +57,6 @@ def test_final(final, error):
 @pytest.mark.parametrize("factor", [-1.0, math.nan, math.inf, "1", None, True])
 def test_a_schedule_that_gives_no_factor(factor: Any):
     with pytest.raises(ValueError, match=r"`schedule` to give a finite number .* at step 7.*return a float"):
-        weight_at(7, 2.0, lambda step: factor)
-    assert weight_at(7, 2.0, lambda step: step) == 14.0
-    assert weight_at(7, 2.0, None) == 2.0
+        factor_at(7, lambda step: factor)
+    assert factor_at(7, lambda step: step) == 7.0
+    assert factor_at(7, None) == 1.0

@@ -120,18 +120,17 @@ class NeuronReader:
     select: str | int | None = None
     _windows: Windows = field(default_factory=Windows, init=False, repr=False, compare=False)
 
-    def __call__(self, output: Any, mask: Tensor | None = None, token_grid: tuple[int, ...] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, mask: Tensor | None = None, token_grid: tuple[int, ...] | None = None) -> Tensor:
         """Read one output.
 
         Args:
-            output: See :func:`neurons`.
+            x: The tensor that :func:`select_tensor` takes from the output by ``select``.
             mask: ``(B, T)``, true where a position is not padding; used for sequences only.
             token_grid: Rows and columns of this output, where they are not those of the reader.
 
         Returns:
             ``(B, C, *positions)``, a tensor of its own.
         """
-        x = select_tensor(output, self.select, where=self.layer)
         if hasattr(x, "device_mesh"):
             raise TypeError(
                 f"{self.layer} gives a DTensor, whose neurons are spread over processes (tensor parallel). A term of "

@@ -27,11 +27,12 @@ class TransportEngine(TermEngine):
 
     def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> Values:
         """Value and gradient of each pair that has any: observe, solve, evaluate."""
-        active = {index: self._usable_views(index, counts_of(batch)) for index, batch in enumerate(batches)}
+        counts = [counts_of(batch) for batch in batches]
+        active = {index: self._usable_views(index, each) for index, each in enumerate(counts)}
         if self.calls == 0:
             self._inspect(batches)
-        for state, batch in zip(self.pairs, batches, strict=True):
-            state.has_run = state.has_run or any(counts_of(batch))
+        for state, each in zip(self.pairs, counts, strict=True):
+            state.has_run = state.has_run or any(each)
         present = {index: [batches[index][view] for view in views] for index, views in active.items() if views}
         if is_new:
             for index, batch in present.items():

@@ -13,9 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lightning_otrt import neurons
-from lightning_otrt.reading.neurons import NeuronReader
 from lightning_otrt.reading.outputs import all_tensors, describe, output_items, returned_tensors, select_tensor
-from lightning_otrt.reading.positions import as_matrix
 
 
 class Opaque:
@@ -66,7 +64,6 @@ X, Z = torch.randn(4, 6), torch.randn(4, 3)
 def test_select(output: Any, select: str | int | None) -> None:
     assert select_tensor(output, select, "layer") is X
     assert torch.equal(neurons(output, select=select), X.T)
-    assert torch.equal(as_matrix(NeuronReader("layer", select=select)(output)), X.T)
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ PLACES = [
     "reading.hooks.select_tensor",
     "reading.hooks.sequence_output",
     "teacher.frozen._cast",
-    "transfer.weight_at",
+    "transfer.factor_at",
     "steps.term_engine.attach_gradients",
     "steps.term_engine.solve_plans",
     "steps.term_engine.TermEngine._total",
