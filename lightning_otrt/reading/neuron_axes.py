@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["axis_of_type", "is_elementwise", "is_normalisation", "role_of"]
+__all__ = ["axis_of_type", "is_elementwise", "is_normalisation", "is_torch_norm", "role_of"]
 
 _CHANNELS_FIRST = re.compile(
     r"_ConvNd|_BatchNorm|_InstanceNorm|GroupNorm|LocalResponseNorm|\w*Norm\w*2[dD]|\w*ChannelsFirst"
@@ -95,6 +95,12 @@ def role_of(module: nn.Module) -> str:
 def is_normalisation(module: nn.Module) -> bool:
     """Whether a module is called as one that normalises over the neurons and keeps the layout of its input."""
     return any(_NORM.fullmatch(name) for name in _type_names(module))
+
+
+def is_torch_norm(module: nn.Module) -> bool:
+    """Whether it is a normalisation of torch over the last axis, whatever that axis holds."""
+    is_last = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1
+    return is_last and axis_of_type(module, (2, 3, 4)) == 2
 
 
 def is_elementwise(module: nn.Module) -> bool:

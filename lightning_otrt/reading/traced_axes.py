@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import TracedTensor
 from lightning_otrt.reading.batch_facts import is_sequence_first
 from lightning_otrt.reading.calls import Call
 from lightning_otrt.reading.masks import pad_nested
-from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation
+from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation, is_torch_norm
 
 __all__ = ["Frame", "Source", "TracedAxes", "has_children", "shape_of"]
 
@@ -33,6 +34,7 @@ class Frame:
         source: Where the input came from.
         takes_model_input: Whether an input of the whole model enters it, masks aside.
         votes: ``(shape, neuron axis)`` of the outputs of inner modules whose types tell the axis.
+        votes_of_norms: The same of normalisations over the last axis, which may be that of time behind a convolution.
     """
 
     call: Call
@@ -41,6 +43,7 @@ class Frame:
     source: Source | None = None
     takes_model_input: bool = False
     votes: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+    votes_of_norms: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
 
     @property
     def module(self) -> nn.Module:
@@ -50,12 +53,21 @@ class Frame:
 
 @dataclass
 class Source:
-    """Which layer made a tensor. The reference is weak, since a trace must not keep activations alive."""
+    """Which layer made a tensor. The reference is weak, since a trace must not keep activations alive.
+
+    Attributes:
+        keeps_layout: Whether the layer keeps the layout of its input.
+        before: Where its input came from.
+        names: Names of the layers that return the tensor: this one, and those around it.
+    """
 
     tensor: Callable[[], Tensor | None]
     layer: str
     neuron_axis: int | None
     batch_axis: int
+    keeps_layout: bool = False
+    before: Source | None = None
+    names: list[str] = field(default_factory=list)
 
 
 class TracedAxes:
@@ -66,10 +78,13 @@ class TracedAxes:
 
     Attributes:
         running: The modules that are running, from the outermost to the innermost.
+        doubtful: Names of layers whose axis was that of a normalisation, where a later layer shows another one;
+            ``":input"`` for what entered.
     """
 
     def __init__(self, samples: int) -> None:
         self.running: list[Frame] = []
+        self.doubtful: set[str] = set()
         self._samples = samples
         self._sources: dict[int, Source] = {}
         self._takes_sequence_first = functools.cache(is_sequence_first)  # looked up for each tensor inside a module
@@ -79,9 +94,12 @@ class TracedAxes:
         source = self.source(tensor)
         axis = None
         if tensor is not None:
-            axis = axis_of_type(call.module, shape_of(tensor, None))
+            shape = shape_of(tensor, None)
+            axis = self._axis_of_type(call.module, tensor, shape)
             if axis is None and source is not None:
                 axis = source.neuron_axis
+            elif axis is not None and not is_torch_norm(call.module):
+                self._doubt(source, axis, shape)
             for frame in self.running:
                 # Where a container passes its input on, the layer that gets it tells the axis of the neurons.
                 if frame.input is tensor and frame.input_axis is None:
@@ -100,30 +118,37 @@ class TracedAxes:
         source = self._sources.get(id(tensor))
         return source if source is not None and source.tensor() is tensor else None
 
-    def note(self, name: str, module: nn.Module, value: Tensor, facts: TracedTensor) -> None:
+    def note(self, name: str, frame: Frame, value: Tensor, facts: TracedTensor) -> None:
         """Remember where a tensor came from, and let a module of known type vote on the axes of those around it."""
+        module, source = frame.module, frame.source
         if axis_of_type(module, facts.shape) is not None and facts.neuron_axis is not None:
             for frame in self.running:
-                frame.votes.append((facts.shape, facts.neuron_axis))
+                votes = frame.votes_of_norms if is_torch_norm(module) else frame.votes
+                votes.append((facts.shape, facts.neuron_axis))
         known = self.source(value)
-        if known is not None and has_children(module):
-            name = known.layer  # the container returns what its last child made
-        self._sources[id(value)] = Source(weakref.ref(value), name, facts.neuron_axis, facts.batch_axis)
+        if known is not None and has_children(module):  # the container returns what its last child made
+            made = replace(known, neuron_axis=facts.neuron_axis, batch_axis=facts.batch_axis)
+        else:
+            keeps_layout = is_elementwise(module) or is_torch_norm(module)
+            made = Source(weakref.ref(value), name, facts.neuron_axis, facts.batch_axis, keeps_layout, source)
+        made.names.append(name)
+        self._sources[id(value)] = made
 
     def neuron_axis(self, frame: Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:
         """The axis by the module's type, else by the layer that made the tensor, the votes of children or the input."""
         module = frame.module
-        by_type = axis_of_type(module, shape)
-        if by_type is not None:
+        by_type = self._axis_of_type(module, frame.input, shape)
+        if by_type is not None or (is_torch_norm(module) and len(shape) > 2):
             return by_type
         source = self.source(value)
         if source is not None and source.neuron_axis is not None:
             return source.neuron_axis
-        votes = {axis for voted, axis in frame.votes if voted == shape}
+        votes = _votes(frame, shape)
         if not votes:  # branches that were concatenated along the neurons
-            votes = {axis for voted, axis in frame.votes if _without(voted, axis) == _without(shape, axis)}
+            known = (*frame.votes, *frame.votes_of_norms)
+            votes = {axis for voted, axis in known if _without(voted, axis) == _without(shape, axis)}
         if not votes and is_normalisation(module):  # what runs around it
-            votes = {axis for outer in self.running for voted, axis in outer.votes if voted == shape}
+            votes = {axis for outer in self.running for axis in _votes(outer, shape)}
         if votes:
             return votes.pop() if len(votes) == 1 else None
         keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
@@ -134,6 +159,43 @@ class TracedAxes:
             if axis is not None and (keeps_layout or shape.count(shape[axis]) == 1):
                 return axis
         return None
+
+    def _axis_of_type(self, module: nn.Module, entered: Tensor | None, shape: tuple[int, ...]) -> int | None:
+        """The axis by the module's type.
+
+        A normalisation over the last axis may be one over the times of ``(B, C, T)``. Then the axis is that of the
+        layer which made its input, or that of the layers around it where they agree. Where two axes have the same size,
+        it is not known, unless the input shows that it was transposed.
+        """
+        axis = axis_of_type(module, shape)
+        if axis is None or len(shape) < 3 or not is_torch_norm(module):
+            return axis
+        source = self.source(entered)
+        if source is not None and source.neuron_axis is not None:
+            return source.neuron_axis
+        around = self._around(shape)
+        if len(around) != 1 or axis in around:
+            return axis
+        if _has_distinct_sizes(shape):
+            return around.pop()
+        is_transposed = entered is not None and not entered.is_nested and entered.stride(-1) != 1
+        return axis if is_transposed else None
+
+    def _doubt(self, source: Source | None, axis: int, shape: tuple[int, ...]) -> None:
+        """Where a layer of another axis gets what a normalisation made, and no layer around has the axis of that one.
+
+        It may have normalised over times, or the later layer may mix tokens, as a convolution with one channel for each
+        of them does.
+        """
+        if self._around(shape) - {axis}:
+            return
+        while source is not None and source.keeps_layout and source.neuron_axis not in (None, axis):
+            self.doubtful.update((*source.names, source.layer + INPUT))
+            source.neuron_axis, source = None, source.before
+
+    def _around(self, shape: tuple[int, ...]) -> set[int]:
+        """The axes of layers inside the running modules that returned a tensor of this shape; normalisations aside."""
+        return {axis for outer in self.running for voted, axis in outer.votes if voted == shape}
 
     def batch_axis(self, frame: Frame, value: Tensor, shape: tuple[int, ...]) -> int:
         """The axis of the samples of a ``(B, T, C)`` or ``(T, B, C)`` tensor, by `batch_first` or by its sizes."""
@@ -157,6 +219,18 @@ def has_children(module: nn.Module) -> bool:
 def shape_of(value: Tensor, length: int | None) -> tuple[int, ...]:
     """The shape of a tensor; that of a nested one, as it is padded to the length of the mask."""
     return tuple((pad_nested(value, length)[0] if value.is_nested and value.dim() == 3 else value).shape)
+
+
+def _has_distinct_sizes(shape: tuple[int, ...]) -> bool:
+    return len(set(shape[1:])) == len(shape) - 1
+
+
+def _votes(frame: Frame, shape: tuple[int, ...]) -> set[int]:
+    """The axes that inner modules tell for a shape; normalisations where no other one does, or sizes are alike."""
+    votes = {axis for voted, axis in frame.votes if voted == shape}
+    if votes and _has_distinct_sizes(shape):
+        return votes
+    return votes | {axis for voted, axis in frame.votes_of_norms if voted == shape}
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.names import child_names, is_inside, named_layers, primary_names
+from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.random_numbers import random_state
 from lightning_otrt.reading.arguments import bound_arguments
@@ -252,14 +253,22 @@ class _TraceHooks:
         self._outputs[name] = [weakref.ref(value) for _, value in tensors]
         self._completed += 1
         for (_, value), (_, facts) in zip(tensors, traced, strict=True):
-            self._axes.note(name, module, value, facts)
+            self._axes.note(name, frame, value, facts)
 
     def layer(self, name: str, module: nn.Module, returned: Sequence[Tensor]) -> TracedLayer:
         """All that is known of a module after the forward, which returned these tensors."""
-        layer = self._layers.get(name, TracedLayer(name, kind=type(module).__name__))
+        layer = self._without_doubtful_axes(self._layers.get(name, TracedLayer(name, kind=type(module).__name__)))
         outputs = [reference() for reference in self._outputs.get(name, [])]
         is_returned = any(output is tensor for output in outputs if output is not None for tensor in returned)
         return replace(layer, is_container=has_children(module), role=role_of(module), gives_model_output=is_returned)
+
+    def _without_doubtful_axes(self, layer: TracedLayer) -> TracedLayer:
+        if layer.name + INPUT in self._axes.doubtful and layer.input is not None:
+            layer = replace(layer, input=replace(layer.input, neuron_axis=None))
+        if layer.name in self._axes.doubtful and layer.output is not None:
+            parts = tuple((key, replace(part, neuron_axis=None)) for key, part in layer.parts)
+            layer = replace(layer, output=replace(layer.output, neuron_axis=None), parts=parts)
+        return layer
 
     def _traced_input(self, frame: Frame, value: Tensor, length: int | None) -> TracedTensor:
         shape = shape_of(value, length)
