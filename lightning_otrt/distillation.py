@@ -29,6 +29,8 @@ class LogitDistillation:
 
     Where a sample has several labels, ``activation="sigmoid"`` compares the probabilities of each label instead: the
     same term for each label, with the two classes "yes" and "no", averaged over labels. It also serves a single logit.
+    The softmax is wrong for labels and for a regression. In a Trainer there is a warning where the task's loss is one
+    of torch's; in other loops, and for a loss that is written by hand, nothing tells the targets, and there is none.
 
     Where the classes are others, the teacher's logits are regressed on what enters the student's last linear layer: by
     ridge, on running moments, so that there is nothing to train and no second head. The term is then 1 - R², with the

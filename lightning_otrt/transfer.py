@@ -78,7 +78,9 @@ class RepresentationTransfer(RecordedStudent):
         schedule: From the step (``trainer.global_step``, or calls of :meth:`loss`) to a factor on both weights, such as
             :class:`LinearWarmup`.
         distillation: Weight of a second term, the distillation of logits (arXiv 1503.02531), or
-            :class:`LogitDistillation` with a temperature.
+            :class:`LogitDistillation` with a temperature. It compares the softmax over classes: for several labels of
+            a sample there is ``activation="sigmoid"``, and for a regression it is wrong. Outside of a Trainer nothing
+            tells which of them a task is, and there is no warning.
         teacher_inputs: From the inputs of the student's root to those of the teacher: a function that returns a tensor,
             a tuple of positional or a dictionary of keyword arguments.
         teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``. The copy follows a teacher that
