@@ -93,8 +93,11 @@ def comparisons_of(values: Accuracies) -> dict[tuple[str, str], Comparison]:
 
 def _device(found: Found) -> str:
     """The end of a cell's command, and the devices that its runs name."""
-    devices = dict.fromkeys(row["device"] for row in found.results.rows.values() if "device" in row)
-    return f" --device cuda` ({'; '.join(devices)})" if devices else "`"
+    rows = found.results.rows.values()
+    devices = dict.fromkeys(row["device"] for row in rows if "device" in row)
+    on_cpu = sum("device" not in row for row in rows)
+    names = [*devices, *([f"{on_cpu} runs on a CPU"] if on_cpu else [])]
+    return f" --device cuda` ({'; '.join(names)})" if devices else "`"
 
 
 def step_times(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
