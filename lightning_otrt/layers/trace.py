@@ -123,6 +123,7 @@ class Trace:
         arguments: The arguments of the root's forward, as far as they may be masks.
         learned_tokens: Numbers of rows of parameters that may be learned tokens, such as queries and latent vectors.
         draws_random: Whether the forward drew random numbers although it ran in evaluation mode.
+        is_random: Whether what it computes depends on them.
         reordered: Names of layers that hold the samples in another order than the inputs; ``":input"`` for what enters.
         unclear_axes: Names of layers of which nothing tells the axis of the samples.
         unordered_tokens: Names of layers with a token for each position of a map, which are not shown to lie row by
@@ -140,6 +141,7 @@ class Trace:
     arguments: tuple[TracedMask, ...] = ()
     learned_tokens: frozenset[int] = frozenset()
     draws_random: bool = False
+    is_random: bool = False
     reordered: tuple[str, ...] = ()
     unclear_axes: tuple[str, ...] = ()
     unordered_tokens: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
         ("student", student, [pair.student for pair in pairs]),
         ("teacher", teacher, [pair.teacher for pair in pairs]),
     )
-    drawing = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace, _ in sides if trace.draws_random]
+    drawing = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace, _ in sides if trace.is_random]
     if drawing:
         warnings.warn(
             f"The forward of {' and that of '.join(drawing)} draws random numbers although it runs in evaluation mode, "

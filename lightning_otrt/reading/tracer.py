@@ -40,6 +40,7 @@ from lightning_otrt.reading.outputs import (
 )
 from lightning_otrt.reading.own_gradients import own_gradients_explained
 from lightning_otrt.reading.profiles import Inputs
+from lightning_otrt.reading.random_outputs import is_random
 from lightning_otrt.reading.sample_order import settle_order
 from lightning_otrt.reading.states import without_states
 from lightning_otrt.reading.time_major import is_time_major
@@ -96,10 +97,12 @@ def trace(
     """
     found, spare = _trace(model, args, kwargs or {}, root, method, values)
     copies = InputGuard(clones=True)
+    found = replace(found, is_random=is_random(model, found, copies.copied(spare), method))
     if not is_time_major(model, found, copies.copied(spare), method):
         return settle_order(model, found, spare, method)
     own_args, own_kwargs = copies.copied(spare)
-    found, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=1)
+    again, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=1)
+    found = replace(again, is_random=found.is_random)
     return settle_order(model, found, spare, method, input_axis=1)
 
 

@@ -169,6 +169,30 @@ def test_generators_after_a_trace(draw):
     found = trace(model, (torch.ones(2, 3),))
     assert generators() == before
     assert found.draws_random
+    # It does nothing with them, as networks whose LayerDrop is for training alone.
+    assert not found.is_random
+
+
+class Jittered(nn.Module):
+    """Adds what it draws in one layer, which the next one may undo."""
+
+    def __init__(self, draw, *, undone=False):
+        super().__init__()
+        self.net, self.head, self.draw, self.undone = nn.Linear(3, 4), nn.Linear(4, 2), draw, undone
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = float(torch.as_tensor(self.draw()).sum())
+        y = self.net(x + noise)
+        return self.head(torch.zeros_like(y) if self.undone else y)
+
+
+@pytest.mark.parametrize("undone", [False, True])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_what_a_layer_computes_from_drawn_numbers_is_random(draw, undone):
+    model = Jittered(draw, undone=undone)
+    before = generators()
+    assert trace(model, (torch.ones(2, 3),)).is_random
+    assert generators() == before
 
 
 @pytest.mark.filterwarnings("ignore:The forward of the:UserWarning")
