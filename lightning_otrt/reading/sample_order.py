@@ -32,8 +32,17 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
     unclear = {layer.name for layer in traced.layers if any(_is_square(t, traced) for t in (layer.input, layer.output))}
     tensors = list(all_tensors(inputs))
     has_lengths = any(tensor.dim() == 1 and not tensor.is_floating_point() for tensor in tensors)
+    # Where the first input holds no samples, such as a hidden state of so many layers, nothing may have moved at all.
+    first_input = next((tensor for tensor in tensors if tensor.dim() > 0), None)
+    is_moved = (
+        first_input is not None
+        and not first_input.is_nested
+        and first_input.shape[min(input_axis, first_input.dim() - 1)] == traced.batch_size
+    )
+    # A part of the network that takes (T, B, C) makes those around it look alike, where they transpose the sequences.
+    may_transpose = is_moved and any(_has_axis(tensor, 1 - input_axis) for tensor in _tensors_of(traced))
     if traced.batch_size < 2 or not (
-        unclear or has_lengths or any(layer.role == "recurrent" for layer in traced.layers)
+        unclear or has_lengths or may_transpose or any(layer.role == "recurrent" for layer in traced.layers)
     ):
         return traced
     try:
@@ -43,13 +52,6 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
         )
     except Exception:  # these samples cannot stand in another order: the sizes have to tell
         return replace(traced, unclear_axes=tuple(sorted(unclear)))
-    # Where the first input holds no samples, such as a hidden state of so many layers, nothing may have moved at all.
-    first_input = next((tensor for tensor in tensors if tensor.dim() > 0), None)
-    is_moved = (
-        first_input is not None
-        and not first_input.is_nested
-        and first_input.shape[min(input_axis, first_input.dim() - 1)] == traced.batch_size
-    )
     layers, reordered, still = [], [], []
     for layer in traced.layers:
         sides: dict[str, TracedTensor | None] = {"": layer.output, INPUT: layer.input}
@@ -61,10 +63,21 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
             if _is_square(tensor, traced) and axes != [0, 1]:
                 still += [] if axes else [name]
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0] if axes else tensor.batch_axis)
+            elif is_moved and len(tensor.shape) == 3 and axes == [1 - tensor.batch_axis]:
+                sides[suffix] = tensor = replace(tensor, batch_axis=axes[0])
             if is_moved and _is_reordered(first[name], second[name], tensor.batch_axis):
                 reordered.append(name)
         layers.append(replace(layer, output=sides[""], input=sides[INPUT], parts=_parts(layer, sides[""])))
     return replace(traced, layers=tuple(layers), reordered=tuple(reordered), unclear_axes=tuple(still))
+
+
+def _tensors_of(traced: Trace) -> list[TracedTensor]:
+    """All that enters and leaves the layers."""
+    return [tensor for layer in traced.layers for tensor in (layer.input, layer.output) if tensor is not None]
+
+
+def _has_axis(tensor: TracedTensor, axis: int) -> bool:
+    return len(tensor.shape) == 3 and tensor.batch_axis == axis
 
 
 def _parts(layer: TracedLayer, output: TracedTensor | None) -> tuple[tuple[str | int, TracedTensor], ...]:

@@ -1,4 +1,4 @@
-"""Whether a network takes ``(T, B, ...)`` although no ``batch_first`` inside of it says so: samples do not mix."""
+"""Whether a network takes ``(B, T, ...)`` or ``(T, B, ...)``, whatever stands inside of it: samples do not mix."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.outputs import all_tensors
 from lightning_otrt.reading.profiles import Inputs, is_close, mapped, profiles
 
-__all__ = ["is_time_major"]
+__all__ = ["find_sample_axis"]
+
+#: Home of types that pass their sequence on as it is, to parts with a ``batch_first``.
+_OF_TORCH = nn.Transformer.__module__
 
 
-def is_time_major(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> bool:
-    """Whether the second axis of the sequences that enter a network holds the samples.
+def find_sample_axis(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> int | None:
+    """The axis of the sequences that enter a network which holds the samples; None where that is known or not shown.
 
-    Two axes of an input are the same in an output, and nothing else tells which holds the samples. Then the network
-    runs on inputs whose first index along the first axis is replaced by the second one. Where what it gives at other
-    indices stays the same, these are samples. Where it changes, and does not for the second axis, that one holds them.
-    Networks of Hugging Face, and those with a ``batch_first`` inside, cost nothing.
+    Two axes of an input are the same in an output, and nothing else tells which holds the samples: a network with a
+    ``batch_first=False`` inside may transpose its sequences before that part and after it. Then the network runs on
+    inputs whose first index along the first axis is replaced by the second one. Where what it gives at other indices
+    stays the same, these are samples. Where it changes, and does not for the second axis, that one holds them.
+    Networks of Hugging Face, and those with ``batch_first=True``, cost nothing.
 
     Args:
         model: The whole model.
@@ -31,19 +35,32 @@ def is_time_major(model: nn.Module, traced: Trace, inputs: Inputs, method: str) 
         method: Method of the root that is called in place of its forward.
     """
     target = named_layers(model)[traced.root]
+    is_declared = is_sequence_first(target)
+    has_own = isinstance(getattr(target, "batch_first", None), bool) or type(target).__module__ == _OF_TORCH
+    if is_declared is False or has_own:
+        return None
     entered = [tensor for tensor in all_tensors(inputs) if not tensor.is_nested]
     sizes = _sizes(traced, entered)
-    if sizes is None or is_sequence_first(target) is not None or _is_hugging_face(target):
-        return False
+    if _is_hugging_face(target) or (sizes is None and _share_first_axis(traced, entered)):
+        return 0 if is_declared else None
+    if sizes is None:
+        return None
     try:
         first = profiles(model, traced, InputGuard(clones=True).copied(inputs), method)
         for axis in (0, 1):
             changed = profiles(model, traced, _replaced(inputs, sizes, axis), method)
             if _is_independent(first, changed, traced, sizes, axis):
-                return axis == 1
+                return axis
     except Exception:  # these samples cannot be replaced: the sizes have to tell
-        return False
-    return False
+        return None
+    return None
+
+
+def _share_first_axis(traced: Trace, entered: Sequence[Tensor]) -> bool:
+    """Whether all that enters and leaves has one size along the first axis."""
+    sizes = {tensor.shape[0] for tensor in entered if tensor.dim() > 1}
+    sizes |= {shape[0] for shape in traced.output_shapes if shape}
+    return bool(traced.output_shapes) and len(sizes) == 1
 
 
 def _sizes(traced: Trace, entered: Sequence[Tensor]) -> tuple[int, int] | None:

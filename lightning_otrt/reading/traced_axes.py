@@ -75,6 +75,7 @@ class TracedAxes:
 
     Args:
         samples: Number of samples in the batch.
+        batch_first: A module that takes the samples first, whatever stands inside of it.
 
     Attributes:
         running: The modules that are running, from the outermost to the innermost.
@@ -82,10 +83,10 @@ class TracedAxes:
             ``":input"`` for what entered.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, batch_first: nn.Module | None = None) -> None:
         self.running: list[Frame] = []
         self.doubtful: set[str] = set()
-        self._samples = samples
+        self._samples, self._batch_first = samples, batch_first
         self._sources: dict[int, Source] = {}
         self._takes_sequence_first = functools.cache(is_sequence_first)  # looked up for each tensor inside a module
 
@@ -202,6 +203,8 @@ class TracedAxes:
         if value.dim() != 3 or value.is_nested:
             return 0
         for running in (frame.module, *(outer.module for outer in reversed(self.running))):
+            if running is self._batch_first:
+                return 0
             sequence_first = self._takes_sequence_first(running)
             if sequence_first is not None:
                 return int(sequence_first)

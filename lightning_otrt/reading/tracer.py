@@ -43,7 +43,7 @@ from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.random_outputs import is_random
 from lightning_otrt.reading.sample_order import settle_order
 from lightning_otrt.reading.states import without_states
-from lightning_otrt.reading.time_major import is_time_major
+from lightning_otrt.reading.time_major import find_sample_axis
 from lightning_otrt.reading.torch_internals import (
     add_forward_hook,
     add_forward_pre_hook,
@@ -98,12 +98,13 @@ def trace(
     found, spare = _trace(model, args, kwargs or {}, root, method, values)
     copies = InputGuard(clones=True)
     found = replace(found, is_random=is_random(model, found, copies.copied(spare), method))
-    if not is_time_major(model, found, copies.copied(spare), method):
-        return settle_order(model, found, spare, method)
+    axis = find_sample_axis(model, found, copies.copied(spare), method)
+    if axis is None or axis == int(is_sequence_first(named_layers(model)[root]) or False):
+        return settle_order(model, found, spare, method, input_axis=axis or 0)
     own_args, own_kwargs = copies.copied(spare)
-    again, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=1)
+    again, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=axis)
     found = replace(again, is_random=found.is_random)
-    return settle_order(model, found, spare, method, input_axis=1)
+    return settle_order(model, found, spare, method, input_axis=axis)
 
 
 def _trace(
@@ -113,9 +114,9 @@ def _trace(
     root: str,
     method: str,
     values: bool,
-    input_axis: int = 0,
+    input_axis: int | None = None,
 ) -> tuple[Trace, Inputs]:
-    """The trace, and a copy of the inputs that no forward has used."""
+    """The trace, and a copy of the inputs that no forward has used. Without an axis that is what the types tell."""
     modules = named_layers(model)
     if root not in modules:
         children = ", ".join(map(repr, child_names(model))) or "none"
@@ -127,9 +128,9 @@ def _trace(
     call = Call(primary[id(target)], target, taken, method or "forward")
     spare = InputGuard().copied((tuple(args), dict(kwargs)))
     counted = tensors_of_samples((tuple(args), dict(kwargs)))
-    second = input_axis == 1 or is_sequence_first(target) or False
+    second = bool(is_sequence_first(target) if input_axis is None else input_axis)
     samples = count_samples(without_states(target, counted), [], sequence_first=input_axis == 1)
-    recorder = _TraceHooks(inputs, samples, values)
+    recorder = _TraceHooks(inputs, samples, values, root=target if input_axis == 0 else None)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
     with in_evaluation(target, inputs), own_gradients_explained(target), ExitStack() as hooks:
@@ -191,10 +192,10 @@ def _learned_tokens(model: nn.Module) -> frozenset[int]:
 class _TraceHooks:
     """The hooks of one traced forward, and what they noted."""
 
-    def __init__(self, inputs: Sequence[Tensor], samples: int, values: bool) -> None:
+    def __init__(self, inputs: Sequence[Tensor], samples: int, values: bool, root: nn.Module | None = None) -> None:
         self._values = values
         self._inputs = {id(tensor) for tensor in inputs}
-        self._axes = TracedAxes(samples)
+        self._axes = TracedAxes(samples, root)
         self._search = MaskSearch(inputs)
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
