@@ -131,8 +131,9 @@ def test_models(name: str, tmp_path: Path) -> None:
     student, teacher = build().eval(), build_teacher()
     images = IMAGES[:, :, :56, :56] if "Swin" in name else IMAGES
     batches = [((images[samples],), {}) for samples in BATCHES[:4]]
-    # Where a layer has as many tokens as the batch has samples, two more tell the axis of the samples.
-    order = 2 if "Swin" in name else 0
+    # Where a layer has as many tokens as the batch has samples, two more tell the axis of the samples; three more tell
+    # whether the tokens of a square lie row by row.
+    order = {"timm, windows of Swin": 2, "timm, ViT": 3, "transformers, ViT": 3}.get(name, 0)
     assert_same_terms(student, teacher, layers, batches, 1 + order + 3 + 1, plan="random")
     for known in (0, 1):
         _, transfer = terms(student, teacher, layers, batches, teacher_cache=str(tmp_path), plan="random")
