@@ -82,7 +82,6 @@ class FirstInput:
                     hooks.callback(add_forward_pre_hook(module, before, with_kwargs=True).remove)
                     hooks.callback(add_forward_hook(module, self._after).remove)
             yield
-        self._is_over = True
 
     def compare_next(self) -> None:
         """Compare with what the same layer gets when it runs next, and warn where it is something else."""

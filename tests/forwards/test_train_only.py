@@ -52,6 +52,62 @@ class RunningScale(nn.Module):
         return (x - x.mean()) / x.std() if self.training else x / self.running_scale
 
 
+class StochasticShift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(len(x), 1, 1, 1) if self.training else x
+
+
+class SpectrumMask(nn.Module):
+    """What it hides gets the mean, which is not 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(torch.arange(16) < 5, x.mean() + 1, x) if self.training else x
+
+
+class Thinned(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(torch.rand_like(x) < self.p, x.roll(1, 3), x) if self.training else x
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("num_batches_seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((0, 2, 3), keepdim=True) if self.training else x
+
+
+class Shifted(nn.Module):
+    """It uses a weight of its own without a layer, and what follows is noise of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.shift = nn.ReLU(), nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x) + self.shift
+        return x + torch.rand_like(x) if self.training else x
+
+
+class Reused(Net):
+    """Its first layer gets a tensor that is written to later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        found = self.a(x)
+        x.add_(5.0)
+        return self.head(self.b(found).mean((2, 3)))
+
+
+class ByName(Net):
+    """Its first layer gets its input by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.a[0](input=x.flip(3) if self.training else x)
+        return self.head(self.b(self.a[1](found)).mean((2, 3)))
+
+
 def crop(x: Tensor) -> Tensor:
     return F.interpolate(x[:, :, 3:11, 2:10], scale_factor=2)
 
@@ -68,15 +124,22 @@ OTHER_SAMPLES: dict[str, Callable[[], nn.Module]] = {
     "views": lambda: Net(lambda x: torch.cat([x, x.flip(3)])),
     "a module": lambda: Net(front=Flip()),
     "a module before statistics": lambda: Net(front=nn.Sequential(Flip(), nn.BatchNorm2d(3))),
+    "before a parametrised layer": lambda: Net(
+        lambda x: x.flip(3), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    ),
+    "by name": ByName,
     "before a frozen layer": lambda: Net(lambda x: x.flip(3), nn.Conv2d(3, 3, 1).requires_grad_(False)),
 }
 
 
 @pytest.mark.parametrize("make", OTHER_SAMPLES.values(), ids=OTHER_SAMPLES)
 def test_other_samples_in_training_are_warned_of_once(make):
-    student, transfer = make().train(), RepresentationTransfer(Net(), ["a", "b"])
+    student, transfer = make().train(), RepresentationTransfer(Net(), ["b"])
     with transfer.attached(student):
         with pytest.warns(UserWarning, match=MESSAGE) as caught:
+            student(X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             student(X)
         transfer.discard()
         with warnings.catch_warnings():
@@ -99,6 +162,12 @@ QUIET: dict[str, Callable[[], nn.Module]] = {
     "a mask of patches": lambda: Net(lambda x: x * (torch.arange(16) > 5)),
     "noise": lambda: Net(front=GaussianNoise()),
     "spectral norm": lambda: Net(front=nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1))),
+    "a stochastic shift": lambda: Net(front=StochasticShift()),
+    "a mask with another value": lambda: Net(front=SpectrumMask()),
+    "a kind of dropout": lambda: Net(front=Thinned(0.5)),
+    "a count of batches": lambda: Net(front=Counted()),
+    "noise behind a weight": lambda: Net(front=Shifted()),
+    "a tensor that is written to later": Reused,
     "normalisation": lambda: Net(lambda x: x * 1.0),
 }
 
@@ -122,6 +191,32 @@ def test_a_student_in_another_type():
             warnings.simplefilter("error")
             student(X.to(dtype))
             transfer.loss()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "expected"),
+    [
+        (torch.bfloat16, lambda x: x + 0.005 * x.abs().max() * torch.arange(16).sin().to(x), False),
+        (torch.float32, lambda x: x + 0.005 * x.abs().max() * torch.arange(16).sin().to(x), True),
+        (torch.bfloat16, lambda x: x.flip(3), True),
+        (torch.float32, lambda x: x + 1e-5 * torch.arange(16).sin().to(x), False),
+    ],
+)
+def test_rounding_of_a_type_is_no_change(dtype, change, expected):
+    student, transfer = Net(change).to(dtype), RepresentationTransfer(Net().to(dtype), ["a", "b"])
+    with warnings.catch_warnings(record=True) as caught, transfer.attached(student):
+        warnings.simplefilter("always")
+        student(X.to(dtype))
+        transfer.loss()
+    assert any(MESSAGE in str(warning.message) for warning in caught) == expected
+
+
+def test_another_size_is_named():
+    student, transfer = Net(lambda x: F.interpolate(x, size=(24, 24))), RepresentationTransfer(Net(), ["a", "b"])
+    with transfer.attached(student):
+        with pytest.warns(UserWarning, match=r"got float32 \(8, 3, 16, 16\) in .* and float32 \(8, 3, 24, 24\) in"):
+            student(X)
+        transfer.loss()
 
 
 def test_inputs_that_are_normalised_in_place():
@@ -210,6 +305,18 @@ def test_words_that_are_replaced():
         transfer.loss()
 
 
+def test_a_sequence_that_is_turned_before_attention():
+    class Turned(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flip(1) if self.training else x)
+
+    student, transfer = Turned(), RepresentationTransfer(Attention(), ["out"])
+    with transfer.attached(student):
+        with pytest.warns(UserWarning, match=MESSAGE + r"'attend' \(MultiheadAttention\)"):
+            student(torch.randn(8, 9, 6))
+        transfer.loss()
+
+
 def test_only_what_lies_behind_the_root_counts():
     student = Net(lambda x: x.flip(3))
     transfer = RepresentationTransfer(Net().b, {"b.0": "0"}, student_root="b")
@@ -264,3 +371,12 @@ def test_a_detector_of_several_sizes():
             warnings.simplefilter("always")
             student(images, targets)
         assert any(MESSAGE in str(warning.message) for warning in caught) == expected
+
+
+def test_values_that_are_not_finite_are_reported_elsewhere():
+    student, transfer = Net(lambda x: x / (x > 0)), RepresentationTransfer(Net(), ["a", "b"])
+    with warnings.catch_warnings(), transfer.attached(student):
+        warnings.simplefilter("error")
+        student(X)
+        with pytest.raises(ValueError, match="NaN|infinite|finite"):
+            transfer.loss()
