@@ -50,8 +50,10 @@ def test_the_arguments_of_load_teacher_can_be_read() -> None:
     assert parser.parse_args(["--teacher.source=resnet18"]).teacher.source == "resnet18"
 
 
-@pytest.mark.parametrize("name", ["plain.pt", "entry.ckpt", "extra.safetensors"])
-@pytest.mark.parametrize("form", ["pair", "function"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("plain.pt", "pair"), ("entry.ckpt", "pair"), ("extra.safetensors", "function")],
+)
 def test_a_file_with_its_class_as_a_string(files: Path, name: str, form: str) -> None:
     teacher: Any = [str(files / name), "helpers.make_teacher"]
     if form == "function":
