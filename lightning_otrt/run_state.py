@@ -90,6 +90,8 @@ class RunState:
         self._uses_graphs = value
         if self.engine is not None:
             self.engine.graphs.is_enabled = value
+        if not value:
+            self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Free the memory of captured calls."""

@@ -7,6 +7,7 @@ replayed, and what it found is copied out. The kernels are the same, so that the
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -26,6 +27,10 @@ __all__ = ["Compute", "StepGraphs", "Views"]
 CALLS_BEFORE = 2
 #: Most captures of a run. One holds the memory of a call, and where shapes never settle, none is worth its time.
 MOST_CAPTURES = 8
+#: Captures of a kind after which it is left alone: its sums become other tensors again and again.
+MOST_LOSSES = 2
+#: Kinds of calls that are counted. Beyond these the count begins anew: their shapes do not settle.
+MOST_KINDS = 4096
 
 #: Neurons of student and teacher, for each view.
 Views: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -42,10 +47,20 @@ class CudaGraph:
 
     @contextmanager
     def capturing(self, pool: Any) -> Iterator[None]:
-        """Capture what runs in the block, without running it."""
-        # Other threads, as those that pin memory for a data loader, go on calling CUDA.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            yield
+        """Capture what runs in the block on the current device, without running it."""
+        before = torch.cuda.current_stream()
+        # A stream of its own: torch's default for captures may belong to another device.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            with warnings.catch_warnings():
+                # An empty graph would give the results of this call for ever.
+                warnings.filterwarnings("error", message=".*CUDA Graph is empty")
+                # Other threads, as those that pin memory for a data loader, go on calling CUDA.
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    yield
+        finally:
+            # Where a capture fails, torch leaves its stream in use.
+            torch.cuda.set_stream(before)
 
     def replay(self) -> None:
         """Run it on what its tensors hold now."""
@@ -57,8 +72,12 @@ def can_capture(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
         and tensor.is_cuda
+        and tensor.device.index == torch.cuda.current_device()
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
+        # Other allocators do not keep the memory of a graph for it.
+        and torch.cuda.get_allocator_backend() in ("native", "cudaMallocAsync")
+        and not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")
     )
 
 
@@ -80,7 +99,8 @@ class StepGraphs:
 
     def forget(self) -> None:
         """Let go of all graphs and of their memory."""
-        self._seen: Counter[Hashable] = Counter()
+        self._seen: Counter[int] = Counter()
+        self._lost: Counter[int] = Counter()
         self._captured: dict[Hashable, _Captured] = {}
         self._captures = 0
         self._pool: Any = None
@@ -116,6 +136,8 @@ class StepGraphs:
         if captured is not None and not captured.is_bound_to(states):
             # The sums are other tensors, as after a checkpoint was loaded.
             del self._captured[key]
+            self._lost[hash(key)] += 1
+            self._seen[hash(key)] = 0
             captured = None
         if captured is None:
             captured = self._capture(compute, views, states, key)
@@ -125,17 +147,26 @@ class StepGraphs:
         self, compute: Compute, views: Mapping[Group, Views], states: Mapping[Group, PairState], key: Hashable
     ) -> _Captured | None:
         """The capture of a call; None if that is too early, or failed."""
-        if self._captures >= MOST_CAPTURES or any(state.plan is None for state in states.values()):
+        kind = hash(key)
+        has_plans = all(state.plan is not None for state in states.values())
+        if self._captures >= MOST_CAPTURES or self._lost[kind] >= MOST_LOSSES or not has_plans:
             return None
-        if self._seen[key] < CALLS_BEFORE:
-            self._seen[key] += 1
+        if self._seen[kind] < CALLS_BEFORE:
+            if len(self._seen) >= MOST_KINDS:
+                self._seen.clear()
+            self._seen[kind] += 1
             return None
         self._captures += 1
+        if not self._captured:
+            self._pool = graph_pool()  # a pool ends with its last graph
         try:
-            self._pool = self._pool or graph_pool()
             self._captured[key] = _Captured(compute, views, states, self._pool)
-        except RuntimeError as error:
+        except _NotInPlaceError:
+            self._lost[kind] = MOST_LOSSES
+            return None
+        except (RuntimeError, UserWarning) as error:
             self.is_enabled = False
+            self.forget()
             warnings.warn(
                 f"A call of the transport term could not be captured in a CUDA graph: {error} It runs without one, "
                 "with the same values, but slower. `transfer.cuda_graphs = False` before training avoids the attempt.",
@@ -143,6 +174,10 @@ class StepGraphs:
             )
             return None
         return self._captured[key]
+
+
+class _NotInPlaceError(Exception):
+    """A call leaves its sums in other tensors, which a graph cannot follow."""
 
 
 class _Captured:
@@ -165,7 +200,7 @@ class _Captured:
         with self._graph.capturing(pool):
             self._values = compute(dict(self._views), shadows)
         if not self.is_bound_to(shadows) or any(shadows[group].layout() != states[group].layout() for group in states):
-            raise RuntimeError("It leaves sums in other tensors, or a state with other parts.")
+            raise _NotInPlaceError
         self._outputs = {group: _copied(shadow) for group, shadow in shadows.items()}
 
     def is_bound_to(self, states: Mapping[Group, PairState]) -> bool:

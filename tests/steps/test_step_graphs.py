@@ -186,6 +186,61 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(found, train(plain))
 
 
+def test_a_failure_frees_the_graphs_before(use_recorded_graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one for want of memory."""
+    engine = make(pairs=3)
+    train(engine, range(6))
+    assert len(engine.graphs._captured) == 1
+
+    def fails(self: RecordedGraph, pool: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(RecordedGraph, "capturing", fails)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        train(engine, range(6, 14))
+    assert not engine.graphs._captured
+
+
+def test_sums_that_are_not_changed_in_place(use_recorded_graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of very many observations. Such calls run without graphs, and nothing is said."""
+    monkeypatch.setattr("lightning_otrt.transport.correlation.is_long", lambda y: True)
+    engine, plain = make(memory=0.9), without_graphs(memory=0.9)
+    found = [[call(one, draw(seed=step)).detach() for step in range(16)] for one in (engine, plain)]
+    assert_same(*found)
+    assert_same_state(engine.state_dict(), plain.state_dict())
+    assert engine.graphs.is_enabled
+    assert not engine.graphs._captured
+
+
+def test_a_kind_that_is_lost_again_and_again_is_left_alone(use_recorded_graphs: Graphs) -> None:
+    engine = make(memory=0.9, solve_every=1)
+    for step in range(60):
+        call(engine, draw(seed=step))
+        if step % 5 == 4:
+            engine.load_state_dict(engine.state_dict(), torch.device("cpu"))
+    assert len(use_recorded_graphs) == step_graphs.MOST_LOSSES
+    assert not engine.graphs._captured
+
+
+def test_a_new_pool_where_no_graph_holds_the_last(use_recorded_graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[int] = []
+    monkeypatch.setattr(step_graphs, "graph_pool", lambda: pools.append(len(pools)) or len(pools))
+    engine = make(memory=0.9, solve_every=1)
+    for step in range(20):
+        call(engine, draw(seed=step))
+        if step == 9:
+            engine.load_state_dict(engine.state_dict(), torch.device("cpu"))
+    assert len(pools) == len(use_recorded_graphs) == 2
+
+
+def test_kinds_are_counted_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "MOST_KINDS", 5)
+    engine = make()
+    for step in range(30):
+        call(engine, draw(observations=20 + step, seed=step))
+    assert len(engine.graphs._seen) <= 5
+
+
 def test_copies_make_their_own(use_recorded_graphs: Graphs) -> None:
     """Graphs can be neither copied nor pickled, and belong to one run."""
     engine = make(pairs=3, memory=0.9)
