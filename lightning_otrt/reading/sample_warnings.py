@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.reading.token_grid import has_hidden_grid
 
 __all__ = ["warn_of_other_samples"]
 
@@ -65,6 +66,7 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
                     "same rows, such as the valid tokens, nothing is wrong.",
                     stacklevel=2,
                 )
+    _warn_of_hidden_grids(pairs, student, teacher)
     for side, trace, layers in sides:
         unclear = sorted({name for name in layers if name in trace.unclear_axes})
         if unclear:
@@ -75,6 +77,30 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
                 "the network.",
                 stacklevel=2,
             )
+
+
+def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
+    """Warn once where patches that no map shows are read as sequences of different lengths."""
+    found = []
+    for pair in pairs:
+        tensors = _tensor(student, pair, 0), _tensor(teacher, pair, 1)
+        if None in tensors or len({_tokens(tensor) for tensor in tensors if tensor}) < 2:
+            continue
+        names = (student, pair.student, tensors[0]), (teacher, pair.teacher, tensors[1])
+        if any(tensor and has_hidden_grid(trace, trace.layer(name), tensor) for trace, name, tensor in names):
+            found.append(f"{pair.student} -> {pair.teacher}")
+    if found:
+        warnings.warn(
+            f"The pairs {found} have different numbers of tokens, which come from images, but no layer gives a map "
+            "that shows their rows and columns, as where the patches are cut out by code. They are read as sequences, "
+            "whose segments are different parts of the image on both sides. Embed the patches by a convolution, match "
+            "networks with as many tokens, or pass grid=1.",
+            stacklevel=3,
+        )
+
+
+def _tokens(tensor: TracedTensor) -> int:
+    return tensor.shape[1 - tensor.batch_axis] if len(tensor.shape) == 3 else 0
 
 
 def _tensor(trace: Trace, pair: LayerPair, place: int) -> TracedTensor | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 
-__all__ = ["TokenGrid", "find_token_grid"]
+__all__ = ["TokenGrid", "find_token_grid", "has_hidden_grid"]
 
 
 #: More tokens than this beside the patches are another sequence, such as a text.
@@ -99,6 +99,19 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
     # Learned queries, latent vectors and the one token of class attention are no patches.
     is_learned = layer.looks_at_memory or tokens == 1 or not {tokens, tokens - prefix}.isdisjoint(trace.learned_tokens)
     return TokenGrid(prefix, part_of=last if math.prod(last) > tokens - prefix and not is_learned else None)
+
+
+def has_hidden_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> bool:
+    """Whether tokens come from images of which no map shows the patches, as where code cuts them out."""
+    if len(tensor.shape) != 3 or tensor.neuron_axis != 2 or layer.looks_at_memory:
+        return False
+    tokens = tensor.shape[1 - tensor.batch_axis]
+    towers = _towers(trace, layer)
+    shapes = (towers[-1] if towers else trace.layer(trace.root)).input_shapes
+    # A mask of a sequence may have four axes, too.
+    lengths = {tokens, *(shape[1] for shape in shapes if len(shape) in (2, 3))}
+    images = [shape for shape in shapes if len(shape) == 4 and lengths.isdisjoint(shape[2:]) and 1 not in shape[2:]]
+    return bool(images) and tokens > 4 and not _maps(_before(trace, layer), trace, True)
 
 
 def _name_of(layer: TracedLayer, tensor: TracedTensor) -> str:

@@ -10,12 +10,14 @@ __all__ = ["kind_of_loss"]
 #: Beginnings of the names of autograd's nodes. One of the first group decides, whatever else there is.
 _KINDS = {
     "NllLoss": "classes",
+    "LogSoftmax": "classes",
     "BinaryCrossEntropy": "labels",
     "MseLoss": "numbers",
-    "L1Loss": "numbers",
     "SmoothL1Loss": "numbers",
     "HuberLoss": "numbers",
 }
+#: These are losses of a regression where they get a difference: an L1 loss has no node of its own.
+_OF_DIFFERENCES = ("Abs", "Pow")
 
 
 def kind_of_loss(loss: Tensor) -> str:
@@ -23,7 +25,8 @@ def kind_of_loss(loss: Tensor) -> str:
 
     Returns:
         ``"classes"`` for cross-entropy, ``"labels"`` for binary cross-entropy, ``"numbers"`` for losses of a
-        regression; ``""`` where the graph does not tell. A sum with a cross-entropy in it is one.
+        regression, also absolute and squared differences; ``""`` where the graph does not tell. A sum with a
+        cross-entropy in it is one.
 
     Example:
         >>> import torch
@@ -43,6 +46,9 @@ def kind_of_loss(loss: Tensor) -> str:
             continue
         known.add(node)
         kind = next((kind for name, kind in _KINDS.items() if node.name().startswith(name)), "")
+        before = node.next_functions[0][0] if node.next_functions else None
+        if node.name().startswith(_OF_DIFFERENCES) and before is not None and before.name().startswith("Sub"):
+            kind = "numbers"
         if kind:
             found.add(kind)
         # Below a loss is the network, which may have losses of its own inside, such as those of routers.
