@@ -118,6 +118,45 @@ def test_several_tokens_of_other_names_may_stand_anywhere(in_front: bool) -> Non
     assert (reader.prefix_tokens, reader.token_grid) == (0, None)
 
 
+class WithMeans(Patches):
+    """Some means of the patches behind them, which no parameter shows."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def select(self, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens, tokens.mean(1, keepdim=True).expand(-1, self.count, -1)], 1)
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_a_few_tokens_without_a_parameter_may_stand_anywhere(count: int) -> None:
+    assert grid_of(WithMeans(count), "linear", IMAGES) == TokenGrid(0, more_than=(4, 6))
+
+
+def test_many_tokens_without_a_parameter_are_another_sequence() -> None:
+    assert grid_of(WithMeans(17), "linear", IMAGES) == TokenGrid()
+
+
+class Queries(nn.Module):
+    """Queries that look at the patches and are no patches, however many they are."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.embed, self.count = nn.Conv2d(3, 6, 2, stride=2), count
+        self.linear = nn.TransformerDecoderLayer(6, 2, 8, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.embed(images).flatten(2).mT
+        queries = patches.mean(1, keepdim=True) * torch.arange(1.0, self.count + 1)[:, None]
+        return self.linear(queries, patches)
+
+
+@pytest.mark.parametrize("count", [1, 5, 25, 28])
+def test_queries_are_no_patches(count: int) -> None:
+    assert grid_of(Queries(count), "linear", IMAGES) == TokenGrid()
+
+
 class TextAttention(nn.Module):
     """Tokens of a text, and a convolution that makes 24 x 16 numbers of them, as in Nystromformer."""
 
