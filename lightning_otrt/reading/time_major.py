@@ -49,6 +49,8 @@ def find_sample_axis(model: nn.Module, traced: Trace, inputs: Inputs, method: st
         first = profiles(model, traced, InputGuard(clones=True).copied(inputs), method)
         for axis in (0, 1):
             changed = profiles(model, traced, _replaced(inputs, sizes, axis), method)
+            if not _differ(first, changed):  # the first two are equal, as in a batch of zeros: nothing is shown
+                return None
             if _is_independent(first, changed, traced, sizes, axis):
                 return axis
     except Exception:  # these samples cannot be replaced: the sizes have to tell
@@ -99,6 +101,15 @@ def _place(shape: tuple[int, ...], sizes: tuple[int, int], axis: int) -> int | N
     if shape[:2] == sizes[::-1]:
         return 1 - axis
     return 0 if shape and shape[0] == sizes[axis] else None
+
+
+def _differ(first: Mapping[str, tuple[Tensor, Tensor]], changed: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    """Whether the replacement changed anything."""
+    return any(
+        not is_close(one, other)
+        for name in first.keys() & changed.keys()
+        for one, other in zip(first[name], changed[name], strict=True)
+    )
 
 
 def _is_independent(
