@@ -37,6 +37,8 @@ def match_positions(student: Tensor, teacher: Tensor, where: str) -> tuple[Tenso
         )
     if student.shape[2:] == teacher.shape[2:]:
         return as_matrix(student), as_matrix(teacher)
+    if student[0, 0].numel() == teacher[0, 0].numel() == 1:  # a map and a sequence, as with `grid=1`
+        return as_matrix(student), as_matrix(teacher)
     if student.dim() == 2 or teacher.dim() == 2:
         spatial = teacher if student.dim() == 2 else student
         pooled = pool(spatial, (1,) * (spatial.dim() - 2)).flatten(1)
@@ -53,7 +55,8 @@ def match_positions(student: Tensor, teacher: Tensor, where: str) -> tuple[Tenso
 
 def can_be_compared(student: Tensor, teacher: Tensor) -> bool:
     """Whether two readings ``(B, C, *positions)`` have positions that can be paired: not a map with a sequence."""
-    return student.dim() == teacher.dim() or 2 in (student.dim(), teacher.dim())
+    is_single = student[0, 0].numel() == teacher[0, 0].numel() == 1
+    return is_single or student.dim() == teacher.dim() or 2 in (student.dim(), teacher.dim())
 
 
 def as_matrix(reading: Tensor) -> Tensor:

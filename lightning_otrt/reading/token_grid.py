@@ -75,6 +75,8 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         return _of_frames(trace, before, tokens)
     if _are_words(trace, before, tokens, maps[-1].source):
         return TokenGrid()
+    if not _gets_images(trace, layer, channels=2) and _are_rows(before, tokens):
+        return TokenGrid()
     is_unordered = _name_of(layer, tensor) in trace.unordered_tokens
     # The declared prefix first, then none: some models add it after this layer.
     for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
@@ -140,6 +142,26 @@ def _are_words(trace: Trace, before: list[TracedLayer], tokens: int, source: str
     return any(shape[1] == tokens and trace.is_sample_count(shape[0]) for shape in sizes)
 
 
+def _are_rows(before: list[TracedLayer], tokens: int) -> bool:
+    """Whether a token is a row, or a column, of a map with all its channels: a frame behind convolutions of a sound.
+
+    The squares of a map with as many rows as columns may have the same sizes; these are taken for squares, as are those
+    of images of several channels.
+    """
+    widths: set[int] = set()
+    for layer in before:
+        if layer.input is not None and len(layer.input.shape) == 3:
+            shape = layer.input.shape
+            if shape[1 - layer.input.batch_axis] == tokens and shape[2] in widths:
+                return True
+        tensor = layer.output
+        if tensor is not None and tensor.neuron_axis == 1 and len(tensor.shape) == 4:
+            rows, columns = tensor.positions
+            if rows != columns and tokens in (rows, columns):
+                widths.add(tensor.shape[1] * (columns if tokens == rows else rows))
+    return False
+
+
 def _before(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
     """The layers that ran before this one and may lead to it, in order.
 
@@ -164,11 +186,11 @@ def _towers(trace: Trace, layer: TracedLayer) -> list[TracedLayer]:
     return [module for module in around if module.takes_model_input and module.name != trace.root]
 
 
-def _gets_images(trace: Trace, layer: TracedLayer) -> bool:
-    """Whether a tensor of four or more axes enters the innermost tower around a layer."""
+def _gets_images(trace: Trace, layer: TracedLayer, channels: int = 1) -> bool:
+    """Whether a tensor of four or more axes, with so many channels, enters the innermost tower around a layer."""
     towers = _towers(trace, layer)
     around = towers[-1] if towers else trace.layer(trace.root)
-    return any(len(shape) > 3 for shape in around.input_shapes)
+    return any(len(shape) > 3 and shape[1] >= channels for shape in around.input_shapes)
 
 
 def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_Map]:

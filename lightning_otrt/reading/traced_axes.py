@@ -150,9 +150,14 @@ class TracedAxes:
             votes = {axis for voted, axis in known if _without(voted, axis) == _without(shape, axis)}
         if not votes and is_normalisation(module):  # what runs around it
             votes = {axis for outer in self.running for axis in _votes(outer, shape)}
-        if votes:
-            return votes.pop() if len(votes) == 1 else None
         keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
+        if votes:
+            # Where two axes have one size, a module that transposes for what is inside of it looks like one that does
+            # not. Then what enters has to lie along the same axis.
+            may_transpose = keeps_shape and frame.source is not None and not _has_distinct_sizes(shape)
+            if may_transpose and frame.input_axis not in votes:
+                return None
+            return votes.pop() if len(votes) == 1 else None
         if not has_children(module) and keeps_shape and frame.source is not None:
             axis = frame.source.neuron_axis
             # A layer of unknown type may permute. Its shape shows that, unless another axis has the same size.

@@ -91,6 +91,8 @@ class Attachment:
         )
         self._guard = InputGuard()
         self._first_input = FirstInput()
+        #: The student's first parameter of floating point, and its type when the student was attached.
+        self._parameter: nn.Parameter | None = None
         self._attached_dtype: torch.dtype | None = None
 
     @property
@@ -128,7 +130,8 @@ class Attachment:
             # everything that the process has compiled is compiled anew.
             torch.compiler.reset()
         self.student = student
-        self._attached_dtype = _dtype_of(student)
+        self._parameter = _first_parameter(student)
+        self._attached_dtype = None if self._parameter is None else self._parameter.dtype
         self._guard = InputGuard()
         self._graph_checks = GRAPH_CHECKS
         self.choose_again()
@@ -149,7 +152,7 @@ class Attachment:
         if self._logits is not None:
             self._logits.forget_modules()
         self.teacher.release()
-        self.student = None
+        self.student = self._parameter = None
 
     def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
@@ -349,13 +352,15 @@ class Attachment:
 
     def _prepare_teacher(self, student: nn.Module) -> None:
         """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""
-        for parameter in student.parameters():
-            if parameter.is_floating_point():
-                if parameter.dtype != self._attached_dtype:
-                    self.teacher.follow(parameter.dtype)
-                self.teacher.prepare(parameter.device)
-                return  # not `next`, which torch 2.6 cannot compile
+        if not torch.compiler.is_compiling():  # Dynamo cannot list the parameters of a module that it compiles
+            self._parameter = _first_parameter(student)
+        if self._parameter is None:
+            return
+        if self._parameter.dtype != self._attached_dtype:
+            self.teacher.follow(self._parameter.dtype)
+        self.teacher.prepare(self._parameter.device)
 
 
-def _dtype_of(student: nn.Module) -> torch.dtype | None:
-    return next((parameter.dtype for parameter in student.parameters() if parameter.is_floating_point()), None)
+def _first_parameter(student: nn.Module) -> nn.Parameter | None:
+    """The first one of floating point."""
+    return next((parameter for parameter in student.parameters() if parameter.is_floating_point()), None)

@@ -137,3 +137,30 @@ def test_a_codec() -> None:
         tensor = found.tensor(name)
         assert tensor is not None
         assert (tensor.batch_axis, tensor.neuron_axis) == (0, 1), name
+
+
+class TurnedInside(nn.Module):
+    """Takes and gives (B, C, T), and transposes for a part that wants the channels last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.part = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.part(x.mT)[0].mT
+
+
+def test_as_many_channels_as_times() -> None:
+    """Nothing tells (B, C, T) from (B, T, C) there: an error, and no term along the wrong axis."""
+    nets = [
+        nn.Sequential(nn.Conv1d(4, width, 3, padding=1), TurnedInside(width), TurnedInside(width)) for width in (16, 12)
+    ]
+    x = torch.randn(6, 4, 16).cumsum(2)
+    for layer in ("1", "2"):
+        transfer = RepresentationTransfer(nets[1], [LayerPair(layer, layer)])
+        with transfer.attached(nets[0]), pytest.raises(ValueError, match="ambiguous neuron axis"):
+            nets[0](x)
+    transfer = RepresentationTransfer(nets[1], [LayerPair("1", "1", neuron_axis=1)])
+    with transfer.attached(nets[0]):
+        nets[0](x)
+        assert transfer.loss() > 0

@@ -18,6 +18,7 @@ POSITIONS: list[tuple[tuple[int, ...], tuple[int, ...], int]] = [
     ((6, 16), (8, 9), 9),
     ((6,), (8, 9), 1),
     ((6, 3, 4, 4), (8, 2, 2, 4), 16),
+    ((6, 1, 1), (8, 1), 1),
 ]
 
 
@@ -25,7 +26,8 @@ POSITIONS: list[tuple[tuple[int, ...], tuple[int, ...], int]] = [
 def test_match_positions(student: tuple[int, ...], teacher: tuple[int, ...], positions: int) -> None:
     y, x = torch.randn(5, *student), torch.randn(5, *teacher)
     found = match_positions(y, x, "pair")
-    sizes = tuple(map(min, student[1:], teacher[1:])) if min(len(student), len(teacher)) > 1 else ()
+    same = len(student) == len(teacher) > 1
+    sizes = tuple(map(min, student[1:], teacher[1:])) if same else ()
     for matrix, reading in zip(found, (y, x), strict=True):
         assert matrix.shape == (reading.shape[1], 5 * positions)
         if sizes:

@@ -248,3 +248,40 @@ def test_swin() -> None:
     layers = [found.layer(f"encoder.layers.{stage}.blocks.0") for stage in range(3)]
     sizes = [find_token_grid(found, layer, layer.output).size for layer in layers if layer.output is not None]
     assert sizes == [(16, 16), (8, 8), (4, 4)]
+
+
+class Frames(nn.Module):
+    """Convolutions over a spectrogram, whose frames then hold the channels of all frequencies."""
+
+    def __init__(self, frequencies: int, *, has_channel: bool) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1))
+        self.linear, self.has_channel = nn.Linear(6 * frequencies // 4, 8), has_channel
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x if self.has_channel else x[:, None])
+        tokens: Tensor = self.linear(x.transpose(1, 2).flatten(2))
+        return tokens
+
+
+@pytest.mark.parametrize("has_channel", [False, True])
+@pytest.mark.parametrize(("frequencies", "times"), [(16, 64), (16, 128), (64, 128), (20, 64)])
+def test_frames_behind_convolutions_are_no_squares(frequencies: int, times: int, has_channel: bool) -> None:
+    """With 16 of 64 frequencies left, a frame has as many channels as a square of 4 x 4 cells would."""
+    shape = (2, 1, times, frequencies) if has_channel else (2, times, frequencies)
+    assert grid_of(Frames(frequencies, has_channel=has_channel), "linear", torch.randn(shape)) == TokenGrid()
+
+
+def test_a_speech_encoder() -> None:
+    """Of transformers: 128 mels, of which convolutions leave 16."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ParakeetEncoderConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_mel_bins=128,
+        subsampling_conv_channels=4,
+    )
+    net = transformers.ParakeetEncoder(config)
+    assert grid_of(net, "layers.0", torch.randn(2, 512, 128)) == TokenGrid()

@@ -107,6 +107,33 @@ def test_compiled_as_one_graph(compiled):
     assert_agree(by_name(weights(task)), by_hand(context), without(context))
 
 
+def stack(width: int) -> torch.nn.Sequential:
+    """Layers in a row."""
+    torch.manual_seed(width)
+    first = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.ReLU())
+    return torch.nn.Sequential(first, torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU()))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_sequential() -> None:
+    """Of which Dynamo cannot list the parameters."""
+    found = []
+    for compiles in (True, False):
+        net = stack(8)
+        module = torch.compile(net, backend="eager") if compiles else net
+        task = torch.nn.Module()
+        task.net = module
+        transfer = RepresentationTransfer(stack(12), {"net.0": "0", "net.1": "1"})
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+        with transfer.attached(task):
+            for _ in range(2):
+                task.net(x)
+                loss = transfer.loss()
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in net.parameters())])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_longer_fits_compile_no_more():
