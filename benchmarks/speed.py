@@ -317,6 +317,8 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
             f"{Quartiles(*step['term alone']):.2f} % of task step and teacher forward ({step['seconds']:.2f} s); steps "
             f"with and without it differ by {Quartiles(*step['difference']):.1f} %.",
         ]
+    if "step stamp" in results:
+        lines += ["", f"Steps by `--steps`: {results['step stamp']}"]
     lines += ["", "## Gates and goals", "", "| what | measured | has to be | |", "|---|---|---|---|"]
     return "\n".join(lines + [gate.row() for gate in gates]) + "\n"
 
@@ -350,6 +352,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes and no network; writes nothing")
     parser.add_argument("--rotations", action="store_true", help="measure rotations alone; the other results stay")
     parser.add_argument("--small", action="store_true", help="measure the first shape alone; the other results stay")
+    parser.add_argument("--steps", action="store_true", help="measure training steps alone; the other results stay")
     options = parser.parse_args()
     quick = options.quick
     torch.set_num_threads(1)
@@ -366,6 +369,11 @@ def main() -> None:
         results = json.loads((HERE / "results" / "speed.json").read_text())
         others = [row for row in results["solve"] if tuple(row["shape"]) != SHAPES[0]]
         results["solve"], results["small stamp"] = [*measure_solves(SHAPES[:1], seconds=3.0), *others], stamp()
+        write(results, measured=False)
+        return
+    if options.steps:
+        results = json.loads((HERE / "results" / "speed.json").read_text())
+        results["step"], results["step stamp"] = [measure_step(batch, count=12) for batch in LIMITS], stamp()
         write(results, measured=False)
         return
     results = {
