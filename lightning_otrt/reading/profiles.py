@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.outputs import all_tensors, output_items, sequence_output
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
-__all__ = ["Inputs", "is_close", "mapped", "profiles"]
+__all__ = ["Inputs", "is_close", "layer_tensors", "mapped", "profiles"]
 
 #: Positional and keyword arguments of a forward.
 Inputs: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
@@ -32,12 +32,8 @@ def profiles(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> di
     target, found = modules[traced.root], {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if is_in_backward() or is_in_functional_transform():
-            return
-        returned = [item for _, item in output_items(sequence_output(module, output)) if isinstance(item, Tensor)]
-        entered = next((arg for arg in args if isinstance(arg, Tensor)), None)
-        for key, tensor in ((name, returned[0] if len(returned) == 1 else None), (name + INPUT, entered)):
-            if tensor is not None and tensor.dim() > 1 and not tensor.is_nested and tensor.is_floating_point():
+        for key, tensor in layer_tensors(name, module, args, output):
+            if tensor.dim() > 1 and not tensor.is_nested and tensor.is_floating_point():
                 found[key] = _profile(tensor, 0), _profile(tensor, 1)
 
     with in_evaluation(target, all_tensors(inputs)), ExitStack() as hooks:
@@ -47,6 +43,21 @@ def profiles(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> di
         args, kwargs = inputs
         (getattr(target, method) if method else target)(*args, **kwargs)
     return found
+
+
+def layer_tensors(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Iterator[tuple[str, Tensor]]:
+    """In a forward hook: the tensor that a layer gives, by its name, and the one that entered it, by ``name:input``.
+
+    There is none where a layer gives several tensors, runs again in a backward pass, or runs inside a transform.
+    """
+    if is_in_backward() or is_in_functional_transform():
+        return
+    returned = [item for _, item in output_items(sequence_output(module, output)) if isinstance(item, Tensor)]
+    if len(returned) == 1:
+        yield name, returned[0]
+    entered = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    if entered is not None:
+        yield name + INPUT, entered
 
 
 def _profile(tensor: Tensor, axis: int) -> Tensor:

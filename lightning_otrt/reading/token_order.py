@@ -17,8 +17,8 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.outputs import all_tensors, output_items, sequence_output
-from lightning_otrt.reading.profiles import Inputs
+from lightning_otrt.reading.outputs import all_tensors
+from lightning_otrt.reading.profiles import Inputs, layer_tensors
 from lightning_otrt.reading.token_grid import TokenGrid, find_token_grid
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
@@ -189,12 +189,8 @@ def _run(
         return _changed(output, traced.layer(source.name).neuron_axis or 1, source, cells)
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if is_in_backward() or is_in_functional_transform():
-            return
-        returned = [item for _, item in output_items(sequence_output(module, output)) if isinstance(item, Tensor)]
-        entered = next((arg for arg in args if isinstance(arg, Tensor)), None)
-        for key, tensor in ((name, returned[0] if len(returned) == 1 else None), (name + INPUT, entered)):
-            if key in watched and tensor is not None and tensor.shape == watched[key].tensor.shape:
+        for key, tensor in layer_tensors(name, module, args, output):
+            if key in watched and tensor.shape == watched[key].tensor.shape:
                 tokens = tensor.detach().transpose(0, watched[key].tensor.batch_axis)
                 found[key] = tokens[:_PROBES].float().clone()
 
