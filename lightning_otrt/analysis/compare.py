@@ -21,7 +21,7 @@ from lightning_otrt.layers.comparable import LayerChoice, choose_layers
 from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.observer import Observer
-from lightning_otrt.reading.positions import can_be_compared, match_positions
+from lightning_otrt.reading.positions import can_be_compared, has_one_position, match_positions
 from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.teacher.frozen import Teacher
@@ -178,7 +178,7 @@ class _Table:
             for column, x in teacher.items():
                 if not can_be_compared(y, x):
                     continue
-                if (y[0, 0].numel() == 1) != (x[0, 0].numel() == 1):
+                if has_one_position(y) != has_one_position(x):
                     self.pooled.add((row, column))
                 self._add(self.metrics, (row, column), y, x)
                 other = shuffled[column]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from lightning_otrt.reading.pooling import pool
 
-__all__ = ["as_matrix", "can_be_compared", "match_positions"]
+__all__ = ["as_matrix", "can_be_compared", "has_one_position", "match_positions"]
 
 
 def match_positions(student: Tensor, teacher: Tensor, where: str) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def match_positions(student: Tensor, teacher: Tensor, where: str) -> tuple[Tenso
         )
     if student.shape[2:] == teacher.shape[2:]:
         return as_matrix(student), as_matrix(teacher)
-    if student[0, 0].numel() == teacher[0, 0].numel() == 1:  # a map and a sequence, as with `grid=1`
+    if has_one_position(student) and has_one_position(teacher):  # a map and a sequence, as with `grid=1`
         return as_matrix(student), as_matrix(teacher)
     if student.dim() == 2 or teacher.dim() == 2:
         spatial = teacher if student.dim() == 2 else student
@@ -55,8 +57,13 @@ def match_positions(student: Tensor, teacher: Tensor, where: str) -> tuple[Tenso
 
 def can_be_compared(student: Tensor, teacher: Tensor) -> bool:
     """Whether two readings ``(B, C, *positions)`` have positions that can be paired: not a map with a sequence."""
-    is_single = student[0, 0].numel() == teacher[0, 0].numel() == 1
-    return is_single or student.dim() == teacher.dim() or 2 in (student.dim(), teacher.dim())
+    are_single = has_one_position(student) and has_one_position(teacher)
+    return are_single or student.dim() == teacher.dim() or 2 in (student.dim(), teacher.dim())
+
+
+def has_one_position(reading: Tensor) -> bool:
+    """Whether a reading ``(B, C, *positions)`` has a single position; its shape tells, so no sample is needed."""
+    return math.prod(reading.shape[2:]) == 1
 
 
 def as_matrix(reading: Tensor) -> Tensor:

@@ -37,6 +37,15 @@ def test_match_positions(student: tuple[int, ...], teacher: tuple[int, ...], pos
         torch.testing.assert_close(matrix, columns(expected))
 
 
+@pytest.mark.parametrize(("student", "teacher", "positions"), POSITIONS)
+def test_positions_are_those_of_the_shape_also_without_a_sample(
+    student: tuple[int, ...], teacher: tuple[int, ...], positions: int
+) -> None:
+    y, x = torch.randn(0, *student), torch.randn(0, *teacher)
+    assert can_be_compared(y, x)
+    assert [matrix.shape for matrix in match_positions(y, x, "pair")] == [(student[0], 0), (teacher[0], 0)]
+
+
 def test_match_positions_errors() -> None:
     with pytest.raises(ValueError, match=r"layer a: the batch sizes differ \(student \(4, 6\), teacher \(5, 8\) as"):
         match_positions(torch.ones(4, 6), torch.ones(5, 8), "layer a")
