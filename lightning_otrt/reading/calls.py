@@ -51,9 +51,10 @@ class Call:
 
     @cached_property
     def memories(self) -> tuple[Tensor, ...]:
-        """The sequences that its own one looks at."""
+        """The sequences that its own one looks at. Maps of several sizes come as a list."""
         names = [*_MEMORY, *_MEMORY_OF_LATENTS, *(("key", "value") if self.is_cross_attention else ())]
-        found: list[Any] = [self.arguments.get(name) for name in names]
+        given: list[Any] = [self.arguments.get(name) for name in names]
+        found = [part for value in given for part in (value if isinstance(value, (list, tuple)) else (value,))]
         return tuple(value for value in found if is_tensor(value) and value is not self.sequence)
 
     @cached_property

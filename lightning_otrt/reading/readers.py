@@ -92,8 +92,8 @@ def layer_reader(
         warnings.warn(
             f"The {where} has {tensor.shape[1 - tensor.batch_axis]} tokens of a grid of "
             f"{' x '.join(map(str, layout.unordered))} patches, but a change of one patch does not show that they lie "
-            "row by row, as where a network puts them in the order of its windows. They are read as a sequence. Match "
-            "layers that give maps, or networks with the same order, or pass grid=1.",
+            "row by row: they may be queries that look at the patches, or patches in the order of windows. They are "
+            "read as a sequence. Match layers that give maps, or networks with the same order, or pass grid=1.",
             stacklevel=2,
         )
     if layout.frames is not None:

@@ -84,7 +84,9 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
         if fitting:
             found = next((found for found in reversed(fitting) if found.is_conv), fitting[-1])
             if is_unordered:
-                return TokenGrid(prefix, unordered=found.size)
+                # Learned queries that look at the patches: they are as many by chance, and have no place in the image.
+                are_queries = layer.looks_at_memory and tokens in trace.learned_tokens
+                return TokenGrid() if are_queries else TokenGrid(prefix, unordered=found.size)
             return TokenGrid(prefix, found.size, found.source, found.merged)
     prefix = trace.prefix_tokens if tokens > trace.prefix_tokens else 0
     for found in (found for found in reversed(maps) if found.is_conv and found.merged == 1):
