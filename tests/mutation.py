@@ -17,7 +17,10 @@ from pathlib import Path
 FILES = [
     *(f"transport/{name}" for name in ("cost", "correlation", "moments", "euclidean", "gradient", "distance")),
     *(f"transport/{name}" for name in ("sinkhorn", "plans", "orthogonal", "polar")),
-    *(f"reading/{name}" for name in ("neurons", "pooling", "hooks", "recorder")),
+    *(
+        f"reading/{name}"
+        for name in ("neurons", "pooling", "view_hooks", "layer_hooks", "note_hooks", "step_mask", "recorder")
+    ),
 ]
 TESTS = ["tests/transport", "tests/steps", "tests/reading", "tests/test_transfer.py"]
 #: Peaks of memory are left out: the wrappers of mutmut hold arguments longer.

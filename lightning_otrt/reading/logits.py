@@ -12,9 +12,9 @@ from lightning_otrt.layers.logits import logit_key, traced_logits
 from lightning_otrt.layers.mask_sources import LayerMasks, MaskSource, choose_masks
 from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.hooks import mask_key
 from lightning_otrt.reading.layer_masks import flat_mask
 from lightning_otrt.reading.masks import fit_mask
+from lightning_otrt.reading.note_hooks import mask_key
 from lightning_otrt.reading.outputs import as_container, describe, output_items
 from lightning_otrt.reading.pooling import widened, widened_copy
 

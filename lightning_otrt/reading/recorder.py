@@ -11,18 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.mask_sources import MaskSource
 from lightning_otrt.layers.pairs import INPUT
-from lightning_otrt.reading.hooks import (
-    CloseView,
-    NoteGrid,
-    NoteMask,
-    OpenView,
-    ReadInput,
-    ReadOutput,
-    ViewAroundMethod,
-    grid_key,
-)
+from lightning_otrt.reading.layer_hooks import ReadInput, ReadOutput
 from lightning_otrt.reading.neurons import NeuronReader
+from lightning_otrt.reading.note_hooks import NoteGrid, NoteMask, grid_key
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
+from lightning_otrt.reading.view_hooks import CloseView, OpenView, ViewAroundMethod
 from lightning_otrt.reading.views import View
 
 __all__ = ["PatchMap", "Readers", "RecordedLayer", "Recorder"]

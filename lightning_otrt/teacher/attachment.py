@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
-from lightning_otrt.reading.failed_teacher import teacher_failed
 from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.pairing import Inputs, Pairing, check_layers
+from lightning_otrt.reading.pairing import Pairing, check_layers
 from lightning_otrt.reading.reach import describe_frozen
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root_search import RootSearch
@@ -28,10 +27,10 @@ from lightning_otrt.reading.views import (
     trained_views,
 )
 from lightning_otrt.teacher.cache import SampleCache
-from lightning_otrt.teacher.cached_run import CachedRun
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.logits import FEATURES, LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
+from lightning_otrt.teacher.teacher_run import TeacherRun
 
 __all__ = ["Attachment"]
 
@@ -85,15 +84,9 @@ class Attachment:
         self._recorder = Recorder(self._on_forward)
         #: The module of the student whose inputs the teacher gets too.
         self.root = RootSearch(layers, student_root, self._recorder, distills=logits is not None)
-        #: Runs the teacher where readings are kept.
-        self.cached = (
-            None if cache is None else CachedRun(teacher, self._recorder, cache, strict, agree, self._read_logits)
-        )
+        self._teacher_run = TeacherRun(teacher, self._recorder, grid, cache, strict, agree, logits)
         self._guard = InputGuard()
         self._first_input = FirstInput()
-        #: The student's first parameter of floating point, and its type when the student was attached.
-        self._parameter: nn.Parameter | None = None
-        self._attached_dtype: torch.dtype | None = None
 
     @property
     def views(self) -> list[View]:
@@ -130,8 +123,7 @@ class Attachment:
             # everything that the process has compiled is compiled anew.
             torch.compiler.reset()
         self.student = student
-        self._parameter = _first_parameter(student)
-        self._attached_dtype = None if self._parameter is None else self._parameter.dtype
+        self._teacher_run.start(student)
         self._guard = InputGuard()
         self._graph_checks = GRAPH_CHECKS
         self.choose_again()
@@ -147,12 +139,10 @@ class Attachment:
         self.root.stop()
         self._first_input.forget()
         self._recorder.remove()
-        if self.cached is not None:
-            self.cached.close()
+        self._teacher_run.stop()
         if self._logits is not None:
             self._logits.forget_modules()
-        self.teacher.release()
-        self.student = self._parameter = None
+        self.student = None
 
     def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
@@ -241,7 +231,7 @@ class Attachment:
         assert self.student is not None
         if self.root.name is not None:
             # In containers of their own: the teacher must not change those of the student.
-            self._run_teacher(self.student, *self._guard.copied((args, kwargs)))
+            self._teacher_run(self.student, *self._guard.copied((args, kwargs)))
             return True
         if not self.root.is_possible(name, self.teacher.module):
             return False
@@ -250,66 +240,15 @@ class Attachment:
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
             self._resolve(self.student, name, own_args, own_kwargs)
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
-            self._run_teacher(self.student, own_args, own_kwargs, is_first=True)
+            self._teacher_run.first(self.student, own_args, own_kwargs)
         return True
-
-    def _run_teacher(
-        self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_first: bool = False
-    ) -> None:
-        if self.cached is not None:
-            self._run_cached(student, self.cached, args, kwargs, is_first)
-            return
-        self._ready_teacher(student)
-        teacher_args, teacher_kwargs = self.teacher.inputs_for(args, kwargs)
-        with self._recorder.teacher_running():
-            output = self._run(student, (teacher_args, teacher_kwargs), self.teacher.run)
-        self._recorder.teacher_output = (output,)
-        self._read_logits(output)
-
-    def _run(self, student: nn.Module, inputs: Inputs, run: Callable[..., Any]) -> Any:
-        """Run the teacher on its inputs; its errors name it and what to do."""
-        if torch.compiler.is_compiling():
-            return run(*inputs)
-        try:
-            return run(*inputs)
-        except Exception as error:
-            failed = teacher_failed(error, self.teacher.source, inputs, student, self.root.name or "")
-            if failed is error:
-                raise
-            raise failed from error
-
-    def _read_logits(self, output: Any) -> None:
-        if self._logits is not None and self._recorder.current is not None:
-            self._logits.read_teacher(output, self._recorder.current)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _run_cached(
-        self, student: nn.Module, cached: CachedRun, args: tuple[Any, ...], kwargs: dict[str, Any], is_first: bool
-    ) -> None:
-        """The same through the cache, whose tables are no tensors: compiled code is left for it."""
-        self._ready_teacher(student)
-        inputs = self.teacher.inputs_for(args, kwargs)
-        if is_first:
-            pairing = self.pairing
-            assert pairing is not None
-            readers = pairing.readers("teacher", self.teacher.module, self.grid)
-            more = "" if self._logits is None else self._logits.identity
-            self._run(student, inputs, lambda *given: cached.first(given, pairing, readers, more))
-        else:
-            self._run(student, inputs, lambda *given: cached(given))
-
-    def _ready_teacher(self, student: nn.Module) -> None:
-        hooked = self.teacher.module
-        self._prepare_teacher(student)
-        if self.teacher.module is not hooked:
-            self._watch_teacher()
 
     def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""
 
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
-                self._prepare_teacher(student)
+                self._teacher_run.prepare(student)
                 pairing = trace_and_pair(
                     self.layers,
                     known,
@@ -327,12 +266,11 @@ class Attachment:
                 return pairing
 
         self.pairing = self._settle(choose)
-        self.teacher.draws_random = self.pairing.teacher.draws_random
         self._counts = self.pairing.neuron_counts()
         self._recorder.read_output = None if self._logits is None else self._logits.read_student
         self._watch_student(student)
         self.root.found(self.pairing.student.root)
-        self._watch_teacher()
+        self._teacher_run.watch(self.pairing)
         if not self.pairing.student.draws_random:  # which has a warning of its own
             self._first_input.compare_next()
 
@@ -342,25 +280,3 @@ class Attachment:
         if logits is not None and logits.features is not None:
             readers[FEATURES] = logits.features
         self._recorder.watch_student(readers, () if logits is None else logits.masks("student"))
-
-    def _watch_teacher(self) -> None:
-        assert self.pairing is not None
-        readers, logits = self.pairing.readers("teacher", self.teacher.module, self.grid), self._logits
-        if logits is not None:
-            logits.use_teacher(self.pairing, self.teacher.module)
-        self._recorder.watch_teacher(readers, () if logits is None else logits.masks("teacher"))
-
-    def _prepare_teacher(self, student: nn.Module) -> None:
-        """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""
-        if not torch.compiler.is_compiling():  # Dynamo cannot list the parameters of a module that it compiles
-            self._parameter = _first_parameter(student)
-        if self._parameter is None:
-            return
-        if self._parameter.dtype != self._attached_dtype:
-            self.teacher.follow(self._parameter.dtype)
-        self.teacher.prepare(self._parameter.device)
-
-
-def _first_parameter(student: nn.Module) -> nn.Parameter | None:
-    """The first one of floating point."""
-    return next((parameter for parameter in student.parameters() if parameter.is_floating_point()), None)
