@@ -13,6 +13,7 @@ from lightning_otrt.layers.trace import Trace, TracedLayer
 
 __all__ = [
     "adds_nothing",
+    "block_candidates",
     "block_groups",
     "block_names",
     "classification_head",
@@ -26,9 +27,9 @@ _BLOCKS = 4
 
 
 def penultimate_names(trace: Trace) -> list[str]:
-    """What enters the classification head, as a list of one name; empty where no head is found."""
+    """What enters the classification head, as a list of one name; empty where none is found that runs once."""
     head = classification_head(trace)
-    return [] if head is None else [input_before_dropout(trace, head)]
+    return [] if head is None or head.calls > 1 else [input_before_dropout(trace, head)]
 
 
 def input_before_dropout(trace: Trace, layer: TracedLayer) -> str:
@@ -71,7 +72,7 @@ def block_groups(trace: Trace) -> list[list[str]]:
     with evenly spaced blocks; where their number of tokens shrinks, the last block of each size. Without any of these
     each recurrent module is a block. Empty where there is none.
     """
-    layers = _block_candidates(trace)
+    layers = block_candidates(trace)
     maps = _last_at_each_size([layer for layer in layers if not _is_tokens(layer) and not adds_nothing(layer)], trace)
     stacks = _repeated_blocks([layer for layer in layers if _is_tokens(layer)])
     last_token = max((stack[-1].order or 0 for stack in stacks), default=-1)
@@ -116,7 +117,7 @@ def adds_nothing(layer: TracedLayer) -> bool:
     return layer.role == "dropout" or layer.kind == "Identity"
 
 
-def _block_candidates(trace: Trace) -> list[TracedLayer]:
+def block_candidates(trace: Trace) -> list[TracedLayer]:
     """Recordable layers before the head, without the model's own output, in order of completion."""
     head = classification_head(trace)
     outputs = output_layers(trace)

@@ -26,7 +26,9 @@ def inner_hint(trace: Trace, side: str) -> str:
         "pass student_root='net.backbone'."
     """
     root = trace.layer(trace.root)
-    inner = None if root.input is not None else _largest(trace)
+    # A batch may be a keyword argument; (C, H, W) is an image of a list.
+    has_batch = any(len(shape) != 3 and trace.is_sample_count(shape[0]) for shape in root.input_shapes if shape)
+    inner = None if root.input is not None or has_batch else _largest(trace)
     if inner is None or inner.input is None:
         return ""
     where = f"pass student_root={inner.name!r}" if side == "student" else "pass this module as the teacher"

@@ -9,12 +9,12 @@ from dataclasses import replace
 from lightning_otrt.layers.automatic import block_names, penultimate_names
 from lightning_otrt.layers.depth import pair_blocks
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
-from lightning_otrt.layers.inner_network import inner_hint
 from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
-from lightning_otrt.layers.model_output import assumed_output, output_layers
+from lightning_otrt.layers.model_output import assumed_output
+from lightning_otrt.layers.no_blocks import nothing_found, why_no_blocks
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
-from lightning_otrt.layers.trace import Trace, TracedLayer
+from lightning_otrt.layers.trace import Trace
 
 __all__ = ["fallback_note", "output_note", "resolve_layers", "select_layers"]
 
@@ -22,12 +22,6 @@ __all__ = ["fallback_note", "output_note", "resolve_layers", "select_layers"]
 FindMatches = Callable[[], Sequence[tuple[str, str]]]
 
 _RULES: dict[str, Callable[[Trace], list[str]]] = {"blocks": block_names, "penultimate": penultimate_names}
-_NOTHING_FOUND = {
-    "blocks": "No layer of the {side} ({kind}) has positions or tokens with a known neuron axis, so there are no "
-    'blocks to match. Use "penultimate", or name the layers and their `neuron_axis`.',
-    "penultimate": "No classification head was found in the {side} ({kind}): its forward does not end with a Linear or "
-    "1x1 convolution with a 2-D output. Name the layer, as 'fc:input'.",
-}
 
 
 def resolve_layers(
@@ -81,39 +75,13 @@ def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
     without = [(side, trace) for side, trace in (("student", student), ("teacher", teacher)) if not block_names(trace)]
     if not words or not without:
         return ""
-    models = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace in without]
-    single = [
-        layer.name
-        for _, trace in without
-        for layer in trace.recordable()
-        if _has_positions(layer) and not layer.gives_model_output and layer.name not in output_layers(trace)
-    ]
-    if single:
-        shown = ", ".join(map(repr, dict.fromkeys(single[:2])))
-        return (
-            f'"{words[0]}" is "penultimate" here, because no blocks were found in {" and in ".join(models)}: '
-            f"layers with positions or tokens, such as {shown}, are no stack of numbered modules."
-        )
-    note = (
-        f'"{words[0]}" is "penultimate" here, because no layer of {" and of ".join(models)} has positions or tokens, '
-        "apart from those that make the output"
-    )
-    repeated = [
-        name
-        for trace in (student, teacher)
-        for name in (layer.name for layer in trace.layers if layer.calls > 1 and _has_positions(layer))
-    ]
-    if not repeated:
-        return f"{note}."
-    names = ", ".join(map(repr, dict.fromkeys(repeated[:4])))
-    return (
-        f"{note} and those that run more than once in one forward, such as {names}. Where the network calls a part of "
-        "itself for each of several inputs, name that part as `student_root`."
-    )
-
-
-def _has_positions(layer: TracedLayer) -> bool:
-    return layer.output is not None and math.prod(layer.output.positions) > 1 and len(layer.output.shape) > 2
+    kinds = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace in without]
+    reasons = [why_no_blocks(trace, side) for side, trace in without]
+    # A part that is the root of the student is that of the teacher, too.
+    if len({why_no_blocks(trace, "student") for _, trace in without}) == 1:
+        kinds, reasons = [" and ".join(kinds)], reasons[:1]
+    told = " ".join(f"Of {kind}: {reason}" for kind, reason in zip(kinds, reasons, strict=True))
+    return f'"{words[0]}" is "penultimate" here, because no blocks were found. {told}'
 
 
 def output_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
@@ -179,8 +147,7 @@ def _choose(selector: str | int, trace: Trace, names: LayerNames, other: LayerNa
     if selector in WORDS:
         found = _RULES[selector](trace)
         if not found:
-            nothing = _NOTHING_FOUND[selector].format(side=names.side, kind=names.kind)
-            raise ValueError(nothing + inner_hint(trace, names.side))
+            raise ValueError(nothing_found(selector, trace, names.side))
         return found
     # A module under two names is one layer: pairs carry its first name, so that duplicates are noticed.
     return [trace.layer(name).name + (INPUT if name.endswith(INPUT) else "") for name in names.find(selector, other)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_otrt.layers.automatic import block_names, penultimate_names
 from lightning_otrt.layers.names import is_inside, named_layers, primary_names
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
@@ -50,10 +51,10 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
     if not before:
         return f"{line}: all that leads to them is frozen, and the term trains nothing."
     after = sum(key in ran and not is_before for key, is_before in trained.items())
-    return (
-        f"{line}. Of the others {after} run after them, and {total - before - after} are in modules that do not run. "
-        'Later layers, such as those of ["blocks", "penultimate"], let the term train more.'
-    )
+    line = f"{line}. Of the others {after} run after them, and {total - before - after} are in modules that do not run."
+    if not (block_names(trace) and penultimate_names(trace)):
+        return line
+    return f'{line} Later layers, such as those of ["blocks", "penultimate"], let the term train more.'
 
 
 def describe_frozen(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]) -> str:

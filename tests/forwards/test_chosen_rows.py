@@ -193,17 +193,6 @@ def test_the_layers_outside_of_it_are_recorded(make, layers):
     run(make(5), make(8), layers, torch.randn(16, 6))
 
 
-class Graph(nn.Module):
-    """Layers of all nodes, which are no numbered blocks that hold others."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.norm, self.head = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.first(x)).relu().mean(1))
-
-
 class Shared(nn.Module):
     """One block for all depths, and logits for each position."""
 
@@ -223,13 +212,7 @@ def points(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
 
 
-def test_auto_says_that_tokens_are_no_blocks():
-    told = run(Graph(6), Graph(9), "auto", torch.randn(6, 10, 8))
-    assert "layers with positions or tokens, such as 'first', 'norm', are no stack of numbered modules" in told
-    assert "no layer of" not in told
-
-
 @pytest.mark.parametrize(("make", "such_as"), [(points, "'0'"), (Shared, "'embed'")])
 def test_an_error_of_the_fallback_gives_its_reason(make, such_as):
-    with pytest.raises(ValueError, match=f'"auto" is "penultimate" here.*such as {such_as}.*No classification head'):
+    with pytest.raises(ValueError, match=f'"auto" is "penultimate" here.*{such_as}.*No classification head'):
         run(make(6), make(9), "auto", torch.randn(6, 10, 8))

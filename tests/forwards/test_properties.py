@@ -248,7 +248,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "one layer that runs four times": (
         albert,
         torch.randint(50, (BATCH, 9)),
-        '"auto" is "penultimate" here, because no blocks were found in the student (AlbertModel)',
+        '"auto" is "penultimate" here, because no blocks were found. Of the student (AlbertModel) and the teacher',
     ),
 }
 

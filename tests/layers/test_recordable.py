@@ -37,7 +37,7 @@ RESOLVE_ERRORS = [
     (LayerPair("cube", "cube", neuron_axis=4), ["`neuron_axis` to lie in [-4, 3], but got 4"]),
     (LayerPair("fc", "fc", neuron_axis=0), ["`neuron_axis` 0 is the axis of the samples"]),
     (99, ["Index 99 is out of range in the student", "[-", "recordable layers"]),
-    ("blocks", ["No layer of the student (Odd) has positions or tokens", '"penultimate"']),
+    ("blocks", ["finds none in the student (Odd)", "along which axis the neurons of 'cube' lie", "neuron_axis=1"]),
     ("penultimate", ["No classification head was found in the student (Odd)", "Name the layer"]),
 ]
 
@@ -70,5 +70,5 @@ def test_a_head_that_is_shared_ran_twice():
             return self.head(self.body(x)) + self.head(x)
 
     seen = trace(Shared(), (torch.randn(3, 4),))
-    with pytest.raises(ValueError, match=r"'head' \(Linear\) ran 2 times"):
+    with pytest.raises(ValueError, match=r"'head' \(Linear\) of the student \(Shared\) ran 2 times"):
         resolve_layers("penultimate", seen, seen)

@@ -1,0 +1,124 @@
+"""What to say of a network in which no blocks were found: what it has, why these are none, and what to write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_otrt.layers.automatic import (
+    adds_nothing,
+    block_candidates,
+    classification_head,
+    penultimate_names,
+)
+from lightning_otrt.layers.inner_network import inner_hint
+from lightning_otrt.layers.repeats import end_of_loop, feeds_itself, repeated_parts
+from lightning_otrt.layers.trace import Trace, TracedLayer
+
+__all__ = ["nothing_found", "why_no_blocks"]
+
+#: Layers that a message names, at most.
+_SHOWN = 4
+
+
+def nothing_found(word: str, trace: Trace, side: str) -> str:
+    """The error of ``"blocks"`` or ``"penultimate"`` where a network has none."""
+    kind = trace.layer(trace.root).kind
+    if word == "blocks":
+        other = ' Or use "penultimate".' if penultimate_names(trace) else ""
+        message = f'"blocks" finds none in the {side} ({kind}): {why_no_blocks(trace, side)}{other}'
+    elif (head := classification_head(trace)) is not None:
+        message = (
+            f"The classification head {head.name!r} ({head.kind}) of the {side} ({kind}) ran {head.calls} times in one "
+            "forward, and a representation is one call. Name a layer that runs once. Where the network takes several "
+            "inputs, call it once for each of them, or pass as `student_root` a part that runs once for each."
+        )
+    else:
+        message = (
+            f"No classification head was found in the {side} ({kind}): its forward does not end with a Linear or 1x1 "
+            "convolution with a 2-D output. Name the layer, as 'fc:input'."
+        )
+    return message + inner_hint(trace, side)
+
+
+def why_no_blocks(trace: Trace, side: str) -> str:
+    """What a network without blocks has, why these are no blocks, and what to write: some sentences.
+
+    Args:
+        trace: Trace of the network.
+        side: ``"student"`` or ``"teacher"``.
+    """
+    repeats = _repeats(trace, side)
+    tokens = _outermost([layer for layer in block_candidates(trace) if math.prod(_positions(layer)) > 1])
+    if repeats:
+        others = f" Layers that run once and have positions or tokens: {_last_names(tokens)}." if tokens else ""
+        return repeats + others
+    if tokens:
+        return (
+            "its layers with positions or tokens give no maps, and are no stack of numbered modules of one type, such "
+            f"as `layers.0` and `layers.1`. Name some of them as `layers`: {_last_names(tokens)}."
+        )
+    unknown = [each for each in trace.recordable() if len(each.output_shape or ()) > 2 and each.neuron_axis is None]
+    if unknown:
+        name, shape = unknown[-1].name, unknown[-1].output_shape
+        return (
+            f"the types of its modules do not tell along which axis the neurons of {name!r} lie, of shape {shape}. Say "
+            f"it, as LayerPair({name!r}, {name!r}, neuron_axis=1) for (B, C, ...) and -1 for (B, ..., C)."
+        )
+    rows = _rows(trace)
+    if not rows:
+        return "no layer of it has positions or tokens."
+    return (
+        f"its layers give a row for each sample or node and no positions, as {rows[-1].name!r} of shape "
+        f"{rows[-1].output_shape}. Name some of them as `layers`: {_last_names(rows)}."
+    )
+
+
+def _repeats(trace: Trace, side: str) -> str:
+    """Says which parts run several times, and what to do; empty if none does."""
+    parts = repeated_parts(trace)
+    if not parts:
+        return ""
+    shown = " and ".join(f"{part.name!r} ({part.kind}) {part.calls} times" for part in parts[:_SHOWN])
+    if loop := next((part for part in parts if feeds_itself(part)), None):
+        end = end_of_loop(trace, loop)
+        remedy = (
+            "Put the loop into a module of its own, and name that in `layers`."
+            if end is None
+            else f"Name what comes out of the loop: layers=[LayerPair({end[0]!r}, {end[0]!r})]."
+            if end[1] is None
+            else f"Name what comes out of the loop: layers=[LayerPair({end[0]!r}, {end[0]!r}, select={end[1]!r})]."
+        )
+        return f"it runs {shown}, on what that gave before, and a representation is one call. {remedy}"
+    part = next((part for part in parts if part.takes_model_input), parts[0])
+    part_alone = (
+        f"pass student_root={part.name!r}: each call is then a forward of its own"
+        if side == "student"
+        else f"pass its part {part.name!r} as the teacher"
+    )
+    return (
+        f"it runs {shown} in one forward, as for several views of a sample, and a representation is one call. Call it "
+        f"once for each of them, or {part_alone}."
+    )
+
+
+def _rows(trace: Trace) -> list[TracedLayer]:
+    """Layers ``(N, C)`` before those that make the output, the outermost."""
+    made = tuple(f"{layer.name}." for layer in trace.layers if layer.gives_model_output and layer.name != trace.root)
+    found = [layer for layer in trace.recordable() if len(layer.output_shape or ()) == 2]
+    return _outermost(
+        [layer for layer in found if not layer.gives_model_output and not f"{layer.name}.".startswith(made)]
+    )
+
+
+def _outermost(layers: Sequence[TracedLayer]) -> list[TracedLayer]:
+    around = tuple(f"{layer.name}." for layer in layers)
+    return [layer for layer in layers if not layer.name.startswith(around) and not adds_nothing(layer)]
+
+
+def _last_names(layers: Sequence[TracedLayer]) -> list[str]:
+    return [layer.name for layer in layers[-_SHOWN:]]
+
+
+def _positions(layer: TracedLayer) -> tuple[int, ...]:
+    return layer.output.positions if layer.output else ()
