@@ -29,8 +29,8 @@ class LogitDistillation:
 
     Where a sample has several labels, ``activation="sigmoid"`` compares the probabilities of each label instead: the
     same term for each label, with the two classes "yes" and "no", averaged over labels. It also serves a single logit.
-    The softmax is wrong for labels and for a regression. In a Trainer there is a warning where the task's loss is one
-    of torch's; in other loops, and for a loss that is written by hand, nothing tells the targets, and there is none.
+    The softmax is wrong for labels and for a regression. So there is a warning where the gradient of the logits in the
+    first backward pass is none of a softmax; ``activation="softmax"`` says that it is meant.
 
     Where the classes are others, the teacher's logits are regressed on what enters the student's last linear layer: by
     ridge, on running moments, so that there is nothing to train and no second head. The term is then 1 - R², with the
@@ -42,7 +42,8 @@ class LogitDistillation:
         select: Key or index of the logits, where the output holds several tensors; or ``(student, teacher)``.
         class_axis: Axis of the classes. None: 1 for ``(B, K)`` and ``(B, K, H, W)``; for three axes it follows from the
             modules that make the output, where these tell.
-        activation: ``"softmax"``, or ``"sigmoid"`` for networks that are trained with a binary cross-entropy.
+        activation: ``"softmax"``, or ``"sigmoid"`` for networks that are trained with a binary cross-entropy. None: the
+            softmax, with a look at the task.
         features: Student layer, or ``"layer:input"``, on which the teacher's logits are regressed. None: what enters
             its last linear layer, and only where the numbers of classes differ. Name it where two networks have as many
             classes by chance.
@@ -62,7 +63,7 @@ class LogitDistillation:
     select: str | int | tuple[str | int | None, str | int | None] | None = None
     class_axis: int | None = None
     features: str | None = None
-    activation: str = "softmax"
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         """Check the fields, so that a wrong one is reported where the user writes it."""
@@ -80,9 +81,9 @@ class LogitDistillation:
             )
         if self.class_axis is not None and not is_int(self.class_axis):
             raise TypeError(f"Expected argument `class_axis` to be an axis or None, but got {shown(self.class_axis)}.")
-        if self.activation not in ("softmax", "sigmoid"):
+        if self.activation not in (None, "softmax", "sigmoid"):
             raise ValueError(
-                f"Expected argument `activation` to be 'softmax' or 'sigmoid', but got {shown(self.activation)}."
+                f"Expected argument `activation` to be 'softmax', 'sigmoid' or None, but got {shown(self.activation)}."
             )
         if self.features is not None and not isinstance(self.features, str):
             raise TypeError(

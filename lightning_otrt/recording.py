@@ -50,11 +50,6 @@ class RecordedStudent(FixedOptions):
         return self._attachment.pairing
 
     @property
-    def compares_classes(self) -> bool:
-        """Whether the distillation of logits compares softened classes, as for tasks of one class per sample."""
-        return self._attachment.compares_classes
-
-    @property
     def teacher_output(self) -> Any:
         """What the teacher returned in the newest training forward of the student, until :meth:`loss` takes that.
 

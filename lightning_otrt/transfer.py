@@ -79,8 +79,8 @@ class RepresentationTransfer(RecordedStudent):
             :class:`LinearWarmup`.
         distillation: Weight of a second term, the distillation of logits (arXiv 1503.02531), or
             :class:`LogitDistillation` with a temperature. It compares the softmax over classes: for several labels of
-            a sample there is ``activation="sigmoid"``, and for a regression it is wrong. Outside of a Trainer nothing
-            tells which of them a task is, and there is no warning.
+            a sample there is ``activation="sigmoid"``, and for a regression it is wrong. The gradient of the logits in
+            the first backward pass shows most such tasks, and there is a warning.
         teacher_inputs: From the inputs of the student's root to those of the teacher: a function that returns a tensor,
             a tuple of positional or a dictionary of keyword arguments.
         teacher_dtype: Run a copy of the teacher in this dtype, such as ``"bfloat16"``. The copy follows a teacher that
@@ -267,6 +267,7 @@ class RepresentationTransfer(RecordedStudent):
         if (student := self.student) is None:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._was_asked = True
+        self._attachment.check_task()
         weights = self.current_weights
         views = self._attachment.take()
         if not reevaluation:
@@ -302,6 +303,7 @@ class RepresentationTransfer(RecordedStudent):
 
     def check_layers(self) -> None:
         """Raise a RuntimeError, or warn unless ``strict``, if a layer never ran. Call it at the end of a loop."""
+        self._attachment.check_task()
         if reason := self._run.why_absent():
             self._give_up(reason)
 

@@ -85,12 +85,11 @@ class LogitReader:
     batch_axis: int = 0
     masks: tuple[tuple[MaskSource, nn.Module], ...] = ()
 
-    def __call__(self, output: Any, noted: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        """The logits ``(B, K, *positions)`` in float32 or wider, and their mask ``(B, T)``, true at valid positions.
+    def returned(self, output: Any) -> tuple[Tensor, int]:
+        """The logits as the network returned them, and the axis of the classes.
 
         Args:
             output: What the network returned.
-            noted: The masks of its forward, by the key of their source.
 
         Raises:
             TypeError: If there are no logits.
@@ -102,7 +101,16 @@ class LogitReader:
                 f"The logits of the {self.where} are a DTensor, whose classes are spread over processes. Distillation "
                 "needs a plain tensor: gather them (`output_layouts=Replicate()`, `use_local_output=True`)."
             )
-        axis = class_axis(logits, self.class_axis, self.where)
+        return logits, class_axis(logits, self.class_axis, self.where)
+
+    def __call__(self, output: Any, noted: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """The logits ``(B, K, *positions)`` in float32 or wider, and their mask ``(B, T)``, true at valid positions.
+
+        Args:
+            output: What the network returned; see :meth:`returned`.
+            noted: The masks of its forward, by the key of their source.
+        """
+        logits, axis = self.returned(output)
         if self.batch_axis == 1 and logits.dim() == 3:
             logits = logits.transpose(0, 1)
             axis = axis if axis == 2 else 1 - axis

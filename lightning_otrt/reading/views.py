@@ -41,6 +41,8 @@ class View:
         logits: The student's logits ``(B, K, *positions)``, where they are distilled. Those of the teacher are one of
             its readings.
         logit_mask: The mask ``(B, T)`` of the student's logits.
+        output: The tensor that the student returned and ``logits`` is a copy of, the axis of its classes, and its
+            version at that time, None in compiled code.
     """
 
     root: str
@@ -50,6 +52,7 @@ class View:
     grids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     logits: Tensor | None = None
     logit_mask: Tensor | None = None
+    output: tuple[Tensor, int, int | None] | None = None
 
     @property
     def recorded(self) -> list[Tensor]:

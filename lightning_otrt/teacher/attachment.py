@@ -169,11 +169,6 @@ class Attachment:
         return "" if self._logits is None else self._logits.note
 
     @property
-    def compares_classes(self) -> bool:
-        """Whether softened classes of both networks are compared."""
-        return self._logits is not None and self._logits.compares_classes
-
-    @property
     def teacher_output(self) -> Any:
         """What the teacher returned in the newest forward of the student.
 
@@ -213,6 +208,11 @@ class Attachment:
         """
         assert self._logits is not None
         return self._logits.matched(views)
+
+    def check_task(self) -> None:
+        """Warn once where the distillation of logits does not suit the task, as far as earlier calls show it."""
+        if self._logits is not None:
+            self._logits.check_task()
 
     def check_views(self, views: list[View]) -> None:
         """Look at the forwards of a call before they are used.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -24,6 +25,7 @@ from lightning_otrt.reading.positions import match_positions
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import RecordedLayer
 from lightning_otrt.reading.views import NoTermError, View
+from lightning_otrt.teacher.task_gradient import UNLIKE_SOFTMAX, TaskGradient
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
 
 __all__ = ["FEATURES", "LogitRecording", "MatchedLogits"]
@@ -65,6 +67,9 @@ class LogitRecording:
         self._pools = False
         #: Shape of the student's logits in the trace, until the training forward of that batch.
         self._traced: tuple[int, ...] | None = None
+        self._task = TaskGradient()
+        #: Whether the transport of a pair reaches the logits, whose gradient is then not that of the task.
+        self._is_matched = False
 
     def settle(self, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> None:
         """Take from the traces what to read, and how.
@@ -84,6 +89,8 @@ class LogitRecording:
             counts.append(_classes(trace, select, self.option))
         differ = None not in counts and counts[0] != counts[1]
         self._pools = differ or self.option.features is not None
+        recorded = [pair.student for pair in pairing.pairs if not pair.student.endswith(INPUT)]
+        self._is_matched = any(pairing.student.layer(name).gives_model_output for name in recorded)
         self.features = self._find_features(pairing.student, named_layers(student)) if self._pools else None
         self.note = self._described(counts)
 
@@ -102,11 +109,6 @@ class LogitRecording:
         self.features = self._student = self._teacher = None
 
     @property
-    def compares_classes(self) -> bool:
-        """Whether the term compares softened classes of both networks."""
-        return not self._pools and self.option.activation == "softmax"
-
-    @property
     def identity(self) -> str:
         """What is read of the teacher's output, in words that are equal for equal readings."""
         reader = self._teacher
@@ -123,6 +125,8 @@ class LogitRecording:
     def read_student(self, output: Any, view: View) -> None:
         """Keep the student's logits in a view."""
         if self._student is not None:
+            tensor, axis = self._student.returned(output)
+            view.output = tensor, axis, None if torch.compiler.is_compiling() else tensor._version
             view.logits, view.logit_mask = self._student(output, view.masks)
             traced, self._traced = self._traced, None
             if traced is not None and sorted(traced) != sorted(view.logits.shape):
@@ -160,7 +164,26 @@ class LogitRecording:
                 f"The distillation of logits is constant: the student's {what} not depend on any parameter that "
                 "requires a gradient. Unfreeze its layers, or check for `no_grad` and `detach`."
             )
+        if not found[0][0] and self.option.activation is None and not self._is_matched:
+            outputs = [view.output for view in views if view.output is not None]
+            # Code that writes to the logits in place has a gradient of its own.
+            self._task.watch([(it, axis) for it, axis, version in outputs if version in (None, it._version)])
         return MatchedLogits(found[0][0], [triple for _, triple in found])
+
+    def check_task(self) -> None:
+        """Warn once where a softmax is compared, but the gradient of the logits in an earlier call is none of one."""
+        left = self._task.take()
+        if left is not None and left > UNLIKE_SOFTMAX:
+            warnings.warn(
+                "`distillation` compares the softmax over all outputs of the networks, but the task seems to train "
+                "none: over the classes of a sample the gradients of the outputs sum to 0 for a cross-entropy, and to "
+                f"{left:.0%} of their size here. For labels that do not exclude each other (binary cross-entropy) pass "
+                "distillation=LogitDistillation(activation='sigmoid'), which compares each by itself. For a regression "
+                "leave it out, or let the teacher's outputs be regressed on a layer of the student: "
+                "LogitDistillation(features='name of the layer'). Where the outputs are classes and have another loss, "
+                "too, LogitDistillation(activation='softmax') says that it is meant.",
+                stacklevel=4,
+            )
 
     def _of_view(self, view: View) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None]]:
         student, teachers = view.logits, view.teacher.get(LOGITS, [])
@@ -217,7 +240,7 @@ class LogitRecording:
         if not self._pools:
             teacher = self._pooled(teacher, _mask_of(view))
         y, x = match_positions(calls[0], teacher, f"{self.features.name!r} -> the teacher's logits")
-        is_free = len(x) > 1 and self.option.activation == "softmax"
+        is_free = len(x) > 1 and self.option.activation != "sigmoid"
         return y, logit_neurons(x, class_axis=0) if is_free else x, None
 
     def _pooled(self, logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_otrt.schedules import Schedule
-from lightning_otrt.trainer.loss_kind import kind_of_loss
 
 __all__ = ["EffectChecks"]
 
@@ -22,7 +21,7 @@ class EffectChecks:
     def __init__(self) -> None:
         self._is_step_ours = False
         self._all = self._active = self._skipped = self._terms = 0
-        self._are_leaves_checked = self._is_loss_checked = False
+        self._are_leaves_checked = False
 
     def start_batch(self) -> None:
         """Before Lightning calls the training step."""
@@ -77,30 +76,6 @@ class EffectChecks:
             "module (not `.forward`), with its parameters unfrozen, before `self.manual_backward(loss)`; or pass the "
             "name of what is called as `student_root`."
         )
-
-    def check_loss(self, loss: Tensor, *, compares_classes: bool) -> None:
-        """Warn once if softened classes are compared, but the task has no cross-entropy over them.
-
-        Args:
-            loss: The loss of the task.
-            compares_classes: Whether they are.
-        """
-        if self._is_loss_checked:
-            return
-        self._is_loss_checked = True
-        kind = kind_of_loss(loss) if compares_classes else ""
-        if kind == "labels":
-            rank_zero_warn(
-                "The task trains with a binary cross-entropy, but `distillation` compares the softmax over all "
-                "outputs, which does not tell how likely each label is by itself. Pass "
-                "distillation=LogitDistillation(activation='sigmoid')."
-            )
-        elif kind == "numbers":
-            rank_zero_warn(
-                "The task trains a regression, but `distillation` compares the softmax over all outputs, which does "
-                "not see what they have in common. Leave it out, or let the teacher's outputs be regressed on a layer "
-                "of the student: distillation=LogitDistillation(features='name of the layer')."
-            )
 
     def check_schedule(self, schedule: Schedule | None) -> None:
         """At the end of the fit: warn if the schedule gave 0 in all steps."""

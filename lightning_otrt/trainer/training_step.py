@@ -34,13 +34,6 @@ class ExtraTerm:
     def discard(self) -> None:
         """Forget the forwards since the last call of :meth:`term`."""
 
-    def check_loss(self, loss: Tensor) -> None:
-        """Look at the loss to which the term is added.
-
-        Args:
-            loss: What the user's training step returned, or passed to ``manual_backward``.
-        """
-
     def skip(self) -> None:
         """The user skips this step."""
 
@@ -130,11 +123,6 @@ class _Step(_Patch):
         present = [value for value in found if value is not None]
         return sum(present[1:], present[0]) if present else None
 
-    def check(self, loss: Tensor) -> None:
-        """Show the loss to all terms."""
-        for term in self.terms:
-            term.check_loss(loss)
-
     def _add(self, output: Any) -> Any:
         """The output of an automatic step with all terms in its loss."""
         if output is None:
@@ -146,7 +134,6 @@ class _Step(_Patch):
             total = self.total()
             if total is None:
                 return output
-            self.check(loss)
             _check_gradient(loss, total, f"returned by the training_step of {type(self.module).__name__}")
             loss = loss + total.to(loss.device)
             return _with_loss(output, loss) if isinstance(output, Mapping) else loss
@@ -207,7 +194,6 @@ class _ManualBackward(_Patch):
         if any(term.has_term() for term in self.step.terms):
             total = self.step.total()
             if total is not None:
-                self.step.check(loss)
                 _check_gradient(loss, total, "passed to `self.manual_backward`")
                 loss = loss + total.to(loss.device)
         self.inner(loss, *args, **kwargs)

@@ -213,11 +213,6 @@ class TransferCallback(pl.Callback, ExtraTerm):
         """Forget the forwards that no loss has taken."""
         self.transfer.discard()
 
-    def check_loss(self, loss: Tensor) -> None:
-        """Warn once if the logits are compared in another way than the task trains them."""
-        if self.transfer.distillation_value is not None:
-            self._effect.check_loss(loss, compares_classes=self.transfer.compares_classes)
-
     def skip(self) -> None:
         """Count a step that has no loss on purpose."""
         self._effect.skip(self.transfer.is_active)

@@ -1,0 +1,87 @@
+"""Whether a task trains a softmax of the logits, as far as the gradient of its loss shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["UNLIKE_SOFTMAX", "TaskGradient"]
+
+#: A larger share of the gradient than this is no rounding, and no small penalty beside a cross-entropy.
+UNLIKE_SOFTMAX = 0.05
+#: Calls that are looked at, until one has a finite gradient: the first ones with a GradScaler may overflow.
+_TRIES = 3
+
+
+class TaskGradient:
+    r"""Looks at the gradient of the logits in the first backward pass.
+
+    A softmax stays the same when all logits of a sample rise by one number. So the gradient of a loss of a softmax sums
+    to 0 over the classes of each sample: :math:`q - p` for a cross-entropy with any targets p, and likewise with class
+    weights, smoothed labels or a focal factor. That of a binary cross-entropy or of a squared error does not. The
+    gradient of the distillation itself sums to 0, too, and can stay in.
+
+    The sums stay on the device until :meth:`take`.
+
+    Example:
+        >>> logits, look = torch.randn(4, 3, requires_grad=True), TaskGradient()
+        >>> look.watch([(logits, 1)])
+        >>> logits.sigmoid().sum().backward()
+        >>> look.take()
+        1.0
+    """
+
+    def __init__(self) -> None:
+        self._tries = _TRIES
+        #: Over samples, the size of the sum over classes, and the sum of sizes; None where nothing is watched.
+        self._sums: Tensor | None = None
+
+    def watch(self, logits: Sequence[tuple[Tensor, int]]) -> None:
+        """Look at the next backward pass, if none has told yet.
+
+        Args:
+            logits: What the student returned in each forward of a call, with the axis of the classes.
+        """
+        watched = [(tensor, axis) for tensor, axis in logits if tensor.requires_grad]
+        if not self._tries or not watched or torch.compiler.is_compiling():
+            return
+        self._tries -= 1
+        self._sums = sums = watched[0][0].new_zeros(2, dtype=torch.float32)
+        for tensor, axis in watched:
+            tensor.register_hook(_Add(sums, axis))  # type: ignore[no-untyped-call]
+
+    def take(self) -> float | None:
+        """How much of the gradient is left in its sum over classes, from 0 to 1: once, and None before it is known."""
+        if self._sums is None:
+            return None
+        left, whole = _read(self._sums)
+        self._sums = None
+        if not (whole > 0 and math.isfinite(whole) and math.isfinite(left)):
+            return None
+        self._tries = 0
+        return left / whole
+
+
+def _read(sums: Tensor) -> tuple[float, float]:
+    """Both numbers on the host, which waits for the device."""
+    left, whole = sums.tolist()
+    return left, whole
+
+
+class _Add:
+    """Tensor hook that adds to the sums."""
+
+    def __init__(self, sums: Tensor, axis: int) -> None:
+        self.sums, self.axis = sums, axis
+
+    def __call__(self, gradient: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            wide = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+            limits = torch.finfo(gradient.dtype)
+            # In float16 without a GradScaler small gradients are rounded to 0, which alone leaves a sum.
+            lost = limits.smallest_normal * limits.eps * gradient.shape[self.axis]
+            left = (wide.sum(self.axis).abs() - lost).clamp_min(0)
+            self.sums += torch.stack([left.sum(), wide.abs().sum()]).to(self.sums)
