@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.reading.readers import layer_reader
-from lightning_otrt.reading.token_grid import TokenGrid, find_token_grid
+from lightning_otrt.reading.token_grid import TokenGrid, find_token_grid, has_hidden_grid
 from lightning_otrt.reading.tracer import trace
 
 
@@ -285,3 +285,101 @@ def test_a_speech_encoder() -> None:
     )
     net = transformers.ParakeetEncoder(config)
     assert grid_of(net, "layers.0", torch.randn(2, 512, 128)) == TokenGrid()
+
+
+class ChannelsLast(Patches):
+    """A normalisation of the tokens in rows of another length, as in the order of windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.LayerNorm(6)
+
+    def select(self, tokens: Tensor) -> Tensor:
+        return self.rows(tokens.unflatten(1, (6, 4))).flatten(1, 2)
+
+
+def test_the_map_of_a_convolution_goes_before_others_of_as_many_positions() -> None:
+    for name in ("norm", "linear"):
+        assert grid_of(ChannelsLast(), name, IMAGES) == TokenGrid(0, (4, 6), "embed")
+
+
+class Squeezed(Patches):
+    """A map of one position, as in squeeze and excitation, beside a few tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.squeeze, self.tokens = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1)), tokens
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.embed(images)
+        scaled = (maps * self.squeeze(maps)).flatten(2).mT
+        segments = scaled.flatten(1).unflatten(1, (-1, 6))[:, : 2 * self.tokens].unflatten(1, (self.tokens, 2)).mean(2)
+        return self.linear(self.norm(segments)).mean(1)
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_a_map_of_one_position_is_no_patch_beside_others(tokens: int) -> None:
+    found = grid_of(Squeezed(tokens), "linear", torch.randn(2, 3, 2, 2).repeat(1, 1, 10, 10))
+    assert found.more_than is None
+    assert found.prefix == 0
+    assert found.size is None
+
+
+def test_many_learned_tokens_beside_the_patches_and_a_class_token() -> None:
+    class Prompted(WithTokens):
+        def __init__(self) -> None:
+            super().__init__("prompts", (20, 6))
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 6))
+
+        def select(self, tokens: Tensor) -> Tensor:
+            tokens = super().select(tokens)
+            return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+
+    assert grid_of(Prompted(), "linear", IMAGES) == TokenGrid(1, more_than=(4, 6))
+
+
+def test_latent_vectors_behind_a_class_token_are_no_part_of_the_patches() -> None:
+    class Latents(WithTokens):
+        def __init__(self) -> None:
+            super().__init__("latents", (7, 6))
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 6))
+
+        def select(self, tokens: Tensor) -> Tensor:
+            latents = self.latents + tokens.mean(1, keepdim=True)
+            return torch.cat([self.cls_token.expand(len(tokens), -1, -1), latents], 1)
+
+    assert grid_of(Latents(), "linear", IMAGES) == TokenGrid(1)
+
+
+def test_a_part_of_merged_patches_behind_several_class_tokens() -> None:
+    class KeptOfMerged(Merged):
+        def __init__(self) -> None:
+            super().__init__((24, 8))
+            self.cls_token, self.reg_token = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 4, 8))
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, images: Tensor) -> Tensor:
+            merged = self.linear(self.norm(self.select(self.embed(images).flatten(2).mT)))
+            kept = [self.cls_token.expand(2, -1, -1), self.reg_token.expand(2, -1, -1), merged[:, [4, 0, 3]]]
+            return self.mix(torch.cat(kept, 1)).mean(1)
+
+    assert grid_of(KeptOfMerged(), "mix", IMAGES) == TokenGrid(5, part_of=(2, 3))
+
+
+@pytest.mark.parametrize(("side", "is_hidden"), [(8, False), (4, True)])
+def test_a_few_tokens_of_an_image_are_no_grid_that_is_missing(side: int, is_hidden: bool) -> None:
+    class Cut(nn.Module):
+        """Patches that code cuts out: four of them, or sixteen."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(3 * side**2, 6)
+
+        def forward(self, images: Tensor) -> Tensor:
+            patches = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
+            return self.embed(patches.flatten(3).flatten(1, 2)).mean(1)
+
+    found = trace(Cut(), (torch.randn(2, 3, 16, 16),))
+    layer = found.layer("embed")
+    assert layer.output is not None
+    assert has_hidden_grid(found, layer, layer.output) == is_hidden
