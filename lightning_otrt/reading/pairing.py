@@ -20,6 +20,7 @@ from lightning_otrt.reading.closest import match_layers
 from lightning_otrt.reading.failed_teacher import teacher_failed
 from lightning_otrt.reading.layer_masks import pair_masks
 from lightning_otrt.reading.mask_warnings import warn_of_one_sided_masks, warn_of_unused_masks
+from lightning_otrt.reading.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.reading.reach import describe_reach
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import Readers
@@ -109,6 +110,7 @@ def pair_layers(
     method: str = "",
     teacher_root: str = "",
     plan: str = "",
+    grid: int | None = None,
 ) -> Pairing:
     """Trace one forward of each network and choose the pairs.
 
@@ -123,6 +125,7 @@ def pair_layers(
         method: Method of the student's root that is called in place of its forward.
         teacher_root: Name of the teacher's submodule that runs, ``""`` for all of it.
         plan: Kind of plan; ``"auto"`` chooses one for each pair.
+        grid: See :func:`~lightning_otrt.reading.neurons.neurons`.
 
     Raises:
         ValueError: If a layer cannot be recorded, or no pair can be found.
@@ -140,6 +143,8 @@ def pair_layers(
         for settle in (settle_token_order, settle_rows):
             student_trace = settle(student, student_trace, own[0], inputs, method)
             teacher_trace = settle(teacher, teacher_trace, own[1], teacher_inputs)
+        sides = OrderedSide(student, student_trace, inputs, method), OrderedSide(teacher, teacher_trace, teacher_inputs)
+        warn_of_other_orders(pairs, *sides, grid)
         plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
         told = "\n".join(filter(None, [*notes, describe_reach(student, student_trace, pairs, method), runs_part]))
         warn_of_whole_teacher(same_part(student, root, teacher), pairs, root, teacher_trace)

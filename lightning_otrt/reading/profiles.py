@@ -17,7 +17,7 @@ from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.outputs import all_tensors, output_items, sequence_output
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
-__all__ = ["Inputs", "is_close", "layer_tensors", "mapped", "profiles"]
+__all__ = ["Inputs", "is_close", "layer_tensors", "mapped", "profile", "profiles", "uneven"]
 
 #: Positional and keyword arguments of a forward.
 Inputs: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
@@ -34,7 +34,7 @@ def profiles(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> di
     def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for key, tensor in layer_tensors(name, module, args, output):
             if tensor.dim() > 1 and not tensor.is_nested and tensor.is_floating_point():
-                found[key] = _profile(tensor, 0), _profile(tensor, 1)
+                found[key] = profile(tensor, 0), profile(tensor, 1)
 
     with in_evaluation(target, all_tensors(inputs)), ExitStack() as hooks:
         for name, module in modules.items():
@@ -60,10 +60,16 @@ def layer_tensors(name: str, module: nn.Module, args: tuple[Any, ...], output: A
         yield name + INPUT, entered
 
 
-def _profile(tensor: Tensor, axis: int) -> Tensor:
+def profile(tensor: Tensor, axis: int) -> Tensor:
+    """A number for each index of an axis, which changes where anything at that index does."""
     rows = tensor.detach().movedim(axis, 0).flatten(1).float()
     # Not a mean, which is the same for all tokens behind a normalisation.
-    return rows @ torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype).mul_(1.7).add_(0.3).sin_()
+    return rows @ uneven(rows.shape[1], rows.device)
+
+
+def uneven(count: int, device: torch.device) -> Tensor:
+    """As many numbers from -1 to 1 that have no order, always the same."""
+    return torch.arange(count, device=device, dtype=torch.float32).mul_(1.7).add_(0.3).sin_()
 
 
 def mapped(

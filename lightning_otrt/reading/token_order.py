@@ -18,7 +18,7 @@ from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.outputs import all_tensors
-from lightning_otrt.reading.profiles import Inputs, layer_tensors
+from lightning_otrt.reading.profiles import Inputs, layer_tensors, uneven
 from lightning_otrt.reading.token_grid import TokenGrid, find_token_grid
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
@@ -209,7 +209,7 @@ def _changed(output: Tensor, neuron_axis: int, source: _Source, cells: Sequence[
     values = changed.movedim(neuron_axis, 1)
     share = _CHANGE if output.element_size() > 2 else _CHANGE_OF_HALF
     scale = share * output.detach().float().square().mean().sqrt().clamp_min(1e-6)
-    pattern = torch.arange(values.shape[1], device=output.device).mul(1.7).add(0.3).sin() * scale
+    pattern = uneven(values.shape[1], output.device) * scale
     for sample, cell in enumerate(cells):
         place: list[slice] = []
         for size, merged in zip(reversed(source.size), reversed(source.merged), strict=True):

@@ -260,6 +260,7 @@ class Attachment:
                     self._first_input,
                     method=self.root.method,
                     plan=self.plan,
+                    grid=self.grid,
                 )
                 if self._logits is not None:
                     self._logits.settle(pairing, student, self.teacher.module)

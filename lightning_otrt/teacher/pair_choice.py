@@ -37,6 +37,7 @@ def trace_and_pair(
     *,
     method: str,
     plan: str,
+    grid: int | None,
 ) -> Pairing:
     """Find what of the teacher runs on which inputs, trace one forward of each network, and choose the pairs.
 
@@ -51,6 +52,7 @@ def trace_and_pair(
         first_input: Notes what the first layer gets in the trace.
         method: Method of the student's root that is called in place of its forward.
         plan: See :func:`~lightning_otrt.reading.pairing.pair_layers`.
+        grid: See :func:`~lightning_otrt.reading.pairing.pair_layers`.
     """
     module, source = teacher.module, named_layers(student)[root]
     teacher.root = find_teacher_root(layers, student, root, module)
@@ -73,4 +75,5 @@ def trace_and_pair(
             method=method,
             teacher_root=teacher.root,
             plan=plan,
+            grid=grid,
         )
