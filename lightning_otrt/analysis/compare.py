@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.checks import check_count, check_module
 from lightning_otrt.layers.comparable import LayerChoice, choose_layers
+from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.observer import Observer
+from lightning_otrt.reading.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.reading.positions import can_be_compared, has_one_position, match_positions
 from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.reading.tracer import trace
@@ -151,6 +153,14 @@ class _Table:
             settle_token_order(runner.module, seen, names, inputs)
             for runner, seen, names, inputs in zip(runners, traces, layers, given, strict=True)
         ]
+        crossed = [
+            LayerPair(row, column, neuron_axis=(layers[0][row], layers[1][column])) for row, column in product(*layers)
+        ]
+        student, teacher = (
+            OrderedSide(runner.module, seen, inputs)
+            for runner, seen, inputs in zip(runners, traces, given, strict=True)
+        )
+        warn_of_other_orders(crossed, student, teacher, grid)
         self.observers = [
             Observer(side, runner.module, seen, found, grid)
             for side, runner, seen, found in zip(("student", "teacher"), runners, traces, layers, strict=True)

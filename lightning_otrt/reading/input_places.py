@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,7 @@ from lightning_otrt.reading.profiles import Inputs, mapped, profile, uneven
 from lightning_otrt.reading.token_grid import find_token_grid
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
-__all__ = ["Orientation", "Part", "Probed", "find_places", "is_map"]
-
-#: For the axes of rows and of columns of the images: the axis of the map on which a change along it shows, and whether
-#: it does in the same direction (1), in the other one (-1), or not clearly in one (0).
-Orientation: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+__all__ = ["Part", "Probed", "find_places", "is_map"]
 
 #: A change has reached a row where a sum over it differs by so much, relative to the largest sum.
 _REACHED = 1e-4
@@ -37,9 +33,7 @@ _NUMBERS = 8
 #: How strong a change of an image is, relative to its values.
 _CHANGE = 0.5
 #: The centre of the changes has to move by so much of half the map, and so many times as far as on the other axis.
-_MOVED, _CLEAR = 0.1, 3.0
-#: By so much to show a direction: where all positions are mixed, those without the change may react more to it.
-_DIRECTED = 0.35
+_MOVED, _CLEAR = 0.2, 4.0
 
 
 class Part(NamedTuple):
@@ -56,11 +50,11 @@ class Probed:
 
     Attributes:
         rows: For each of its rows, which of the changes reached it.
-        orientation: How its maps lie in the images, None where that is not clear.
+        is_turned: Whether the rows of the images lie along the columns of its maps, None where that is not clear.
     """
 
     rows: list[tuple[bool, ...]] = field(default_factory=list)
-    orientation: Orientation | None = None
+    is_turned: bool | None = None
 
 
 class _Change(NamedTuple):
@@ -116,7 +110,7 @@ def find_places(
         if len(pairs) == len(after):
             reached = [_reached(first.rows, second.rows) for _, first, second in pairs]
             moves = [(strips, _moves(first.maps, second.maps)) for strips, first, second in pairs if strips]
-            found[part] = Probed(list(zip(*reached, strict=True)), _orientation(moves))
+            found[part] = Probed(list(zip(*reached, strict=True)), _is_turned(moves))
     return found
 
 
@@ -204,8 +198,11 @@ def _moves(before: Tensor | None, after: Tensor | None) -> Tensor | None:
     return torch.stack(centres, 1).cpu()
 
 
-def _orientation(moves: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> Orientation | None:
-    """On which axis of the maps a change from one side of the images to the other one shows, and in which direction."""
+def _is_turned(moves: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> bool | None:
+    """Whether a change from the first to the last rows of the images shows along the columns of the maps.
+
+    In which direction tells nothing: where positions are mixed, those without the change may react more to it.
+    """
     by_side: dict[int, list[Tensor]] = {side: [] for side in range(4)}
     for strips, centres in moves:
         if centres is None:
@@ -216,13 +213,10 @@ def _orientation(moves: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> Orie
     if not all(by_side.values()):
         return None
     first, last, left, right = (torch.stack(centres).mean(0) for centres in by_side.values())
-    found = []
-    for moved in ((last - first) / 2, (right - left) / 2):
-        axis = int(moved.abs().argmax())
-        if abs(moved[axis]) < max(_MOVED, _CLEAR * float(abs(moved[1 - axis]))):
-            return None
-        found.append((axis, int(moved[axis].sign()) if abs(moved[axis]) > _DIRECTED else 0))
-    return (found[0], found[1]) if found[0][0] != found[1][0] else None
+    along, across = ((last - first) / 2).abs(), ((right - left) / 2).abs()
+    axis = int(along.argmax())
+    largest, others = torch.stack([along[axis], across[1 - axis]]), torch.stack([along[1 - axis], across[axis]])
+    return bool(axis) if bool((largest > (_CLEAR * others).clamp_min(_MOVED)).all()) else None
 
 
 def _image_changes(traced: Trace, inputs: Inputs, *, one_by_one: bool) -> Iterator[_Change]:

@@ -1,4 +1,4 @@
-"""Warnings where student and teacher hold the views of a sample, or the sides of a map, in another order."""
+"""Warnings where student and teacher hold the views of a sample, or the two axes of a map, in another order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def warn_of_other_orders(
     """Warn once of rows and of maps whose order in one network is not that in the other one.
 
     Where layers hold several rows for each sample, as of views, frames or crops, one network may have all views of a
-    sample side by side and the other one all samples of a view. One may have swapped or flipped the axes of its maps.
+    sample side by side and the other one all samples of a view. One may have swapped the axes of its maps.
     Both keep all sizes. So both networks run on inputs that differ in parts, see
     :func:`~lightning_otrt.reading.input_places.find_places`. Pairs of other layers cost nothing.
 
@@ -59,7 +59,7 @@ def warn_of_other_orders(
         name = f"{parts[0].name} -> {parts[1].name}"
         if parts in rows and _have_other_rows(first, second):
             found["rows"].append(name)
-        elif parts in maps and _have_other_directions(first, second):
+        elif parts in maps and {first.is_turned, second.is_turned} == {True, False}:
             found["maps"].append(name)
     if found["rows"]:
         warnings.warn(
@@ -71,10 +71,9 @@ def warn_of_other_orders(
         )
     if found["maps"]:
         warnings.warn(
-            f"The layers of the pairs {found['maps']} hold the images in another direction, as where one network swaps "
-            "height and width or flips an axis: a change at one side of the images shows at different sides of the "
-            "maps of student and teacher. Different positions are matched. Give both networks the same direction, or "
-            "pass grid=1.",
+            f"The layers of the pairs {found['maps']} give maps with height and width in another order, as where one "
+            "network swaps them: rows of the images lie along the rows of the maps on one side, and along the columns "
+            "on the other side. Different positions are matched. Give both networks the same order, or pass grid=1.",
             stacklevel=2,
         )
 
@@ -109,12 +108,6 @@ def _have_samples(sides: tuple[OrderedSide, OrderedSide], parts: tuple[Part, ...
         tensor is not None and tensor.shape[tensor.batch_axis] == side.trace.batch_size
         for tensor, side in zip(tensors, sides, strict=True)
     )
-
-
-def _have_other_directions(first: Probed, second: Probed) -> bool:
-    """Whether maps are shown to have other axes for rows and columns, or one of these in the other direction."""
-    axes = zip(first.orientation or (), second.orientation or (), strict=False)
-    return any(one != other or direction * another < 0 for (one, direction), (other, another) in axes)
 
 
 def _have_other_rows(first: Probed, second: Probed) -> bool:
