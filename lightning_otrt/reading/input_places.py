@@ -18,7 +18,7 @@ from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.outputs import all_tensors, output_items, sequence_output
-from lightning_otrt.reading.profiles import Inputs, mapped, profile, uneven
+from lightning_otrt.reading.profiles import Inputs, mapped, profile, sums, uneven
 from lightning_otrt.reading.token_grid import find_token_grid
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
@@ -178,7 +178,7 @@ def _as_maps(traced: Trace, part: Part, tensor: Tensor) -> Tensor | None:
     else:
         tensor = tensor[:_SAMPLES].movedim(part.axis, 1)
     tensor = tensor.flatten(1, -3).float().movedim(1, -1)  # the times of a video beside its channels
-    return tensor @ uneven(_NUMBERS * tensor.shape[-1], tensor.device).view(-1, _NUMBERS)  # less than all channels
+    return sums(tensor, _NUMBERS)  # less than all channels
 
 
 def _reached(before: Tensor, after: Tensor) -> list[bool]:
@@ -193,7 +193,7 @@ def _moves(before: Tensor | None, after: Tensor | None) -> Tensor | None:
         return None
     change = (after - before).norm(dim=-1)
     total = change.sum((1, 2))
-    ends = (torch.linspace(-1, 1, size, device=change.device) for size in change.shape[1:])
+    ends = (torch.linspace(-1, 1, size, dtype=torch.float32, device=change.device) for size in change.shape[1:])
     centres = [change.sum(2 - axis) @ places / total for axis, places in enumerate(ends)]
     return torch.stack(centres, 1).cpu()
 
@@ -247,9 +247,9 @@ def _with_strips(images: Tensor, shape: torch.Size, strips: tuple[int, ...]) -> 
 
 
 def _sides(shape: Sequence[int]) -> tuple[int, int]:
-    """The axes of rows and columns: the last ones, unless the very last is smaller, as where it holds the channels."""
+    """The axes of rows and columns: the last ones, unless the very last is far smaller, as one of channels."""
     dims = len(shape)
-    return (dims - 3, dims - 2) if shape[-1] < min(shape[-3:-1]) else (dims - 2, dims - 1)
+    return (dims - 3, dims - 2) if 4 * shape[-1] < min(shape[-3:-1]) else (dims - 2, dims - 1)
 
 
 def _row_changes(traced: Trace, parts: Sequence[Part], inputs: Inputs) -> Iterator[_Change]:

@@ -17,7 +17,7 @@ from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.outputs import all_tensors, output_items, sequence_output
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 
-__all__ = ["Inputs", "is_close", "layer_tensors", "mapped", "profile", "profiles", "uneven"]
+__all__ = ["Inputs", "is_close", "layer_tensors", "mapped", "profile", "profiles", "sums", "uneven"]
 
 #: Positional and keyword arguments of a forward.
 Inputs: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
@@ -64,7 +64,14 @@ def profile(tensor: Tensor, axis: int) -> Tensor:
     """A number for each index of an axis, which changes where anything at that index does."""
     rows = tensor.detach().movedim(axis, 0).flatten(1).float()
     # Not a mean, which is the same for all tokens behind a normalisation.
-    return rows @ uneven(rows.shape[1], rows.device)
+    return sums(rows, 1)[:, 0]
+
+
+def sums(rows: Tensor, count: int) -> Tensor:
+    """So many weighted sums over the last axis of a float32 tensor."""
+    weights = uneven(count * rows.shape[-1], rows.device).view(-1, count)
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ weights
 
 
 def uneven(count: int, device: torch.device) -> Tensor:

@@ -154,7 +154,7 @@ class TracedAxes:
         if votes:
             # Where two axes have one size, a module that transposes for what is inside of it looks like one that does
             # not. Then what enters has to lie along the same axis.
-            may_transpose = has_children(module) and keeps_shape and frame.source is not None
+            may_transpose = has_children(module) and frame.input is not None and frame.input.dim() == len(shape)
             if may_transpose and frame.input_axis not in votes and not _has_distinct_sizes(shape):
                 return None
             return votes.pop() if len(votes) == 1 else None
