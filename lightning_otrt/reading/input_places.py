@@ -102,15 +102,15 @@ def find_places(
             (change.strips, _run(model, traced, parts, change.inputs, method))
             for change in itertools.chain([first], changes)
         ]
+        found: dict[Part, Probed] = {}
+        for part in parts:
+            pairs = [(strips, before[part], seen[part]) for strips, seen in after if part in before and part in seen]
+            if len(pairs) == len(after):
+                reached = [_reached(first.rows, second.rows) for _, first, second in pairs]
+                moves = [(strips, _moves(first.maps, second.maps)) for strips, first, second in pairs if strips]
+                found[part] = Probed(list(zip(*reached, strict=True)), _is_turned(moves))
     except Exception:  # the parts of these inputs cannot be changed: nothing is shown
         return {}
-    found: dict[Part, Probed] = {}
-    for part in parts:
-        pairs = [(strips, before[part], seen[part]) for strips, seen in after if part in before and part in seen]
-        if len(pairs) == len(after):
-            reached = [_reached(first.rows, second.rows) for _, first, second in pairs]
-            moves = [(strips, _moves(first.maps, second.maps)) for strips, first, second in pairs if strips]
-            found[part] = Probed(list(zip(*reached, strict=True)), _is_turned(moves))
     return found
 
 

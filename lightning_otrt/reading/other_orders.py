@@ -34,7 +34,8 @@ def warn_of_other_orders(
     Where layers hold several rows for each sample, as of views, frames or crops, one network may have all views of a
     sample side by side and the other one all samples of a view. One may have swapped the axes of its maps.
     Both keep all sizes. So both networks run on inputs that differ in parts, see
-    :func:`~lightning_otrt.reading.input_places.find_places`. Pairs of other layers cost nothing.
+    :func:`~lightning_otrt.reading.input_places.find_places`. Pairs of other layers cost nothing. Nothing is looked at
+    where weights are spread over processes: all of these have to run as many forwards, and their batches may differ.
 
     Args:
         pairs: The resolved pairs.
@@ -43,6 +44,8 @@ def warn_of_other_orders(
         grid: Positions that are kept along each axis; the order of those of a map matters from 2 on.
     """
     sides = student, teacher
+    if any(_is_sharded(side.model) for side in sides):
+        return
     own = [tuple(map(_part, (pair, pair), (0, 1))) for pair in pairs]
     rows = [parts for parts in own if _may_differ_in_rows(sides, parts)]
     wide = [parts for parts in own if grid != 1 and all(map(_is_map, sides, parts))]
@@ -76,6 +79,12 @@ def warn_of_other_orders(
             "on the other side. Different positions are matched. Give both networks the same order, or pass grid=1.",
             stacklevel=2,
         )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether its weights are spread over processes: by FSDP, as DTensors, or by DeepSpeed."""
+    is_wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return is_wrapped or any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def _part(pair: LayerPair, place: int) -> Part:
