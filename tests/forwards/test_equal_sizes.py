@@ -241,7 +241,8 @@ def fails(seeds: range) -> list[str]:
     for seed in seeds:
         torch.manual_seed(seed)
         drawing = drawn(random.Random(seed))
-        if {"transposed", "group norm"} == set(drawing[1]):  # which mixes all positions, so that nothing shows the axes
+        # One mixes all positions, the other gives two constants where it has two neurons: nothing shows the axes.
+        if "transposed" in drawing[1] and {"norm", "group norm"} & set(drawing[1]):
             continue
         verdict, text = outcome(*drawing)
         if verdict == "other":
