@@ -37,7 +37,7 @@ def main() -> None:
         {
             "plain": list,
             "OT": lambda: [transfer()],
-            "OT, auto, logits": lambda: [transfer(plan="auto", distillation=1.0)],
+            "OT, rotation, logits": lambda: [transfer(plan="orthogonal", distillation=1.0)],
         },
         {"test accuracy, %": accuracy},
     )
