@@ -122,6 +122,8 @@ class Trace:
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.
         learned_tokens: Numbers of rows of parameters that may be learned tokens, such as queries and latent vectors.
+        guessed_axes: Tensors whose neuron axis is that of the layers inside of their module, although axes of the same
+            size may have changed places behind these: name of the module, key in its output, and the last such layer.
         draws_random: Whether the forward drew random numbers although it ran in evaluation mode.
         is_random: Whether what it computes depends on them.
         reordered: Names of layers that hold the samples in another order than the inputs; ``":input"`` for what enters.
@@ -140,6 +142,7 @@ class Trace:
     prefix_tokens: int = 0
     arguments: tuple[TracedMask, ...] = ()
     learned_tokens: frozenset[int] = frozenset()
+    guessed_axes: tuple[tuple[str, str | int, str], ...] = ()
     draws_random: bool = False
     is_random: bool = False
     reordered: tuple[str, ...] = ()

@@ -18,9 +18,10 @@ __all__ = ["rolled", "settle_order"]
 def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, input_axis: int = 0) -> Trace:
     """The trace with axes of the samples that do not depend on sizes, and with the layers that reorder samples.
 
-    Where a sequence has as many positions as the batch has samples, sizes do not tell ``(B, T, C)`` from ``(T, B, C)``.
-    In this case, and where the network may sort its samples by their lengths, it runs twice more: on these inputs, and
-    on the same with the last sample first. Others cost nothing.
+    Where a sequence has as many positions as the batch has samples, sizes do not tell ``(T, B, C)`` from ``(B, T, C)``,
+    or from ``(k * B, T, C)`` with k windows or views of each sample. In this case, and where the network may sort its
+    samples by their lengths, it runs twice more: on these inputs, and on the same with the last sample first. Others
+    cost nothing.
 
     Args:
         model: The whole model.
@@ -29,7 +30,9 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
         method: Method of the root that is called in place of its forward.
         input_axis: The axis of the samples in inputs of two or more axes.
     """
-    unclear = {layer.name for layer in traced.layers if any(_is_square(t, traced) for t in (layer.input, layer.output))}
+    unclear = {
+        layer.name for layer in traced.layers if any(_is_unclear(t, traced) for t in (layer.input, layer.output))
+    }
     tensors = list(all_tensors(inputs))
     has_lengths = any(tensor.dim() == 1 and not tensor.is_floating_point() for tensor in tensors)
     # Where the first input holds no samples, such as a hidden state of so many layers, nothing may have moved at all.
@@ -59,13 +62,13 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
             name = layer.name + suffix
             if tensor is None or name not in first or name not in second:
                 continue
-            axes = [axis for axis in (0, 1) if _follows(first[name], second[name], axis)]
-            if _is_square(tensor, traced) and axes != [0, 1]:
+            axes = [axis for axis in (0, 1) if _follows(first[name], second[name], axis, traced.batch_size)]
+            if _is_unclear(tensor, traced) and axes != [0, 1]:
                 still += [] if axes else [name]
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0] if axes else tensor.batch_axis)
             elif is_moved and len(tensor.shape) == 3 and axes == [1 - tensor.batch_axis]:
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0])
-            if is_moved and _is_reordered(first[name], second[name], tensor.batch_axis):
+            if is_moved and _is_reordered(first[name], second[name], tensor.batch_axis, traced.batch_size):
                 reordered.append(name)
         layers.append(replace(layer, output=sides[""], input=sides[INPUT], parts=_parts(layer, sides[""])))
     return replace(traced, layers=tuple(layers), reordered=tuple(reordered), unclear_axes=tuple(still))
@@ -86,9 +89,12 @@ def _parts(layer: TracedLayer, output: TracedTensor | None) -> tuple[tuple[str |
     return ((layer.parts[0][0], output),)
 
 
-def _is_square(tensor: TracedTensor | None, traced: Trace) -> bool:
+def _is_unclear(tensor: TracedTensor | None, traced: Trace) -> bool:
     """Whether the sizes of a sequence do not tell which axis holds the samples."""
-    return tensor is not None and len(tensor.shape) == 3 and tensor.shape[0] == tensor.shape[1] == traced.batch_size
+    samples = traced.batch_size
+    if tensor is None or len(tensor.shape) != 3 or not samples:
+        return False
+    return tensor.shape[1] == samples and tensor.shape[0] % samples == 0
 
 
 def rolled(inputs: Inputs, samples: int, axis: int) -> Inputs:
@@ -103,12 +109,16 @@ def rolled(inputs: Inputs, samples: int, axis: int) -> Inputs:
     return mapped(inputs, roll, lambda items: [items[-1], *items[:-1]] if len(items) == samples else items)
 
 
-def _follows(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int) -> bool:
-    """Whether the samples lie along an axis: there the last one came first."""
-    return is_close(first[axis].roll(1), second[axis])
+def _follows(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int) -> bool:
+    """Whether the samples lie along an axis: there the last one came first, with all its rows or in each group."""
+    one, other = first[axis], second[axis]
+    if len(one) % samples:
+        return False
+    return is_close(one.roll(len(one) // samples), other) or is_close(one.view(-1, samples).roll(1, 1).flatten(), other)
 
 
-def _is_reordered(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int) -> bool:
+def _is_reordered(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int) -> bool:
     """Whether a tensor holds the same samples in another order than the inputs."""
-    same = is_close(first[axis].sort().values, second[axis].sort().values)
-    return same and not _follows(first, second, axis)
+    one, other = first[axis], second[axis]
+    is_same = len(one) == samples and is_close(one.sort().values, other.sort().values)
+    return is_same and not _follows(first, second, axis, samples)

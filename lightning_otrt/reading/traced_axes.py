@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -20,7 +21,10 @@ from lightning_otrt.reading.calls import Call
 from lightning_otrt.reading.masks import pad_nested
 from lightning_otrt.reading.neuron_axes import axis_of_type, is_elementwise, is_normalisation, is_torch_norm
 
-__all__ = ["Frame", "Source", "TracedAxes", "has_children", "shape_of"]
+__all__ = ["Frame", "ShownAxes", "Source", "TracedAxes", "has_children", "shape_of"]
+
+#: Neuron axes, None where not known, by the name of a module and the key in its output.
+ShownAxes: TypeAlias = Mapping[tuple[str, str | int], int | None]
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Frame:
         takes_model_input: Whether an input of the whole model enters it, masks aside.
         votes: ``(shape, neuron axis)`` of the outputs of inner modules whose types tell the axis.
         votes_of_norms: The same of normalisations over the last axis, which may be that of time behind a convolution.
+        last_voter: Name of the inner module that voted last.
     """
 
     call: Call
@@ -44,6 +49,7 @@ class Frame:
     takes_model_input: bool = False
     votes: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     votes_of_norms: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+    last_voter: str | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -76,16 +82,20 @@ class TracedAxes:
     Args:
         samples: Number of samples in the batch.
         batch_first: A module that takes the samples first, whatever stands inside of it.
+        shown: Neuron axes that a probe showed.
 
     Attributes:
         running: The modules that are running, from the outermost to the innermost.
+        guessed: See :attr:`~lightning_otrt.layers.trace.Trace.guessed_axes`.
         doubtful: Names of layers whose axis was that of a normalisation, where a later layer shows another one;
             ``":input"`` for what entered.
     """
 
-    def __init__(self, samples: int, batch_first: nn.Module | None = None) -> None:
+    def __init__(self, samples: int, batch_first: nn.Module | None = None, shown: ShownAxes | None = None) -> None:
         self.running: list[Frame] = []
+        self.guessed: dict[tuple[str, str | int], str] = {}
         self.doubtful: set[str] = set()
+        self._shown = shown or {}
         self._samples, self._batch_first = samples, batch_first
         self._sources: dict[int, Source] = {}
         self._takes_sequence_first = functools.cache(is_sequence_first)  # looked up for each tensor inside a module
@@ -126,6 +136,7 @@ class TracedAxes:
             for frame in self.running:
                 votes = frame.votes_of_norms if is_torch_norm(module) else frame.votes
                 votes.append((facts.shape, facts.neuron_axis))
+                frame.last_voter = frame.last_voter if is_torch_norm(module) else name
         known = self.source(value)
         if known is not None and has_children(module):  # the container returns what its last child made
             made = replace(known, neuron_axis=facts.neuron_axis, batch_axis=facts.batch_axis)
@@ -135,9 +146,9 @@ class TracedAxes:
         made.names.append(name)
         self._sources[id(value)] = made
 
-    def neuron_axis(self, frame: Frame, value: Tensor, shape: tuple[int, ...]) -> int | None:
-        """The axis by the module's type, else by the layer that made the tensor, the votes of children or the input."""
-        module = frame.module
+    def neuron_axis(self, frame: Frame, key: str | int, value: Tensor, shape: tuple[int, ...]) -> int | None:
+        """The axis by the module's type, the layer that made the tensor, a probe, the layers inside, or the input."""
+        module, place = frame.module, (frame.call.name, key)
         by_type = self._axis_of_type(module, frame.input, shape)
         if by_type is not None or (is_torch_norm(module) and len(shape) > 2):
             return by_type
@@ -152,11 +163,12 @@ class TracedAxes:
             votes = {axis for outer in self.running for axis in _votes(outer, shape)}
         keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
         if votes:
-            # Where two axes have one size, a module that transposes for what is inside of it looks like one that does
-            # not. Then what enters has to lie along the same axis.
-            may_transpose = has_children(module) and frame.input is not None and frame.input.dim() == len(shape)
-            if may_transpose and frame.input_axis not in votes and not _has_distinct_sizes(shape):
-                return None
+            # Where two axes have one size, a module that transposes what it returns looks like one that does not.
+            if has_children(module) and not _has_distinct_sizes(shape):
+                if place in self._shown:
+                    return self._shown[place]
+                if frame.last_voter is not None:
+                    self.guessed[place] = frame.last_voter
             return votes.pop() if len(votes) == 1 else None
         if not has_children(module) and keeps_shape and frame.source is not None:
             axis = frame.source.neuron_axis

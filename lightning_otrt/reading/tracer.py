@@ -22,6 +22,7 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.random_numbers import random_state
 from lightning_otrt.reading.arguments import bound_arguments
+from lightning_otrt.reading.axis_probe import find_neuron_axes
 from lightning_otrt.reading.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
 from lightning_otrt.reading.calls import Call
 from lightning_otrt.reading.evaluation import in_evaluation
@@ -50,7 +51,7 @@ from lightning_otrt.reading.torch_internals import (
     is_in_backward,
     is_in_functional_transform,
 )
-from lightning_otrt.reading.traced_axes import Frame, TracedAxes, has_children, shape_of
+from lightning_otrt.reading.traced_axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
 
 __all__ = ["trace"]
 
@@ -99,12 +100,14 @@ def trace(
     copies = InputGuard(clones=True)
     found = replace(found, is_random=is_random(model, found, copies.copied(spare), method))
     axis = find_sample_axis(model, found, copies.copied(spare), method)
-    if axis is None or axis == int(is_sequence_first(named_layers(model)[root]) or False):
-        return settle_order(model, found, spare, method, input_axis=axis or 0)
-    own_args, own_kwargs = copies.copied(spare)
-    again, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=axis)
-    found = replace(again, is_random=found.is_random)
-    return settle_order(model, found, spare, method, input_axis=axis)
+    shown = find_neuron_axes(model, found, copies.copied(spare), method)
+    is_declared = axis is None or axis == int(is_sequence_first(named_layers(model)[root]) or False)
+    if shown or not is_declared:
+        own_args, own_kwargs = copies.copied(spare)
+        input_axis = None if is_declared else axis
+        again, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=input_axis, shown=shown)
+        found = replace(again, is_random=found.is_random)
+    return settle_order(model, found, spare, method, input_axis=axis or 0)
 
 
 def _trace(
@@ -115,8 +118,9 @@ def _trace(
     method: str,
     values: bool,
     input_axis: int | None = None,
+    shown: ShownAxes | None = None,
 ) -> tuple[Trace, Inputs]:
-    """The trace, and a copy of the inputs that no forward has used. Without an axis that is what the types tell."""
+    """The trace, and a copy of the inputs that no forward has used. Without axes these are what the types tell."""
     modules = named_layers(model)
     if root not in modules:
         children = ", ".join(map(repr, child_names(model))) or "none"
@@ -130,7 +134,8 @@ def _trace(
     counted = tensors_of_samples((tuple(args), dict(kwargs)))
     second = bool(is_sequence_first(target) if input_axis is None else input_axis)
     samples = count_samples(without_states(target, counted), [], sequence_first=input_axis == 1)
-    recorder = _TraceHooks(inputs, samples, values, root=target if input_axis == 0 else None)
+    axes = TracedAxes(samples, target if input_axis == 0 else None, shown)
+    recorder = _TraceHooks(inputs, axes, values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
     with in_evaluation(target, inputs), own_gradients_explained(target), ExitStack() as hooks:
@@ -159,6 +164,7 @@ def _trace(
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
         learned_tokens=_learned_tokens(target),
+        guessed_axes=tuple((*place, inner) for place, inner in axes.guessed.items()),
         draws_random=draws_random,
     )
     return traced, spare
@@ -192,10 +198,10 @@ def _learned_tokens(model: nn.Module) -> frozenset[int]:
 class _TraceHooks:
     """The hooks of one traced forward, and what they noted."""
 
-    def __init__(self, inputs: Sequence[Tensor], samples: int, values: bool, root: nn.Module | None = None) -> None:
+    def __init__(self, inputs: Sequence[Tensor], axes: TracedAxes, values: bool) -> None:
         self._values = values
         self._inputs = {id(tensor) for tensor in inputs}
-        self._axes = TracedAxes(samples, root)
+        self._axes = axes
         self._search = MaskSearch(inputs)
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
@@ -230,7 +236,7 @@ class _TraceHooks:
         if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):
             masks = self._search.masks([frame.call, *around])
         length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)
-        traced = tuple((key, self._traced(frame, value, length)) for key, value in tensors)
+        traced = tuple((key, self._traced(frame, key, value, length)) for key, value in tensors)
         is_single = len(traced) == 1 and not isinstance(as_container(output), Mapping)
         known = self._layers.get(name)
         made_by = self._axes.source(tensors[0][1]) if is_single and has_children(module) else None
@@ -278,9 +284,9 @@ class _TraceHooks:
         shape = shape_of(value, length)
         return self._facts(value, shape, frame.input_axis, self._axes.batch_axis(frame, value, shape))
 
-    def _traced(self, frame: Frame, value: Tensor, length: int | None) -> TracedTensor:
+    def _traced(self, frame: Frame, key: str | int, value: Tensor, length: int | None) -> TracedTensor:
         shape = shape_of(value, length)
-        axis = self._axes.neuron_axis(frame, value, shape)
+        axis = self._axes.neuron_axis(frame, key, value, shape)
         return self._facts(value, shape, axis, self._axes.batch_axis(frame, value, shape))
 
     def _facts(self, value: Tensor, shape: tuple[int, ...], neuron_axis: int | None, batch_axis: int) -> TracedTensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from transformers import XLNetConfig, XLNetModel
+from transformers import BertConfig, BertForMultipleChoice, XLNetConfig, XLNetModel
 
 from lightning_otrt import RepresentationTransfer, neurons, transport_distance
 from lightning_otrt.reading.tracer import trace
@@ -167,3 +167,58 @@ def test_others_run_once():
     with pytest.warns(UserWarning, match="runs") as caught:
         trace(Once(), (torch.randn(5, 4),))
     assert len(caught) == 1
+
+
+class Attention(nn.Module):
+    """Each row for itself, without anything that tells the axes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (rows, T, C)
+        return x + self.value((x @ x.mT).softmax(-1) @ x)
+
+
+class Folded(nn.Module):
+    """Sentences of documents, the rows of each sample together or one apart from the other."""
+
+    def __init__(self, width: int, *, samples_first: bool) -> None:
+        super().__init__()
+        self.embed, self.head, self.samples_first = nn.Embedding(30, width), nn.Linear(width, 3), samples_first
+        self.layers = nn.ModuleList(Attention(width) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, sentences, T)
+        rows = ids if self.samples_first else ids.transpose(0, 1)
+        x = self.embed(rows.flatten(0, 1))
+        for layer in self.layers:
+            x = layer(x)
+        x = self.head(x.mean(1)).view(*rows.shape[:2], -1)
+        return x.mean(1 if self.samples_first else 0)
+
+
+@pytest.mark.parametrize("samples_first", [True, False])
+@pytest.mark.parametrize("tokens", [8, 12])
+def test_rows_of_folded_samples_with_as_many_tokens_as_samples(tokens: int, samples_first: bool) -> None:
+    torch.manual_seed(0)
+    student, teacher = Folded(6, samples_first=samples_first), Folded(10, samples_first=samples_first)
+    ids = torch.randint(30, (8, 3, tokens))
+    seen = []
+    for net in (student, teacher):
+        handle = net.layers[1].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        net(ids)
+        handle.remove()
+    y, x = (neurons(each, neuron_axis=-1) for each in seen)
+    right = transport_distance(y, x, plan="exact").value
+    torch.testing.assert_close(term(student, teacher, [("layers.1", "layers.1")], ids), right, rtol=1e-4, atol=1e-5)
+
+
+def test_multiple_choice() -> None:
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    torch.manual_seed(0)
+    model = BertForMultipleChoice(config).eval()
+    mask = (torch.arange(12) < torch.randint(3, 12, (12, 4, 1))).long()
+    traced = trace(model, (), {"input_ids": torch.randint(30, (12, 4, 12)), "attention_mask": mask})
+    layer = traced.layer("bert.encoder.layer.1")
+    assert (layer.output_shape, layer.batch_axis) == ((48, 12, 16), 0)
+    assert not traced.unclear_axes

@@ -213,7 +213,7 @@ AXES = [
     (Residual(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), (2, 5, 8), "", 2),
     (nn.Sequential(Residual(nn.Linear(8, 8)), nn.GELU()), (2, 5, 8), "1", 2),
     (ConvNext(6), IMAGE, "", 1),
-    (ConvNext(8), CUBE, "", None),
+    (ConvNext(8), CUBE, "", 1),
     (Residual(nn.Conv2d(8, 8, 3, padding=1)), CUBE, "", 1),
     (Residual(nn.Linear(8, 8)), CUBE, "", 3),
     (nn.Conv1d(6, 4, 3), (2, 6, 9), "", 1),
