@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["argument_position", "bound_arguments", "positions_by_name", "renamed"]
+__all__ = ["argument_position", "bound_arguments", "items_by_name", "positions_by_name", "renamed"]
 
 
 def bound_arguments(
@@ -16,9 +16,9 @@ def bound_arguments(
 ) -> dict[str, Any]:
     """The arguments of ``module(*args, **kwargs)`` by the names in the signature of its ``forward``.
 
-    ``net(ids, mask)`` and ``net(ids, attention_mask=mask)`` give the same. Where an argument is a mapping, as
-    some networks take a whole batch, its items count as arguments too. Positional arguments without a name
-    (``*args``, or a forward whose signature cannot be read) get their position as name.
+    ``net(ids, mask)`` and ``net(ids, attention_mask=mask)`` give the same. Where an argument is a mapping or an object
+    with attributes, as some networks take a whole batch, its items count as arguments too. Positional arguments without
+    a name (``*args``, or a forward whose signature cannot be read) get their position as name.
 
     Args:
         module: The module that is called.
@@ -33,8 +33,7 @@ def bound_arguments(
     """
     found: dict[str, Any] = {}
     for whole in (*args, *kwargs.values()):
-        if isinstance(whole, Mapping):
-            found.update({str(name): value for name, value in whole.items()})
+        found.update(items_by_name(whole))
     try:
         signature = inspect.signature(getattr(module, method))
         bound = signature.bind_partial(*args, **kwargs)
@@ -50,6 +49,24 @@ def bound_arguments(
         else:
             found[name] = value
     return found
+
+
+def items_by_name(whole: Any) -> dict[str, Any]:
+    """What an argument holds under names: the items of a mapping, the attributes of an object.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> items_by_name({"ids": 1}), items_by_name(SimpleNamespace(ids=1)), items_by_name([1])
+        ({'ids': 1}, {'ids': 1}, {})
+    """
+    if isinstance(whole, Mapping):
+        return {str(name): value for name, value in whole.items()}
+    if isinstance(whole, tuple):
+        return dict(zip(getattr(whole, "_fields", ()), whole, strict=False))
+    if isinstance(whole, (Tensor, nn.Module, type, list)) or callable(whole):
+        return {}
+    slots = [name for kind in type(whole).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {**{name: getattr(whole, name) for name in slots if hasattr(whole, name)}, **getattr(whole, "__dict__", {})}
 
 
 def argument_position(module: nn.Module, name: str, method: str = "forward") -> int | None:

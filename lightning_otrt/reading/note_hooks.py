@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import MaskSource
-from lightning_otrt.reading.arguments import argument_position
+from lightning_otrt.reading.arguments import argument_position, items_by_name
 from lightning_otrt.reading.masks import as_rows, valid_tokens
 from lightning_otrt.reading.recorder_hook import RecorderHook
 
@@ -38,7 +37,7 @@ class NoteMask(RecorderHook):
         if value is None and self.position is not None and self.position < len(args):
             value = args[self.position]
         if value is None:
-            wholes = (whole for whole in (*args, *kwargs.values()) if isinstance(whole, Mapping))
+            wholes = map(items_by_name, (*args, *kwargs.values()))
             value = next((whole[name] for whole in wholes if name in whole), None)
         mask = as_rows(value, self.source)
         view.masks[self.key] = None if mask is None else valid_tokens(mask, self.source)
