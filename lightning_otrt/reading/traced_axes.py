@@ -166,7 +166,10 @@ class TracedAxes:
             # Where two axes have one size, a module that transposes what it returns looks like one that does not.
             if has_children(module) and not _has_distinct_sizes(shape):
                 if place in self._shown:
-                    return self._shown[place]
+                    # A layer that mixes positions has these along the axis of its neurons. So what enters has to agree.
+                    may_mix = frame.input is not None and frame.input.dim() == len(shape)
+                    axis = self._shown[place]
+                    return None if may_mix and frame.input_axis != axis else axis
                 if frame.last_voter is not None:
                     self.guessed[place] = frame.last_voter
             return votes.pop() if len(votes) == 1 else None

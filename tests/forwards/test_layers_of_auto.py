@@ -367,8 +367,8 @@ def test_the_table_names_layers_that_run_twice() -> None:
     with transfer.attached(student := Twice()):
         student(torch.randn(4, 3, 8, 8))
         transfer.loss()
-    assert "more than once in one forward, such as 'encoder.0', 'encoder.1'" in lines[0]
-    assert "name that part as `student_root`" in lines[0]
+    assert "runs 'encoder' (Sequential) 2 times in one forward" in lines[0]
+    assert "pass student_root='encoder'" in lines[0]
 
 
 @pytest.mark.parametrize("layers", ["auto", "matched"])
