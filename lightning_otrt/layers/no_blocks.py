@@ -48,6 +48,8 @@ def why_no_blocks(trace: Trace, side: str) -> str:
         trace: Trace of the network.
         side: ``"student"`` or ``"teacher"``.
     """
+    if inner_hint(trace, side):  # which says what to pass
+        return "its layers are those of a network inside of it."
     repeats = _repeats(trace, side)
     tokens = _outermost([layer for layer in block_candidates(trace) if math.prod(_positions(layer)) > 1])
     if repeats:
