@@ -16,6 +16,7 @@ from lightning_otrt.layers.resolve import fallback_note, output_note, resolve_la
 from lightning_otrt.layers.streams import choose_plans
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.closest import match_layers
 from lightning_otrt.reading.failed_teacher import teacher_failed
 from lightning_otrt.reading.layer_masks import pair_masks
@@ -168,6 +169,7 @@ def _checked(pairing: Pairing) -> Pairing:
     warn_of_unused_masks("student", {pair.student: found[0] for pair, found in zip(pairing.pairs, masks, strict=True)})
     warn_of_unused_masks("teacher", {pair.teacher: found[1] for pair, found in zip(pairing.pairs, masks, strict=True)})
     warn_of_one_sided_masks(pairing.pairs, masks, pairing.student, pairing.teacher)
+    warn_of_added_tokens(pairing.pairs, pairing.student, pairing.teacher)
     warn_of_other_samples(pairing.pairs, pairing.student, pairing.teacher)
     return pairing
 
