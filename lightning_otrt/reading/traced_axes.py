@@ -245,7 +245,8 @@ def shape_of(value: Tensor, length: int | None) -> tuple[int, ...]:
 
 
 def _has_distinct_sizes(shape: tuple[int, ...]) -> bool:
-    return len(set(shape[1:])) == len(shape) - 1
+    sizes = [size for size in shape[1:] if size > 1]  # axes of one element may change places unseen
+    return len(set(sizes)) == len(sizes)
 
 
 def _votes(frame: Frame, shape: tuple[int, ...]) -> set[int]:

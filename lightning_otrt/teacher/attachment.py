@@ -122,7 +122,8 @@ class Attachment:
             # Code that was compiled before has no hooks in it and would never call ours. Only in this case, since
             # everything that the process has compiled is compiled anew.
             torch.compiler.reset()
-        self.student = student
+        # The module in a compiled one: compiled code cannot hold the hooks' student under two names.
+        self.student = student = getattr(student, "_orig_mod", student)
         self._teacher_run.start(student)
         self._guard = InputGuard()
         self._graph_checks = GRAPH_CHECKS

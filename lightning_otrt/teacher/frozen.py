@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_otrt.checks import shown
@@ -19,6 +19,7 @@ from lightning_otrt.teacher.borrowed import BorrowedModule
 from lightning_otrt.teacher.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.identity import checksum_before, stem_checksum
 from lightning_otrt.teacher.load import wrong_form
+from lightning_otrt.teacher.map_inputs import map_inputs
 from lightning_otrt.teacher.past_states import PastStates
 from lightning_otrt.teacher.separate import check_separate
 
@@ -176,7 +177,7 @@ class Teacher:
                     given = renamed(args, kwargs, self.names)
             dtype = self._dtype or self._own_dtype
             if dtype is not None:
-                given = apply_to_collection(given, Tensor, _cast, dtype)
+                given = map_inputs(given, functools.partial(_cast, dtype=dtype))
         return given
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

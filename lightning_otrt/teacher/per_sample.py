@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_otrt.reading.pooling import widened
+from lightning_otrt.teacher.map_inputs import map_inputs
 from lightning_otrt.teacher.samples import Inputs, select_samples
 
 __all__ = ["Run", "cloned", "tolerance", "why_not_per_sample"]
@@ -70,8 +70,7 @@ def why_not_per_sample(
 
 def cloned(inputs: Inputs) -> Inputs:
     """The same with tensors of its own, which a network may write to."""
-    copied: Inputs = apply_to_collection(inputs, Tensor, Tensor.clone)
-    return copied
+    return map_inputs(inputs, Tensor.clone)
 
 
 def tolerance(dtype: torch.dtype, *, is_float32_shortened: bool) -> float:

@@ -9,8 +9,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+
+from lightning_otrt.teacher.map_inputs import map_inputs
 
 __all__ = ["Inputs", "batch_size_of", "is_per_sample", "leaves", "select_samples", "shown_path"]
 
@@ -98,8 +99,4 @@ def select_samples(inputs: Inputs, index: Tensor, batch_size: int) -> Inputs:
     def select(tensor: Tensor) -> Tensor:
         return tensor.index_select(0, index) if is_per_sample(tensor, batch_size) else tensor
 
-    args, kwargs = inputs
-    return (
-        tuple(apply_to_collection(value, Tensor, select) for value in args),
-        {name: apply_to_collection(value, Tensor, select) for name, value in kwargs.items()},
-    )
+    return map_inputs(inputs, select)

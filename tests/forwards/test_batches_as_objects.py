@@ -22,6 +22,18 @@ class Record:
     attention_mask: Tensor
 
 
+@dataclass(frozen=True)
+class Frozen:
+    ids: Tensor
+    attention_mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenSlots:
+    ids: Tensor
+    attention_mask: Tensor
+
+
 class Pair(NamedTuple):
     ids: Tensor
     attention_mask: Tensor
@@ -47,7 +59,7 @@ def as_namespace(ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
     return SimpleNamespace(ids=ids, attention_mask=attention_mask)
 
 
-BATCHES = [Record, Pair, Plain, Slots, as_mapping, as_namespace]
+BATCHES = [Record, Frozen, FrozenSlots, Pair, Plain, Slots, as_mapping, as_namespace]
 
 
 class Net(nn.Module):
@@ -97,6 +109,19 @@ def test_mask_in_a_batch(batch: Any, mask: str) -> None:
         for _ in range(2):
             student(batch(*values()))
             loss = transfer.loss()
+    assert float(loss.detach()) == pytest.approx(right(), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [Record, Frozen, FrozenSlots, Pair, as_mapping])
+def test_teacher_of_another_type_gets_the_batch_in_its_own(batch: Any) -> None:
+    student, teacher = networks()
+    transfer = RepresentationTransfer(
+        teacher.double(), [LayerPair("blocks.1", "blocks.1", mask="attention_mask")], plan="identity", weight=1.0
+    )
+    ids, mask = values()
+    with transfer.attached(student):
+        student(batch(ids, mask.float()))
+        loss = transfer.loss()
     assert float(loss.detach()) == pytest.approx(right(), rel=1e-4)
 
 

@@ -115,19 +115,23 @@ def stack(width: int) -> torch.nn.Sequential:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_sequential() -> None:
+@pytest.mark.parametrize("inside", [True, False], ids=["inside of a task", "itself the student"])
+def test_a_compiled_sequential(inside: bool) -> None:
     """Of which Dynamo cannot list the parameters."""
     found = []
     for compiles in (True, False):
         net = stack(8)
         module = torch.compile(net, backend="eager") if compiles else net
-        task = torch.nn.Module()
-        task.net = module
-        transfer = RepresentationTransfer(stack(12), {"net.0": "0", "net.1": "1"})
+        task = module
+        if inside:
+            task = torch.nn.Module()
+            task.net = module
+        prefix = "net." if inside else ""
+        transfer = RepresentationTransfer(stack(12), {f"{prefix}0": "0", f"{prefix}1": "1"})
         x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
         with transfer.attached(task):
             for _ in range(2):
-                task.net(x)
+                module(x)
                 loss = transfer.loss()
         loss.backward()
         found.append([loss.detach(), *(parameter.grad for parameter in net.parameters())])
