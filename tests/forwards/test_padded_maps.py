@@ -14,7 +14,7 @@ from lightning_otrt import LayerPair, RepresentationTransfer
 SAMPLES, FRAMES = 4, 9
 LENGTHS = torch.tensor([9, 7, 5, 4])
 VALID = torch.arange(FRAMES) < LENGTHS[:, None]
-SPECTRA = torch.randn(SAMPLES, 1, 6, FRAMES, generator=torch.Generator().manual_seed(0))
+SPECTRA = torch.randn(SAMPLES, 2, 6, FRAMES, generator=torch.Generator().manual_seed(0))
 
 
 class Spectra(nn.Module):
@@ -22,11 +22,11 @@ class Spectra(nn.Module):
 
     def __init__(self, width: int, argument: str) -> None:
         super().__init__()
-        self.mix, self.down = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, width, 3, 2, 1)
-        self.head, self.argument = nn.Linear(width, 3), argument
+        self.mix, self.down = nn.Conv2d(2, width, 3, padding=1), nn.Conv2d(width, width, 3, 2, 1)
+        self.pool, self.head, self.argument = nn.AdaptiveAvgPool2d(1), nn.Linear(width, 3), argument
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        return self.head(self.down(self.mix(batch["x"])).mean((2, 3)))
+        return self.head(self.pool(self.down(self.mix(batch["x"]))).flatten(1))
 
 
 class Series(Spectra):
@@ -74,6 +74,11 @@ def test_maps_with_padding_are_told(argument: str, value: Any, layer: str) -> No
     assert len(messages) == 2, messages
     assert all(message.startswith(start) for message, start in zip(messages, sides, strict=True)), messages
     assert told(Spectra, argument, value, layer, mask=None) == []
+
+
+def test_a_pooled_map_has_no_padding_left() -> None:
+    """Its one position is what the network itself makes of all of them."""
+    assert told(Spectra, "padding_mask", ~VALID, "pool") == []
 
 
 @pytest.mark.parametrize(("argument", "value"), KNOWN[:6])
