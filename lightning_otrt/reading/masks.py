@@ -24,6 +24,8 @@ __all__ = [
 
 #: The label that losses leave out, in torch and in Hugging Face.
 NO_LABEL = -100
+#: The largest number of a mask of floats that is not added to scores.
+_LARGEST = 100
 
 
 def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
@@ -72,7 +74,8 @@ def problem_of(mask: Tensor, source: MaskSource) -> str:
 def valid_tokens(mask: Tensor, source: MaskSource) -> Tensor:
     """The mask as booleans, true where a token is valid, without a wait for its device.
 
-    A mask of numbers with a negative one and none above 0 is added to scores: 0 is valid, whatever its name.
+    A mask of numbers with a negative one is added to scores: 0 is valid, whatever its name. So is one with numbers far
+    above 0, as Longformer has at the tokens that all others look at.
 
     Args:
         mask: ``(B, T)``.
@@ -93,8 +96,11 @@ def valid_tokens(mask: Tensor, source: MaskSource) -> Tensor:
         return torch.ne(mask, NO_LABEL)
     if mask.dtype == torch.bool:
         return mask
-    positive = torch.gt(mask, 0)
-    return torch.where(positive.any(), positive, torch.ge(mask, 0))
+    positive, not_hidden = torch.gt(mask, 0), torch.ge(mask, 0)
+    is_added = ~(not_hidden.all() & positive.any())
+    if mask.is_floating_point():
+        is_added = is_added | torch.gt(mask, _LARGEST).any()
+    return torch.where(is_added, not_hidden, positive)
 
 
 def unknown_polarity(source: MaskSource, problem: str) -> str:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from forwards.masked import LENGTHS, LONGEST, SAMPLES, SITUATIONS, VALID, WORDS, Named, Scores
+from forwards.masked import (
+    LENGTHS,
+    LONGEST,
+    SAMPLES,
+    SITUATIONS,
+    VALID,
+    WORDS,
+    Named,
+    Scores,
+    Situation,
+    hugging_face,
+)
 from forwards.masked_terms import check_term, run
 from torch import Tensor, nn
 
@@ -14,6 +27,25 @@ from lightning_otrt import LayerPair, RepresentationTransfer
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_value(name: str) -> None:
     check_term(SITUATIONS[name])
+
+
+def _longformer(width: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return {**sizes, "vocab_size": 50, "attention_window": 4, "max_position_embeddings": 64, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("looked_at", [0, 1, 4])
+@pytest.mark.parametrize("name", ["LongformerModel", "LongformerForTokenClassification"])
+def test_tokens_that_all_others_look_at(name: str, looked_at: int, padded: bool) -> None:
+    """Longformer's layers get numbers below 0 at padding, above 0 at such tokens, and 0 at all others."""
+    layer = "encoder.layer.1.output" if name == "LongformerModel" else "longformer.encoder.layer.1.output"
+    words, valid = WORDS[:, :8], VALID[:, :8] if padded else torch.ones(SAMPLES, 8, dtype=torch.bool)
+    everywhere = torch.zeros_like(words)
+    everywhere[:, :looked_at] = 1
+    masks = {"attention_mask": valid.long(), "global_attention_mask": everywhere}
+    build = hugging_face(name, "LongformerConfig", _longformer)
+    check_term(Situation(build, (words,), layer, valid, kwargs=masks))
 
 
 class Optional(Scores):

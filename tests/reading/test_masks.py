@@ -35,6 +35,8 @@ def source(true_at: str, is_named: bool = False) -> MaskSource:
         (ADDED, source("valid")),
         (ADDED.clamp_min(-1e4).half(), source("valid")),
         ((VALID - 1) * 10000, source("valid")),
+        # Longformer: tokens that all others look at have more than 0.
+        (torch.where(PADDING, -1e4, torch.tensor([1e4, 0.0, 0.0])), source("valid")),
         (PADDING, source("padding")),
         (ADDED, source("padding")),
         (PADDING.long(), source("padding", is_named=True)),
@@ -50,6 +52,11 @@ def test_valid_tokens(mask: Tensor, where: MaskSource) -> None:
 def test_no_padding(mask: Tensor) -> None:
     assert valid_tokens(mask, source("padding")).all()
     assert valid_tokens(torch.zeros(2, 3), source("valid")).all()  # added to scores: a mask of ones has a positive one
+
+
+def test_no_padding_and_tokens_that_all_others_look_at() -> None:
+    assert valid_tokens(torch.tensor([[torch.finfo(torch.float32).max, 0.0, 0.0]]), source("valid")).all()
+    assert valid_tokens(torch.tensor([[200, 0, 0]]), source("valid")).sum() == 1  # numbers of packed samples
 
 
 @pytest.mark.parametrize("mask", [PADDING.float(), PADDING.long(), PADDING.byte()])
