@@ -47,7 +47,7 @@ def main() -> None:
     results = options.compare(
         lambda: Classifier(SmallBert(len(tokenizer), len(classes)), len(classes), lr=2e-3, weight_decay=0.01),
         lambda seed: texts(path, tokenizer, per_class=options.per_class, seed=seed)[:2],
-        {"plain": list, "OT": lambda: [transfer()], "OT, auto": lambda: [transfer(plan="auto")]},
+        {"plain": list, "OT": lambda: [transfer()], "OT, rotation": lambda: [transfer(plan="orthogonal")]},
         {"test accuracy, %": accuracy},
     )
     show(options, f"MiniLM to BERT 2 × 128, {path.name}", results)
