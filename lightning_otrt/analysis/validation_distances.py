@@ -105,8 +105,7 @@ class ValidationDistances:
                 self._recorder.current = View("")
                 # The mask hooks ran before the view was open.
                 self._recorder.note_masks(module, args, kwargs)
-                with self._recorder.teacher_running():
-                    teacher.run(teacher_args, teacher_kwargs)
+                teacher.run_recorded(self._recorder, teacher_args, teacher_kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             self._fail(error)
 

@@ -86,13 +86,16 @@ def argument_position(module: nn.Module, name: str, method: str = "forward") -> 
     return names.index(name) if name in names else None
 
 
-def positions_by_name(source: nn.Module, method: str, target: nn.Module) -> tuple[str | None, ...]:
+def positions_by_name(
+    source: nn.Module, method: str, target: nn.Module, target_method: str = "forward"
+) -> tuple[str | None, ...]:
     """By which names a network takes the positional arguments of another, where a shared name has another place.
 
     Args:
         source: The network that got the arguments.
         method: Its method that was called.
         target: The network that is to get them.
+        target_method: Its method that is called.
 
     Returns:
         For each place of the source's arguments None for the same place, a name, or ``""`` where the target has no such
@@ -102,7 +105,7 @@ def positions_by_name(source: nn.Module, method: str, target: nn.Module) -> tupl
         >>> positions_by_name(nn.Bilinear(2, 2, 2), "forward", nn.Bilinear(3, 3, 3))
         ()
     """
-    own, other = _positional(source, method), _positional(target, "forward")
+    own, other = _positional(source, method), _positional(target, target_method)
     places = {name: place for place, name in enumerate(other)}
     moved = [place for place, name in enumerate(own) if places.get(name, place) != place]
     if not moved:

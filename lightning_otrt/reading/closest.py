@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,14 @@ from lightning_otrt.reading.evaluation import in_evaluation
 from lightning_otrt.reading.observer import Observer
 from lightning_otrt.reading.pooling import pool
 from lightning_otrt.reading.positions import can_be_compared, match_positions
+from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.transport.distance import transport_distance
 
 __all__ = ["match_layers"]
+
+#: A module, the method that is called in place of its forward, and the arguments.
+Run: TypeAlias = tuple[nn.Module, str, Inputs]
 
 #: Positions along each axis of a map at which layers are compared.
 _GRID = 4
@@ -30,7 +34,7 @@ _GRID = 4
 def match_layers(
     traces: tuple[Trace, Trace],
     models: tuple[nn.Module, nn.Module],
-    runs: tuple[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]], ...],
+    runs: tuple[Run, Run],
 ) -> list[tuple[str, str]]:
     """The blocks of the student with those layers of the teacher that are closest to them on one batch, in order.
 
@@ -40,7 +44,7 @@ def match_layers(
     Args:
         traces: Traces of student and teacher.
         models: The two networks.
-        runs: For each, the module to run with its positional and keyword arguments.
+        runs: What to run of each.
 
     Raises:
         ValueError: If no student layer can be compared with a teacher layer, or the batch has a single sample.
@@ -49,8 +53,8 @@ def match_layers(
     candidates = [name for name in comparable_layers(teacher) if _positions(teacher, name) > 1]
     layers = select_layers(["blocks"], student, "student"), select_layers(candidates, teacher, "teacher")
     settled = [
-        settle_token_order(model, trace, chosen, run[1:])
-        for model, trace, chosen, run in zip(models, traces, layers, runs, strict=True)
+        settle_token_order(model, trace, chosen, inputs, method)
+        for model, trace, chosen, (_, method, inputs) in zip(models, traces, layers, runs, strict=True)
     ]
     readings = [
         _readings(side, model, trace, chosen, run)
@@ -81,14 +85,14 @@ def _readings(
     model: nn.Module,
     trace: Trace,
     layers: Mapping[str, int],
-    run: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]],
+    run: Run,
 ) -> list[Tensor]:
     """Readings of the layers in the order of ``layers``."""
-    module, args, kwargs = run
+    module, method, (args, kwargs) = run
     observer = Observer(side, model, trace, layers, _GRID)
     try:
         with in_evaluation(module):
-            found = observer(module, args, kwargs)
+            found = observer(getattr(module, method) if method else module, tuple(args), kwargs)
     finally:
         observer.remove()
     return [found[name] for name in layers]

@@ -110,6 +110,7 @@ def pair_layers(
     *,
     method: str = "",
     teacher_root: str = "",
+    teacher_method: str = "",
     plan: str = "",
     grid: int | None = None,
 ) -> Pairing:
@@ -125,6 +126,7 @@ def pair_layers(
         known: Pairs that were resolved earlier for both networks, to be used instead of a new choice.
         method: Method of the student's root that is called in place of its forward.
         teacher_root: Name of the teacher's submodule that runs, ``""`` for all of it.
+        teacher_method: Method of the teacher's root that is called in place of its forward.
         plan: Kind of plan; ``"auto"`` chooses one for each pair.
         grid: See :func:`~lightning_otrt.reading.neurons.neurons`.
 
@@ -134,18 +136,19 @@ def pair_layers(
     """
     looks = plan == "auto"
     student_trace = trace(student, *inputs, root=root, method=method, values=looks)
-    teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root, values=looks)
+    teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root, teacher_method, values=looks)
     traces = student_trace, teacher_trace
-    runs_part = describe_teacher_root(root, teacher_root)
+    runs_part = describe_teacher_root(root, teacher_root, teacher_method)
 
     def checked(pairs: tuple[LayerPair, ...], notes: Sequence[str]) -> Pairing:
         student_trace, teacher_trace = traces
         own = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
         for settle in (settle_token_order, settle_rows):
             student_trace = settle(student, student_trace, own[0], inputs, method)
-            teacher_trace = settle(teacher, teacher_trace, own[1], teacher_inputs)
-        sides = OrderedSide(student, student_trace, inputs, method), OrderedSide(teacher, teacher_trace, teacher_inputs)
-        warn_of_other_orders(pairs, *sides, grid)
+            teacher_trace = settle(teacher, teacher_trace, own[1], teacher_inputs, teacher_method)
+        side = OrderedSide(student, student_trace, inputs, method)
+        other = OrderedSide(teacher, teacher_trace, teacher_inputs, teacher_method)
+        warn_of_other_orders(pairs, side, other, grid)
         plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
         told = "\n".join(filter(None, [*notes, describe_reach(student, student_trace, pairs, method), runs_part]))
         warn_of_whole_teacher(same_part(student, root, teacher), pairs, root, teacher_trace)
@@ -155,7 +158,10 @@ def pair_layers(
         return checked(known, ())
 
     def find_matches() -> list[tuple[str, str]]:
-        runs = (named_layers(student)[root], *inputs), (named_layers(teacher)[teacher_root], *teacher_inputs)
+        runs = (
+            (named_layers(student)[root], method, inputs),
+            (named_layers(teacher)[teacher_root], teacher_method, teacher_inputs),
+        )
         return match_layers((student_trace, teacher_trace), (student, teacher), runs)
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
@@ -215,10 +221,10 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
 
 
 def _trace_teacher(
-    teacher: nn.Module, inputs: Inputs, student: nn.Module, root: str, teacher_root: str, *, values: bool
+    teacher: nn.Module, inputs: Inputs, student: nn.Module, root: str, teacher_root: str, method: str, *, values: bool
 ) -> Trace:
     try:
-        return trace(teacher, *inputs, root=teacher_root, values=values)
+        return trace(teacher, *inputs, root=teacher_root, method=method, values=values)
     except Exception as error:
         failed = teacher_failed(error, teacher, inputs, student, root)
         if failed is error:

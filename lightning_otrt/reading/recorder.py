@@ -97,6 +97,7 @@ class Recorder:
         self._student_handles: list[RemovableHandle] = []
         self._teacher_handles: list[RemovableHandle] = []
         self._student_masks: list[tuple[nn.Module, NoteMask]] = []
+        self._teacher_masks: list[tuple[nn.Module, NoteMask]] = []
 
     def watch_roots(self, candidates: Iterable[tuple[str, nn.Module]], method: str = "") -> None:
         """Call ``on_forward`` at each training forward of these modules, given outermost first.
@@ -133,8 +134,8 @@ class Recorder:
             self.enabled = before
 
     def note_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the masks that a module of the student gets, where the view was opened after its hooks ran."""
-        for known, note in self._student_masks:
+        """Note the masks that a module gets whose hooks do not: the view was opened later, or a method is called."""
+        for known, note in (*self._student_masks, *self._teacher_masks):
             if known is module:
                 note(module, args, kwargs)
 
@@ -152,7 +153,7 @@ class Recorder:
         self._remove(self._root_handles)
         self._remove(self._student_handles)
         self._remove(self._teacher_handles)
-        self._student_masks = []
+        self._student_masks, self._teacher_masks = [], []
         self.views, self.current, self.enabled = [], None, False
         self.read_output = self.teacher_output = None
         self.nested, self.runs_teacher = 0, False
@@ -160,7 +161,14 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         """Without what is recorded, and without handles: copies of the modules lose their hooks by themselves."""
         handles: dict[str, Any] = {name: [] for name in ("_root_handles", "_student_handles", "_teacher_handles")}
-        lost: dict[str, Any] = {"views": [], "current": None, "teacher_output": None, "_student_masks": [], "nested": 0}
+        lost: dict[str, Any] = {
+            "views": [],
+            "current": None,
+            "teacher_output": None,
+            "_student_masks": [],
+            "_teacher_masks": [],
+            "nested": 0,
+        }
         return {**self.__dict__, **handles, **lost}
 
     def _install(
@@ -171,6 +179,8 @@ class Recorder:
         notes = [(module, NoteMask(self, side, source, module)) for source, module in sources.items()]
         if side == "student":
             self._student_masks = notes
+        else:
+            self._teacher_masks = [(module, note) for module, note in notes if note.source.method != "forward"]
         # Before the readers: a layer may get its own mask, and be read where it starts.
         for module, note in notes:
             if note.source.method != "forward":  # the root's: noted where its view is opened

@@ -102,13 +102,30 @@ def find_teacher_root(layers: LayerSpec, student: nn.Module, root: str, teacher:
     return part if all(id(modules[name]) in held for name in found) else ""
 
 
-def describe_teacher_root(root: str, teacher_root: str) -> str:
-    """Which part of the teacher runs, for the log; empty for the whole teacher.
+def same_method(teacher: nn.Module, method: str) -> str:
+    """The method of the teacher's root that runs in place of its forward: the student's, where the teacher has it.
+
+    Another one may compute something else: the inverse of a flow, or a decoder alone.
 
     Example:
-        >>> describe_teacher_root("net.encoder", "encoder")
-        "teacher: its part 'encoder' runs alone, on what enters 'net.encoder' of the student"
+        >>> same_method(nn.MultiheadAttention(4, 2), "merge_masks"), same_method(nn.Linear(4, 2), "decode")
+        ('merge_masks', '')
     """
+    return method if method and callable(getattr(teacher, method, None)) else ""
+
+
+def describe_teacher_root(root: str, teacher_root: str, method: str) -> str:
+    """Which part or method of the teacher runs, for the log; empty for the forward of the whole teacher.
+
+    Example:
+        >>> describe_teacher_root("net.encoder", "encoder", "")
+        "teacher: its part 'encoder' runs alone, on what enters 'net.encoder' of the student"
+        >>> describe_teacher_root("net", "", "decode")
+        "teacher: its method 'decode' runs, on what enters that of the student"
+    """
+    if method:
+        of_part = f" of its part {teacher_root!r}" if teacher_root else ""
+        return f"teacher: its method {method!r}{of_part} runs, on what enters that of the student"
     if not teacher_root:
         return ""
     return f"teacher: its part {teacher_root!r} runs alone, on what enters {root!r} of the student"

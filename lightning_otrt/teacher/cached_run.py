@@ -75,6 +75,7 @@ class CachedRun:
             "reading": READING,
             "layers": kept,
             "root": self.teacher.root,
+            "method": self.teacher.method,
             **({"more": more} if more else {}),
         }
         try:
@@ -143,9 +144,7 @@ class CachedRun:
         return _as_tensors(readings, size)
 
     def _run_whole(self, inputs: Inputs) -> None:
-        with self.recorder.teacher_running():
-            output = self.teacher.run(*inputs)
-        self._read(output)
+        self._read(self.teacher.run_recorded(self.recorder, *inputs))
 
     def _fingerprint(self) -> str:
         try:

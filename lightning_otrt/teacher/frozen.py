@@ -15,6 +15,7 @@ from lightning_otrt.checks import shown
 from lightning_otrt.random_numbers import random_numbers_restored
 from lightning_otrt.reading.arguments import renamed
 from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.teacher.borrowed import BorrowedModule
 from lightning_otrt.teacher.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.identity import checksum_before, stem_checksum
@@ -96,6 +97,8 @@ class Teacher:
         self._own_dtype = _dtype_of(module)
         #: Name of the submodule that :meth:`run` runs, ``""`` for the whole.
         self.root = ""
+        #: Name of its method that is called in place of its forward, ``""`` for the forward.
+        self.method = ""
         #: Finds states of an earlier forward among the student's inputs.
         self.past_states = PastStates()
         #: Whether its forward draws random numbers in evaluation mode.
@@ -113,6 +116,11 @@ class Teacher:
         """The user's own module, whose values the one that runs has; without what compiled it."""
         source: nn.Module = getattr(self._own, "_orig_mod", self._own)
         return source
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the user makes its inputs, which are those of its forward."""
+        return self._inputs is not None
 
     @property
     def run_dtype(self) -> torch.dtype:
@@ -186,9 +194,19 @@ class Teacher:
         if not torch.compiler.is_compiling():
             borrowed.set_evaluation_mode()
         # Not inference mode: the backward of the transfer term could not save tensors made there.
-        module = borrowed.module if not self.root else borrowed.module.get_submodule(self.root)
+        module = self._target(borrowed.module)
         with torch.no_grad(), self._random_numbers_kept(borrowed.module):
-            return module(*args, **kwargs)
+            return (getattr(module, self.method) if self.method else module)(*args, **kwargs)
+
+    def run_recorded(self, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The same, with what its layers give and its masks in the current view of the recorder."""
+        with recorder.teacher_running():
+            if self.method:  # whose call no hook sees
+                recorder.note_masks(self._target(self._borrow().module), args, dict(kwargs))
+            return self.run(args, kwargs)
+
+    def _target(self, module: nn.Module) -> nn.Module:
+        return module.get_submodule(self.root) if self.root else module
 
     def _random_numbers_kept(self, module: nn.Module) -> AbstractContextManager[None]:
         """Leave the generators as they are, so that training draws what it would draw without the teacher."""

@@ -12,7 +12,7 @@ from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.arguments import positions_by_name
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Inputs, Pairing, pair_layers
-from lightning_otrt.reading.root import find_teacher_root
+from lightning_otrt.reading.root import find_teacher_root, same_method
 from lightning_otrt.reading.torch_internals import without_earlier_pre_hooks
 from lightning_otrt.reading.train_only import FirstInput
 from lightning_otrt.reading.view_hooks import OpenView
@@ -47,7 +47,7 @@ def trace_and_pair(
         student: The student.
         root: Name of its module whose inputs the teacher gets too.
         inputs: Arguments of that module.
-        teacher: The teacher, on the student's device. It is told its root and what it takes of the inputs.
+        teacher: The teacher, on the student's device. It is told its root and method, and what it takes of the inputs.
         guard: Copies the inputs of the student's trace.
         first_input: Notes what the first layer gets in the trace.
         method: Method of the student's root that is called in place of its forward.
@@ -56,8 +56,10 @@ def trace_and_pair(
     """
     module, source = teacher.module, named_layers(student)[root]
     teacher.root = find_teacher_root(layers, student, root, module)
+    target = named_layers(module)[teacher.root]
+    teacher.method = "" if teacher.has_inputs else same_method(target, method)
     teacher.past_states = PastStates(source, method or "forward", *inputs)
-    teacher.names = positions_by_name(source, method or "forward", named_layers(module)[teacher.root])
+    teacher.names = positions_by_name(source, method or "forward", target, teacher.method or "forward")
     # Each forward gets a copy of its own: both networks may change what they are given.
     own = guard.copied(inputs)
     # Clones, since the trace of the student may write to its inputs.
@@ -74,6 +76,7 @@ def trace_and_pair(
             known,
             method=method,
             teacher_root=teacher.root,
+            teacher_method=teacher.method,
             plan=plan,
             grid=grid,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,8 +91,7 @@ class TeacherRun:
             return
         self._make_ready(student)
         inputs = self.teacher.inputs_for(args, kwargs)
-        with self._recorder.teacher_running():
-            output = self._run(student, inputs, self.teacher.run)
+        output = self._run(student, inputs, functools.partial(self.teacher.run_recorded, self._recorder))
         self._recorder.teacher_output = (output,)
         self._read_logits(output)
 
