@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
 from lightning_otrt.layers.pairs import INPUT, LayerPair
@@ -65,14 +67,25 @@ def layer_masks(
         lengths = (known for known in trace.arguments if holds_lengths(known) and known.shape == (samples,))
         possible = [known for known in trace.arguments if may_mark_padding(known.source.argument)]
         late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
-        return replace(
-            masks,
-            unread=next(
-                (known for known in possible if known.shape in shapes and _may_tell(known)), next(lengths, None)
-            ),
-            sources=(*masks.sources, *late),
+        unread = chain(
+            (known for known in possible if known.shape in shapes and _may_tell(known)),
+            lengths,
+            _masks_of_rows(trace, samples, tokens),
+            (known for known in trace.padded_ids if known.shape in shapes),
         )
+        return replace(masks, unread=next(unread, None), sources=(*masks.sources, *late))
     return masks
+
+
+def _masks_of_rows(trace: Trace, samples: int, tokens: int) -> Iterator[TracedMask]:
+    """Masks ``(B, S, T)`` with padding, whose first two axes are the rows of a layer ``(B * S, T, C)``."""
+    for known in trace.arguments:
+        if known.shape is None or not known.padded or not is_mask_name(known.source.argument):
+            continue
+        # One with S = T looks like one that says which token sees which, and has that of its tokens as shape.
+        shape = (*known.shape, known.shape[-1]) if known.source.is_pairwise else known.shape
+        if len(shape) == 3 and shape[0] * shape[1] == samples and shape[2] == tokens:
+            yield replace(known, shape=shape)
 
 
 def flat_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:

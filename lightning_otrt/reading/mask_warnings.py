@@ -9,6 +9,7 @@ from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.mask_search import holds_lengths
+from lightning_otrt.reading.padded_ids import PADDING_IDX
 
 __all__ = ["warn_of_one_sided_masks", "warn_of_unused_masks"]
 
@@ -37,6 +38,16 @@ _WARNINGS = {
     "lengths": (
         "The argument {mask!r} of the {side} may say how many positions of the layers {layers} are no padding, which "
         "is read. Give the network a mask (B, T) too and name it with LayerPair(mask=...), or pass mask=None."
+    ),
+    "rows": (
+        "The mask {mask!r} of the {side} has the shape {shape}, and its layers {layers} have one row for each place of "
+        "the first two axes. It is not used, so that their padding is read. Pass the module that gets the rows a mask "
+        "of them too, as encoder(rows, attention_mask={mask}.flatten(0, 1)), or pass LayerPair(mask=None)."
+    ),
+    "ids": (
+        "The embedding {module!r} of the {side} gets its padding_idx at the end of some samples, and no mask was found "
+        "for the layers {layers}: their padding is read. Give the network a mask (B, T), such as `ids != padding_idx`, "
+        "as an argument and name it with LayerPair(mask=...); mask=None says that padding is to be read."
     ),
     "doubtful": (
         "The {side} layers {layers} get another sequence than the first one of {module!r}, and it is not known whether "
@@ -111,8 +122,12 @@ def _problems(masks: LayerMasks) -> Iterator[tuple[str, TracedMask]]:
 
 def _why_unread(mask: TracedMask) -> str:
     source = mask.source
+    if source.argument == PADDING_IDX:
+        return "ids"
     if holds_lengths(mask):
         return "lengths"
+    if mask.shape is not None and len(mask.shape) == 3:
+        return "rows"
     if mask.is_doubtful:
         return "doubtful"
     if source.is_pairwise and not source.is_named and source.true_at != "unknown":

@@ -40,6 +40,7 @@ from lightning_otrt.reading.outputs import (
     tensors_of_samples,
 )
 from lightning_otrt.reading.own_gradients import own_gradients_explained
+from lightning_otrt.reading.padded_ids import padded_ids
 from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.random_outputs import is_random
 from lightning_otrt.reading.sample_order import settle_order
@@ -163,6 +164,7 @@ def _trace(
         input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
+        padded_ids=tuple(recorder.padded_ids),
         learned_tokens=_learned_tokens(target),
         guessed_axes=tuple((*place, inner) for place, inner in axes.guessed.items()),
         draws_random=draws_random,
@@ -203,6 +205,7 @@ class _TraceHooks:
         self._inputs = {id(tensor) for tensor in inputs}
         self._axes = axes
         self._search = MaskSearch(inputs)
+        self.padded_ids: list[TracedMask] = []
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._completed = 0
@@ -233,6 +236,7 @@ class _TraceHooks:
         around = [running.call for running in reversed(self._axes.running)]
         if not has_children(module):
             self._search.pass_on(frame.call, [value for _, value in tensors], around)
+            self.padded_ids += filter(None, [padded_ids(frame.call)])
         if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):
             masks = self._search.masks([frame.call, *around])
         length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)

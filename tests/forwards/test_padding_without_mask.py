@@ -1,0 +1,106 @@
+"""Padding that no mask of the layer tells: masks of documents, and the ``padding_idx`` of an embedding."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import seeded
+from torch import Tensor, nn
+
+from lightning_otrt import LayerPair, RepresentationTransfer
+
+SAMPLES, LONGEST = 6, 9
+FIRST = torch.arange(LONGEST) < torch.tensor([[3], [9], [5], [4], [7], [6]])
+WORDS = seeded(0, torch.randint, 1, 50, (SAMPLES, LONGEST))
+
+
+def _told(student: nn.Module, teacher: nn.Module, *args: Any, layer: str = "mix", **options: Any) -> list[str]:
+    transfer = RepresentationTransfer(teacher, [LayerPair(layer, layer, **options)], weight=1.0, plan="uniform")
+    with warnings.catch_warnings(record=True) as caught, transfer.attached(student):
+        warnings.simplefilter("always")
+        student(*args)
+        transfer.loss()
+    return [str(warning.message) for warning in caught]
+
+
+class Documents(nn.Module):
+    """Sentences become rows; the layers of words get no mask."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(50, width), nn.Linear(width, width)
+        self.sentences, self.head = nn.GRU(width, width, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        rows, valid = words.flatten(0, 1), attention_mask.flatten(0, 1)[..., None].float()
+        means = (self.mix(self.embed(rows)) * valid).sum(1) / valid.sum(1).clamp_min(1)
+        return self.head(self.sentences(means.view(*words.shape[:2], -1))[0].mean(1))
+
+
+@pytest.mark.parametrize("sentences", [4, LONGEST])
+def test_a_mask_of_documents(sentences: int) -> None:
+    words = seeded(1, torch.randint, 1, 50, (SAMPLES, sentences, LONGEST))
+    valid = torch.arange(LONGEST) < seeded(2, torch.randint, 2, LONGEST, (SAMPLES, sentences, 1))
+    messages = _told(Documents(8), Documents(12), words, valid.long())
+    for side, message in zip(("student", "teacher"), messages, strict=True):
+        assert message.startswith(f"The mask 'attention_mask' of the {side} has the shape {tuple(valid.shape)}")
+        assert "its layers ['mix']" in message
+    assert _told(Documents(8), Documents(12), words, valid.long(), mask=None) == []
+    if sentences != LONGEST:  # such a mask without padding may say which token sees which, and a later batch has some
+        assert _told(Documents(8), Documents(12), words, torch.ones_like(valid).long()) == []
+
+
+class Items(nn.Module):
+    """Makes its mask of the ids, as recommenders do."""
+
+    def __init__(self, width: int, padding: int | None = 0) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(50, width, padding_idx=padding), nn.Linear(width, width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, items: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        valid = (items != 0)[..., None]
+        return self.head((self.mix(self.embed(items)) * valid).sum(1))
+
+
+IN_FRONT, BEHIND = WORDS * FIRST.flip(1), WORDS * FIRST
+IN_BETWEEN = WORDS.clone().index_fill_(1, torch.tensor([4]), 0)
+
+
+@pytest.mark.parametrize("items", [IN_FRONT, BEHIND], ids=["in front", "behind"])
+def test_padding_of_an_embedding(items: Tensor) -> None:
+    messages = _told(Items(8), Items(12), items)
+    assert len(messages) == 2
+    assert all("The embedding 'embed'" in text and "layers ['mix']: their padding is read" in text for text in messages)
+    assert _told(Items(8), Items(12), items, mask=None) == []
+
+
+@pytest.mark.parametrize(
+    ("padding", "args"),
+    [
+        (None, (BEHIND,)),
+        (0, (WORDS,)),
+        (0, (IN_BETWEEN,)),
+        (0, (WORDS.clone().index_fill_(1, torch.tensor([0]), 0),)),  # each decoder starts with it
+        (0, (BEHIND, FIRST.long())),
+    ],
+    ids=["no padding_idx", "no padding", "an item like others", "a first token", "with a mask"],
+)
+def test_nothing_is_told(padding: int | None, args: tuple[Any, ...]) -> None:
+    assert _told(Items(8, padding), Items(12, padding), *args) == []
+
+
+@pytest.mark.parametrize(("name", "layer"), [("BertModel", "encoder.layer.1"), ("RobertaModel", "encoder.layer.1")])
+def test_real_networks(name: str, layer: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, name.replace("Model", "Config"))
+
+    def build(width: int) -> nn.Module:
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+        return getattr(transformers, name)(config(hidden_size=width, pad_token_id=0, **sizes)).eval()
+
+    assert [text for text in _told(build(8), build(12), BEHIND, layer=layer) if "padding_idx" in text]
+    assert not [text for text in _told(build(8), build(12), BEHIND, FIRST.long(), layer=layer) if "padding" in text]
