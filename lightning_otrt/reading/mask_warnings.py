@@ -65,8 +65,8 @@ _WARNINGS = {
         'valid tokens, mask="~{mask}" if it is true at padding, or mask=None.'
     ),
     "empty": (
-        "The mask {mask!r} of the {side} leaves no token in {empty} samples, read as true at {true_at}. If that is the "
-        'wrong way round, pass LayerPair(mask="{other}").'
+        "The mask {mask!r} of the {side} leaves no token in {empty} samples, read as true at {true_at}. They are read "
+        'as zeros: leave them out of the batch. If true means the opposite, pass LayerPair(mask="{other}").'
     ),
     "no_label": (
         "The mask {mask!r} of the {side} leaves no token in {empty} samples, read as true at {true_at}. They are read "
