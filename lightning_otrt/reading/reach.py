@@ -51,7 +51,8 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
     if not before:
         return f"{line}: all that leads to them is frozen, and the term trains nothing."
     after = sum(key in ran and not is_before for key, is_before in trained.items())
-    line = f"{line}. Of the others {after} run after them, and {total - before - after} are in modules that do not run."
+    idle = total - before - after
+    line += f". Of the others {after} run after them, and {idle} are in modules that do not run in evaluation mode."
     if not (block_names(trace) and penultimate_names(trace)):
         return line
     return f'{line} Later layers, such as those of ["blocks", "penultimate"], let the term train more.'
