@@ -16,9 +16,9 @@ PADDING_IDX = "padding_idx"
 def padded_ids(call: Call) -> TracedMask | None:
     """What the ids of an embedding show of padding ``(B, T)``; None where nothing is padded, or it is not certain.
 
-    It is padding where the ``padding_idx`` stands at the ends of samples alone, and more often in some than in others:
-    a token that starts the sequence of each decoder may have the same id. It waits for the device, in the traced
-    forward only.
+    It is padding where the ``padding_idx`` stands at the ends of samples alone, in one of them at least twice, and more
+    often in some than in others: a token that starts the sequence of each decoder may have the same id. It waits
+    for the device, in the traced forward only.
 
     Args:
         call: The call of a layer.
@@ -35,7 +35,7 @@ def padded_ids(call: Call) -> TracedMask | None:
     is_padding = ids == module.padding_idx
     count = is_padding.sum(1)
     at_ends = _leading(is_padding) + _leading(is_padding.flip(1))
-    is_certain = ((count == at_ends) | is_padding.all(1)).all() & (count != count[:1]).any()
+    is_certain = ((count == at_ends) | is_padding.all(1)).all() & (count != count[:1]).any() & (count > 1).any()
     if not bool(is_certain):
         return None
     source = MaskSource(call.name, PADDING_IDX, "valid")
