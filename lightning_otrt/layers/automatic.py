@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning_otrt.layers.model_output import output_layers, passes_on
+from lightning_otrt.layers.names import ancestors
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer
 
@@ -162,7 +163,7 @@ def _last_at_each_size(layers: list[TracedLayer], trace: Trace) -> list[TracedLa
     last: dict[int, tuple[int, TracedLayer]] = {}
     for layer in layers:
         size = _size(layer)
-        depth = sum(_is_before_stride(known[name], layer, known, sizes) for name in _ancestors(layer.name))
+        depth = sum(_is_before_stride(known[name], layer, known, sizes) for name in ancestors(layer.name))
         if size > 1 and (size not in last or depth <= last[size][0]):
             last[size] = (depth, layer)
     return sorted((layer for _, layer in last.values()), key=lambda layer: layer.order or 0)
@@ -185,11 +186,6 @@ def _is_before_stride(
         return False
     child = prefix + inner.name.removeprefix(prefix).split(".")[0]
     return block.kind != "Sequential" or not known[child].is_container
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _size(layer: TracedLayer) -> int:

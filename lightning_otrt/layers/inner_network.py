@@ -26,8 +26,10 @@ def inner_hint(trace: Trace, side: str) -> str:
         "pass student_root='net.backbone'."
     """
     root = trace.layer(trace.root)
-    # A batch may be a keyword argument; (C, H, W) is an image of a list.
-    has_batch = any(len(shape) != 3 and trace.is_sample_count(shape[0]) for shape in root.input_shapes if shape)
+    # A batch may be a keyword argument. (C, H, W) is an image of a list, beside which stand the boxes of each.
+    shapes = [shape for shape in root.input_shapes if shape]
+    lists_images = any(len(shape) == 3 and shape[0] != trace.batch_size for shape in shapes)
+    has_batch = not lists_images and any(len(shape) != 3 and trace.is_sample_count(shape[0]) for shape in shapes)
     inner = None if root.input is not None or has_batch else _largest(trace)
     if inner is None or inner.input is None:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_otrt.layers.names import ancestors
 from lightning_otrt.layers.trace import Trace, TracedLayer
 
 __all__ = ["assumed_output", "output_layers", "passes_on"]
@@ -16,8 +17,9 @@ _CHANNELS_OF_RECTIFIED = 3
 def output_layers(trace: Trace) -> set[str]:
     """Names of the layers that make a dense output of the model, or are part of making it.
 
-    These are the linear maps and convolutions with as many channels as an output of the model, after which no other
-    layer computes; the activations after them; containers that return what one of these made; and containers whose code
+    These are the linear maps and convolutions after which no other layer computes: those with as many channels as an
+    output of the model, or with one, and those of which the trace shows that nothing computes on them, as the heads of
+    a detector; the activations after them; containers that return what one of these made; and containers whose code
     adds several of these up, as LRASPP does with class logits. Code between two modules, such as the interpolation of
     class logits to the size of the image, is not seen, so a shape need not agree. Where the model returns no such
     tensor, such as its loss alone, they are those of :func:`assumed_output`.
@@ -33,19 +35,21 @@ def output_layers(trace: Trace) -> set[str]:
         >>> sorted(output_layers(trace(net, (torch.zeros(2, 3, 9, 9),))) - {""})
         ['2', '3']
     """
-    channels = _output_channels(trace)
+    channels = _output_channels(trace) | {1}  # one neuron is no representation
     ran = [layer for layer in trace.layers if layer.calls]
     assumed = assumed_output(trace)
     followers: dict[str, list[TracedLayer]] = {}
     for layer in ran:
         if layer.input_from is not None and not layer.is_container:
             followers.setdefault(layer.input_from, []).append(layer)
+    unused = _unused(ran, followers)
     found: set[str] = set()
     for layer in ran:
         if layer.is_container or layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
             continue
         axis = layer.output.neuron_axis
-        if axis is None or (layer.output.shape[axis] not in channels and layer.name not in assumed):
+        is_output = axis is not None and layer.output.shape[axis] in channels
+        if axis is None or not (is_output or layer.name in assumed or layer.name in unused):
             continue
         chain = _passing_on(layer, followers)
         is_rectified = chain and any(trace.layer(name).kind == "ReLU" for name in chain)
@@ -53,6 +57,27 @@ def output_layers(trace: Trace) -> set[str]:
             found |= {layer.name, *chain}
     found |= {layer.name for layer in ran if _puts_together(layer, ran, found)}
     return found | {layer.name for layer in ran if layer.output_from in found}
+
+
+def _unused(ran: list[TracedLayer], followers: dict[str, list[TracedLayer]]) -> set[str]:
+    """Names of the layers of which it is certain that no later layer computes on what they made.
+
+    Later layers with weights have one input each, and the layer that made it is known. Otherwise code between the
+    modules, such as a sum or an activation, may have carried anything there. What has no weights, and leads to none,
+    such as the anchors of a detector, only belongs to the output.
+    """
+    around = {"", *(name for layer in ran for name in ancestors(layer.name))}
+    inner = [layer for layer in ran if layer.name not in around]
+    found: set[str] = set()
+    for layer in sorted(inner, key=lambda layer: layer.order or 0, reverse=True):
+        ends = _passing_on(layer, followers) is not None
+        if ends:
+            found.add(layer.name)
+        is_known = layer.input_from is not None or layer.takes_model_input
+        computes = layer.has_weights or not ends
+        if computes and not (is_known and layer.calls == 1 and len(layer.input_shapes) == 1):
+            return found
+    return found
 
 
 def _output_channels(trace: Trace) -> set[int]:
@@ -126,7 +151,7 @@ def _passing_on(layer: TracedLayer, followers: dict[str, list[TracedLayer]]) -> 
     """The layers that get the output of this one and pass it on; None where one of them computes further."""
     found: set[str] = set()
     for follower in followers.get(layer.name, []):
-        if not passes_on(follower):
+        if not passes_on(follower) or follower.calls > 1:
             return None
         after = _passing_on(follower, followers)
         if after is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 
 __all__ = [
+    "ancestors",
     "child_names",
     "has_layers",
     "is_inside",
@@ -133,3 +134,14 @@ def _is_wrapped(parent: nn.Module, child: str) -> bool:
     if child in _WRAPPERS:
         return not _WRAPPERS[child].isdisjoint(base.__name__ for base in type(parent).__mro__)
     return child in _WRAPPED
+
+
+def ancestors(name: str) -> list[str]:
+    """Names of the modules around a module, without the whole model.
+
+    Example:
+        >>> ancestors("net.layer4.0")
+        ['net', 'net.layer4']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

@@ -62,6 +62,7 @@ class TracedLayer:
         masks: Padding masks of its sequence, the nearest first.
         looks_at_memory: Whether it is, or is inside of, a module whose sequence looks at another one.
         has_own_mask: Whether what it returns tells its own padding: packed sequences and nested tensors do.
+        has_weights: Whether it has parameters, its own or those of modules inside.
         in_transform: Whether it ran inside a transform of ``torch.func``, which its tensors cannot leave.
     """
 
@@ -83,6 +84,7 @@ class TracedLayer:
     masks: tuple[TracedMask, ...] = ()
     looks_at_memory: bool = False
     has_own_mask: bool = False
+    has_weights: bool = True
     in_transform: bool = False
 
     @property

@@ -26,7 +26,11 @@ _OF_TORCH = {
 _NORM = re.compile(r"\w*LayerNorm|\w*R(MS|ms)Norm")
 _POOL = re.compile(r"\w*(Max|Avg|LP|Adaptive)Pool\w*")
 #: May stand between a classification head and the output.
-_PASSIVE = {"Flatten", "Identity", "LogSoftmax", "ReLU", "Sigmoid", "Softmax", "Softplus", "Tanh", "Upsample"}
+_PASSIVE = {
+    *("Flatten", "Identity", "LogSoftmax", "ReLU", "Sigmoid", "Softmax", "Softplus", "Tanh"),
+    *("ChannelShuffle", "Fold", "PixelShuffle", "PixelUnshuffle", "Unflatten"),
+    *("Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"),
+}
 _ELEMENTWISE = {"DropPath", "Identity", "LayerScale", "StochasticDepth"}
 _ELEMENTWISE_HOMES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 

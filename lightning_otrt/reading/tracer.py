@@ -274,7 +274,13 @@ class _TraceHooks:
         layer = self._without_doubtful_axes(self._layers.get(name, TracedLayer(name, kind=type(module).__name__)))
         outputs = [reference() for reference in self._outputs.get(name, [])]
         is_returned = any(output is tensor for output in outputs if output is not None for tensor in returned)
-        return replace(layer, is_container=has_children(module), role=role_of(module), gives_model_output=is_returned)
+        return replace(
+            layer,
+            is_container=has_children(module),
+            role=role_of(module),
+            gives_model_output=is_returned,
+            has_weights=next(module.parameters(), None) is not None,
+        )
 
     def _without_doubtful_axes(self, layer: TracedLayer) -> TracedLayer:
         if layer.name + INPUT in self._axes.doubtful and layer.input is not None:

@@ -178,7 +178,7 @@ def test_what_stands_first(subject: Subject, first: str, plain: Plain) -> None:
         value = float(transfer.loss().detach())
     found = [(pair.student, pair.teacher) for pair in transfer.pairs]
     assert found == [(f"net.{student}", f"net.{teacher}") for student, teacher in plain.pairs]
-    assert value == pytest.approx(plain.term, rel=1e-9)
+    assert value == pytest.approx(plain.term, rel=1e-6)  # parts of T5 compute in float32
 
 
 #: Trained tensors that are printed as lying before the recorded layers and get no gradient from the term.

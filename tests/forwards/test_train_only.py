@@ -285,7 +285,9 @@ class Checkpointed(Functional):
         )
 
 
-@pytest.mark.parametrize("make", [Attention, Functional, Encoder, Checkpointed, lambda: Words(False)])
+@pytest.mark.parametrize(
+    "make", [Attention, Functional, pytest.param(Encoder, id="nested"), Checkpointed, lambda: Words(False)]
+)
 def test_sequences_without_an_alarm(make):
     student, layers = make().train(), ["out.layers.1"] if make is Encoder else ["out"]
     x = torch.randint(30, (8, 9)) if hasattr(student, "embed") else torch.randn(8, 9, 6)
