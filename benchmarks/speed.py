@@ -273,7 +273,7 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
         lines += ["", f"The rows of {results['solve'][0]['label']}, by `--small`: {results['small stamp']}"]
     lines += [
         "",
-        "At 128 neurons the time is that of some 300 small operations more than that of arithmetic: compiled code "
+        "At 128 neurons the time is that of some 250 small operations more than that of arithmetic: compiled code "
         "(OTT-JAX) and scipy's assignment are ahead there. No exact solver is called inside for small problems. Its "
         "plans are other ones than the entropic plans of a GPU or of the next larger layer, with one partner for each "
         "neuron and another gradient, so that one seed would train differently on two devices.",

@@ -85,9 +85,8 @@ class Distillation:
         if total is None:
             return None
         with torch.no_grad():
-            if self.bad_calls is None:
-                self.bad_calls = torch.zeros_like(total, dtype=torch.int64)
-            self.bad_calls += (total - total) != 0
+            is_bad = (total - total) != 0
+            self.bad_calls = is_bad.long() if self.bad_calls is None else self.bad_calls.add_(is_bad)
         return total
 
     def _softened(self, views: LogitViews, ranks: Ranks | None) -> Tensor:

@@ -77,7 +77,7 @@ def _dead_neurons(where: str, neurons: Tensor, advice: str, otherwise: str) -> I
             f"{advice}, or choose a layer behind a normalisation."
         )
     first = neurons[:, :1]
-    if not bool((neurons[:, -1:] != first).any()) and not bool((neurons != first).any()):
+    if torch.equal(neurons[:, -1:], first) and torch.equal(neurons, first.expand_as(neurons)):
         yield (
             f"{where} is constant over the first batch: all of its {count} neurons are dead, and a "
             f"correlation with dead neurons has no gradient. {advice}, or use {otherwise}."
@@ -86,10 +86,10 @@ def _dead_neurons(where: str, neurons: Tensor, advice: str, otherwise: str) -> I
 
 def _huge_neurons(layers: tuple[str, str], batch: tuple[Tensor, Tensor], epsilon: float) -> Iterator[str]:
     """A warning if squared distances to one huge neuron make up nearly all of the mean cost."""
-    squares = [norms(side).square_() for side in batch]
-    total = torch.stack([side.mean() for side in squares]).sum()
-    for layer, side in zip(layers, squares, strict=True):
-        share = float(side.max() / side.numel() / total)
+    sides = [norms(side) for side in batch]
+    total = sum(torch.linalg.vector_norm(side).item() ** 2 / side.numel() for side in sides)
+    for layer, side in zip(layers, sides, strict=True):
+        share = side.max().item() ** 2 / side.numel() / (total or 1.0)
         if side.numel() > 1 and 1 - share < HUGE_SHARE * epsilon:
             yield (
                 f"{layer}: a single one of its {side.numel()} neurons makes {share:.1%} of the mean "
@@ -101,5 +101,5 @@ def _huge_neurons(layers: tuple[str, str], batch: tuple[Tensor, Tensor], epsilon
 def _overshadowed(neurons: Tensor) -> int:
     """How many neurons ``(N, n)`` vary, but so little beside the others that they count as dead."""
     spreads = torch.linalg.vector_norm(neurons - neurons.mean(-1, keepdim=True), dim=-1)
-    varies = neurons.amax(-1) != neurons.amin(-1)
-    return int((varies & (spreads <= DEAD_SHARE * spreads.mean())).sum())
+    quiet = spreads <= DEAD_SHARE * spreads.mean()
+    return int((quiet & (neurons.amax(-1) != neurons.amin(-1))).sum()) if quiet.any() else 0

@@ -226,10 +226,9 @@ class TermEngine(ABC):
             distances.append(PairDistance(name, value, plan, state.memory, observations, skipped, alignment))
         if total is None:
             total = batches[0][0][0].new_zeros(())
-        if self.bad_calls is None:
-            self.bad_calls = torch.zeros_like(total, dtype=torch.int64)
         # The difference is NaN for an infinite total, too. `isfinite` would take four operations.
-        self.bad_calls += (total - total) != 0
+        is_bad = (total - total) != 0
+        self.bad_calls = is_bad.long() if self.bad_calls is None else self.bad_calls.add_(is_bad)
         return total, distances
 
     def _attach(

@@ -99,10 +99,10 @@ class CorrelationCost(Cost):
         x, inverse_x = centred(x)
         x.mul_(inverse_x[..., None])
         # 1, but 0 between two dead neurons.
-        largest: Tensor | float = 1.0
+        largest = y.new_ones(())
         if not all_nonzero(inverse_x):
             largest = torch.maximum(inverse_y.sign()[..., None], inverse_x.sign()[..., None, :])
-        matrix = (y @ x.mT).mul_(inverse_y.neg()[..., None]).add_(largest).clamp_min_(0)
+        matrix = torch.addcmul(largest, y @ x.mT, inverse_y[..., None], value=-1).clamp_min_(0)
         return matrix, lambda plan: _evaluate(y, inverse_y, x, inverse_x, plan)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:

@@ -65,7 +65,7 @@ class SquaredEuclideanCost(Cost):
         """See :meth:`Cost.matrix_and_value`; both need the neurons around the teacher's mean, and their squares."""
         if is_long(y):
             return super().matrix_and_value(y, x, energy)
-        scale = observation_count(y) * _scale(energy)
+        scale = y.shape[-1] * _scale(energy)
         y, x = _centre(y, x)
         squares = _squares(y, x)
         matrix = _squared_distances(y, x, squares).mul_(scale.reciprocal()[..., None, None])
@@ -75,7 +75,7 @@ class SquaredEuclideanCost(Cost):
         """Σ a_i ‖y_i‖² + Σ b_j ‖x_j‖² - 2 Σ y_i·z_i with z = P x; gradient 2 (a_i y_i - z_i), both over n s²."""
         y, x = _centre(y, x)
         total, half_gradient = _transported_squares(y, x, _squares(y, x), plan)
-        return _in_units_of(observation_count(y) * _scale(energy), total, half_gradient)
+        return _in_units_of(y.shape[-1] * _scale(energy), total, half_gradient)
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in one round of three numbers."""
@@ -110,7 +110,7 @@ class EuclideanCost(SquaredEuclideanCost):
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """Σ P_ij M_ij; gradient ((Σ_j W_ij) y_i - Σ_j W_ij x_j) / (n s²) with W = P / max(M, floor · mean M)."""
-        unit = (observation_count(y) * _scale(energy)).rsqrt_()
+        unit = (y.shape[-1] * _scale(energy)).rsqrt_()
         y, x = _centre(y, x)
         return _from_distances(y, x, plan, _squared_distances(y, x).sqrt_(), unit, unit)
 
@@ -134,7 +134,7 @@ class EuclideanCost(SquaredEuclideanCost):
         """See :meth:`Cost.matrix_and_value`; the value is that of the distances over √n s."""
         if is_long(y):
             return super().matrix_and_value(y, x, energy)
-        scale = observation_count(y) * _scale(energy)
+        scale = y.shape[-1] * _scale(energy)
         y, x = _centre(y, x)
         matrix = _squared_distances(y, x).mul_(scale.reciprocal()[..., None, None]).sqrt_()
         return matrix, lambda plan: _from_distances(y, x, plan, matrix, torch.ones_like(scale), scale.reciprocal())

@@ -64,11 +64,18 @@ def annealed_potential(cost: Tensor, epsilon: float, inverse: Tensor) -> Tensor:
         # It raises if a cost is not finite. That pair gets no plan anyway, and must not stop the others.
         finite = (cost * inverse).nan_to_num_(1.0, 1.0, 1.0)
         return solve_batch(finite, reg=epsilons[-1], max_iter=len(epsilons)).potential_b.to(cost.dtype)
-    return run_geomloss_loop(cost, epsilons, ScalingSoftmin(cost, inverse)).g_ab
+    softmin = ScalingSoftmin(cost, inverse)
+    # Left to itself the loop ends with an update of both sides, but only the teacher's is needed.
+    student = run_geomloss_loop(cost, epsilons, softmin, last_update=False).f_ba
+    return softmin(epsilons[-1], None, "yx", student)
 
 
 def run_geomloss_loop(
-    cost: Tensor, epsilons: Sequence[float], softmin: Callable[[float, Tensor, object, Tensor], Tensor]
+    cost: Tensor,
+    epsilons: Sequence[float],
+    softmin: Callable[[float, Tensor, object, Tensor], Tensor],
+    *,
+    last_update: bool = True,
 ) -> SinkhornPotentials:
     """GeomLoss' loop between uniform masses.
 
@@ -77,6 +84,7 @@ def run_geomloss_loop(
         epsilons: ε of each iteration.
         softmin: Is called with ε, log weights, ``"xy"`` (student's side) or ``"yx"`` (teacher's side) in place of the
             cost, and the potential of the other side.
+        last_update: Whether the loop ends with a whole update of both sides at the last ε, in place of half of one.
     """
     batch, rows, columns = cost.shape
     return sinkhorn_loop(
@@ -88,16 +96,16 @@ def run_geomloss_loop(
             eps_list=list(epsilons), rho_list=[None] * len(epsilons), scale_list=[0] * len(epsilons)
         ),
         debias=False,
-        last_extrapolation=True,
+        last_extrapolation=last_update,
     )
 
 
 class ScalingSoftmin:
     """The softmin that GeomLoss' loop calls, for uniform masses: a matrix-vector product.
 
-    At each new ε the loop calls it for the student's side first. There the kernel exp((f + g - C) / ε) is rebuilt with
-    the teacher's potential g, and with f such that the largest entry of each row is 1. Until the next ε only the change
-    of the potentials from f and g is exponentiated.
+    At each ε the loop calls it for the student's side first. That call makes the kernel exp((g - C) / ε) of the
+    teacher's potential g, scaled such that the largest entry of each row is 1. The call for the teacher's side takes a
+    product with it.
 
     Args:
         cost: ``(B, N, M)``.
@@ -106,33 +114,29 @@ class ScalingSoftmin:
 
     def __init__(self, cost: Tensor, inverse: Tensor) -> None:
         self.cost, self.inverse = cost, inverse
-        self.epsilon = math.nan
         self.kernel = cost
-        #: For each side the potential that the kernel has absorbed, and the logarithm of the other side's scaling at a
-        #: potential of zero.
-        self.absorbed: dict[object, Tensor] = {}
-        self.shift: dict[object, Tensor] = {}
+        #: The teacher's potential that the kernel has absorbed ``(B, M)``.
+        self.absorbed = cost
+        #: The logarithm of what each of its rows was divided by ``(B, N)``.
+        self.largest = cost
 
-    def __call__(self, epsilon: float, log_weights: Tensor, side: object, potential: Tensor) -> Tensor:
+    def __call__(self, epsilon: float, log_weights: object, side: object, potential: Tensor) -> Tensor:
         """-ε log Σ_j exp((g_j - C_ij) / ε) / M for ``side`` "xy"; the same over i with f and N for "yx"."""
         if epsilon == math.inf:
             return self.cost.mean(2 if side == "xy" else 1).mul_(self.inverse.squeeze(2))
-        if epsilon != self.epsilon:
-            self._rebuild(epsilon, potential)
-        # A clamped scaling is corrected when the kernel is rebuilt; an infinite one would spoil the plan.
-        scaling = torch.add(self.shift[side], potential, alpha=1 / epsilon)
-        scaling = scaling.clamp_(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp_()
-        mass = matrix_vector(self.kernel if side == "xy" else self.kernel.mT, scaling)
-        return torch.sub(self.absorbed[side], mass.log_(), alpha=epsilon)
+        return self._students(epsilon, potential) if side == "xy" else self._teachers(epsilon, potential)
 
-    def _rebuild(self, epsilon: float, potential: Tensor) -> None:
-        rows, columns = self.cost.shape[1:]
-        self.epsilon = epsilon
-        self.kernel = self.cost  # frees the old kernel before the new one is made
+    def _students(self, epsilon: float, potential: Tensor) -> Tensor:
+        self.absorbed, self.kernel = potential, self.cost  # frees the old kernel before the new one is made
         exponent = torch.addcmul((potential / epsilon)[:, None], self.cost, self.inverse, value=-1 / epsilon)
         largest = exponent.amax(2, keepdim=True)
         # Without the clamp there are denormal numbers, which slow a CPU down ten times.
         self.kernel = exponent.sub_(largest).clamp_min_(-EXPONENT_LIMIT).exp_()
-        largest = largest.squeeze(2)
-        self.absorbed = {"xy": largest * -epsilon, "yx": potential}
-        self.shift = {"xy": potential.mul(-1 / epsilon).sub_(math.log(columns)), "yx": largest.sub_(math.log(rows))}
+        self.largest = largest.squeeze(2)
+        return self.kernel.mean(2).log_().add_(self.largest).mul_(-epsilon)
+
+    def _teachers(self, epsilon: float, potential: Tensor) -> Tensor:
+        # A clamped scaling is corrected when the next kernel is made; an infinite one would spoil the plan.
+        scaling = torch.add(self.largest, potential, alpha=1 / epsilon).clamp_(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp_()
+        mass = matrix_vector(self.kernel.mT, scaling).div_(scaling.shape[1])
+        return torch.sub(self.absorbed, mass.log_(), alpha=epsilon)

@@ -159,8 +159,8 @@ def _alternate(cost: Tensor, potential: Tensor, epsilon: float, iterations: int,
     kernel, v = _updates(cost, potential, epsilon, iterations, inverse)
     potential = _absorb(potential, v, epsilon)
     u = matrix_vector(kernel, v).reciprocal_().div_(rows)
-    teacher_mass = matrix_vector(kernel.mT, u).mul_(v)
     matrix = kernel.mul_(u[..., None]).mul_(v[:, None])
+    teacher_mass = matrix.sum(1)
     return EntropicPlan(matrix, potential, teacher_mass, (teacher_mass - 1 / columns).abs_().sum(1))
 
 
@@ -175,7 +175,7 @@ def _updates(
     v = kernel.sum(1).reciprocal_()
     # Both sides sum to the same mass, the number of rows. Else v would grow by M / N in each update, and overflow.
     # A number that a kernel takes as an argument: nothing is copied to a device.
-    share = torch.tensor(cost.shape[1] / cost.shape[2], dtype=cost.dtype, device="cpu")
+    share = torch.full((), cost.shape[1] / cost.shape[2], dtype=cost.dtype, device="cpu")
     # A batch of one as a matrix and vectors: `mv` takes half the time of `bmm`, and views as much as a small product.
     multiply, left, v = (torch.mv, kernel[0], v[0]) if len(kernel) == 1 else (torch.bmm, kernel, v[..., None])
     right = left.mT

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from lightning_otrt.transport.tensors import finite
 
 __all__ = ["check_cost", "check_finite", "check_values"]
 
@@ -15,7 +19,7 @@ def check_finite(tensor: Tensor, where: str) -> None:
         >>> check_finite(torch.zeros(3), "Student layer 'head'")
     """
     # A sum is much faster than a test of each value; only if it overflows is that test needed.
-    if not bool(tensor.sum().isfinite()) and (bad := int((~torch.isfinite(tensor)).sum())):
+    if not math.isfinite(tensor.sum().item()) and (bad := int((~torch.isfinite(tensor)).sum())):
         raise ValueError(
             f"{where} has {bad} NaN or infinite values of {tensor.numel()} (shape {tuple(tensor.shape)}), so no "
             "transport cost can be formed. Check its inputs and its weights."
@@ -25,11 +29,11 @@ def check_finite(tensor: Tensor, where: str) -> None:
 def check_values(tensor: Tensor, where: str) -> None:
     """Raise a ValueError that names ``where`` if values are not finite, or their squares overflow or vanish."""
     # One pass tells whether anything is wrong; what it is matters only then.
-    norm = torch.linalg.vector_norm(tensor)
-    if not bool(norm.isfinite()):
+    norm = torch.linalg.vector_norm(tensor).item()
+    if not math.isfinite(norm):
         check_finite(tensor, where)
         problem = "overflow"
-    elif bool(norm < (torch.finfo(tensor.dtype).tiny * tensor.numel()) ** 0.5) and bool(tensor.any()):
+    elif norm < (torch.finfo(tensor.dtype).tiny * tensor.numel()) ** 0.5 and bool(tensor.any()):
         problem = "vanish in"
     else:
         return
@@ -41,13 +45,14 @@ def check_values(tensor: Tensor, where: str) -> None:
 
 def check_cost(matrix: Tensor, cost: object) -> None:
     """Raise a ValueError that names ``cost`` if its matrix has values that are not finite or negative."""
-    check_finite(matrix, f"The cost {cost!r}")
-    if not bool(matrix.mean((-2, -1)).isfinite().all()):
+    # A mean is finite only if all values are.
+    if not bool(finite(matrix.mean((-2, -1))).all()):
+        check_finite(matrix, f"The cost {cost!r}")
         raise ValueError(
             f"Expected the cost {cost!r} to have a finite mean, to which epsilon is relative, but its values go up to "
             f"{matrix.max():.3g} and overflow {matrix.dtype}. Scale the cost."
         )
-    if bool((matrix < 0).any()):
+    if matrix.min().item() < 0:
         raise ValueError(
             f"Expected the cost {cost!r} not to be negative, but its smallest value is {matrix.min():.3g}. Epsilon is "
             "relative to the mean cost. Add a constant to the cost."

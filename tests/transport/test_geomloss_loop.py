@@ -13,7 +13,7 @@ from transport_problems import SHAPES, random_cost
 
 from lightning_otrt.transport import geomloss_loop
 from lightning_otrt.transport.diagnostics import diagnose
-from lightning_otrt.transport.geomloss_loop import ScalingSoftmin, run_geomloss_loop
+from lightning_otrt.transport.geomloss_loop import ScalingSoftmin, annealed_potential, annealing, run_geomloss_loop
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 
@@ -51,9 +51,12 @@ def test_contract_order_of_the_calls() -> None:
     # One pair a step, then the last, parallel update at the last ε.
     expected = [step for epsilon in (math.inf, 0.3, 0.3, 0.1, 0.1) for step in ((epsilon, "xy"), (epsilon, "yx"))]
     assert [call[:2] for call in calls] == expected
+    whole, calls[:] = calls[:], []
+    run_geomloss_loop(cost, [0.3, 0.3, 0.1], softmin, last_update=False)
+    assert calls == whole[:-2]
     # "xy" comes with the teacher's potential and weights, "yx" with the student's; the weights sum to 1.
-    assert {call[1:3] for call in calls} == {("xy", (1, 9)), ("yx", (1, 6))}
-    assert [call[3] for call in calls] == pytest.approx([1.0] * len(calls))
+    assert {call[1:3] for call in whole} == {("xy", (1, 9)), ("yx", (1, 6))}
+    assert [call[3] for call in whole] == pytest.approx([1.0] * len(whole))
 
 
 def test_contract_start_averages_and_update() -> None:
@@ -77,6 +80,20 @@ def test_contract_start_averages_and_update() -> None:
     torch.testing.assert_close(asked[5][1], (f + 2) / 2)
     assert (found.f_ba == 2).all()
     assert (found.g_ab == 2).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_annealed_potential_is_that_of_the_whole_loop(rows: int, columns: int) -> None:
+    """Its last update is that of the teacher's side alone."""
+    cost = random_cost(rows, columns, batch=2).double()
+    inverse = 1 / cost.mean((1, 2), keepdim=True)
+    scaled = cost * inverse
+
+    def dense(epsilon: float, log_weights: Tensor, side: object, potential: Tensor) -> Tensor:
+        return softmin_dense(epsilon, log_weights, scaled if side == "xy" else scaled.mT, potential)
+
+    expected = run_geomloss_loop(scaled, annealing(0.1), dense).g_ab
+    torch.testing.assert_close(annealed_potential(cost, 0.1, inverse), expected)
 
 
 def test_softmin_at_infinity_is_that_of_geomloss() -> None:

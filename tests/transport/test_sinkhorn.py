@@ -314,9 +314,9 @@ def test_geomloss_starts_what_has_no_potential(iterations: int | None, monkeypat
     calls: list[torch.Size] = []
     loop = geomloss_loop.run_geomloss_loop
 
-    def counted(cost: Tensor, *args: Any) -> Any:
+    def counted(cost: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append(cost.shape)
-        return loop(cost, *args)
+        return loop(cost, *args, **kwargs)
 
     monkeypatch.setattr(geomloss_loop, "run_geomloss_loop", counted)
     cost = random_cost(24, 16, batch=3)

@@ -13,7 +13,7 @@ from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
 
-@pytest.mark.parametrize(("start", "limit"), [("cold", 350), ("warm", 100)])
+@pytest.mark.parametrize(("start", "limit"), [("cold", 170), ("warm", 80)])
 def test_operations_of_an_iteration(start: str, limit: int) -> None:
     cost = torch.rand(2, 24, 20)
     potential = None if start == "cold" else torch.zeros(2, 20)
