@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.pairing import Pairing, check_layers
 from lightning_otrt.reading.reach import describe_frozen
-from lightning_otrt.reading.recorder import Recorder
+from lightning_otrt.reading.recorder import Readers, Recorder
 from lightning_otrt.reading.root_search import RootSearch
 from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.train_only import FirstInput
@@ -30,6 +31,7 @@ from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.logits import FEATURES, LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
+from lightning_otrt.teacher.replaced import replaced_layers
 from lightning_otrt.teacher.teacher_run import TeacherRun
 
 __all__ = ["Attachment"]
@@ -80,6 +82,7 @@ class Attachment:
         #: The resolved pairs with the traces of both networks. They stay when the student is detached.
         self.pairing: Pairing | None = None
         self._counts: list[NeuronCounts] = []
+        self._readers: Readers = {}
         self._graph_checks = 0
         self._recorder = Recorder(self._on_forward)
         #: The module of the student whose inputs the teacher gets too.
@@ -193,13 +196,34 @@ class Attachment:
         """
         assert self.pairing is not None
         try:
-            return matched_neurons(views, self.pairing.pairs, self._counts, self.device)
+            matched = matched_neurons(views, self.pairing.pairs, self._counts, self.device)
         except ConstantTermError:
             assert self.student is not None
             frozen = describe_frozen(self.student, self.pairing.student, self.pairing.pairs)
             if not frozen:
                 raise
             raise NoTermError(frozen) from None
+        if matched.absent and not torch.compiler.is_compiling():
+            self._follow_replaced(matched.absent)
+        return matched
+
+    def _follow_replaced(self, absent: Iterable[int]) -> None:
+        """Put the hooks of layers that did not run on the modules that took their place, and say so."""
+        assert self.student is not None
+        assert self.pairing is not None
+        replaced = replaced_layers("student", self.student, self._readers, absent)
+        if replaced:
+            self._watch_student(self.student)
+        of_teacher = replaced_layers("teacher", self.teacher.module, self._teacher_run.readers, absent)
+        if of_teacher:
+            self._teacher_run.watch(self.pairing)
+        for side, names in (("student", replaced), ("teacher", of_teacher)):
+            if names:
+                warnings.warn(
+                    f"Other modules took the place of the {side} layers {names} since the last step. They had no term "
+                    "in this one, and are recorded again from the next forward. Their plans go on from the old ones.",
+                    stacklevel=2,
+                )
 
     def logits(self, views: list[View]) -> MatchedLogits:
         """The logits of each view.
@@ -281,4 +305,5 @@ class Attachment:
         readers, logits = dict(self.pairing.readers("student", student, self.grid)), self._logits
         if logits is not None and logits.features is not None:
             readers[FEATURES] = logits.features
+        self._readers = readers
         self._recorder.watch_student(readers, () if logits is None else logits.masks("student"))

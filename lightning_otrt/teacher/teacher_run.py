@@ -47,7 +47,8 @@ class TeacherRun:
         self._recorder, self._logits = recorder, logits
         self._cached = None if cache is None else CachedRun(teacher, recorder, cache, strict, agree, self._read_logits)
         self._pairing: Pairing | None = None
-        self._readers: Readers = {}
+        #: What is recorded of the teacher's layers.
+        self.readers: Readers = {}
         #: The student's first parameter of floating point, and its type when the student was attached.
         self._parameter: nn.Parameter | None = None
         self._attached_dtype: torch.dtype | None = None
@@ -78,10 +79,10 @@ class TeacherRun:
         """Put hooks on the teacher's layers of these pairs."""
         self._pairing = pairing
         self.teacher.draws_random = pairing.teacher.draws_random
-        self._readers, logits = pairing.readers("teacher", self.teacher.module, self.grid), self._logits
+        self.readers, logits = pairing.readers("teacher", self.teacher.module, self.grid), self._logits
         if logits is not None:
             logits.use_teacher(pairing, self.teacher.module)
-        self._recorder.watch_teacher(self._readers, () if logits is None else logits.masks("teacher"))
+        self._recorder.watch_teacher(self.readers, () if logits is None else logits.masks("teacher"))
 
     def __call__(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher on what the student gets. Its readings go to the current view."""
@@ -105,7 +106,7 @@ class TeacherRun:
 
         def run(*inputs: Any) -> None:
             assert self._pairing is not None
-            cached.first(inputs, self._pairing, self._readers, more)
+            cached.first(inputs, self._pairing, self.readers, more)
 
         self._run_cached(student, args, kwargs, run)
 
