@@ -20,6 +20,7 @@ from lightning_otrt.steps.distillation import Distillation
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
+from lightning_otrt.steps.last_student import LastStudent
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.term_engine import PairDistance, TermEngine
 from lightning_otrt.teacher.pair_choice import ChoosePairs
@@ -74,6 +75,7 @@ class RunState:
         self._paired_for = ""
         self._pairing: Pairing | None = None
         self._saved: dict[str, Any] | None = None
+        self._last_student = LastStudent()
 
     @property
     def calls(self) -> int:
@@ -133,6 +135,7 @@ class RunState:
             device: Where loaded plans and statistics belong.
             report: Gets a note where the student's layers mix samples of one process alone.
         """
+        self._check_student(student)
         known, pairings = self._known_pairs(student), []
 
         def choose_here() -> tuple[tuple[LayerPair, ...], tuple[str, ...]]:
@@ -256,9 +259,22 @@ class RunState:
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""
         self._saved = None
+        self._last_student.forget()
         for kept in (self.engine, self.distillation):
             if kept is not None:
                 kept.reset()
+
+    def _check_student(self, student: nn.Module) -> None:
+        """Warn where plans and statistics of another student go on."""
+        kept = [each for each in (self.engine, self.distillation) if each is not None]
+        if self._last_student.is_other(student) and any(each.calls for each in kept):
+            warnings.warn(
+                f"This student ({type(student).__name__}) is another one than the transfer had before, and goes on "
+                "with its plans, statistics and step of the schedule. Call `reset()` before you attach a new student, "
+                "as of another fold. `load_state_dict` is for one that resumes.",
+                stacklevel=2,
+            )
+        self._last_student.note(student)
 
     def _load(self, state: Mapping[str, Any], device: torch.device | None) -> None:
         assert self.engine is not None

@@ -233,12 +233,37 @@ def test_again_and_with_another_student():
     transfer = make_transfer(layers="penultimate")
     with transfer.attached(student := make_student(4)):
         step(transfer, student)
-    with transfer.attached(wider := make_student(8)), pytest.raises(ValueError, match="to start anew"):
+    with (
+        transfer.attached(wider := make_student(8)),
+        pytest.warns(UserWarning, match="another one than the transfer had before"),
+        pytest.raises(ValueError, match="to start anew"),
+    ):
         step(transfer, wider)
     transfer.reset()
     with transfer.attached(student := make_student(8)):
         step(transfer, student)
         assert transfer.distances[0].plan.shape == (16, 12)
+
+
+@pytest.mark.parametrize("distills", [False, True])
+def test_another_student_goes_on_with_a_word(distills):
+    """As in folds of a cross-validation; the same one again, and one that resumes, are not told of."""
+    options = {"weight": 0.0, "distillation": 1.0} if distills else {}
+    transfer, student = make_transfer(**options), make_student()
+    for _ in range(2):
+        with transfer.attached(student):
+            step(transfer, student)
+    state = transfer.state_dict()
+    other = make_student()
+    with transfer.attached(other), pytest.warns(UserWarning, match=r"This student \(.*\) is another one"):
+        step(transfer, other)
+    for start in (transfer.reset, lambda: transfer.load_state_dict(state)):
+        start()
+        with transfer.attached(other := make_student()):
+            step(transfer, other)
+    copied = pickle.loads(pickle.dumps(transfer))
+    with copied.attached(other := make_student()):
+        step(copied, other)
 
 
 def test_recording_can_be_switched_by_hand():
