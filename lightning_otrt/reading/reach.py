@@ -144,9 +144,9 @@ class TrainedForwards:
                 self._handles.append(add_forward_pre_hook(module, _Note(self, name)))
             seen.add(id(module))
 
-    def outside(self, root: str) -> list[str]:
-        """Names of those that ran and have trained parameters which ``root`` does not hold."""
-        inside = {id(parameter) for parameter in self._modules[root].parameters()}
+    def outside(self, root: str | None) -> list[str]:
+        """Names of those that ran and have trained parameters which ``root`` does not hold; all of them for None."""
+        inside = set() if root is None else {id(parameter) for parameter in self._modules[root].parameters()}
         return [
             name
             for name in self._ran

@@ -49,7 +49,7 @@ class RootSearch:
         self._forget_trained()
         # A head outside of the root would make features of what is taken for logits.
         if self._distills or (self._student_root is None and only_words(self._layers)):
-            self._trained = TrainedForwards(student, lambda: self._recorder.enabled)
+            self._trained = TrainedForwards(student, self._counts)
         if self._student_root is not None:
             self._recorder.watch_roots([(self._given, modules[self._given])], self.method)
             return
@@ -99,10 +99,10 @@ class RootSearch:
         """Why the root that was found may be the wrong one; given once, after the step in which it was found."""
         if self._trained is None or self.name is None:
             return None
-        outside = self._trained.outside(self.name)
+        outside = self._trained.outside(None if self.method else self.name)
         self._forget_trained()
         if outside and self._student_root is not None:
-            warnings.warn(logits_outside(self.name, outside), stacklevel=3)
+            warnings.warn(logits_outside(self._student_root, outside), stacklevel=3)
             return None
         return why_outside(self.name, outside, distills=self._distills) if outside else None
 
@@ -110,6 +110,10 @@ class RootSearch:
         """Why no forward of the student was recorded."""
         assert self._student is not None
         return why_no_view(self._student, self.name, self._student_root, self._layers)
+
+    def _counts(self) -> bool:
+        """Whether a module that runs now may lie outside of the root: of a method, what runs after it does."""
+        return self._recorder.enabled and not (self.method and self._recorder.current is not None)
 
     def _forget_trained(self) -> None:
         if self._trained is not None:

@@ -192,6 +192,18 @@ def test_masks_of_the_method(cached: bool) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
+def test_features_that_are_taken_for_logits() -> None:
+    """What the task makes of them lies outside of the method."""
+    student, teacher = seeded(3, AutoEncoder), seeded(4, AutoEncoder)
+    transfer = RepresentationTransfer(teacher, ["encoder.1"], student_root=":encode", distillation=1.0)
+    with transfer.attached(student):
+        student.decode(student.encode(IMAGES))
+        with pytest.warns(UserWarning, match=r"outside of the root ':encode': 'decoder.0', 'decoder.2'.*as logits"):
+            transfer.loss()
+        student.decode(student.encode(IMAGES))
+        transfer.loss()
+
+
 class Plain(nn.Module):
     """Has no such method."""
 
