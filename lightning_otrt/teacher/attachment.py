@@ -146,7 +146,7 @@ class Attachment:
         self._teacher_run.stop()
         if self._logits is not None:
             self._logits.forget_modules()
-        self.student = None
+        self.student, self._readers = None, {}
 
     def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
