@@ -25,6 +25,7 @@ from lightning_otrt.reading.positions import match_positions
 from lightning_otrt.reading.readers import recorded_layer
 from lightning_otrt.reading.recorder import RecordedLayer
 from lightning_otrt.reading.views import NoTermError, View
+from lightning_otrt.teacher.logit_makers import LogitMakers
 from lightning_otrt.teacher.task_gradient import UNLIKE_SOFTMAX, TaskGradient
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
 
@@ -67,6 +68,8 @@ class LogitRecording:
         self._pools = False
         #: Shape of the student's logits in the trace, until the training forward of that batch.
         self._traced: tuple[int, ...] | None = None
+        #: What makes them, until then.
+        self._makers: LogitMakers | None = None
         self._task = TaskGradient()
         #: Whether the transport of a pair reaches the logits, whose gradient is then not that of the task.
         self._is_matched = False
@@ -81,6 +84,7 @@ class LogitRecording:
         self.use_teacher(pairing, teacher)
         traced = traced_logits(pairing.student, self.option.selects[0])
         self._traced = None if traced is None else traced.shape
+        self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
         counts = []
         for side, trace, select in zip(
             ("student", "teacher"), (pairing.student, pairing.teacher), self.option.selects, strict=True
@@ -106,7 +110,7 @@ class LogitRecording:
 
     def forget_modules(self) -> None:
         """Let go of the modules of both networks. :meth:`settle` finds them again."""
-        self.features = self._student = self._teacher = None
+        self.features = self._student = self._teacher = self._makers = None
 
     @property
     def identity(self) -> str:
@@ -137,6 +141,19 @@ class LogitRecording:
                     "belong to them: distillation=LogitDistillation(select=(student, teacher)).",
                     stacklevel=2,
                 )
+            self._check_makers(tensor)
+
+    def _check_makers(self, logits: Tensor) -> None:
+        """Warn where evaluation returns other logits than training: the teacher's are those of evaluation."""
+        makers, self._makers = self._makers, None
+        if makers is not None and (difference := makers.take_difference(logits)):
+            warnings.warn(
+                f"The student's logits are {difference}. They are compared with the teacher's, which runs in "
+                "evaluation mode: logits are then compared with probabilities, or those of one head with those of "
+                "another. Return the same in both modes, or name those that belong together: "
+                "distillation=LogitDistillation(select=(student, teacher)).",
+                stacklevel=2,
+            )
 
     def read_teacher(self, output: Any, view: View) -> None:
         """Keep the teacher's logits in a view; for a regression they are pooled at once."""
