@@ -164,7 +164,7 @@ class TracedAxes:
         keeps_shape = frame.input is not None and not frame.input.is_nested and tuple(frame.input.shape) == shape
         if votes:
             # Where two axes have one size, a module that transposes what it returns looks like one that does not.
-            if has_children(module) and not _has_distinct_sizes(shape):
+            if has_children(module) and any(_is_a_guess(shape, axis) for axis in votes):
                 if place in self._shown:
                     # A layer that mixes positions has these along the axis of its neurons. So what enters has to agree.
                     may_mix = frame.input is not None and frame.input.dim() == len(shape)
@@ -247,6 +247,11 @@ def shape_of(value: Tensor, length: int | None) -> tuple[int, ...]:
 def _has_distinct_sizes(shape: tuple[int, ...]) -> bool:
     sizes = [size for size in shape[1:] if size > 1]  # axes of one element may change places unseen
     return len(set(sizes)) == len(sizes)
+
+
+def _is_a_guess(shape: tuple[int, ...], axis: int) -> bool:
+    """Whether an axis has the size of another one, so that the neurons may lie along that one."""
+    return shape[axis] > 1 and shape[1:].count(shape[axis]) > 1
 
 
 def _votes(frame: Frame, shape: tuple[int, ...]) -> set[int]:

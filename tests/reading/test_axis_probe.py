@@ -104,11 +104,17 @@ def test_what_shows_no_axis_is_not_known(behind) -> None:
 class CountLinear(TorchFunctionMode):
     """Counts linear layers that run."""
 
-    calls = 0
+    calls, counted = 0, functional.linear
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.calls += function is functional.linear
+        self.calls += function is self.counted
         return function(*args, **kwargs or {})
+
+
+class CountConvolutions(CountLinear):
+    """Counts convolutions."""
+
+    counted = functional.conv2d
 
 
 @pytest.mark.parametrize(("tokens", "runs"), [(7, 3), (5, 8)])
@@ -117,6 +123,15 @@ def test_distinct_sizes_cost_no_forward(tokens: int, runs: int) -> None:
     model = nn.Sequential(Moved(nn.Linear(6, 5), lambda y, x: y.relu()))
     with CountLinear() as count:
         trace(model, (torch.randn(4, tokens, 6),))
+    assert count.calls == runs
+
+
+@pytest.mark.parametrize(("channels", "runs"), [(5, 1), (8, 6)])
+def test_square_maps_cost_no_forward(channels: int, runs: int) -> None:
+    """Rows and columns may be as many: only where the channels are as many, too, they may have changed places."""
+    model = nn.Sequential(Moved(nn.Conv2d(3, channels, 1), lambda y, x: y.relu()))
+    with CountConvolutions() as count:
+        trace(model, (torch.randn(4, 3, 8, 8),))
     assert count.calls == runs
 
 
