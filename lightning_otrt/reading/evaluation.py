@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.random_numbers import random_numbers_restored
+from lightning_otrt.random_numbers import Generator, random_numbers_restored
 from lightning_otrt.reading.plain_state import PlainState
 from lightning_otrt.reading.torch_internals import all_buffers, without_parametrization_cache
 
@@ -17,7 +17,7 @@ __all__ = ["in_evaluation", "state_restored"]
 
 
 @contextmanager
-def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[list[Generator]]:
     """Evaluation mode without gradient inside the block; see :func:`state_restored` for what is restored after it.
 
     Args:
@@ -33,7 +33,7 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[N
         True
     """
     with ExitStack() as stack:
-        stack.enter_context(state_restored(model, inputs))
+        generators = stack.enter_context(state_restored(model, inputs))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(without_parametrization_cache())
@@ -43,15 +43,16 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[N
         # Flags are set one by one: `train` and `eval` may be overridden, to keep parts frozen or to merge weights.
         for module in _with_flags(model):
             module.training = False
-        yield
+        yield generators
 
 
 @contextmanager
-def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[list[Generator]]:
     """Restore what a forward changes after the block, also where it raises.
 
     That is training flags, buffers, random number generators, plain attributes of modules, and what forward hooks of
-    users write to, see :class:`~lightning_otrt.reading.plain_state.PlainState`.
+    users write to, see :class:`~lightning_otrt.reading.plain_state.PlainState`. The block gets the random number
+    generators that modules have of their own.
 
     Args:
         model: The model that runs in the block.
@@ -67,7 +68,7 @@ def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
     plain = PlainState(modules)
     with random_numbers_restored(tensors):
         try:
-            yield
+            yield plain.generators
         finally:
             with torch.no_grad():
                 plain.restore()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
+from lightning_otrt.random_numbers import Generator, generator_state, is_generator, set_generator_state
+from lightning_otrt.reading.plain_values import BYTES, keep_array, keep_bytes, slots
 from lightning_otrt.reading.torch_internals import all_buffers, forward_hook_tables
 
 __all__ = ["PlainState"]
@@ -25,6 +26,8 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 _CONSTANT = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, nn.Parameter)
 #: Containers with more items are restored, but what their items hold is not looked at.
 _LONG = 10_000
+#: What stands for the value of a slot that has none.
+_EMPTY = object()
 #: Objects inside objects are followed so far.
 _DEPTH = 5
 
@@ -33,10 +36,15 @@ class PlainState:
     """What plain attributes of modules hold, and what their forward hooks can write to; :meth:`restore` sets it back.
 
     A hidden state in an attribute, a counter, a list in which a hook collects features: a forward changes all of these.
-    Lists, dictionaries, sets, objects and tensors inside of them are restored in place, since others may hold them too.
+    Lists, dictionaries, sets, objects, and tensors, arrays and random number generators inside of them are restored in
+    place, since others may hold them too. Not restored are global names and attributes of classes that a forward writes
+    to, iterators and files.
 
     Args:
         modules: The modules.
+
+    Attributes:
+        generators: The random number generators that were found.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -52,6 +60,7 @@ class PlainState:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}
+        self.generators: list[Generator] = []
         modules = list(modules)
         if any(_is_from(type(module), "torch.distributed", "deepspeed") for module in modules):
             return  # weights that are gathered for a forward stand in plain attributes
@@ -80,10 +89,13 @@ class PlainState:
             self._keep_container(value, depth)
         elif isinstance(value, (tuple, frozenset)):
             self._visit_all(value, depth)
-        elif isinstance(value, torch.Generator):
-            self._undo.append(_set_generator(value))
-        elif isinstance(value, random.Random):
-            self._undo.append(functools.partial(value.setstate, value.getstate()))
+        elif is_generator(value):
+            self.generators.append(value)
+            self._undo.append(functools.partial(set_generator_state, value, generator_state(value)))
+        elif isinstance(value, BYTES):
+            self._undo.append(keep_bytes(value))
+        elif isinstance(value, np.ndarray):
+            self._keep_array(value, depth)
         elif isinstance(value, (MethodType, BuiltinMethodType)):
             self._visit(value.__self__, depth)
             self._visit(getattr(value, "__func__", None), depth)
@@ -95,9 +107,8 @@ class PlainState:
             if not _is_from(type(value), *_MANAGED):
                 self._keep_names(vars(value), [name for name in vars(value) if name not in _OF_MODULES], depth)
                 self._undo.append(_forget_new(vars(value)))
-        elif hasattr(value, "__dict__") and not _is_from(type(value), *_FOREIGN):
-            self._keep_names(vars(value), list(vars(value)), depth + 1)
-            self._undo.append(_forget_new(vars(value)))
+        elif not _is_from(type(value), *_FOREIGN):
+            self._keep_object(value, depth + 1)
 
     def _visit_all(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
@@ -131,6 +142,37 @@ class PlainState:
         self._undo.append(undo)
         if len(saved) <= _LONG:
             self._visit_all((value for _, value in saved) if is_dict else saved, depth)
+
+    def _keep_object(self, value: Any, depth: int) -> None:
+        """The attributes of an object, in its dictionary and in slots."""
+        if hasattr(value, "__dict__"):
+            self._keep_names(vars(value), list(vars(value)), depth)
+            self._undo.append(_forget_new(vars(value)))
+        for slot in slots(value):
+            self._keep_slot(value, slot, depth)
+
+    def _keep_slot(self, value: Any, slot: MemberDescriptorType, depth: int) -> None:
+        saved = _in_slot(value, slot)
+
+        def undo() -> None:
+            now = _in_slot(value, slot)
+            if now is saved:
+                return
+            if saved is _EMPTY:
+                slot.__delete__(value)
+            else:
+                slot.__set__(value, saved)
+
+        self._undo.append(undo)
+        self._visit(saved, depth)
+
+    def _keep_array(self, value: np.ndarray[Any, Any], depth: int) -> None:
+        if (undo := keep_array(value)) is not None:
+            self._undo.append(undo)
+        if value.dtype.hasobject and value.size <= _LONG:
+            self._visit_all(value.reshape(-1).tolist(), depth)
+        if hasattr(value, "__dict__"):  # of a class that is derived from it, such as a masked array
+            self._keep_object(value, depth + 1)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         if tensor.is_inference() or tensor.is_meta:
@@ -168,13 +210,11 @@ class PlainState:
         self._visit(value, depth)
 
 
-def _set_generator(generator: torch.Generator) -> Callable[[], None]:
-    state = generator.get_state()
-
-    def undo() -> None:
-        generator.set_state(state)
-
-    return undo
+def _in_slot(value: Any, slot: MemberDescriptorType) -> Any:
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return _EMPTY
 
 
 def _forget_new(attributes: dict[Any, Any]) -> Callable[[], None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.random_numbers import draw, random_numbers_restored
+from lightning_otrt.random_numbers import draw
+from lightning_otrt.reading.evaluation import state_restored
 from lightning_otrt.reading.input_guard import InputGuard
 from lightning_otrt.reading.outputs import all_tensors
 from lightning_otrt.reading.profiles import Inputs, is_close, profiles
@@ -30,8 +31,8 @@ def is_random(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> b
     copies = InputGuard(clones=True)
     first = profiles(model, traced, copies.copied(inputs), method)
     tensors = list(all_tensors(inputs))
-    with random_numbers_restored(tensors):
-        draw(tensors)
+    with state_restored(model, tensors) as generators:
+        draw(tensors, generators)
         second = profiles(model, traced, copies.copied(inputs), method)
     return first.keys() != second.keys() or not all(
         is_close(one, other) for name, found in first.items() for one, other in zip(found, second[name], strict=True)

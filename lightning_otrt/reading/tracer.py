@@ -139,7 +139,7 @@ def _trace(
     recorder = _TraceHooks(inputs, axes, values)
     if method:  # no hook of the root tells that it runs
         recorder.enter(call)
-    with in_evaluation(target, inputs), own_gradients_explained(target), ExitStack() as hooks:
+    with in_evaluation(target, inputs) as generators, own_gradients_explained(target), ExitStack() as hooks:
         for name, module in modules.items():
             if primary[id(module)] == name and is_inside(name, root):
                 before = add_forward_pre_hook(
@@ -149,9 +149,9 @@ def _trace(
                 after = add_forward_hook(module, functools.partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
         run = getattr(target, method) if method else target
-        state = random_state(inputs)
+        state = random_state(inputs, generators)
         returned = returned_tensors(run(*args, **kwargs))
-        draws_random = random_state(inputs) != state
+        draws_random = random_state(inputs, generators) != state
         layers = tuple(
             recorder.layer(name, module, returned) for name, module in modules.items() if primary[id(module)] == name
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import random
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -190,3 +194,63 @@ def test_hooks_that_a_forward_registers():
     assert [len(model(torch.ones(2, 3))) for _ in range(2)] == [1, 1]
     trace(model, (torch.ones(2, 3),))
     assert (len(model.layer._forward_hooks), len(model(torch.ones(2, 3)))) == (1, 1)
+
+
+class Slotted:
+    __slots__ = ("count", "history")
+
+    def __init__(self) -> None:
+        self.count, self.history = 0, [0]
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        (np.zeros(3), lambda value: value.__iadd__(1)),
+        (np.zeros((2, 2), dtype=object), lambda value: value.fill(1)),
+        (bytearray(b"abc"), lambda value: value.extend(b"d")),
+        (array.array("i", [1, 2]), lambda value: value.append(3)),
+        (Slotted(), lambda value: (setattr(value, "count", 5), value.history.append(1))),
+    ],
+    ids=["array", "array of objects", "bytearray", "array of the standard library", "slots"],
+)
+def test_values_that_are_written_to_in_place(value: Any, change: Callable[[Any], object]) -> None:
+    def shown() -> object:
+        if isinstance(value, Slotted):
+            return value.count, list(value.history)
+        return list(value) if not isinstance(value, np.ndarray) else value.tolist()
+
+    net = nn.Linear(2, 2)
+    net.kept, before = value, shown()
+    state = PlainState([net])
+    change(value)
+    assert shown() != before
+    state.restore()
+    assert net.kept is value
+    assert shown() == before
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        torch.Generator().manual_seed(0),
+        random.Random(0),
+        np.random.default_rng(0),
+        np.random.RandomState(0),
+        np.random.PCG64(0),
+    ],
+    ids=lambda generator: type(generator).__name__,
+)
+def test_generators_of_a_module(generator: Any) -> None:
+    def drawn() -> float:
+        if isinstance(generator, torch.Generator):
+            return float(torch.rand((), generator=generator))
+        return generator.random_raw() if isinstance(generator, np.random.BitGenerator) else float(generator.random())
+
+    net = nn.Linear(2, 2)
+    net.generator = generator
+    state = PlainState([net])
+    assert state.generators == [generator]
+    first, _ = drawn(), drawn()
+    state.restore()
+    assert drawn() == first
