@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -186,19 +186,28 @@ def hooks(*modules: nn.Module) -> list[str]:
     ]
 
 
-class Count:
-    """A number that extra forwards cannot set back as they do with lists and attributes."""
+def _counting() -> Generator[int, int | None, None]:
+    number = 0
+    while True:
+        added = yield number
+        number = 0 if added is None else number + added
 
-    __slots__ = ("number",)
+
+class Count:
+    """A number that extra forwards cannot set back as they do with lists and attributes: a generator holds it."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self._number = _counting()
+        next(self._number)
 
-    def __len__(self) -> int:
-        return self.number
+    def add(self) -> None:
+        self._number.send(1)
 
     def clear(self) -> None:
-        self.number = 0
+        self._number.send(None)
+
+    def __len__(self) -> int:
+        return self._number.send(0)
 
 
 @contextmanager
@@ -210,7 +219,7 @@ def forwards(module: nn.Module) -> Iterator[Count]:
     # With its signature, by which masks are found.
     @functools.wraps(forward)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        count.number += 1
+        count.add()
         return forward(*args, **kwargs)
 
     module.forward = counted  # type: ignore[method-assign]

@@ -251,7 +251,7 @@ def _has_distinct_sizes(shape: tuple[int, ...]) -> bool:
 
 def _is_a_guess(shape: tuple[int, ...], axis: int) -> bool:
     """Whether an axis has the size of another one, so that the neurons may lie along that one."""
-    return shape[axis] > 1 and shape[1:].count(shape[axis]) > 1
+    return axis < len(shape) and shape[axis] > 1 and shape[1:].count(shape[axis]) > 1
 
 
 def _votes(frame: Frame, shape: tuple[int, ...]) -> set[int]:

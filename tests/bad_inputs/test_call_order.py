@@ -37,11 +37,11 @@ def twice_differentiated(transfer: RepresentationTransfer, student: nn.Module) -
 
 
 def two_students() -> None:
-    transfer = plain()
-    for width in (4, 5):
-        student = seeded(0, Net, width)
-        with transfer.attached(student):
-            one_step(transfer, student)
+    transfer, student, other = plain(), seeded(0, Net, 4), seeded(0, Net, 5)
+    with transfer.attached(student):
+        one_step(transfer, student)
+    with transfer.attached(other), pytest.warns(UserWarning, match="another one than the transfer had before"):
+        one_step(transfer, other)
 
 
 def other_state(transfer: RepresentationTransfer, student: nn.Module) -> None:
