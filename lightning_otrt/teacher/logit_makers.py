@@ -47,6 +47,12 @@ class LogitMakers:
 
         return hook
 
+    def remove(self) -> None:
+        """Remove the hooks, and forget what they noted."""
+        for handle in self._handles:
+            handle.remove()
+        self._made, self._handles = [], []
+
     def take_difference(self, logits: Tensor) -> str:
         """Remove the hooks, and say how the logits of this forward are made otherwise.
 
@@ -56,9 +62,8 @@ class LogitMakers:
         Returns:
             ``""`` if they are made by the same module, or where that is not known.
         """
-        for handle in self._handles:
-            handle.remove()
-        made, self._made, self._handles = self._made, [], []
+        made = self._made
+        self.remove()
         in_training = [name for name, output in made if output() is logits]
         if not made or set(in_training) & set(self._in_evaluation) or not (in_training or self._in_evaluation):
             return ""

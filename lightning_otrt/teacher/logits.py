@@ -80,6 +80,7 @@ class LogitRecording:
         Raises:
             ValueError: If the layer that the user named for a regression does not exist or cannot be read.
         """
+        self.forget_modules()
         self._student = self._reader("student", pairing.student, student)
         self.use_teacher(pairing, teacher)
         traced = traced_logits(pairing.student, self.option.selects[0])
@@ -110,6 +111,8 @@ class LogitRecording:
 
     def forget_modules(self) -> None:
         """Let go of the modules of both networks. :meth:`settle` finds them again."""
+        if self._makers is not None:
+            self._makers.remove()
         self.features = self._student = self._teacher = self._makers = None
 
     @property
@@ -133,6 +136,8 @@ class LogitRecording:
             view.output = tensor, axis, None if torch.compiler.is_compiling() else tensor._version
             view.logits, view.logit_mask = self._student(output, view.masks)
             traced, self._traced = self._traced, None
+            makers, self._makers = self._makers, None
+            difference = "" if makers is None else makers.take_difference(tensor)
             if traced is not None and sorted(traced) != sorted(view.logits.shape):
                 warnings.warn(
                     f"The student's logits have the shape {tuple(view.logits.shape)} as (batch, classes, *positions), "
@@ -141,19 +146,14 @@ class LogitRecording:
                     "belong to them: distillation=LogitDistillation(select=(student, teacher)).",
                     stacklevel=2,
                 )
-            self._check_makers(tensor)
-
-    def _check_makers(self, logits: Tensor) -> None:
-        """Warn where evaluation returns other logits than training: the teacher's are those of evaluation."""
-        makers, self._makers = self._makers, None
-        if makers is not None and (difference := makers.take_difference(logits)):
-            warnings.warn(
-                f"The student's logits are {difference}. They are compared with the teacher's, which runs in "
-                "evaluation mode: logits are then compared with probabilities, or those of one head with those of "
-                "another. Return the same in both modes, or name those that belong together: "
-                "distillation=LogitDistillation(select=(student, teacher)).",
-                stacklevel=2,
-            )
+            elif difference:
+                warnings.warn(
+                    f"The student's logits are {difference}. They are compared with the teacher's, which runs in "
+                    "evaluation mode: logits are then compared with probabilities, or those of one head with those of "
+                    "another. Return the same in both modes, or name those that belong together: "
+                    "distillation=LogitDistillation(select=(student, teacher)).",
+                    stacklevel=2,
+                )
 
     def read_teacher(self, output: Any, view: View) -> None:
         """Keep the teacher's logits in a view; for a regression they are pooled at once."""

@@ -88,6 +88,17 @@ def test_no_alarm(name: str) -> None:
     assert _told(*ALIKE[name]) == []
 
 
+def test_a_forward_that_fails_leaves_no_hook() -> None:
+    def fails(*args: object) -> object:
+        raise ZeroDivisionError
+
+    student, teacher = seeded(1, Net, 8, fails, _last), seeded(2, Net, 12, fails, _last)
+    transfer = RepresentationTransfer(teacher, ["body"], weight=0.0, distillation=1.0)
+    with pytest.raises(ZeroDivisionError), transfer.attached(student):
+        student(X)
+    assert not any(module._forward_hooks for module in student.modules())
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
 def test_real_networks(name: str) -> None:
     timm = pytest.importorskip("timm")

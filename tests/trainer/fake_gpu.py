@@ -58,7 +58,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.teacher.identity._checksum", lambda *args: 1)
         patch.setattr("lightning_otrt.teacher.separate._identities", lambda tensor: (id(tensor),))
         patch.setattr("torch.random.fork_rng", lambda devices: contextlib.nullcontext())
-        patch.setattr("lightning_otrt.reading.tracer.random_state", lambda inputs: [])
+        patch.setattr("lightning_otrt.reading.tracer.random_state", lambda *_: [])
         patch.setattr("lightning_otrt.reading.evaluation._restore_buffers", lambda module, saved: None)
         patch.setattr("lightning_otrt.reading.train_only._is_same", lambda before, now: True)
         patch.setattr("lightning_otrt.reading.mask_search._is_causal", lambda valid, mask: False)
