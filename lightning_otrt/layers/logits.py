@@ -8,7 +8,7 @@ from lightning_otrt.layers.automatic import classification_head, input_before_dr
 from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.trace import Trace, TracedTensor
 
-__all__ = ["head_input", "logit_key", "traced_logits"]
+__all__ = ["head_input", "logit_key", "other_head", "traced_logits"]
 
 #: Keys under which libraries return logits: Hugging Face, and the segmentation networks of torchvision.
 _KEYS = ("logits", "out")
@@ -37,6 +37,24 @@ def traced_logits(trace: Trace, select: str | int | None) -> TracedTensor | None
     if not parts:
         return root.output
     return parts.get(logit_key(parts) if select is None else select)  # type: ignore[arg-type]
+
+
+def other_head(trace: Trace, select: str | int | None) -> str | int | None:
+    """The key of another tensor of the output that is made by a linear layer, where the first one is not.
+
+    Networks that return features and logits are of this kind: the first item is taken for the logits.
+
+    Args:
+        trace: One forward of the model.
+        select: Key or index, where the user gave one.
+    """
+    parts = dict(trace.layer(trace.root).parts)
+    chosen = logit_key(parts) if select is None else select
+    if select is not None or chosen != 0 or len(parts) < 2 or len(parts[chosen].shape) < 2:
+        return None
+    made = {layer.output_shape for layer in trace.layers if layer.gives_model_output and layer.role == "linear"}
+    others = [key for key, tensor in parts.items() if key != chosen and tensor.shape in made]
+    return others[0] if others and parts[chosen].shape not in made else None
 
 
 def head_input(trace: Trace, logits: TracedTensor) -> str | None:

@@ -71,10 +71,15 @@ def layer_masks(
             (known for known in possible if known.shape in shapes and _may_tell(known)),
             lengths,
             _masks_of_rows(trace, samples, tokens),
-            (known for known in trace.padded_ids if known.shape in shapes),
+            (known for known in trace.padded_ids if known.shape in shapes and not _has_mask(trace)),
         )
         return replace(masks, unread=next(unread, None), sources=(*masks.sources, *late))
     return masks
+
+
+def _has_mask(trace: Trace) -> bool:
+    """Whether the network gets a mask at all: padding of ids without one may belong to any of its layers."""
+    return any(known.shape is not None and is_mask_name(known.source.argument) for known in trace.arguments)
 
 
 def _masks_of_rows(trace: Trace, samples: int, tokens: int) -> Iterator[TracedMask]:

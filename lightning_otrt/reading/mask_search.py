@@ -41,6 +41,8 @@ class MaskSearch:
         self._inputs = {id(tensor) for tensor in inputs}
         # What single layers made of sequences that others look at; the tensors are kept, as their ids are.
         self._of_memory: dict[int, Tensor] = {}
+        # The same of sequences that stand beside the first one of the module around.
+        self._of_others: dict[int, Tensor] = {}
         self._has_decoded = False
         # The value is kept, so that its id is not used again during the search.
         self._known: dict[tuple[MaskSource, int], tuple[Any, TracedMask]] = {}
@@ -57,7 +59,9 @@ class MaskSearch:
         for place, call in enumerate(calls):
             inner = calls[:place]
             is_memory = is_memory or self._holds_memory(call, inner)
-            is_other = is_other or _holds_other(call, inner)
+            is_other = (
+                is_other or _holds_other(call, inner) or any(id(each.sequence) in self._of_others for each in inner)
+            )
             if is_memory:
                 candidates = memory_names(call, inner)
             else:
@@ -90,6 +94,9 @@ class MaskSearch:
         start = call.sequence
         if start is None or start.dim() != 3 or call.memories:
             return
+        others = (other for outer in calls for other in _other_sequences(outer))
+        if id(start) in self._of_others or any(start is other for other in others):
+            self._of_others.update({id(value): value for value in outputs if value.shape[:-1] == start.shape[:-1]})
         if id(start) in self._of_memory or any(start is memory for outer in calls for memory in outer.memories):
             self._of_memory.update({id(value): value for value in outputs if value.shape[:-1] == start.shape[:-1]})
 
@@ -131,9 +138,13 @@ class MaskSearch:
     def _continues(self, inner: Call, outer: Call, name: str) -> bool:
         """Whether a call does not start a sequence other than that of the outer call's mask ``name``."""
         start = inner.sequence
-        if start is None or not (id(start) in self._inputs or is_ids(start)):
+        if start is None:
             return True
         value = outer.arguments.get(name)
+        if _is_image(start, value):
+            return False
+        if not (id(start) in self._inputs or is_ids(start)):
+            return True
         if name == LABELS:  # the decoder's ids are made from them inside
             holds_both = any(key.startswith(OF_TARGET) for key in argument_names(inner))
             return value is None or holds_both or not is_ids(start) or start.shape == value.shape
@@ -148,6 +159,12 @@ class MaskSearch:
         if not own:  # inside of a container that is no mapping, or not given by name
             return _may_belong(start, mask)
         return _is_same(start, own[0])
+
+
+def _is_image(start: Tensor, mask: Any) -> bool:
+    """Whether a call starts with images ``(B, C, H, W)``, and so with no sequence of a mask ``(B, T)`` beside them."""
+    is_frames = is_tensor(mask) and mask.dim() == 2 and mask.shape[1] in start.shape[1:]
+    return start.dim() == 4 and start.is_floating_point() and start.shape[1] == 3 and not is_frames
 
 
 def holds_lengths(mask: TracedMask) -> bool:
@@ -193,17 +210,21 @@ def _uneven(mask: Tensor) -> int:
 
 def _holds_other(call: Call, inner: Sequence[Call]) -> bool:
     """Whether the inner calls start with another sequence of the call than its first; nothing else is known of it."""
+    starts = [each.sequence for each in inner]
+    return any(start is other for start in starts for other in _other_sequences(call))
+
+
+def _other_sequences(call: Call) -> list[Tensor]:
+    """The sequences ``(B, T, C)`` that a call gets beside its first one, of ids or of vectors."""
     own = call.sequence
-    if own is None or own.dim() != 3 or not inner:
-        return False
-    others = [
+    if own is None or not (own.dim() == 3 or is_ids(own)):
+        return []
+    return [
         value
         for name, value in call.arguments.items()
         if is_tensor(value) and value is not own and value.dim() == 3 and value.is_floating_point()
         if "mask" not in name and "position" not in name and "pos" not in name.split("_") and len(value) == len(own)
     ]
-    starts = [each.sequence for each in inner]
-    return any(start is other for start in starts for other in others)
 
 
 def _look_at(value: Any, module: nn.Module, source: MaskSource) -> TracedMask | None:

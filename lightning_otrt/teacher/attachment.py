@@ -31,7 +31,7 @@ from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.logits import FEATURES, LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
-from lightning_otrt.teacher.replaced import replaced_layers
+from lightning_otrt.teacher.replaced import moved_pairs, parents_of, replaced_layers
 from lightning_otrt.teacher.teacher_run import TeacherRun
 
 __all__ = ["Attachment"]
@@ -83,6 +83,7 @@ class Attachment:
         self.pairing: Pairing | None = None
         self._counts: list[NeuronCounts] = []
         self._readers: Readers = {}
+        self._parents: dict[int, tuple[nn.Module, str]] = {}
         self._graph_checks = 0
         self._recorder = Recorder(self._on_forward)
         #: The module of the student whose inputs the teacher gets too.
@@ -146,7 +147,7 @@ class Attachment:
         self._teacher_run.stop()
         if self._logits is not None:
             self._logits.forget_modules()
-        self.student, self._readers = None, {}
+        self.student, self._readers, self._parents = None, {}, {}
 
     def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
@@ -203,25 +204,28 @@ class Attachment:
             if not frozen:
                 raise
             raise NoTermError(frozen) from None
-        if matched.absent and not torch.compiler.is_compiling():
-            self._follow_replaced(matched.absent)
+        if not torch.compiler.is_compiling():
+            run = self._teacher_run
+            moved = *moved_pairs(self._parents, self._readers), *moved_pairs(run.parents, run.readers)
+            if suspects := {*matched.absent, *moved}:
+                self._follow_replaced(sorted(suspects))
         return matched
 
-    def _follow_replaced(self, absent: Iterable[int]) -> None:
-        """Put the hooks of layers that did not run on the modules that took their place, and say so."""
+    def _follow_replaced(self, suspects: Iterable[int]) -> None:
+        """Put the hooks of layers on the modules that took their place, and say so."""
         assert self.student is not None
         assert self.pairing is not None
-        replaced = replaced_layers("student", self.student, self._readers, absent)
+        replaced = replaced_layers("student", self.student, self._readers, suspects)
         if replaced:
             self._watch_student(self.student)
-        of_teacher = replaced_layers("teacher", self.teacher.module, self._teacher_run.readers, absent)
+        of_teacher = replaced_layers("teacher", self.teacher.module, self._teacher_run.readers, suspects)
         if of_teacher:
             self._teacher_run.watch(self.pairing)
         for side, names in (("student", replaced), ("teacher", of_teacher)):
             if names:
                 warnings.warn(
-                    f"Other modules took the place of the {side} layers {names} since the last step. They had no term "
-                    "in this one, and are recorded again from the next forward. Their plans go on from the old ones.",
+                    f"Other modules took the place of the {side} layers {names} since the last step. This step did not "
+                    "read them; they are recorded from the next forward. Their plans go on from the old ones.",
                     stacklevel=2,
                 )
 
@@ -305,5 +309,5 @@ class Attachment:
         readers, logits = dict(self.pairing.readers("student", student, self.grid)), self._logits
         if logits is not None and logits.features is not None:
             readers[FEATURES] = logits.features
-        self._readers = readers
+        self._readers, self._parents = readers, parents_of(student, readers)
         self._recorder.watch_student(readers, () if logits is None else logits.masks("student"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lightning_otrt.distillation import LogitDistillation
-from lightning_otrt.layers.logits import head_input, traced_logits
+from lightning_otrt.layers.logits import head_input, other_head, traced_logits
 from lightning_otrt.layers.mask_sources import MaskSource
 from lightning_otrt.layers.names import child_names, named_layers
 from lightning_otrt.layers.pairs import INPUT
@@ -84,6 +84,13 @@ class LogitRecording:
         self._student = self._reader("student", pairing.student, student)
         self.use_teacher(pairing, teacher)
         traced = traced_logits(pairing.student, self.option.selects[0])
+        if (other := other_head(pairing.student, self.option.selects[0])) is not None:
+            warnings.warn(
+                "The first item of what the student returns is taken for its logits, but no linear layer made it, and "
+                f"one made the item {other!r}. Where the first are features, pass "
+                f"distillation=LogitDistillation(select={other!r}); where they are the logits, select=0.",
+                stacklevel=2,
+            )
         self._traced = None if traced is None else traced.shape
         self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
         counts = []

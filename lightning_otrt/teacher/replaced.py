@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -10,24 +10,44 @@ from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.reading.recorder import Readers
 
-__all__ = ["replaced_layers"]
+__all__ = ["moved_pairs", "parents_of", "replaced_layers"]
 
 
-def replaced_layers(side: str, model: nn.Module, readers: Readers, absent: Iterable[int]) -> list[str]:
-    """Names of the layers that did not run, and of which the model has another module now.
+def parents_of(model: nn.Module, readers: Readers) -> dict[int, tuple[nn.Module, str]]:
+    """For each pair the module that holds its layer, and the layer's name there; without those that none holds."""
+    wanted = {id(recorded.module): int(key) for key, recorded in readers.items() if key.isdigit()}
+    found: dict[int, tuple[nn.Module, str]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if id(child) in wanted:
+                found[wanted[id(child)]] = parent, name
+    return found
+
+
+def moved_pairs(parents: Mapping[int, tuple[nn.Module, str]], readers: Readers) -> list[int]:
+    """Numbers of the pairs whose layer is no longer where it was; cheap, for each step."""
+    return [
+        index
+        for index, (parent, name) in parents.items()
+        if parent._modules.get(name) is not readers[str(index)].module
+    ]
+
+
+def replaced_layers(side: str, model: nn.Module, readers: Readers, suspects: Iterable[int]) -> list[str]:
+    """Names of those of the layers of which the model has another module now.
 
     Args:
         side: ``"student"`` or ``"teacher"``, for errors.
         model: The network of that side.
         readers: What is recorded of it, by the number of the pair.
-        absent: Numbers of the pairs of which a layer did not run.
+        suspects: Numbers of the pairs of which a layer did not run, or is no longer where it was.
 
     Raises:
         ValueError: If the model has no module of that name any more.
     """
     modules = named_layers(model)
     found = []
-    for index in absent:
+    for index in suspects:
         recorded = readers[str(index)]
         name = recorded.name.removesuffix(INPUT)
         if name not in modules:

@@ -16,6 +16,7 @@ from lightning_otrt.teacher.cache import SampleCache
 from lightning_otrt.teacher.cached_run import CachedRun
 from lightning_otrt.teacher.frozen import Teacher
 from lightning_otrt.teacher.logits import LogitRecording
+from lightning_otrt.teacher.replaced import parents_of
 
 __all__ = ["TeacherRun"]
 
@@ -49,6 +50,8 @@ class TeacherRun:
         self._pairing: Pairing | None = None
         #: What is recorded of the teacher's layers.
         self.readers: Readers = {}
+        #: The modules that hold them, see :func:`~lightning_otrt.teacher.replaced.parents_of`.
+        self.parents: dict[int, tuple[nn.Module, str]] = {}
         #: The student's first parameter of floating point, and its type when the student was attached.
         self._parameter: nn.Parameter | None = None
         self._attached_dtype: torch.dtype | None = None
@@ -80,6 +83,7 @@ class TeacherRun:
         self._pairing = pairing
         self.teacher.draws_random = pairing.teacher.draws_random
         self.readers, logits = pairing.readers("teacher", self.teacher.module, self.grid), self._logits
+        self.parents = parents_of(self.teacher.module, self.readers)
         if logits is not None:
             logits.use_teacher(pairing, self.teacher.module)
         self._recorder.watch_teacher(self.readers, () if logits is None else logits.masks("teacher"))

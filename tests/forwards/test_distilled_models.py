@@ -183,6 +183,26 @@ class TestText:
         value, output, target, _ = distil(student, teacher, call, distillation=LogitDistillation(select=1))
         assert value == pytest.approx(by_hand(output[1].detach(), target[1], -1, MASK), rel=1e-3)
 
+    @pytest.mark.parametrize(("width", "select"), [(8, None), (12, None), (12, 1)])
+    def test_features_in_front_of_the_logits_are_told(self, width, select):
+        class Both(nn.Module):
+            def __init__(self, width: int) -> None:
+                super().__init__()
+                self.body, self.head = nn.Sequential(nn.Linear(6, width), nn.ReLU()), nn.Linear(width, 4)
+
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                features = self.body(x)
+                return nn.functional.normalize(features), self.head(features)
+
+        option = LogitDistillation(select=select)
+        transfer = RepresentationTransfer(Both(width), ["body"], weight=0.0, distillation=option)
+        with warnings.catch_warnings(record=True) as caught, transfer.attached(student := Both(8)):
+            warnings.simplefilter("always")
+            student(torch.randn(16, 6))
+            transfer.loss()
+        told = [str(warning.message) for warning in caught if "one made the item 1" in str(warning.message)]
+        assert len(told) == (select is None)
+
     def test_an_encoder_has_no_logits(self):
         transformers = pytest.importorskip("transformers")
         student = self.make("TokenClassification", 3)

@@ -57,6 +57,11 @@ REPLACED: dict[str, tuple[list[str], Callable[[nn.Module], None], list[str]]] = 
     "a copy of it": (["second"], lambda net: setattr(net, "second", copy.deepcopy(net.second)), ["second"]),
     "the head, of other classes": (["head:input"], _replace("head", lambda: nn.Linear(6, 9)), ["head:input"]),
     "the module around it": (["second.1"], _replace("second", _new), ["second.1"]),
+    "a wrapper around it": (
+        ["second"],
+        lambda net: setattr(net, "second", nn.Sequential(net.second, nn.Conv2d(6, 6, 1))),
+        ["second"],
+    ),
     "a module inside": (["second"], lambda net: net.second.__setitem__(0, _new()[0]), []),
     "a module behind": (["second"], _replace("head", lambda: nn.Linear(6, 9)), []),
 }

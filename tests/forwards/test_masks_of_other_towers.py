@@ -1,0 +1,102 @@
+"""The mask of a text is not that of images or vectors beside it, also where these have as many tokens."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import seeded
+from torch import Tensor, nn
+
+from lightning_otrt import RepresentationTransfer
+
+TOKENS = 16
+WORDS = seeded(0, torch.randint, 3, 50, (6, TOKENS))
+VALID = torch.arange(TOKENS) < torch.tensor([[3], [16], [5], [4], [7], [12]])
+IMAGES = seeded(1, torch.randn, 6, 3, 32, 32)
+VECTORS = seeded(2, torch.randn, 6, TOKENS, 8)
+
+
+class Towers(nn.Module):
+    """Words beside images of 4 x 4 patches, or beside vectors that go through a projection."""
+
+    def __init__(self, width: int, *, sees: bool) -> None:
+        super().__init__()
+        self.embed, self.sees = nn.Embedding(50, width), sees
+        self.start = nn.Conv2d(3, width, 8, 8) if sees else nn.Linear(8, width)
+        self.other, self.text = (nn.TransformerEncoderLayer(width, 2, 16, 0.0, batch_first=True) for _ in "ab")
+        self.tower = Tower(self.start, self.other) if sees else None
+        self.head = nn.Linear(2 * width, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, values: Tensor) -> Tensor:
+        text = self.text(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
+        other = self.tower((values - 0.5) / 0.5) if self.tower is not None else self.other(self.start(values))
+        return self.head(torch.cat([text.mean(1), other.mean(1)], 1))
+
+
+class Tower(nn.Module):
+    """Gets images that no input of the network is any more."""
+
+    def __init__(self, patches: nn.Module, block: nn.Module) -> None:
+        super().__init__()
+        self.patches, self.block = patches, block
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.block(self.patches(images).flatten(2).transpose(1, 2))
+
+
+def _term(sees: bool, padding: Tensor, **options: Any) -> tuple[float, list[str]]:
+    student, teacher = (seeded(number, Towers, width, sees=sees) for number, width in ((3, 8), (4, 12)))
+    transfer = RepresentationTransfer(teacher, ["other"], weight=1.0, plan="uniform", **options)
+    with warnings.catch_warnings(record=True) as caught, transfer.attached(student.eval()):
+        warnings.simplefilter("always")
+        student(WORDS, padding, IMAGES if sees else VECTORS)
+        return float(transfer.loss().detach()), [str(warning.message) for warning in caught]
+
+
+def test_images() -> None:
+    """Without a word, since images have no padding."""
+    expected, _ = _term(True, torch.ones_like(VALID).long())
+    assert _term(True, VALID.long()) == (pytest.approx(expected, rel=1e-6), [])
+
+
+def test_vectors() -> None:
+    """They may have the padding of the words, so a warning says that it is not used."""
+    expected, _ = _term(False, torch.ones_like(VALID).long())
+    found, messages = _term(False, VALID.long())
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert len(messages) == 2
+    assert all("get another sequence than the first one" in message for message in messages)
+
+
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
+def test_vision_language_models(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config", None)
+    if config is None:
+        pytest.skip(f"transformers has no {name}")
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**vision, "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 1}
+    options = {
+        "vision_config": {**vision, "image_size": 32, "patch_size": 8},
+        "text_config": {"model_type": "llama", **text},
+        "scale_factor": 2,
+        "image_token_id": 59,
+        "pad_token_id": 1,
+    }
+    words = torch.where(VALID, WORDS, 1)
+    words[:, :4], valid = 59, VALID.clone()
+    valid[:, :4] = True
+    values = []
+    for mask in (valid, torch.ones_like(valid)):
+        torch.manual_seed(0)
+        student, teacher = (getattr(transformers, f"{name}Model")(config(**options)).eval() for _ in "ab")
+        layer = next(key for key, _ in student.named_modules() if key.endswith("encoder.layers.0") and "vision" in key)
+        transfer = RepresentationTransfer(teacher, [layer], weight=1.0, plan="uniform")
+        with warnings.catch_warnings(), transfer.attached(student):
+            warnings.simplefilter("ignore")
+            student(input_ids=words, attention_mask=mask.long(), pixel_values=IMAGES[:, None])
+            values.append(float(transfer.loss().detach()))
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
