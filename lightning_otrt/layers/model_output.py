@@ -36,16 +36,17 @@ def output_layers(trace: Trace) -> set[str]:
         ['2', '3']
     """
     channels = _output_channels(trace) | {1}  # one neuron is no representation
-    ran = [layer for layer in trace.layers if layer.calls]
+    ran = _ran(trace)
+    leaves = _leaves(ran)
     assumed = assumed_output(trace)
     followers: dict[str, list[TracedLayer]] = {}
-    for layer in ran:
-        if layer.input_from is not None and not layer.is_container:
+    for layer in leaves:
+        if layer.input_from is not None:
             followers.setdefault(layer.input_from, []).append(layer)
-    unused = _unused(ran, followers)
+    unused = _unused(ran, leaves, followers)
     found: set[str] = set()
-    for layer in ran:
-        if layer.is_container or layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
+    for layer in leaves:
+        if layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
             continue
         axis = layer.output.neuron_axis
         is_output = axis is not None and layer.output.shape[axis] in channels
@@ -55,28 +56,46 @@ def output_layers(trace: Trace) -> set[str]:
         is_rectified = chain and any(trace.layer(name).kind == "ReLU" for name in chain)
         if chain is not None and not (is_rectified and layer.output.shape[axis] > _CHANNELS_OF_RECTIFIED):
             found |= {layer.name, *chain}
-    found |= {layer.name for layer in ran if _puts_together(layer, ran, found)}
+    found |= {layer.name for layer in ran if _puts_together(layer, leaves, found)}
     return found | {layer.name for layer in ran if layer.output_from in found}
 
 
-def _unused(ran: list[TracedLayer], followers: dict[str, list[TracedLayer]]) -> set[str]:
+def _ran(trace: Trace) -> list[TracedLayer]:
+    """The layers that ran. What computes the weights of one, such as a spectral norm, is no layer of the network."""
+    return [layer for layer in trace.layers if layer.calls and "parametrizations" not in layer.name.split(".")]
+
+
+def _leaves(ran: list[TracedLayer]) -> list[TracedLayer]:
+    """The layers inside of which no other one ran."""
+    around = {"", *(name for layer in ran for name in ancestors(layer.name))}
+    return [layer for layer in ran if layer.name not in around]
+
+
+def _unused(ran: list[TracedLayer], leaves: list[TracedLayer], followers: dict[str, list[TracedLayer]]) -> set[str]:
     """Names of the layers of which it is certain that no later layer computes on what they made.
 
-    Later layers with weights have one input each, and the layer that made it is known. Otherwise code between the
-    modules, such as a sum or an activation, may have carried anything there. What has no weights, and leads to none,
-    such as the anchors of a detector, only belongs to the output.
+    Later layers with weights have one input each, and what made it is known. Otherwise code between the modules, such
+    as a sum or an activation, may have carried anything there. So may the code of a container that made the input,
+    until the container returned. What has no weights, and leads to none, such as the anchors of a detector, only
+    belongs to the output.
     """
-    around = {"", *(name for layer in ran for name in ancestors(layer.name))}
-    inner = [layer for layer in ran if layer.name not in around]
+    inner = {layer.name for layer in leaves}
+    returned = {layer.name: layer.order or 0 for layer in ran if layer.name not in inner}
     found: set[str] = set()
-    for layer in sorted(inner, key=lambda layer: layer.order or 0, reverse=True):
+    carried_until = -1
+    for layer in sorted(leaves, key=lambda layer: layer.order or 0, reverse=True):
+        if (layer.order or 0) < carried_until:
+            return found
         ends = _passing_on(layer, followers) is not None
         if ends:
             found.add(layer.name)
+        if not layer.has_weights and ends:
+            continue
         is_known = layer.input_from is not None or layer.takes_model_input
-        computes = layer.has_weights or not ends
-        if computes and not (is_known and layer.calls == 1 and len(layer.input_shapes) == 1):
+        if not (is_known and layer.calls == 1 and len(layer.input_shapes) == 1):
             return found
+        if layer.input_from in returned:
+            carried_until = max(carried_until, returned[layer.input_from])
     return found
 
 
@@ -105,8 +124,7 @@ def assumed_output(trace: Trace) -> tuple[str, ...]:
     """
     if trace.shows_output:
         return ()
-    leaves = [layer for layer in trace.layers if layer.order is not None and not layer.is_container]
-    leaves.sort(key=lambda layer: layer.order or 0, reverse=True)
+    leaves = sorted(_leaves(_ran(trace)), key=lambda layer: layer.order or 0, reverse=True)
     last = next((layer for layer in leaves if not passes_on(layer)), None)
     if last is None or last.role not in _LINEAR:
         return ()
@@ -125,7 +143,7 @@ def passes_on(layer: TracedLayer) -> bool:
     return layer.role in _PASSING or (layer.output is not None and len(layer.output.shape) < 2)
 
 
-def _puts_together(container: TracedLayer, ran: list[TracedLayer], found: set[str]) -> bool:
+def _puts_together(container: TracedLayer, leaves: list[TracedLayer], found: set[str]) -> bool:
     """Whether the code of a container makes its output of these layers alone, and of nothing that entered it.
 
     The last two layers inside it are two of these, and it has as many channels. A residual block has the channels of
@@ -134,8 +152,8 @@ def _puts_together(container: TracedLayer, ran: list[TracedLayer], found: set[st
     output = container.output
     if not container.is_container or container.output_from != container.name or output is None:
         return False
-    leaves = [layer for layer in ran if not layer.is_container and layer.name.startswith(f"{container.name}.")]
-    last = sorted(leaves, key=lambda layer: layer.order or 0)[-2:]
+    inside = [layer for layer in leaves if layer.name.startswith(f"{container.name}.")]
+    last = sorted(inside, key=lambda layer: layer.order or 0)[-2:]
     axis = output.neuron_axis
     if axis is None or len(last) < 2 or not {layer.name for layer in last} <= found:
         return False

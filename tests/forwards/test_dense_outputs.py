@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_otrt import RepresentationTransfer
 from lightning_otrt.layers.automatic import block_names
@@ -165,6 +166,58 @@ def test_layers_that_code_between_modules_carries_on(end: nn.Module) -> None:
     assert not {"stem", "first", "gate", "second", "down"} & output_layers(found)
 
 
+class Trunk(nn.Module):
+    """Its code adds what entered it to what its last layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.after = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GELU()), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.after(self.body(x))
+
+
+def test_a_layer_that_the_code_of_its_container_carries_on() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), Trunk(), nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2)).eval()
+    found = trace(net, (IMAGES,))
+    assert output_layers(found) - {""} == {"2", "3"}
+    assert block_names(found) == ["1"]
+
+
+def test_layers_that_get_the_output_of_a_container() -> None:
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.trunk = nn.Conv2d(3, 8, 3, 2, 1), Trunk()
+            self.heads = nn.ModuleList(nn.Conv2d(8, size, 1) for size in (4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.trunk(self.stem(x))
+            return torch.cat([head(x).flatten(1) for head in self.heads], 1)
+
+    found = trace(Levels().eval(), (IMAGES,))
+    assert output_layers(found) == {"heads.0", "heads.1"}
+    assert block_names(found) == ["trunk"]
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_weights_that_are_computed(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """The modules that compute the weights run inside of the layers, which have no other layer inside."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.stage = nn.Conv2d(3, 8, 3, 2, 1), norm(nn.Conv2d(8, 10, 3, 2, 1))
+            self.out = norm(nn.Conv2d(10, 5, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(nn.functional.gelu(self.stage(self.stem(x))))
+
+    found = trace(Normed().eval(), (IMAGES,))
+    assert output_layers(found) - {""} == {"out"}
+    assert block_names(found) == ["stem", "stage"]
+
+
 _VIT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
 
 
@@ -210,6 +263,13 @@ def test_real_networks(build: Callable[[], nn.Module], inputs: tuple[Any, ...], 
     found = trace(build().eval(), inputs)
     assert set(heads) <= output_layers(found)
     assert not set(heads) & set(block_names(found))
+
+
+def test_the_last_block_of_a_real_network_stays() -> None:
+    """What ``conv_after_body`` makes is added to what enters the trunk, by the code of the trunk."""
+    found = trace(_swin2sr().eval(), (IMAGES,))
+    assert output_layers(found) - {""} == {"upsample", "upsample.conv", "upsample.pixel_shuffle"}
+    assert "swin2sr.conv_after_body" in block_names(found)
 
 
 def test_the_term_of_a_detector() -> None:
