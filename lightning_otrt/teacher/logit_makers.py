@@ -60,14 +60,15 @@ class LogitMakers:
             logits: What the student returned in training.
 
         Returns:
-            ``""`` if they are made by the same module, or where that is not known.
+            ``""`` if the same module makes them, or none does in training.
         """
         made = self._made
         self.remove()
         in_training = [name for name, output in made if output() is logits]
-        if not made or set(in_training) & set(self._in_evaluation) or not (in_training or self._in_evaluation):
+        # Code makes them in training alone where it adds noise to them, as a functional dropout does.
+        if not in_training or set(in_training) & set(self._in_evaluation):
             return ""
-        return f"{_described(in_training)} in training, and {_described(self._in_evaluation)} in evaluation mode"
+        return f"what {in_training[-1]!r} returns in training, and {_described(self._in_evaluation)} in evaluation mode"
 
 
 def _described(names: list[str]) -> str:

@@ -48,6 +48,8 @@ ALIKE = {
     "the same": (_last, _last),
     "a dropout": (lambda first, last, dropped: dropped, lambda first, last, dropped: dropped),
     "computed in both": (lambda first, last, dropped: first + last, lambda first, last, dropped: (first + last) / 2),
+    "a functional dropout": (lambda first, last, dropped: nn.functional.dropout(last), _last),
+    "noise in training": (lambda first, last, dropped: last + torch.randn_like(last), _last),
     "with others in training": (lambda first, last, dropped: (last, first), _last),
 }
 
