@@ -52,6 +52,8 @@ class TracedMask:
         padded: Number of samples in which it leaves out a token.
         is_doubtful: Whether the layer may hold another sequence than the mask.
         longest: The largest of lengths that stand in place of a mask; 1 where they are shares of the longest.
+        shown_by: What shows it where no argument has the name of a mask: ``"ids"`` of an embedding, ``"nan"``, flags
+            ``"inside"`` of a tuple, or flags of a name of ``"unknown"`` meaning; ``""`` for other masks.
     """
 
     source: MaskSource
@@ -62,6 +64,7 @@ class TracedMask:
     padded: int = 0
     is_doubtful: bool = False
     longest: int = 0
+    shown_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Trace:
         input_samples: Numbers of samples of its inputs of two or more axes: two towers may have different ones.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.
-        padded_ids: What the ids that embeddings get show of padding, one for each such embedding.
+        shown_padding: What the values of arguments, and the ids that embeddings get, show of padding.
         learned_tokens: Numbers of rows of parameters that may be learned tokens, such as queries and latent vectors.
         guessed_axes: Tensors whose neuron axis is that of the layers inside of their module, although axes of the same
             size may have changed places behind these: name of the module, key in its output, and the last such layer.
@@ -144,7 +144,7 @@ class Trace:
     input_samples: frozenset[int] = frozenset()
     prefix_tokens: int = 0
     arguments: tuple[TracedMask, ...] = ()
-    padded_ids: tuple[TracedMask, ...] = ()
+    shown_padding: tuple[TracedMask, ...] = ()
     learned_tokens: frozenset[int] = frozenset()
     guessed_axes: tuple[tuple[str, str | int, str], ...] = ()
     draws_random: bool = False

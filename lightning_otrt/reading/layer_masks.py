@@ -71,15 +71,19 @@ def layer_masks(
             (known for known in possible if known.shape in shapes and _may_tell(known)),
             lengths,
             _masks_of_rows(trace, samples, tokens),
-            (known for known in trace.padded_ids if known.shape in shapes and not _has_mask(trace)),
+            (known for known in _shown_padding(trace, layer) if known.shape in shapes),
         )
         return replace(masks, unread=next(unread, None), sources=(*masks.sources, *late))
     return masks
 
 
-def _has_mask(trace: Trace) -> bool:
-    """Whether the network gets a mask at all: padding of ids without one may belong to any of its layers."""
-    return any(known.shape is not None and is_mask_name(known.source.argument) for known in trace.arguments)
+def _shown_padding(trace: Trace, layer: TracedLayer) -> Iterator[TracedMask]:
+    """Padding that only values show, which may be that of the layer: where the network gets a mask, none is."""
+    if not any(known.shape is not None and is_mask_name(known.source.argument) for known in trace.arguments):
+        for known in trace.shown_padding:
+            # Flags of the source of a decoder are not those of its own sequence.
+            if known.shown_by == "ids" or known.source.is_of_target == layer.looks_at_memory:
+                yield known
 
 
 def _masks_of_rows(trace: Trace, samples: int, tokens: int) -> Iterator[TracedMask]:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from lightning_otrt.layers.mask_sources import OF_TARGET
 from lightning_otrt.reading.calls import Call, argument_names, takes_any
 
-__all__ = ["LABELS", "is_mask_name", "late_names", "may_mark_padding", "memory_names", "own_names"]
+__all__ = [
+    "LABELS",
+    "is_mask_name",
+    "late_names",
+    "may_mark_padding",
+    "memory_names",
+    "names_other_mask",
+    "own_names",
+]
 
 _ENCODER = {
     "attention_mask": "valid",
@@ -108,8 +116,13 @@ def may_mark_padding(name: str) -> bool:
         >>> may_mark_padding("src_mask"), may_mark_padding("attention_mask"), may_mark_padding("head_mask")
         (True, False, False)
     """
-    *words, last = name.split("_")
-    return last in ("mask", "masks", "valid") and not _is_known(name) and _OTHER_MASKS.isdisjoint(words)
+    is_mask = name.split("_")[-1] in ("mask", "masks", "valid")
+    return is_mask and not _is_known(name) and not names_other_mask(name)
+
+
+def names_other_mask(name: str) -> bool:
+    """Whether a word of the name says that it marks something else than padding of the network's own sequence."""
+    return not _OTHER_MASKS.isdisjoint(name.split("_"))
 
 
 def is_mask_name(name: str) -> bool:

@@ -9,7 +9,6 @@ from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.mask_search import holds_lengths
-from lightning_otrt.reading.padded_ids import PADDING_IDX
 
 __all__ = ["warn_of_one_sided_masks", "warn_of_unused_masks"]
 
@@ -48,6 +47,16 @@ _WARNINGS = {
         "The embedding {module!r} of the {side} gets its padding_idx at the end of some samples, and no mask was found "
         "for the layers {layers}: their padding is read. Give the network a mask (B, T), such as `ids != padding_idx`, "
         "as an argument and name it with LayerPair(mask=...); mask=None says that padding is to be read."
+    ),
+    "inside": (
+        "The argument {mask!r} of the {side} may be the padding mask of its layers {layers}, whose padding is read: "
+        "masks are not looked for in lists and tuples. Give the network the mask as an argument of its own and name it "
+        "with LayerPair(mask=...), or pass mask=None."
+    ),
+    "nan": (
+        "The argument {mask!r} of the {side} is NaN at the ends of some samples, and no mask was found for the layers "
+        "{layers}: their padding is read. Give the network a mask (B, T) as an argument and name it with "
+        "LayerPair(mask=...); mask=None says that padding is to be read."
     ),
     "doubtful": (
         "The {side} layers {layers} get another sequence than the first one of {module!r}, and it is not known whether "
@@ -122,8 +131,8 @@ def _problems(masks: LayerMasks) -> Iterator[tuple[str, TracedMask]]:
 
 def _why_unread(mask: TracedMask) -> str:
     source = mask.source
-    if source.argument == PADDING_IDX:
-        return "ids"
+    if mask.shown_by:
+        return mask.shown_by
     if holds_lengths(mask):
         return "lengths"
     if mask.shape is not None and len(mask.shape) == 3:

@@ -40,10 +40,10 @@ from lightning_otrt.reading.outputs import (
     tensors_of_samples,
 )
 from lightning_otrt.reading.own_gradients import own_gradients_explained
-from lightning_otrt.reading.padded_ids import padded_ids
 from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.random_outputs import is_random
 from lightning_otrt.reading.sample_order import settle_order
+from lightning_otrt.reading.shown_padding import padded_arguments, padded_ids
 from lightning_otrt.reading.states import without_states
 from lightning_otrt.reading.time_major import find_sample_axis
 from lightning_otrt.reading.torch_internals import (
@@ -164,7 +164,7 @@ def _trace(
         input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
-        padded_ids=tuple(recorder.padded_ids),
+        shown_padding=(*padded_arguments(call), *recorder.padded_ids),
         learned_tokens=_learned_tokens(target),
         guessed_axes=tuple((*place, inner) for place, inner in axes.guessed.items()),
         draws_random=draws_random,

@@ -104,3 +104,74 @@ def test_real_networks(name: str, layer: str) -> None:
 
     assert [text for text in _told(build(8), build(12), BEHIND, layer=layer) if "padding_idx" in text]
     assert not [text for text in _told(build(8), build(12), BEHIND, FIRST.long(), layer=layer) if "padding" in text]
+
+
+class Series(nn.Module):
+    """Averages its positions with weights of one for valid ones."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter, self.mix, self.head = nn.Linear(5, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def average(self, x: Tensor, valid: Tensor) -> Tensor:
+        return self.head((self.mix(self.enter(x.nan_to_num())) * valid[..., None]).sum(1))
+
+
+class Padded(Series):
+    def forward(self, x: Tensor, is_pad: Tensor) -> Tensor:
+        return self.average(x, ~is_pad)
+
+
+class Kept(Series):
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return self.average(x, keep)
+
+
+class InTuple(Series):
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.average(*batch)
+
+
+class FromNan(Series):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.average(x, ~x.isnan().all(-1))
+
+
+SERIES = seeded(3, torch.randn, SAMPLES, LONGEST, 5)
+NAN_BEHIND = SERIES.masked_fill(~FIRST[..., None], float("nan"))
+SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "said"),
+    [
+        (Padded, (SERIES, ~FIRST), "The argument 'is_pad' of the {} may be the padding mask of its layers ['mix']"),
+        (Padded, (SERIES, ~FIRST.flip(1)), "The argument 'is_pad' of the {} may be the padding mask"),
+        (Kept, (SERIES, FIRST.float()), "The argument 'keep' of the {} may be the padding mask of its layers ['mix']"),
+        (InTuple, ((SERIES, FIRST),), "The argument 'batch[1]' of the {} may be the padding mask"),
+        (InTuple, ([SERIES, FIRST],), "The argument 'batch[1]' of the {} may be the padding mask"),
+        (FromNan, (NAN_BEHIND,), "The argument 'x' of the {} is NaN at the ends of some samples"),
+    ],
+    ids=["flags of padding", "padding in front", "floats", "in a tuple", "in a list", "NaN"],
+)
+def test_padding_that_values_show(kind: type[Series], args: tuple[Any, ...], said: str) -> None:
+    messages = _told(kind(8), kind(12), *args)
+    assert len(messages) == 2
+    for side, message in zip(("student", "teacher"), messages, strict=True):
+        assert message.startswith(said.format(side))
+        assert "LayerPair" in message
+    assert _told(kind(8), kind(12), *args, mask=None) == []
+
+
+@pytest.mark.parametrize(("kind", "name", "flags"), [(Padded, "~is_pad", ~FIRST), (Kept, "keep", FIRST.float())])
+def test_a_name_tells_what_they_mean(kind: type[Series], name: str, flags: Tensor) -> None:
+    assert _told(kind(8), kind(12), SERIES, flags, mask=name) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [SCATTERED, SCATTERED.float(), FIRST[1:2].expand(SAMPLES, -1), FIRST[:1].expand(SAMPLES, -1), FIRST.float() * 0.5],
+    ids=["scattered", "scattered floats", "all", "one for all samples", "other numbers"],
+)
+def test_flags_that_are_no_padding(flags: Tensor) -> None:
+    assert _told(Kept(8), Kept(12), SERIES, flags) == []
