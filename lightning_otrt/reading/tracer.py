@@ -264,7 +264,8 @@ class _TraceHooks:
             in_transform=is_in_functional_transform(),
             has_own_mask=packed_mask(returned) is not None or any(value.is_nested for _, value in tensors),
         )
-        self._outputs[name] = [weakref.ref(value) for _, value in tensors]
+        # Of all its calls: a head that ran twice may return the output of the first.
+        self._outputs.setdefault(name, []).extend(weakref.ref(value) for _, value in tensors)
         self._completed += 1
         for (_, value), (_, facts) in zip(tensors, traced, strict=True):
             self._axes.note(name, frame, value, facts)

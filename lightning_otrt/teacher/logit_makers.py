@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.names import is_inside, named_layers
 from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.reading.neuron_axes import role_of
 from lightning_otrt.reading.torch_internals import add_forward_hook
 
 __all__ = ["LogitMakers"]
@@ -36,7 +37,9 @@ class LogitMakers:
         self._handles: list[Any] = []
         seen: set[int] = set()
         for name, module in named_layers(student).items():
-            if name != trace.root and is_inside(name, trace.root) and id(module) not in seen:
+            # A dropout may be left out in evaluation, where it changes nothing.
+            is_noise = role_of(module) == "dropout"
+            if name != trace.root and is_inside(name, trace.root) and id(module) not in seen and not is_noise:
                 self._handles.append(add_forward_hook(module, self._note(name)))
             seen.add(id(module))
 

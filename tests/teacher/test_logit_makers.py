@@ -71,6 +71,33 @@ def _is_ours(hook: object) -> bool:
     return getattr(hook, "__qualname__", "").startswith("LogitMakers")
 
 
+class HeadTwice(Net):
+    """The last head runs once more on other features, after its output that is returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        logits = self.last(features)
+        self.last(-features)
+        return logits
+
+
+class DropInTraining(Net):
+    """A dropout behind the head that evaluation does not call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.last(self.body(x))
+        return self.drop(logits) if self.training else logits
+
+
+@pytest.mark.parametrize("kind", [HeadTwice, DropInTraining])
+def test_the_same_head_in_other_code(kind: type[Net]) -> None:
+    student, teacher = seeded(1, kind, 8, _last, _last), seeded(2, kind, 12, _last, _last)
+    transfer = RepresentationTransfer(teacher, ["body"], weight=0.0, distillation=LogitDistillation(activation="softmax"))
+    with transfer.attached(student):
+        student(X)
+        transfer.loss()
+
+
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_another_head_in_evaluation(name: str) -> None:
     [message] = _told(DIFFERENT[name], _last)
