@@ -286,6 +286,8 @@ class RepresentationTransfer(RecordedStudent):
             terms = make_terms(views, weights, self._attachment, self._run, **how)
         except NoTermError as error:
             return self._give_up(str(error))
+        if weights.transport and (note := self._attachment.unreached(views)):
+            (self.report or log.info)(note)
         if constant := terms.constant:
             self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
         self.transport_value, self.distillation_value = terms.transport, terms.distillation

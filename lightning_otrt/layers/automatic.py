@@ -123,6 +123,7 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
     head = classification_head(trace)
     outputs = output_layers(trace)
     leaves = [layer.name for layer in trace.layers if layer.calls and not layer.is_container]
+    known = {layer.name: layer for layer in trace.layers}
     found = []
     for layer in trace.recordable():
         tensor = layer.output
@@ -131,10 +132,19 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
         # Inside attention, windows and unfolded patches count as samples; such layers are no blocks of the network.
-        is_of_batch = trace.is_sample_count(tensor.shape[tensor.batch_axis])
+        is_of_batch = trace.is_sample_count(tensor.shape[tensor.batch_axis]) and not _is_turned(layer, known)
         if not after_head and not (holds_all and layer.gives_model_output) and is_of_batch:
             found.append(layer)
     return found
+
+
+def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
+    """Whether a layer mixes the rows or columns of the map of a module around it: its neurons are positions there."""
+    shape = layer.output_shape or ()
+    around = [known[name] for name in ancestors(layer.name) if name in known]
+    return len(shape) > 3 and any(
+        sorted(outer.output_shape or ()) == sorted(shape) and _size(outer) != _size(layer) for outer in around
+    )
 
 
 def _with_isotropic_blocks(maps: list[TracedLayer], layers: list[TracedLayer]) -> list[TracedLayer]:

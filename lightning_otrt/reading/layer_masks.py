@@ -61,17 +61,19 @@ def layer_masks(
             f"{tokens} positions of {samples} samples. Name its own mask, or pass mask=None for this side."
         )
     if mask == "auto" and masks.used is None and masks.misfit is None and masks.unread is None:
-        shapes = (samples, tokens), (samples, tokens - trace.prefix_tokens)
+        shapes = [(samples, tokens), (samples, tokens - trace.prefix_tokens)]
+        turned = [shape[::-1] for shape in shapes] if tensor.batch_axis == 1 else []
         if layer.has_own_mask and not name.endswith(INPUT):
             return masks
         lengths = (known for known in trace.arguments if holds_lengths(known) and known.shape == (samples,))
         possible = [known for known in trace.arguments if may_mark_padding(known.source.argument)]
         late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
         unread = chain(
-            (known for known in possible if known.shape in shapes and _may_tell(known)),
+            (known for known in possible if known.shape in [*shapes, *turned] and _may_tell(known)),
             lengths,
             _masks_of_rows(trace, samples, tokens),
             (known for known in _shown_padding(trace, layer) if known.shape in shapes),
+            (known for known in _shown_padding(trace, layer) if (known.shape, known.longest) == ((samples,), tokens)),
         )
         return replace(masks, unread=next(unread, None), sources=(*masks.sources, *late))
     return masks

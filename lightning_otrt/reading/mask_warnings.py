@@ -53,6 +53,11 @@ _WARNINGS = {
         "masks are not looked for in lists and tuples. Give the network the mask as an argument of its own and name it "
         "with LayerPair(mask=...), or pass mask=None."
     ),
+    "inner": (
+        "The argument {mask!r} of {module!r} may be the padding mask of the {side} layers {layers}, but its name does "
+        "not tell: their padding is read. Give the whole network a mask (B, T) as an argument and name it with "
+        "LayerPair(mask=...), or pass mask=None."
+    ),
     "nan": (
         "The argument {mask!r} of the {side} is NaN at the ends of some samples, and no mask was found for the layers "
         "{layers}: their padding is read. Give the network a mask (B, T) as an argument and name it with "

@@ -16,7 +16,7 @@ from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.own_hook import OwnHook
 from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
 
-__all__ = ["TrainedForwards", "describe_frozen", "describe_reach", "leads_to"]
+__all__ = ["TrainedForwards", "describe_frozen", "describe_reach", "layers_of_parameters", "leads_to"]
 
 
 def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair], method: str = "") -> str:
@@ -38,7 +38,7 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
     """
     trained: dict[int, bool] = {}
     ran: set[int] = set()
-    for name, parameter, is_before in _parameters(student, trace, pairs):
+    for name, parameter, is_before in layers_of_parameters(student, trace, pairs):
         if parameter.requires_grad:
             trained[id(parameter)] = trained.get(id(parameter), False) or is_before
             ran |= {id(parameter)} if trace.layer(name).calls else set()
@@ -73,7 +73,7 @@ def describe_frozen(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]
         >>> describe_frozen(net, trace(net, (torch.zeros(3, 4),)), [LayerPair("0", "0")])[:69]
         "The transfer term is constant: the student layers ['0'] and all 2 par"
     """
-    found = _parameters(student, trace, pairs)
+    found = layers_of_parameters(student, trace, pairs)
     before = {id(parameter): parameter.requires_grad for _, parameter, is_before in found if is_before}
     if not before or any(before.values()):
         return ""
@@ -89,7 +89,9 @@ def describe_frozen(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]
     )
 
 
-def _parameters(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]) -> list[tuple[str, nn.Parameter, bool]]:
+def layers_of_parameters(
+    student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]
+) -> list[tuple[str, nn.Parameter, bool]]:
     """The parameters with the name of their module, and whether it leads to a recorded layer."""
     modules = named_layers(student)
     names = primary_names(modules, trace.root)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_otrt.layers.pairs import LayerSpec
 
-__all__ = ["check_initialised", "logits_outside", "why_no_view", "why_outside"]
+__all__ = ["check_initialised", "logits_outside", "why_before", "why_no_view", "why_outside"]
 
 _SHOWN = 5
 #: Such code cannot be found from the student.
@@ -80,6 +80,16 @@ def why_outside(root: str, outside: Sequence[str], *, distills: bool = False) ->
         f"cannot reach the others.{_LOGITS if distills else ''} If that is meant, pass student_root={root!r}. If a "
         "method is called, such as net.forward_features(x), pass student_root='net:forward_features'. Else call the "
         "module that holds them all."
+    )
+
+
+def why_before(root: str, before: Sequence[str]) -> str:
+    """The warning for trained modules that made what enters a root which was found by the names of layers."""
+    return (
+        f"The first module that was called and holds the layers is {root!r}, and what enters it was made by trained "
+        f"modules outside of it: {_listed(before)}. The teacher gets that, too, and not the inputs of the student. If "
+        f"it is meant, pass student_root={root!r}. If a method is called, such as net.encode(x), pass "
+        "student_root='net:encode'. Else call the module that holds them all."
     )
 
 

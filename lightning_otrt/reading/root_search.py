@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.names import named_layers, primary_names
@@ -13,7 +14,7 @@ from lightning_otrt.reading.eager import EagerCode
 from lightning_otrt.reading.reach import TrainedForwards
 from lightning_otrt.reading.recorder import Recorder
 from lightning_otrt.reading.root import can_be_root, split_root
-from lightning_otrt.reading.root_errors import check_initialised, logits_outside, why_no_view, why_outside
+from lightning_otrt.reading.root_errors import check_initialised, logits_outside, why_before, why_no_view, why_outside
 
 __all__ = ["RootSearch"]
 
@@ -40,15 +41,17 @@ class RootSearch:
         self._layers, self._student_root, self._recorder, self._distills = layers, student_root, recorder, distills
         self._student: nn.Module | None = None
         self._trained: TrainedForwards | None = None
+        #: Trained modules that made what entered the root.
+        self._before: list[str] = []
         self._eager = EagerCode()
 
     def start(self, student: nn.Module) -> None:
         """Forget the root, and watch all modules of ``student`` that may be it."""
         modules = named_layers(student)
-        self._student, self.name = student, None
+        self._student, self.name, self._before = student, None, []
         self._forget_trained()
         # A head outside of the root would make features of what is taken for logits.
-        if self._distills or (self._student_root is None and only_words(self._layers)):
+        if self._distills or self._student_root is None:
             self._trained = TrainedForwards(student, self._counts)
         if self._student_root is not None:
             self._recorder.watch_roots([(self._given, modules[self._given])], self.method)
@@ -86,13 +89,19 @@ class RootSearch:
         check_initialised(name, named_layers(self._student)[name])
         return self._student_root is not None or can_be_root(name, self._layers, self._student, teacher)
 
-    def found(self, name: str) -> None:
+    def found(self, name: str, inputs: Iterable[Tensor]) -> None:
         """Watch this module alone. Call it after the hooks on its layers are in place.
 
         Where the root itself is recorded, it is then read before its view is closed.
+
+        Args:
+            name: Name of the root.
+            inputs: What enters it.
         """
         assert self._student is not None
         self.name = name
+        if self._trained is not None and any(tensor.grad_fn is not None for tensor in inputs):
+            self._before = self._trained.outside(name)
         self._recorder.watch_roots([(name, named_layers(self._student)[name])], self.method)
 
     def take_problem(self) -> str | None:
@@ -103,6 +112,11 @@ class RootSearch:
         self._forget_trained()
         if outside and self._student_root is not None:
             warnings.warn(logits_outside(self._student_root, outside), stacklevel=3)
+            return None
+        if not only_words(self._layers):
+            # Named layers may well be those of a part. But then what enters it is no input of the student.
+            if self._before:
+                warnings.warn(why_before(self.name, self._before), stacklevel=3)
             return None
         return why_outside(self.name, outside, distills=self._distills) if outside else None
 

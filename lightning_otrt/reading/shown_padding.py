@@ -12,8 +12,40 @@ from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
 from lightning_otrt.reading.calls import Call, is_ids, is_tensor
 from lightning_otrt.reading.mask_names import is_mask_name, names_other_mask
 from lightning_otrt.reading.masks import as_rows
+from lightning_otrt.reading.torch_internals import is_in_functional_transform
 
-__all__ = ["padded_arguments", "padded_ids"]
+__all__ = ["ShownPadding", "padded_arguments", "padded_ids"]
+
+#: Numbers up to this one hide a token from others, where they are added to scores.
+_HIDDEN = -1e4
+#: Words in the names of whole numbers, one for each sample, that are no counts.
+_NO_COUNTS = {"class", "classes", "id", "ids", "idx", "index", "label", "labels", "target", "targets", "y"}
+_NO_COUNTS |= {"step", "t", "time", "timestep", "timesteps"}
+
+
+class ShownPadding:
+    """Collects what the calls of a traced forward show of padding."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], TracedMask] = {}
+
+    def note(self, call: Call, *, is_inner: bool) -> None:
+        """Look at a call.
+
+        Args:
+            call: The call.
+            is_inner: Whether it is one of a module inside of the network.
+        """
+        if is_in_functional_transform():  # which cannot look at values
+            return
+        for mask in (*padded_arguments(call, is_inner=is_inner), *filter(None, [padded_ids(call)])):
+            # Many layers may get one mask.
+            key = (mask.source.argument if mask.shown_by == "inner" else mask.source, mask.shape, mask.shown_by)
+            self._found.setdefault(key, mask)
+
+    def found(self) -> tuple[TracedMask, ...]:
+        """All that was shown. What the whole network gets comes first."""
+        return tuple(sorted(self._found.values(), key=lambda mask: mask.shown_by in ("inner", "ids")))
 
 
 def padded_ids(call: Call) -> TracedMask | None:
@@ -40,45 +72,59 @@ def padded_ids(call: Call) -> TracedMask | None:
     return _shown(is_padding, MaskSource(call.name, "padding_idx", "valid"), "ids") if bool(is_at_ends) else None
 
 
-def padded_arguments(call: Call) -> tuple[TracedMask, ...]:
-    """What the arguments of a forward show of padding ``(B, T)``: flags that no name tells, and NaN.
+def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask, ...]:
+    """What the arguments of a forward show of padding ``(B, T)``: flags that no name tells, lengths, and NaN.
 
-    Flags are booleans, or floats of 0 and 1, that are the same up to some position of each sample and different behind
-    it, but not in all samples alike. It waits for the device, in the traced forward only.
+    Flags are booleans, floats of 0 and 1, or floats of 0 and minus infinity, that are the same up to some position of
+    each sample and different behind it, but not in all samples alike. It waits for the device, in the traced forward
+    only.
 
     Args:
-        call: The call of the whole network.
+        call: The call of the network, or of a module inside of it.
+        is_inner: Whether it is a module inside.
 
     Example:
         >>> import torch
-        >>> pad = torch.tensor([[False, False, True], [False, True, True]])
-        >>> call = Call("", nn.Identity(), {"x": torch.ones(2, 3, 8), "pad": pad})
+        >>> pad = torch.arange(3) >= torch.tensor([[1], [3], [2]])
+        >>> call = Call("", nn.Identity(), {"x": torch.ones(3, 3, 8), "pad": pad})
         >>> [(mask.source.argument, mask.padded) for mask in padded_arguments(call)]
         [('pad', 2)]
     """
     found = []
     for name, value, kind in _values(call.arguments):
+        if is_inner and value is call.sequence:
+            continue
         source = MaskSource(call.name, name, "unknown", call.method)
-        flags = _flags(value)
-        if flags is not None and not is_mask_name(name) and not names_other_mask(name):
-            if bool(_is_at_ends(flags) | _is_at_ends(~flags)):
-                found.append(_shown(flags, source, kind))
+        flags = None if is_mask_name(name) or names_other_mask(name) else _flags(value)
+        if flags is not None:
+            # Samples may lie along the second axis.
+            for rows in (flags, flags.T):
+                if bool(_is_at_ends(rows) | _is_at_ends(~rows)):
+                    found.append(_shown(rows, source, "inner" if is_inner else kind))
+        elif is_inner:
+            continue
         elif value.dim() == 3 and value.is_floating_point():
             is_padding = value.isnan().all(2)
             if bool(_is_at_ends(is_padding)):
                 found.append(_shown(is_padding, source, "nan"))
+        elif _are_counts(name, value):
+            found.append(TracedMask(source, tuple(value.shape), longest=int(value.max()), shown_by="lengths"))
     return tuple(found)
 
 
 def _values(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, str]]:
-    """Tensors with their names, also those in a list or tuple, and the kind of warning of flags there."""
+    """Dense tensors with their names, also those in a list or tuple, and the kind of warning of flags there."""
     for name, value in arguments.items():
-        if is_tensor(value):
+        if _is_dense(value):
             yield name, value, "unknown"
         elif isinstance(value, (list, tuple)):
             # The fields of a named tuple are arguments by themselves.
             items = () if hasattr(value, "_fields") else enumerate(value)
-            yield from ((f"{name}[{place}]", item, "inside") for place, item in items if is_tensor(item))
+            yield from ((f"{name}[{place}]", item, "inside") for place, item in items if _is_dense(item))
+
+
+def _is_dense(value: Any) -> bool:
+    return is_tensor(value) and value.layout == torch.strided
 
 
 def _flags(value: Tensor) -> Tensor | None:
@@ -88,9 +134,19 @@ def _flags(value: Tensor) -> Tensor | None:
         return None
     if rows.dtype == torch.bool:
         return rows
-    if not rows.is_floating_point() or not bool(((rows == 0) | (rows == 1)).all()):
+    if not rows.is_floating_point():
         return None
-    return rows == 1
+    others = rows[rows != 0]
+    is_flag = bool((others == 1).all() | (others <= _HIDDEN).all())
+    return rows != 0 if is_flag else None
+
+
+def _are_counts(name: str, value: Tensor) -> bool:
+    """Whether an argument may hold the number of positions of each sample ``(B,)``."""
+    if value.dim() != 1 or not value.numel() or value.is_floating_point() or value.dtype == torch.bool:
+        return False
+    is_other = not _NO_COUNTS.isdisjoint(name.lower().split("_"))
+    return not is_other and bool((value > 0).all() & (value != value[0]).any())
 
 
 def _is_at_ends(is_padding: Tensor) -> Tensor:

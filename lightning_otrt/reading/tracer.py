@@ -43,7 +43,7 @@ from lightning_otrt.reading.own_gradients import own_gradients_explained
 from lightning_otrt.reading.profiles import Inputs
 from lightning_otrt.reading.random_outputs import is_random
 from lightning_otrt.reading.sample_order import settle_order
-from lightning_otrt.reading.shown_padding import padded_arguments, padded_ids
+from lightning_otrt.reading.shown_padding import ShownPadding
 from lightning_otrt.reading.states import without_states
 from lightning_otrt.reading.time_major import find_sample_axis
 from lightning_otrt.reading.torch_internals import (
@@ -164,7 +164,7 @@ def _trace(
         input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
-        shown_padding=(*padded_arguments(call), *recorder.padded_ids),
+        shown_padding=recorder.padding.found(),
         learned_tokens=_learned_tokens(target),
         guessed_axes=tuple((*place, inner) for place, inner in axes.guessed.items()),
         draws_random=draws_random,
@@ -205,13 +205,14 @@ class _TraceHooks:
         self._inputs = {id(tensor) for tensor in inputs}
         self._axes = axes
         self._search = MaskSearch(inputs)
-        self.padded_ids: list[TracedMask] = []
+        self.padding = ShownPadding()
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._completed = 0
 
     def enter(self, call: Call) -> None:
         """The call of a method, inside of which all modules run."""
+        self.padding.note(call, is_inner=False)
         self._axes.enter(call, None, takes_model_input=False)
 
     def before_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -234,9 +235,9 @@ class _TraceHooks:
         entered = frame.input
         masks: tuple[TracedMask, ...] = ()
         around = [running.call for running in reversed(self._axes.running)]
+        self.padding.note(frame.call, is_inner=bool(around))
         if not has_children(module):
             self._search.pass_on(frame.call, [value for _, value in tensors], around)
-            self.padded_ids += filter(None, [padded_ids(frame.call)])
         if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):
             masks = self._search.masks([frame.call, *around])
         length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)

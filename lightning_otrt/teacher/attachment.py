@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
-from lightning_otrt.reading.input_guard import InputGuard
+from lightning_otrt.reading.gradient_reach import describe_unreached
+from lightning_otrt.reading.input_guard import InputGuard, tensors_in
 from lightning_otrt.reading.pairing import Pairing, check_layers
 from lightning_otrt.reading.reach import describe_frozen
 from lightning_otrt.reading.recorder import Readers, Recorder
@@ -85,6 +87,7 @@ class Attachment:
         self._readers: Readers = {}
         self._parents: dict[int, tuple[nn.Module, str]] = {}
         self._graph_checks = 0
+        self._is_reach_known = False
         self._recorder = Recorder(self._on_forward)
         #: The module of the student whose inputs the teacher gets too.
         self.root = RootSearch(layers, student_root, self._recorder, distills=logits is not None)
@@ -131,6 +134,7 @@ class Attachment:
         self._teacher_run.start(student)
         self._guard = InputGuard()
         self._graph_checks = GRAPH_CHECKS
+        self._is_reach_known = False
         self.choose_again()
 
     def choose_again(self) -> None:
@@ -229,6 +233,14 @@ class Attachment:
                     stacklevel=2,
                 )
 
+    def unreached(self, views: Sequence[View]) -> str:
+        """What the term does not train although it lies before the recorded layers; told once, empty for nothing."""
+        if self._is_reach_known or self.pairing is None or self.student is None or torch.compiler.is_compiling():
+            return ""
+        readings = [reading for view in views for reading in chain.from_iterable(view.student.values())]
+        self._is_reach_known = bool(readings)
+        return describe_unreached(self.student, self.pairing.student, self.pairing.pairs, readings)
+
     def logits(self, views: list[View]) -> MatchedLogits:
         """The logits of each view.
 
@@ -299,7 +311,7 @@ class Attachment:
         self._counts = self.pairing.neuron_counts()
         self._recorder.read_output = None if self._logits is None else self._logits.read_student
         self._watch_student(student)
-        self.root.found(self.pairing.student.root)
+        self.root.found(self.pairing.student.root, tensors_in((args, kwargs)))
         self._teacher_run.watch(self.pairing)
         if not self.pairing.student.draws_random:  # which has a warning of its own
             self._first_input.compare_next()

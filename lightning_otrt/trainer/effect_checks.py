@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_otrt.reading.gradient_reach import leaves_of
 from lightning_otrt.schedules import Schedule
 
 __all__ = ["EffectChecks"]
@@ -92,7 +93,7 @@ class EffectChecks:
         if self._are_leaves_checked:
             return
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-        leaves = _leaves(term)
+        leaves, _ = leaves_of([term])
         # There are none in a step in which this process skipped the layers and another one ran them.
         self._are_leaves_checked = bool(leaves)
         trained = {
@@ -106,18 +107,3 @@ class EffectChecks:
                 "all, and no optimizer holds one of them. Give them to the optimizer in `configure_optimizers`, or "
                 "choose `layers` that come after trained parameters."
             )
-
-
-def _leaves(tensor: Tensor) -> set[Tensor]:
-    """The tensors in which a backward pass of ``tensor`` accumulates gradients."""
-    found: set[Tensor] = set()
-    nodes, known = [tensor.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        nodes += [following for following, _ in node.next_functions]
-    return found

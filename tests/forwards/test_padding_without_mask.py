@@ -137,6 +137,50 @@ class FromNan(Series):
         return self.average(x, ~x.isnan().all(-1))
 
 
+class Counted(Series):
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+        return self.average(x, torch.arange(x.shape[1]) < sizes[:, None])
+
+
+class Step(nn.Module):
+    """A layer with a mask of its own name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.linear(x) + 0 * bias.clamp_min(-1).flatten(1)[..., None]
+
+
+class MadeInside(nn.Module):
+    """Makes its mask of the ids, and passes it on to its layers to be added to scores."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(50, width), Step(width), nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        bias = torch.zeros(ids.shape).masked_fill(ids == 0, float("-inf"))[:, None, None]
+        return self.head(self.mix(self.embed(ids), bias).mean(1))
+
+
+class TimeFirst(nn.Module):
+    """Recurrent, with samples along the second axis."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix, self.head = nn.GRU(5, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head((self.mix(x)[0] * mask[..., None]).sum(0))
+
+
+class TimeFirstKept(TimeFirst):
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return super().forward(x, keep)
+
+
 SERIES = seeded(3, torch.randn, SAMPLES, LONGEST, 5)
 NAN_BEHIND = SERIES.masked_fill(~FIRST[..., None], float("nan"))
 SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
@@ -151,8 +195,23 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         (InTuple, ((SERIES, FIRST),), "The argument 'batch[1]' of the {} may be the padding mask"),
         (InTuple, ([SERIES, FIRST],), "The argument 'batch[1]' of the {} may be the padding mask"),
         (FromNan, (NAN_BEHIND,), "The argument 'x' of the {} is NaN at the ends of some samples"),
+        (Counted, (SERIES, FIRST.sum(1)), "The argument 'sizes' of the {} may say how many positions of the layers"),
+        (MadeInside, (BEHIND,), "The argument 'bias' of 'mix' may be the padding mask of the {} layers ['mix']"),
+        (TimeFirst, (SERIES.movedim(1, 0), FIRST.T), "The argument 'mask' of the {} may be the padding mask"),
+        (TimeFirstKept, (SERIES.movedim(1, 0), FIRST.T), "The argument 'keep' of the {} may be the padding mask"),
     ],
-    ids=["flags of padding", "padding in front", "floats", "in a tuple", "in a list", "NaN"],
+    ids=[
+        "flags of padding",
+        "padding in front",
+        "floats",
+        "in a tuple",
+        "in a list",
+        "NaN",
+        "lengths",
+        "made inside",
+        "a mask of time first",
+        "flags of time first",
+    ],
 )
 def test_padding_that_values_show(kind: type[Series], args: tuple[Any, ...], said: str) -> None:
     messages = _told(kind(8), kind(12), *args)
@@ -166,6 +225,10 @@ def test_padding_that_values_show(kind: type[Series], args: tuple[Any, ...], sai
 @pytest.mark.parametrize(("kind", "name", "flags"), [(Padded, "~is_pad", ~FIRST), (Kept, "keep", FIRST.float())])
 def test_a_name_tells_what_they_mean(kind: type[Series], name: str, flags: Tensor) -> None:
     assert _told(kind(8), kind(12), SERIES, flags, mask=name) == []
+
+
+def test_numbers_that_are_no_lengths() -> None:
+    assert _told(Counted(8), Counted(12), SERIES, torch.tensor([3, 8, 5, 4, 7, 6])) == []
 
 
 @pytest.mark.parametrize(

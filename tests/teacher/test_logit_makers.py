@@ -92,7 +92,9 @@ class DropInTraining(Net):
 @pytest.mark.parametrize("kind", [HeadTwice, DropInTraining])
 def test_the_same_head_in_other_code(kind: type[Net]) -> None:
     student, teacher = seeded(1, kind, 8, _last, _last), seeded(2, kind, 12, _last, _last)
-    transfer = RepresentationTransfer(teacher, ["body"], weight=0.0, distillation=LogitDistillation(activation="softmax"))
+    transfer = RepresentationTransfer(
+        teacher, ["body"], weight=0.0, distillation=LogitDistillation(activation="softmax")
+    )
     with transfer.attached(student):
         student(X)
         transfer.loss()
