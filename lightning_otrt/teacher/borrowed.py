@@ -6,8 +6,11 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_otrt.reading.torch_internals import add_forward_pre_hook
 from lightning_otrt.teacher.max_norm import WithoutWrites
+from lightning_otrt.teacher.trained_elsewhere import TrainedElsewhere
 
 __all__ = ["BorrowedModule"]
 
@@ -37,6 +40,7 @@ class BorrowedModule:
         self._device: torch.device | None = None
         self._homes: list[tuple[nn.Module, str, torch.device]] = []
         self._writes = WithoutWrites(module)
+        self._watch: RemovableHandle | None = None
 
     def set_evaluation_mode(self) -> None:
         """Put the module and all inside it into evaluation mode, in which they do not write to their weights."""
@@ -49,6 +53,8 @@ class BorrowedModule:
             # Not by `eval`: users override `train` and `eval`, to merge weights for example.
             module.training = False
         self._changed_modes = self._changed_modes or bool(training)
+        if self._changed_modes and self._watch is None:
+            self._watch = add_forward_pre_hook(self.module, TrainedElsewhere(self.module))
 
     def move_to(self, device: torch.device | str) -> None:
         """Move the module to a device, unless it is there."""
@@ -66,6 +72,9 @@ class BorrowedModule:
     def give_back(self) -> None:
         """Restore devices and modes, but only what was changed here: another borrower may still run the module."""
         self._writes.allow()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         if self._changed_modes:
             for module, mode in self._modes:
                 if getattr(module, "training", mode) != mode:
