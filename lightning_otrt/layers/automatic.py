@@ -70,21 +70,23 @@ def block_groups(trace: Trace) -> list[list[str]]:
 
     A network of maps has one part: the last layer at each spatial resolution, and where most of its blocks share one
     resolution (isotropic and dilated networks) some of these, evenly spaced. Each stack of transformer blocks is a part
-    with evenly spaced blocks; where their number of tokens shrinks, the last block of each size. Without any of these
-    each recurrent module is a block. Empty where there is none.
+    with evenly spaced blocks; where their number of tokens shrinks, the last block of each size. A network that sees
+    and reads has both, the part of maps first. Without any of these each recurrent module is a block. Empty where there
+    is none.
     """
     layers = block_candidates(trace)
     maps = _last_at_each_size([layer for layer in layers if not _is_tokens(layer) and not adds_nothing(layer)], trace)
     stacks = _repeated_blocks([layer for layer in layers if _is_tokens(layer)])
     last_token = max((stack[-1].order or 0 for stack in stacks), default=-1)
     # Patch embeddings and convolutional stems give maps too, but before the tokens; a feature pyramid ends with a map.
-    if maps and (maps[-1].order or 0) > last_token:
+    seen = _convolutional_tower(maps, trace) if stacks else []
+    if maps and (maps[-1].order or 0) > last_token and not seen:
         return [_names(_with_isotropic_blocks(maps, layers))]
     if not stacks:
         recurrent = [layer for layer in layers if layer.role == "recurrent"]
         return [evenly_spaced(min(_BLOCKS, len(recurrent)), _names(recurrent))] if recurrent else []
     share = max(_BLOCKS // len(stacks), 2) if len(stacks) > 1 else _BLOCKS
-    groups = []
+    groups = [_names(seen)] if seen else []
     for stack in stacks:
         if len({_size(layer) for layer in stack}) > 1:
             groups.append(_names(_last_at_each_size(stack, trace)))
@@ -160,6 +162,14 @@ def _with_isotropic_blocks(maps: list[TracedLayer], layers: list[TracedLayer]) -
     chosen = evenly_spaced(min(_BLOCKS - len(others), len(same)), _names(same))
     known = {layer.name: layer for layer in same}
     return sorted([*others, *(known[name] for name in chosen)], key=lambda layer: layer.order or 0)
+
+
+def _convolutional_tower(maps: list[TracedLayer], trace: Trace) -> list[TracedLayer]:
+    """The maps of images of several sizes, in a network that also gets the ids of words; else none."""
+    entered = [layer.input for layer in trace.layers if layer.takes_model_input]
+    reads = any(tensor is not None and not tensor.is_floating and len(tensor.shape) == 2 for tensor in entered)
+    images = [layer for layer in maps if len(layer.output_shape or ()) == 4]
+    return images if reads and len(images) > 1 else []
 
 
 def _names(layers: Sequence[TracedLayer]) -> list[str]:

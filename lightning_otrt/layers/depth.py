@@ -21,7 +21,7 @@ def pair_blocks(student: Trace, teacher: Trace) -> list[tuple[str, str]]:
         student: Trace of the student.
         teacher: Trace of the teacher.
     """
-    groups = block_groups(student), block_groups(teacher)
+    groups = _of_shared_kinds(block_groups(student), block_groups(teacher), student, teacher)
     if len(groups[0]) != len(groups[1]):
         groups = [_joined(groups[0], student)], [_joined(groups[1], teacher)]
     return [
@@ -29,6 +29,25 @@ def pair_blocks(student: Trace, teacher: Trace) -> list[tuple[str, str]]:
         for own, other in zip(*groups, strict=True)
         for pair in zip(own, _partners(own, other, student, teacher), strict=True)
     ]
+
+
+def _of_shared_kinds(
+    own: list[list[str]], other: list[list[str]], student: Trace, teacher: Trace
+) -> tuple[list[list[str]], list[list[str]]]:
+    """The parts of both, without those of maps, or of tokens, where the other network has none of that kind."""
+    kinds = {_axis(names, student) for names in own} & {_axis(names, teacher) for names in other}
+    if not kinds:
+        return own, other
+    return (
+        [names for names in own if _axis(names, student) in kinds],
+        [names for names in other if _axis(names, teacher) in kinds],
+    )
+
+
+def _axis(names: list[str], trace: Trace) -> int:
+    """How many axes the blocks of a part have: more than three are those of maps."""
+    tensor = trace.tensor(names[0])
+    return 3 if tensor is None else min(len(tensor.shape), 4)
 
 
 def _joined(groups: list[list[str]], trace: Trace) -> list[str]:

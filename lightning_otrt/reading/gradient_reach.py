@@ -58,8 +58,8 @@ def describe_unreached(student: nn.Module, trace: Trace, pairs: Sequence[LayerPa
     """
     reached, is_all = leaves_of(tensors)
     found = layers_of_parameters(student, trace, pairs)
-    before = {parameter: name for name, parameter, is_before in found if is_before and parameter.requires_grad}
-    others = list(dict.fromkeys(name for parameter, name in before.items() if parameter not in reached))
+    before = {parameter for _, parameter, is_before in found if is_before and parameter.requires_grad}
+    others = [name for name, parameter in student.named_parameters() if parameter in before - reached]
     # A strategy that computes with parameters of its own, such as FSDP, shows none of these.
     if not is_all or not others or reached.isdisjoint(before):
         return ""
@@ -67,6 +67,6 @@ def describe_unreached(student: nn.Module, trace: Trace, pairs: Sequence[LayerPa
     named = ", ".join(map(repr, others[:8])) + (", ..." if len(others) > 8 else "")
     return (
         f"The transfer term trains {count} of the {len(before)} tensors before the recorded layers: in the first step "
-        f"no gradient reaches those of {named}. They are in another branch than the recorded layers, behind a "
+        f"no gradient reaches {named}. They are in another branch than the recorded layers, behind a "
         "`detach`, or did not run. To train them, name layers behind them."
     )

@@ -20,6 +20,7 @@ from lightning_otrt.reading.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.closest import match_layers
 from lightning_otrt.reading.failed_teacher import teacher_failed
 from lightning_otrt.reading.layer_masks import pair_masks
+from lightning_otrt.reading.mask_owner import settle_masks
 from lightning_otrt.reading.mask_warnings import warn_of_one_sided_masks, warn_of_unused_masks
 from lightning_otrt.reading.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.reading.reach import describe_reach
@@ -143,7 +144,7 @@ def pair_layers(
     def checked(pairs: tuple[LayerPair, ...], notes: Sequence[str]) -> Pairing:
         student_trace, teacher_trace = traces
         own = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-        for settle in (settle_token_order, settle_rows):
+        for settle in (settle_token_order, settle_rows, settle_masks):
             student_trace = settle(student, student_trace, own[0], inputs, method)
             teacher_trace = settle(teacher, teacher_trace, own[1], teacher_inputs, teacher_method)
         side = OrderedSide(student, student_trace, inputs, method)

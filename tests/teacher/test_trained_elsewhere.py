@@ -50,11 +50,11 @@ def test_a_teacher_that_is_trained_too() -> None:
 def test_two_networks_that_teach_each_other() -> None:
     first, second = Net(6), Net(8)
     transfers = RepresentationTransfer(second, ["body"]), RepresentationTransfer(first, ["body"])
-    with pytest.warns(UserWarning, match="Other code runs the teacher"), transfers[0].attached(first):
-        with transfers[1].attached(second):
-            first(X)
+    with transfers[0].attached(first), transfers[1].attached(second):
+        first(X)
+        with pytest.warns(UserWarning, match="Other code runs the teacher"):
             second(X)
-            sum(transfer.loss() for transfer in transfers)
+        sum(transfer.loss() for transfer in transfers)
 
 
 @pytest.mark.parametrize("how", [{"calls_train": True}, {"no_grad": True}], ids=str)
