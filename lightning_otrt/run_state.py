@@ -72,6 +72,8 @@ class RunState:
         self.distillation = distillation
         #: The layers that did not run in the last call, by the number of their pair.
         self.absent: dict[int, str] = {}
+        #: The number of calls in a row in which they did not.
+        self._missed: dict[int, int] = {}
         self._paired_for = ""
         self._pairing: Pairing | None = None
         self._saved: dict[str, Any] | None = None
@@ -174,6 +176,25 @@ class RunState:
             return ""
         layers = [self.absent.get(index, f"student layer {self.pairs[index].student!r}") for index in never]
         return why_absent(layers)
+
+    def note_absent(self, absent: dict[int, str]) -> None:
+        """Note the layers that did not run in a call, by the number of their pair."""
+        self.absent = absent
+        self._missed = {index: self._missed.get(index, 0) + 1 for index in absent}
+
+    def why_missing(self) -> str:
+        """What to say of layers that ran before, and then did not for long; empty where there are none."""
+        never = () if self.engine is None else self.engine.absent_pairs()
+        layers = [
+            self.absent[index] for index, count in self._missed.items() if count >= PATIENCE and index not in never
+        ]
+        if not layers:
+            return ""
+        return (
+            f"The {' and the '.join(layers)} did not run in the last {PATIENCE} steps, so that the share of its weight "
+            "is missing from the term, as where each domain has a branch of its own. Choose a layer that runs in each "
+            "step, such as its parent."
+        )
 
     def take_bad_calls(self, distances: Sequence[PairDistance]) -> tuple[int, str]:
         """Number of calls since the last read whose value was not finite. Waits for the device.

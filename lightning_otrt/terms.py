@@ -84,7 +84,8 @@ def make_terms(
     distances: list[PairDistance] = []
     if matched is not None:
         assert run.engine is not None
-        run.absent, samples = matched.absent, sum(view.samples for view in views)
+        run.note_absent(matched.absent)
+        samples = sum(view.samples for view in views)
         transport, distances = run.engine.term(
             matched.neurons, samples, absent=matched.absent, reevaluation=reevaluation
         )

@@ -294,6 +294,8 @@ class RepresentationTransfer(RecordedStudent):
         self.distances = terms.distances
         if reason := self._run.why_absent(student):
             self._give_up(reason)
+        if missing := self._run.why_missing():
+            self._warn(missing, key="missing")
         if self._run.calls % self.check_every == 0:
             self.check_finite()
         return terms.total

@@ -52,11 +52,23 @@ def classification_head(trace: Trace) -> TracedLayer | None:
     for layer in sorted(ran, key=lambda layer: layer.order or 0, reverse=True):
         output = layer.output
         if layer.role in ("linear", "pointwise") and output is not None and output.neuron_axis is not None:
+            if _is_of_stack(layer, ran):
+                return None
             is_assumed = not trace.shows_output and len(output.shape) == 2
             return layer if is_assumed or output.shape[output.neuron_axis] in widths else None
         if not layer.is_container and not passes_on(layer):
             return None
     return None
+
+
+def _is_of_stack(layer: TracedLayer, others: Sequence[TracedLayer]) -> bool:
+    """Whether a layer belongs to the last of several numbered blocks: an earlier one has the same layer."""
+    around, _, last = layer.name.rpartition(".")
+    pattern = re.compile(re.sub(r"\d+", r"\\d+", re.escape(around)) + re.escape(f".{last}"))
+    return re.search(r"\d", around) is not None and any(
+        other.name != layer.name and other.output_shape == layer.output_shape and pattern.fullmatch(other.name)
+        for other in others
+    )
 
 
 def block_names(trace: Trace) -> list[str]:
@@ -141,12 +153,15 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
 
 
 def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
-    """Whether a layer mixes the rows or columns of the map of a module around it: its neurons are positions there."""
+    """Whether a layer mixes positions of a module around it, so that its neurons are, or may be, positions there."""
     shape = layer.output_shape or ()
     around = [known[name] for name in ancestors(layer.name) if name in known]
-    return len(shape) > 3 and any(
-        sorted(outer.output_shape or ()) == sorted(shape) and _size(outer) != _size(layer) for outer in around
-    )
+    for outer in around:
+        if outer.output_shape == shape and outer.neuron_axis != layer.neuron_axis:
+            return True
+        if len(shape) > 3 and sorted(outer.output_shape or ()) == sorted(shape) and _size(outer) != _size(layer):
+            return True
+    return False
 
 
 def _with_isotropic_blocks(maps: list[TracedLayer], layers: list[TracedLayer]) -> list[TracedLayer]:

@@ -8,7 +8,7 @@ from lightning_otrt.layers.automatic import classification_head, input_before_dr
 from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.trace import Trace, TracedTensor
 
-__all__ = ["head_input", "logit_key", "other_head", "traced_logits"]
+__all__ = ["head_input", "logit_key", "other_head", "traced_class_axis", "traced_logits"]
 
 #: Keys under which libraries return logits: Hugging Face, and the segmentation networks of torchvision.
 _KEYS = ("logits", "out")
@@ -37,6 +37,25 @@ def traced_logits(trace: Trace, select: str | int | None) -> TracedTensor | None
     if not parts:
         return root.output
     return parts.get(logit_key(parts) if select is None else select)  # type: ignore[arg-type]
+
+
+def traced_class_axis(trace: Trace, logits: TracedTensor) -> int | None:
+    """The axis of the classes of traced logits; None where it is not known.
+
+    Code may have moved the channels of a map to the end. They are as many as the last linear layer has neurons.
+
+    Args:
+        trace: One forward of the model.
+        logits: Its logits.
+    """
+    ran = (layer for layer in trace.layers if layer.role in _LINEAR and layer.order is not None and layer.output)
+    last = max(ran, key=lambda layer: layer.order or 0, default=None)
+    if logits.neuron_axis is not None or len(logits.shape) < 4 or last is None or last.output is None:
+        return logits.neuron_axis
+    axis = last.output.neuron_axis
+    classes = None if axis is None else last.output.shape[axis]
+    is_last = logits.shape[-1] == classes != logits.shape[1]
+    return len(logits.shape) - 1 if is_last else None
 
 
 def other_head(trace: Trace, select: str | int | None) -> str | int | None:

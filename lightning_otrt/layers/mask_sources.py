@@ -50,6 +50,7 @@ class TracedMask:
         problem: Why its elements cannot be read, ``""`` where they can.
         empty: Number of samples in which it leaves no token.
         padded: Number of samples in which it leaves out a token.
+        padded_images: Number of samples of which it leaves out edges, read as a mask ``(B, H, W)``.
         is_doubtful: Whether the layer may hold another sequence than the mask.
         longest: The largest of lengths that stand in place of a mask; 1 where they are shares of the longest.
         shown_by: What shows it where no argument has the name of a mask: ``"ids"`` of an embedding, ``"nan"``, flags
@@ -63,6 +64,7 @@ class TracedMask:
     problem: str = ""
     empty: int = 0
     padded: int = 0
+    padded_images: int = 0
     is_doubtful: bool = False
     longest: int = 0
     shown_by: str = ""

@@ -15,7 +15,7 @@ from lightning_otrt.reading.mask_search import holds_lengths
 from lightning_otrt.reading.masks import unknown_polarity
 from lightning_otrt.reading.token_grid import find_token_grid
 
-__all__ = ["flat_mask", "layer_masks", "pair_masks"]
+__all__ = ["flat_mask", "layer_masks", "named_mask", "pair_masks", "with_unread"]
 
 
 def layer_masks(
@@ -36,7 +36,7 @@ def layer_masks(
             the layer.
     """
     layer = trace.layer(name)
-    found = (_named(side, trace, layer, mask),) if mask not in (None, "auto") else layer.masks
+    found = layer.masks if mask in (None, "auto") else (named_mask(side, trace, layer, str(mask)),)
     tensor = trace.tensor(name, select)
     if mask == "auto" and tensor is not None and len(tensor.shape) != 3:
         return LayerMasks(flat=flat_mask(trace, tensor), on_map=_map_mask(trace, tensor))
@@ -60,11 +60,27 @@ def layer_masks(
             f"The mask {found[0].source.argument!r} has the shape {found[0].shape}, but the {side} layer {name!r} has "
             f"{tokens} positions of {samples} samples. Name its own mask, or pass mask=None for this side."
         )
-    if mask == "auto" and masks.used is None and masks.misfit is None and masks.unread is None:
+    if mask == "auto" and not (layer.has_own_mask and not name.endswith(INPUT)):
+        return with_unread(masks, trace, layer, samples, tokens, time_first=tensor.batch_axis == 1)
+    return masks
+
+
+def with_unread(
+    masks: LayerMasks, trace: Trace, layer: TracedLayer, samples: int, tokens: int, *, time_first: bool
+) -> LayerMasks:
+    """The masks of a layer with what else may tell its padding, where none of them was found.
+
+    Args:
+        masks: What was found.
+        trace: Trace of its network.
+        layer: The layer.
+        samples: Number of its samples.
+        tokens: Number of its tokens, a prefix included.
+        time_first: Whether it is ``(T, B, C)``.
+    """
+    if masks.used is None and masks.misfit is None and masks.unread is None:
         shapes = [(samples, tokens), (samples, tokens - trace.prefix_tokens)]
-        turned = [shape[::-1] for shape in shapes] if tensor.batch_axis == 1 else []
-        if layer.has_own_mask and not name.endswith(INPUT):
-            return masks
+        turned = [shape[::-1] for shape in shapes] if time_first else []
         lengths = (known for known in trace.arguments if holds_lengths(known) and known.shape == (samples,))
         possible = [known for known in trace.arguments if may_mark_padding(known.source.argument)]
         late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
@@ -117,7 +133,9 @@ def _map_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
         if known.shape is None or known.shape[0] != samples:
             continue
         fits = known.longest in {1, *sizes} if holds_lengths(known) else sizes.issuperset(known.shape[1:])
-        if fits and (holds_lengths(known) or (known.padded and is_mask_name(known.source.argument))):
+        is_image = len(known.shape) > 2 or known.source.is_pairwise
+        padded = known.padded_images if is_image else known.padded
+        if fits and (holds_lengths(known) or (padded and is_mask_name(known.source.argument))):
             return known
     return None
 
@@ -135,9 +153,18 @@ def pair_masks(pair: LayerPair, student: Trace, teacher: Trace) -> tuple[LayerMa
     )
 
 
-def _named(side: str, trace: Trace, layer: TracedLayer, mask: str | None) -> TracedMask:
-    """The argument that the user named as the mask of a side: of the network, or of a module around the layer."""
-    name = str(mask)
+def named_mask(side: str, trace: Trace, layer: TracedLayer, name: str) -> TracedMask:
+    """The argument that the user named as the mask of a side: of the network, or of a module around the layer.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        trace: Trace of its network.
+        layer: The layer.
+        name: Name of the argument; with ``~`` in front its true elements are padding.
+
+    Raises:
+        ValueError: If there is no such argument, or it is no mask.
+    """
     arguments = {traced.source.argument: traced for traced in trace.arguments}
     for traced in layer.masks:
         if traced.source.true_at == "unknown":

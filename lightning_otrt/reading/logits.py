@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_otrt.layers.logits import logit_key, traced_logits
+from lightning_otrt.layers.logits import logit_key, traced_class_axis, traced_logits
 from lightning_otrt.layers.mask_sources import LayerMasks, MaskSource, choose_masks
 from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.layer_masks import flat_mask
+from lightning_otrt.reading.layer_masks import flat_mask, named_mask, with_unread
 from lightning_otrt.reading.masks import fit_mask
 from lightning_otrt.reading.note_hooks import mask_key
 from lightning_otrt.reading.outputs import as_container, describe, output_items
@@ -154,12 +154,14 @@ def class_axis(logits: Tensor, given: int | None, where: str) -> int:
     return axis % count
 
 
-def logit_masks(trace: Trace, select: str | int | None) -> LayerMasks:
+def logit_masks(side: str, trace: Trace, select: str | int | None, named: Sequence[str] = ()) -> LayerMasks:
     """The padding masks of the logits of tokens; none for others.
 
     Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
         trace: One forward of the network.
         select: Key or index of the logits, where the user gave one.
+        named: What the user named as masks of matched layers.
     """
     logits = traced_logits(trace, select)
     if logits is not None and len(logits.shape) == 2:
@@ -173,9 +175,11 @@ def logit_masks(trace: Trace, select: str | int | None) -> LayerMasks:
     found = tuple(dict.fromkeys((*first.masks, *trace.layer(trace.root).masks)))
     # What a network with an encoder and a decoder returns are tokens of the decoder.
     found = tuple(mask for mask in found if mask.source.is_of_target) or found
-    samples = logits.shape[logits.batch_axis]
+    found = (*(named_mask(side, trace, first, name) for name in named), *found)
+    samples, time_first = logits.shape[logits.batch_axis], logits.batch_axis == 1
     (tokens,) = logits.positions
-    return choose_masks(found, samples, tokens, 0, time_first=logits.batch_axis == 1)
+    masks = choose_masks(found, samples, tokens, 0, time_first=time_first)
+    return with_unread(masks, trace, first, samples, tokens, time_first=time_first)
 
 
 def logit_reader(
@@ -185,6 +189,7 @@ def logit_reader(
     kind: str,
     select: str | int | None,
     axis: int | None,
+    named: Sequence[str] = (),
 ) -> LogitReader:
     """The reader of a network that was traced.
 
@@ -195,10 +200,11 @@ def logit_reader(
         kind: Name of its type.
         select: Key or index of the logits, where the user gave one.
         axis: Axis of the classes, where the user gave one.
+        named: See :func:`logit_masks`.
     """
-    logits, masks = traced_logits(trace, select), logit_masks(trace, select)
+    logits, masks = traced_logits(trace, select), logit_masks(side, trace, select, named)
     root = f", module {trace.root!r}" if trace.root else ""
-    known = None if logits is None or len(logits.shape) == 2 else logits.neuron_axis
+    known = None if logits is None or len(logits.shape) == 2 else traced_class_axis(trace, logits)
     if known == 1 and logits is not None and len(logits.shape) > 3:
         known = None  # as without a trace
     return LogitReader(
@@ -207,5 +213,5 @@ def logit_reader(
         select=select,
         class_axis=known if axis is None else axis,
         batch_axis=0 if logits is None else logits.batch_axis,
-        masks=tuple((source, modules[source.module]) for source in masks.sources),
+        masks=tuple((source, modules[source.module]) for source in masks.sources if source.true_at != "unknown"),
     )

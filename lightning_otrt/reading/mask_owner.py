@@ -35,7 +35,7 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
         method: Method of the root that is called in place of its forward.
     """
     layers = [traced.layer(name) for name in dict.fromkeys(names)]
-    masked = [layer for layer in layers if any(_is_of_root(mask, traced) for mask in layer.masks)]
+    masked = [layer for layer in layers if _has_mask_of_root(layer, traced)]
     if not masked:
         return traced
     root = named_layers(model)[traced.root]
@@ -66,6 +66,12 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
             for layer in traced.layers
         ),
     )
+
+
+def _has_mask_of_root(layer: TracedLayer, traced: Trace) -> bool:
+    """Whether the nearest mask that was given is one of the root."""
+    given = next((mask for mask in layer.masks if mask.shape is not None), None)
+    return given is not None and _is_of_root(given, traced)
 
 
 def _is_of_root(mask: TracedMask, traced: Trace) -> bool:

@@ -90,21 +90,19 @@ _WARNINGS = {
 
 
 def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
-    """Warn once of each kind of mask that is there and not used, or that leaves no token of a sample.
+    """Warn once of each mask of each kind that is there and not used, or that leaves no token of a sample.
 
     Args:
         side: ``"student"`` or ``"teacher"``.
         masks: The masks of its layers by name.
     """
-    found: dict[str, dict[str, TracedMask]] = {kind: {} for kind in _WARNINGS}
+    # Layers of one kind of problem with one argument, which may have other modules around each of them.
+    found: dict[tuple[str, str], dict[str, TracedMask]] = {}
     for layer, known in masks.items():
         for kind, mask in _problems(known):
-            found[kind][layer] = mask
-    for kind, layers in found.items():
-        if not layers:
-            continue
+            found.setdefault((kind, mask.source.argument), {})[layer] = mask
+    for (kind, name), layers in found.items():
         mask = next(iter(layers.values()))
-        name = mask.source.argument
         message = _WARNINGS[kind].format(
             side=side,
             layers=list(layers),

@@ -49,10 +49,10 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
     if 2 * before > total:
         return line
     if not before:
-        return f"{line}: all that leads to them is frozen, and the term trains nothing."
+        return f"{line}: all that leads to them is frozen, and the term trains nothing while it is."
     after = sum(key in ran and not is_before for key, is_before in trained.items())
     idle = total - before - after
-    line += f". Of the others {after} run after them, and {idle} are in modules that do not run in evaluation mode."
+    line += f". Of the others {after} run after them, and {idle} in no module that the root runs in evaluation mode."
     if not (block_names(trace) and penultimate_names(trace)):
         return line
     return f'{line} Later layers, such as those of ["blocks", "penultimate"], let the term train more.'

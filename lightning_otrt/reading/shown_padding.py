@@ -12,6 +12,7 @@ from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
 from lightning_otrt.reading.calls import Call, is_ids, is_tensor
 from lightning_otrt.reading.mask_names import is_mask_name, names_other_mask
 from lightning_otrt.reading.masks import as_rows
+from lightning_otrt.reading.padding_shapes import is_at_ends
 from lightning_otrt.reading.torch_internals import is_in_functional_transform
 
 __all__ = ["ShownPadding", "padded_arguments", "padded_ids"]
@@ -68,8 +69,9 @@ def padded_ids(call: Call) -> TracedMask | None:
     if not isinstance(module, nn.Embedding) or module.padding_idx is None or ids is None or not is_ids(ids):
         return None
     is_padding = ids == module.padding_idx
-    is_at_ends = _is_at_ends(is_padding) & (is_padding.sum(1) > 1).any()
-    return _shown(is_padding, MaskSource(call.name, "padding_idx", "valid"), "ids") if bool(is_at_ends) else None
+    if not bool(is_at_ends(is_padding) & (is_padding.sum(1) > 1).any()):
+        return None
+    return _shown(is_padding, MaskSource(call.name, "padding_idx", "valid"), "ids")
 
 
 def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask, ...]:
@@ -99,13 +101,13 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
         if flags is not None:
             # Samples may lie along the second axis.
             for rows in (flags, flags.T):
-                if bool(_is_at_ends(rows) | _is_at_ends(~rows)):
+                if bool(is_at_ends(rows) | is_at_ends(~rows)):
                     found.append(_shown(rows, source, "inner" if is_inner else kind))
         elif is_inner:
             continue
         elif value.dim() == 3 and value.is_floating_point():
             is_padding = value.isnan().all(2)
-            if bool(_is_at_ends(is_padding)):
+            if bool(is_at_ends(is_padding)):
                 found.append(_shown(is_padding, source, "nan"))
         elif _are_counts(name, value):
             found.append(TracedMask(source, tuple(value.shape), longest=int(value.max()), shown_by="lengths"))
@@ -147,18 +149,6 @@ def _are_counts(name: str, value: Tensor) -> bool:
         return False
     is_other = not _NO_COUNTS.isdisjoint(name.lower().split("_"))
     return not is_other and bool((value > 0).all() & (value != value[0]).any())
-
-
-def _is_at_ends(is_padding: Tensor) -> Tensor:
-    """Whether flags ``(B, T)`` stand at the ends of samples alone, or all over them, and not in each alike."""
-    count = is_padding.sum(1)
-    at_ends = _leading(is_padding) + _leading(is_padding.flip(1))
-    return ((count == at_ends) | is_padding.all(1)).all() & (count != count[:1]).any()
-
-
-def _leading(values: Tensor) -> Tensor:
-    """How many elements of each row are true before the first that is not."""
-    return values.long().cumprod(1).sum(1)
 
 
 def _shown(is_padding: Tensor, source: MaskSource, kind: str) -> TracedMask:

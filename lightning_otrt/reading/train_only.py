@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -31,6 +32,8 @@ _NOISE = re.compile(r"drop|stochastic|noise|mask", re.IGNORECASE)
 _RUNNING = re.compile(r"running_|num_batches")
 #: Largest difference by rounding, relative to the largest value: in types of two bytes, and in others.
 _ROUNDING_OF_HALF, _ROUNDING = 2e-2, 1e-3
+#: Above this correlation a sample is the same with noise, or with another brightness.
+_NEARLY_SAME = 0.97
 
 
 class FirstInput:
@@ -59,6 +62,8 @@ class FirstInput:
         self._module: nn.Module | None = None
         self._value: Tensor | None = None
         self._is_over = False
+        #: Whether the last comparison showed a change.
+        self.has_warned = False
         self._handle: RemovableHandle | None = None
 
     @contextmanager
@@ -70,7 +75,7 @@ class FirstInput:
             root: Name of the module that runs.
         """
         self.forget()
-        self._root, self._is_over = root, False
+        self._root, self._is_over, self.has_warned = root, False, False
         modules = named_layers(student)
         names = primary_names(modules, root)
         with ExitStack() as hooks:
@@ -115,6 +120,7 @@ class FirstInput:
         self.forget()
         if before is None or now is None or _is_same(before, now.detach()):
             return
+        self.has_warned = True
         what = "other values" if now.shape == before.shape else describe(now)
         whose = f"{self._root!r} of the student" if self._root else "the student"
         warnings.warn(
@@ -155,7 +161,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
 
 
 def _is_same(before: Tensor, now: Tensor) -> bool:
-    """Whether two inputs are equal but for rounding, a common factor and values that were dropped."""
+    """Whether two inputs are equal but for rounding, a common factor, values that were dropped, and small noise."""
     if before.shape != now.shape:
         return False
     if not before.is_floating_point() or not now.is_floating_point() or not before.numel():
@@ -169,4 +175,12 @@ def _is_same(before: Tensor, now: Tensor) -> bool:
         return True
     kept = y.abs() > rounding  # dropout sets the others to zero
     factor = float((x[kept] * y[kept]).sum() / (x[kept] ** 2).sum())
-    return bool(((factor * x - y)[kept].abs() <= rounding * max(factor, 1.0)).all())
+    if bool(((factor * x - y)[kept].abs() <= rounding * max(factor, 1.0)).all()):
+        return True
+    return before.dim() > 1 and _least_correlation(before.float().flatten(1), now.float().flatten(1)) > _NEARLY_SAME
+
+
+def _least_correlation(x: Tensor, y: Tensor) -> float:
+    """The smallest of the correlations of rows."""
+    x, y = (rows - rows.mean(1, keepdim=True) for rows in (x, y))
+    return float(functional.cosine_similarity(x, y, dim=1).min())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.reading.first_shapes import FirstShapes
 from lightning_otrt.reading.gradient_reach import describe_unreached
 from lightning_otrt.reading.input_guard import InputGuard, tensors_in
 from lightning_otrt.reading.pairing import Pairing, check_layers
@@ -93,7 +94,7 @@ class Attachment:
         self.root = RootSearch(layers, student_root, self._recorder, distills=logits is not None)
         self._teacher_run = TeacherRun(teacher, self._recorder, grid, cache, strict, agree, logits)
         self._guard = InputGuard()
-        self._first_input = FirstInput()
+        self._first_input, self._first_shapes = FirstInput(), FirstShapes()
 
     @property
     def views(self) -> list[View]:
@@ -147,6 +148,7 @@ class Attachment:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
         self.root.stop()
         self._first_input.forget()
+        self._first_shapes.forget()
         self._recorder.remove()
         self._teacher_run.stop()
         if self._logits is not None:
@@ -169,7 +171,10 @@ class Attachment:
 
     def take(self) -> list[View]:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""
+        if self._first_input.has_warned:  # of what makes the shapes differ
+            self._first_shapes.forget()
         self._first_input.forget()
+        self._first_shapes.take_warning()
         return trained_views(self._recorder.take())
 
     @property
@@ -315,6 +320,8 @@ class Attachment:
         self._teacher_run.watch(self.pairing)
         if not self.pairing.student.draws_random:  # which has a warning of its own
             self._first_input.compare_next()
+        readers = self._readers.values()
+        self._first_shapes.compare_next(self.pairing.student, ((reader.name, reader.module) for reader in readers))
 
     def _watch_student(self, student: nn.Module) -> None:
         assert self.pairing is not None

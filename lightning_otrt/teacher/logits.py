@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lightning_otrt.distillation import LogitDistillation
-from lightning_otrt.layers.logits import head_input, other_head, traced_logits
+from lightning_otrt.layers.logits import head_input, other_head, traced_class_axis, traced_logits
 from lightning_otrt.layers.mask_sources import MaskSource
 from lightning_otrt.layers.names import child_names, named_layers
 from lightning_otrt.layers.pairs import INPUT
@@ -81,7 +81,7 @@ class LogitRecording:
             ValueError: If the layer that the user named for a regression does not exist or cannot be read.
         """
         self.forget_modules()
-        self._student = self._reader("student", pairing.student, student)
+        self._student = self._reader("student", pairing, student)
         self.use_teacher(pairing, teacher)
         traced = traced_logits(pairing.student, self.option.selects[0])
         if (other := other_head(pairing.student, self.option.selects[0])) is not None:
@@ -94,10 +94,12 @@ class LogitRecording:
         self._traced = None if traced is None else traced.shape
         self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
         counts = []
-        for side, trace, select in zip(
-            ("student", "teacher"), (pairing.student, pairing.teacher), self.option.selects, strict=True
+        for place, (side, trace, select) in enumerate(
+            zip(("student", "teacher"), (pairing.student, pairing.teacher), self.option.selects, strict=True)
         ):
-            warn_of_unused_masks(side, {trace.root: logit_masks(trace, select)})
+            if not _reads_padding(pairing, place):
+                masks = logit_masks(side, trace, select, _named_masks(pairing, place))
+                warn_of_unused_masks(side, {trace.root: masks})
             counts.append(_classes(trace, select, self.option))
         differ = None not in counts and counts[0] != counts[1]
         self._pools = differ or self.option.features is not None
@@ -108,13 +110,13 @@ class LogitRecording:
 
     def use_teacher(self, pairing: Pairing, teacher: nn.Module) -> None:
         """Read from this module, where the teacher runs as another copy than before."""
-        self._teacher = self._reader("teacher", pairing.teacher, teacher)
+        self._teacher = self._reader("teacher", pairing, teacher)
 
-    def _reader(self, side: str, trace: Trace, model: nn.Module) -> LogitReader:
-        modules = named_layers(model)
-        select = self.option.selects[0 if side == "student" else 1]
-        kind = type(modules[trace.root]).__name__
-        return logit_reader(side, trace, modules, kind, select, self.option.class_axis)
+    def _reader(self, side: str, pairing: Pairing, model: nn.Module) -> LogitReader:
+        modules, place = named_layers(model), 0 if side == "student" else 1
+        trace = (pairing.student, pairing.teacher)[place]
+        kind, named = type(modules[trace.root]).__name__, _named_masks(pairing, place)
+        return logit_reader(side, trace, modules, kind, self.option.selects[place], self.option.class_axis, named)
 
     def forget_modules(self) -> None:
         """Let go of the modules of both networks. :meth:`settle` finds them again."""
@@ -298,6 +300,17 @@ class LogitRecording:
         return f"Distillation: T² KL of {count} {classes} at temperature {self.option.temperature:g}"
 
 
+def _named_masks(pairing: Pairing, place: int) -> list[str]:
+    """What the pairs name as masks of one side."""
+    named = (pair.masks[place] for pair in pairing.pairs)
+    return list(dict.fromkeys(name for name in named if name not in (None, "auto")))
+
+
+def _reads_padding(pairing: Pairing, place: int) -> bool:
+    """Whether the pairs say that there is no padding on one side, or that it is to be read."""
+    return bool(pairing.pairs) and all(pair.masks[place] is None for pair in pairing.pairs)
+
+
 def _mask_of(view: View) -> Tensor | None:
     """The mask of the teacher's logits."""
     masks = view.teacher.get(LOGIT_MASK)
@@ -309,7 +322,7 @@ def _classes(trace: Trace, select: str | int | None, option: LogitDistillation) 
     logits = traced_logits(trace, select)
     if logits is None or len(logits.shape) < 2:
         return None
-    axis = option.class_axis if option.class_axis is not None else logits.neuron_axis
+    axis = option.class_axis if option.class_axis is not None else traced_class_axis(trace, logits)
     if axis is None:
         axis = 1 if len(logits.shape) != 3 else None
     return None if axis is None or not -len(logits.shape) <= axis < len(logits.shape) else logits.shape[axis]

@@ -1,0 +1,50 @@
+"""How padding lies in a mask: at the ends of sequences, and at the edges of images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_at_ends", "padded_images"]
+
+
+def is_at_ends(is_padding: Tensor) -> Tensor:
+    """Whether flags ``(B, T)`` stand at the ends of samples alone, or all over them, and not in each alike.
+
+    Example:
+        >>> bool(is_at_ends(torch.tensor([[False, True, True], [False, False, False]])))
+        True
+    """
+    count = is_padding.sum(1)
+    return _end_somewhere(is_padding).all() & (count != count[:1]).any()
+
+
+def padded_images(mask: Tensor) -> int:
+    """In how many images a mask ``(B, H, W)`` leaves out edges; 0 for labels of pixels, holes, and other masks.
+
+    What is left is a rectangle in each image. It waits for the device.
+
+    Example:
+        >>> inside = (torch.arange(4) < torch.tensor([[2], [4]]))[:, :, None].expand(2, 4, 3)
+        >>> padded_images(inside), padded_images(~inside), padded_images(torch.randint(5, (2, 4, 3)))
+        (1, 1, 0)
+    """
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        return 0
+    for valid in (mask != 0, mask == 0):
+        rows, columns = valid.any(2), valid.any(1)
+        is_rectangle = (valid == rows[:, :, None] & columns[:, None]).all()
+        if bool(is_rectangle & rows.any(1).all() & _end_somewhere(~rows).all() & _end_somewhere(~columns).all()):
+            return int((~valid).flatten(1).any(1).sum())
+    return 0
+
+
+def _end_somewhere(is_padding: Tensor) -> Tensor:
+    """For each sample, whether its flags stand at its ends alone, or all over it."""
+    at_ends = _leading(is_padding) + _leading(is_padding.flip(1))
+    return (is_padding.sum(1) == at_ends) | is_padding.all(1)
+
+
+def _leading(values: Tensor) -> Tensor:
+    """How many elements of each row are true before the first that is not."""
+    return values.long().cumprod(1).sum(1)
