@@ -19,6 +19,8 @@ __all__ = ["ShownPadding", "padded_arguments", "padded_ids"]
 
 #: Numbers up to this one hide a token from others, where they are added to scores.
 _HIDDEN = -1e4
+#: Names of what a loss is computed from: one flag for each position may be its label.
+_TARGETS = ("target", "targets", "y")
 #: Words in the names of whole numbers, one for each sample, that are no counts.
 _NO_COUNTS = {"class", "classes", "id", "ids", "idx", "index", "label", "labels", "target", "targets", "y"}
 _NO_COUNTS |= {"step", "t", "time", "timestep", "timesteps"}
@@ -97,7 +99,7 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
         if is_inner and value is call.sequence:
             continue
         source = MaskSource(call.name, name, "unknown", call.method)
-        flags = None if is_mask_name(name) or names_other_mask(name) else _flags(value)
+        flags = None if is_mask_name(name) or names_other_mask(name) or name in _TARGETS else _flags(value)
         if flags is not None:
             # Samples may lie along the second axis.
             for rows in (flags, flags.T):

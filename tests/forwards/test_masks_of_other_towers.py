@@ -100,3 +100,76 @@ def test_vision_language_models(name: str) -> None:
             student(input_ids=words, attention_mask=mask.long(), pixel_values=IMAGES[:, None])
             values.append(float(transfer.loss().detach()))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+class OneModule(nn.Module):
+    """Both towers in one forward, in either order, so that no module around a tower tells its inputs."""
+
+    def __init__(self, width: int, *, image_first: bool) -> None:
+        super().__init__()
+        self.image_first = image_first
+        self.patches, self.embed = nn.Conv2d(3, width, 8, 8), nn.Embedding(50, width)
+        self.sees, self.reads = (
+            nn.ModuleList(
+                nn.TransformerEncoderLayer(width, 2, 16, 0.0, batch_first=True, norm_first=True) for _ in "ab"
+            )
+            for _ in "ab"
+        )
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, first: Tensor, second: Tensor, attention_mask: Tensor) -> Tensor:
+        images, words = (first, second) if self.image_first else (second, first)
+        seen, read = self.patches(images).flatten(2).transpose(1, 2), self.embed(words)
+        for block in self.sees:
+            seen = block(seen)
+        for block in self.reads:
+            read = block(read)
+        return self.head(seen.mean(1) + (read * attention_mask[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("image_first", [True, False])
+@pytest.mark.parametrize("tokens", [TOKENS, 12], ids=["as many tokens as patches", "fewer tokens"])
+def test_towers_in_one_forward(image_first: bool, tokens: int) -> None:
+    """Without a word: a change of the words shows which layers hold them."""
+    layers, found = ["sees.0", "sees.1", "reads.0", "reads.1"], {}
+    for kind, mask in (("padded", VALID[:, :tokens].long()), ("full", torch.ones(len(WORDS), tokens).long())):
+        student, teacher = (
+            seeded(number, OneModule, width, image_first=image_first) for number, width in ((3, 8), (4, 12))
+        )
+        transfer = RepresentationTransfer(teacher, layers, weight=1.0, plan="uniform")
+        with transfer.attached(student):
+            inputs = (IMAGES, WORDS[:, :tokens]) if image_first else (WORDS[:, :tokens], IMAGES)
+            student(*inputs, mask)
+            transfer.loss()
+        found[kind] = {distance.name: float(distance.value) for distance in transfer.distances}
+    same = [found["padded"][name] == pytest.approx(found["full"][name], rel=1e-6) for name in found["full"]]
+    assert same == [True, True, False, False]
+
+
+class Regions(nn.Module):
+    """Vectors of regions beside words, as many of both; each tower with code between its layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.regions, self.embed = nn.Linear(8, width), nn.Embedding(50, width)
+        self.sees, self.reads = (nn.ModuleList(nn.Linear(width, width) for _ in "ab") for _ in "ab")
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        seen, read = self.regions(values), self.embed(input_ids)
+        for one, other in zip(self.sees, self.reads, strict=True):
+            seen, read = seen + one(seen).relu(), read + other(read).relu()
+        return self.head(seen.mean(1) + (read * attention_mask[..., None]).sum(1))
+
+
+def test_regions_beside_words() -> None:
+    """They may have the same padding, so a warning says that the mask is not used."""
+    student, teacher = seeded(3, Regions, 8), seeded(4, Regions, 12)
+    transfer = RepresentationTransfer(teacher, ["sees.1", "reads.1"], weight=1.0, plan="uniform")
+    with warnings.catch_warnings(record=True) as caught, transfer.attached(student):
+        warnings.simplefilter("always")
+        student(VECTORS, WORDS, VALID.long())
+        transfer.loss()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2
+    assert all("layers ['sees.1'] get another sequence than the first one" in message for message in messages)

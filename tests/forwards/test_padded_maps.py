@@ -107,6 +107,32 @@ def test_others_are_not(argument: str, value: Any) -> None:
     assert told(Spectra, argument, value, "mix") == []
 
 
+PIXELS = torch.zeros(SAMPLES, 6, FRAMES, dtype=torch.bool)
+PIXELS[0], PIXELS[1, :4, :7], PIXELS[2, :5], PIXELS[3, :, :6] = True, True, True, True
+HOLES = torch.rand(SAMPLES, 6, FRAMES, generator=torch.Generator().manual_seed(1)) > 0.5
+
+
+@pytest.mark.parametrize("value", [PIXELS, ~PIXELS, PIXELS.long(), PIXELS.flip(1), PIXELS.float()])
+def test_pixels_at_the_edges_are_padding(value: Tensor) -> None:
+    messages = told(Spectra, "pixel_mask", value, "mix")
+    assert len(messages) == 2
+    assert all("'pixel_mask'" in message and "says what of its input is padding" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("masks", torch.randint(4, (SAMPLES, 6, FRAMES), generator=torch.Generator().manual_seed(2))),  # labels
+        ("mask", HOLES),
+        ("mask", HOLES[:, None].float()),
+        ("mask", torch.ones_like(PIXELS)),
+    ],
+    ids=["labels", "holes", "holes in a channel", "all"],
+)
+def test_other_masks_of_pixels_are_not(argument: str, value: Tensor) -> None:
+    assert told(Spectra, argument, value, "mix") == []
+
+
 def test_a_named_mask_of_a_map_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"mask='pad' cannot be used for the student layer 'mix', a map of shape"):
         told(Spectra, "pad", VALID, "mix", mask="pad")

@@ -87,6 +87,35 @@ def test_a_part_is_not_taken_for_the_whole(name, layers):
     assert not any(module._forward_pre_hooks for module in student.modules())
 
 
+NAMED = {
+    "a method of the network": (*CALLS["a method of the network"], "body", "body"),
+    "a trainable augmentation": (*CALLS["a trainable augmentation"], "net.body", "net"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_layer_of_a_part_that_gets_what_others_made(name):
+    """Its teacher gets that, too: told, since named layers may well be those of a part."""
+    build, call, layer, root = NAMED[name]
+    student, transfer = build(), RepresentationTransfer(Net(), {layer: "body"})
+    with transfer.attached(student):
+        call(student)
+        with pytest.warns(UserWarning, match=f"holds the layers is '{root}', and what enters it was made by trained"):
+            transfer.loss()
+    student, transfer = build(), RepresentationTransfer(Net(), {layer: "body"}, student_root=root)
+    with transfer.attached(student):
+        call(student)
+        transfer.loss()
+
+
+def test_a_named_layer_of_a_network_that_gets_the_batch():
+    build, call = CALLS["a head outside"]
+    student, transfer = build(), RepresentationTransfer(Net(6), {"body.body": "body"})
+    with transfer.attached(student):
+        call(student)
+        transfer.loss()
+
+
 def test_not_strict_warns_and_goes_on():
     student, transfer = AutoEncoder(6), RepresentationTransfer(AutoEncoder(10), strict=False)
     with transfer.attached(student):

@@ -167,6 +167,32 @@ def test_a_layer_that_never_runs_is_an_error_after_32_calls() -> None:
         transfer.reset()
 
 
+class Domains(nn.Module):
+    """A branch for each domain."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, width), nn.Linear(width, 2)
+        self.branches = nn.ModuleDict({name: nn.Linear(width, width) for name in "ab"})
+
+    def forward(self, x: Tensor, domain: str) -> Tensor:
+        return self.head(self.branches[domain](self.first(x)))
+
+
+def test_a_layer_that_runs_no_more_is_told_after_32_calls() -> None:
+    student, transfer = Domains(), RepresentationTransfer(Domains(7), ["first", "branches.a"])
+    with transfer.attached(student):
+        for domain in ("a", *"b" * 20, "a", *"b" * 31):
+            student(torch.randn(9, 8), domain)
+            transfer.loss()
+        student(torch.randn(9, 8), "b")
+        with pytest.warns(UserWarning, match=r"layer 'branches.a' did not run in the last 32 steps"):
+            transfer.loss()
+        for _ in range(40):
+            student(torch.randn(9, 8), "b")
+            transfer.loss()
+
+
 @pytest.mark.parametrize(("compiled", "calls"), [(False, 8), (True, 1)])
 def test_where_no_layer_ever_runs_the_error_comes_early(compiled: bool, calls: int) -> None:
     """At once where compiled code may lack the hooks; else training may skip all of them in the first calls."""

@@ -1,0 +1,199 @@
+"""``"auto"`` where a network sees and reads, mixes positions or has no head; and what the term trains of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import seeded
+from torch import Tensor, nn
+
+from lightning_otrt import RepresentationTransfer
+
+IMAGES, WORDS = seeded(0, torch.randn, 6, 3, 32, 32), seeded(1, torch.randint, 3, 50, (6, 12))
+VALID = (torch.arange(12) < torch.tensor([[3], [12], [5], [4], [7], [9]])).float()
+
+
+def _pairs(student: nn.Module, teacher: nn.Module, *args: Tensor, layers: object = "auto") -> tuple[list, list[str]]:
+    transfer = RepresentationTransfer(teacher, layers, weight=1.0, plan="uniform")
+    reports: list[str] = []
+    transfer.report = reports.append
+    with transfer.attached(student):
+        student(*args)
+        transfer.loss().backward()
+    return [(pair.student, pair.teacher) for pair in transfer.pairs], reports
+
+
+def _without_gradient(student: nn.Module) -> list[str]:
+    return [name for name, parameter in student.named_parameters() if parameter.grad is None]
+
+
+class SeesAndReads(nn.Module):
+    """Convolutions for an image and a transformer for a question, in either order."""
+
+    def __init__(self, width: int, first: str) -> None:
+        super().__init__()
+        self.first = first
+        self.conv = nn.ModuleList(nn.Conv2d(channels, width, 3, 2, 1) for channels in (3, width))
+        self.embed = nn.Embedding(50, width)
+        self.text = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 16, 0.0, batch_first=True) for _ in "ab")
+        self.head = nn.Linear(2 * width, 4)
+
+    def see(self, x: Tensor) -> Tensor:
+        for layer in self.conv:
+            x = layer(x).relu()
+        return x.mean((2, 3))
+
+    def read(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.text:
+            x = layer(x)
+        return x.mean(1)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        if self.first == "image":
+            seen, read = self.see(x), self.read(ids)
+        else:
+            read, seen = self.read(ids), self.see(x)
+        return self.head(torch.cat([seen, read], 1))
+
+
+@pytest.mark.parametrize("first", ["image", "text"])
+@pytest.mark.parametrize("teachers_first", ["image", "text"])
+def test_both_towers_in_whatever_order_they_run(first: str, teachers_first: str) -> None:
+    student = SeesAndReads(8, first)
+    found, _ = _pairs(student, SeesAndReads(12, teachers_first), IMAGES, WORDS)
+    names = ["conv.0", "conv.1", "text.0", "text.1"]
+    assert found == [(name, name) for name in names]
+    assert _without_gradient(student) == ["head.weight", "head.bias"]
+
+
+class Permutator(nn.Module):
+    """Mixes rows, columns and channels of maps (B, H, W, C)."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.rows, self.columns, self.channels = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        columns = self.columns(x.permute(0, 1, 3, 2)).permute(0, 1, 3, 2)
+        return x + rows + columns + self.channels(x)
+
+
+class SparseMixer(nn.Module):
+    """The same of maps (B, C, H, W)."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Linear(size, size), nn.Linear(size, size)
+        self.fuse = nn.Conv2d(3 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows(x.transpose(2, 3)).transpose(2, 3)
+        return x + self.fuse(torch.cat([x, rows, self.columns(x)], 1))
+
+
+class Mixing(nn.Module):
+    def __init__(self, width: int, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.is_last = nn.Conv2d(3, width, 4, 4), block is Permutator
+        self.blocks = nn.ModuleList(block(width, 8) for _ in "abc")
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x.permute(0, 2, 3, 1) if self.is_last else x
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((1, 2) if self.is_last else (2, 3)))
+
+
+@pytest.mark.parametrize("block", [Permutator, SparseMixer])
+@pytest.mark.parametrize("width", [8, 16])
+def test_no_layer_with_rows_as_neurons_is_a_block(block: type[nn.Module], width: int) -> None:
+    found, _ = _pairs(Mixing(width, block), Mixing(2 * width, block), IMAGES)
+    assert found[-1] == ("blocks.2", "blocks.2")
+    assert all(name.count(".") == 1 for pair in found for name in pair)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.norm(x))
+
+
+class Sentence(nn.Module):
+    """Returns the mean over its tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(50, width), nn.ModuleList(Block(width) for _ in "ab")
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+
+
+def test_the_last_layer_of_a_block_is_no_head() -> None:
+    found, _ = _pairs(Sentence(8), Sentence(12), WORDS, VALID)
+    assert found == [("blocks.0", "blocks.0"), ("blocks.1", "blocks.1")]
+
+
+class Recommender(nn.Module):
+    """Users and items: one tower for each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.users, self.items = (
+            nn.Sequential(nn.Embedding(50, width), nn.Linear(width, width), nn.ReLU()) for _ in "ab"
+        )
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        return self.scale * (self.users(users) * self.items(items)).sum(1)
+
+
+def test_what_the_term_does_not_train_is_told() -> None:
+    student, ids = Recommender(8), WORDS[:, 0]
+    _, reports = _pairs(student, Recommender(12), ids, ids, layers=["items"])
+    [told] = [text for text in reports if text.startswith("The transfer term trains")]
+    assert told.startswith("The transfer term trains 3 of the 7 tensors before the recorded layers")
+    unreached = ["scale", "users.0.weight", "users.1.weight", "users.1.bias"]
+    assert _without_gradient(student) == unreached
+    assert f"no gradient reaches {', '.join(map(repr, unreached))}." in told
+    _, reports = _pairs(Recommender(8), Recommender(12), ids, ids, layers=["items", "users"])
+    assert "no gradient reaches 'scale'." in reports[-1]
+
+
+class Detached(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body, self.top, self.head = nn.Linear(5, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.top(self.body(x).relu().detach()))
+
+
+def test_a_detached_body_is_told() -> None:
+    _, reports = _pairs(Detached(8), Detached(12), torch.randn(6, 5), layers=["top"])
+    assert reports[-1].startswith("The transfer term trains 2 of the 4 tensors before the recorded layers")
+    assert "'body.weight', 'body.bias'" in reports[-1]
+
+
+def test_a_checkpoint_that_hides_its_weights_is_not() -> None:
+    class Checkpointed(Detached):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                x = torch.utils.checkpoint.checkpoint(self.body, x.requires_grad_(), use_reentrant=True)
+            else:
+                x = self.body(x)
+            return self.head(self.top(x))
+
+    _, reports = _pairs(Checkpointed(8), Checkpointed(12), torch.randn(6, 5), layers=["top"])
+    assert len(reports) == 1
