@@ -27,6 +27,8 @@ class FirstShapes:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._others: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        #: The layers that have run. A second forward of the step may be one of other samples.
+        self._seen: set[str] = set()
 
     def compare_next(self, trace: Trace, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Note the shapes in the next forward.
@@ -58,10 +60,13 @@ class FirstShapes:
         """Remove the hooks, and what they noted."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._others = [], {}
+        self._handles, self._others, self._seen = [], {}, set()
 
     def _note(self, name: str, traced: TracedTensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or not isinstance(output, Tensor) or output.dim() != len(traced.shape):
+        if torch.compiler.is_compiling() or name in self._seen:
+            return
+        self._seen.add(name)
+        if not isinstance(output, Tensor) or output.dim() != len(traced.shape):
             return
         found = tuple(
             size for axis, size in enumerate(output.shape) if axis not in (traced.batch_axis, traced.neuron_axis)

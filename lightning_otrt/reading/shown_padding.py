@@ -91,8 +91,8 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
         >>> import torch
         >>> pad = torch.arange(3) >= torch.tensor([[1], [3], [2]])
         >>> call = Call("", nn.Identity(), {"x": torch.ones(3, 3, 8), "pad": pad})
-        >>> [(mask.source.argument, mask.padded) for mask in padded_arguments(call)]
-        [('pad', 2)]
+        >>> {mask.source.argument for mask in padded_arguments(call)}
+        {'pad'}
     """
     found = []
     for name, value, kind in _values(call.arguments):
