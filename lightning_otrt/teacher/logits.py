@@ -99,7 +99,7 @@ class LogitRecording:
         ):
             if not _reads_padding(pairing, place):
                 masks = logit_masks(side, trace, select, _named_masks(pairing, place))
-                warn_of_unused_masks(side, {trace.root: masks})
+                warn_of_unused_masks(side, {"logits": masks})
             counts.append(_classes(trace, select, self.option))
         differ = None not in counts and counts[0] != counts[1]
         self._pools = differ or self.option.features is not None
