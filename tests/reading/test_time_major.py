@@ -160,3 +160,24 @@ def test_a_cache_of_samples_is_refused(x: Tensor) -> None:
     transfer = RepresentationTransfer(Loop(12), {"mix": "mix"}, teacher_cache="memory")
     with transfer.attached(student), pytest.raises(ValueError, match="`teacher_cache` cannot be used"):
         student(x)
+
+
+class Scores(nn.Module):
+    """Compares all queries with all documents: each score depends on two samples."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.queries, self.documents = nn.Embedding(20, width), nn.Embedding(20, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, documents: Tensor) -> Tensor:
+        return self.queries(queries).mean(1) @ self.mix(self.documents(documents)).mean(1).T
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (7, 12), (12, 7)])
+def test_scores_of_all_samples_with_all(lengths: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = tuple(torch.randint(20, (6, length), generator=generator) for length in lengths)
+    found = trace(Scores(), batch)
+    assert found.batch_size == 6
+    assert [found.tensor(name).batch_axis for name in ("queries", "documents", "mix")] == [0, 0, 0]
