@@ -123,33 +123,42 @@ def evenly_spaced(wanted: int, names: Sequence[str]) -> list[str]:
 
 
 def adds_nothing(layer: TracedLayer) -> bool:
-    """Whether a layer adds no information to its input: dropout, an identity, or pooling that does not shrink.
+    """Whether a layer adds no information: dropout, an identity, pooling that does not shrink, or a norm of the inputs.
 
     The 7x7 pooling of VGG repeats the positions of small images.
     """
+    if layer.takes_model_input and not layer.role and not layer.is_container and layer.input and layer.output:
+        return layer.input.shape == layer.output.shape
     if layer.role == "pool" and layer.input is not None and layer.output is not None:
         return math.prod(layer.output.positions) >= math.prod(layer.input.shape[2:])
     return layer.role == "dropout" or layer.kind == "Identity"
 
 
 def block_candidates(trace: Trace) -> list[TracedLayer]:
-    """Recordable layers before the head, without the model's own output, in order of completion."""
+    """Recordable layers before the head, without the model's own output, in order of completion.
+
+    Inside attention, windows and unfolded patches count as samples; such layers are no blocks of the network. Where all
+    of it works on rows of several parts of each sample, such as the channels of a series, these are taken.
+    """
     head = classification_head(trace)
     outputs = output_layers(trace)
     leaves = [layer.name for layer in trace.layers if layer.calls and not layer.is_container]
     known = {layer.name: layer for layer in trace.layers}
-    found = []
+    found, of_rows = [], []
     for layer in trace.recordable():
         tensor = layer.output
         if tensor is None or tensor.neuron_axis is None or len(tensor.shape) < 3 or layer.name in outputs:
             continue
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
-        # Inside attention, windows and unfolded patches count as samples; such layers are no blocks of the network.
-        is_of_batch = trace.is_sample_count(tensor.shape[tensor.batch_axis]) and not _is_turned(layer, known)
-        if not after_head and not (holds_all and layer.gives_model_output) and is_of_batch:
+        if after_head or (holds_all and layer.gives_model_output) or _is_turned(layer, known):
+            continue
+        rows = tensor.shape[tensor.batch_axis]
+        if trace.is_sample_count(rows):
             found.append(layer)
-    return found
+        elif trace.batch_size and rows % trace.batch_size == 0:
+            of_rows.append(layer)
+    return found or of_rows
 
 
 def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:

@@ -1,6 +1,8 @@
-"""``"auto"`` where a network sees and reads, mixes positions or has no head; and what the term trains of it."""
+"""``"auto"`` where a network sees and reads, mixes positions, or has no head; and what the term trains of it."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -143,6 +145,37 @@ class Sentence(nn.Module):
 def test_the_last_layer_of_a_block_is_no_head() -> None:
     found, _ = _pairs(Sentence(8), Sentence(12), WORDS, VALID)
     assert found == [("blocks.0", "blocks.0"), ("blocks.1", "blocks.1")]
+
+
+class ByChannel(nn.Module):
+    """Each channel of a series is a row of its own, as in PatchTST."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(4, width), nn.Linear(5 * 3 * width, 2)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 16, 0.0, batch_first=True) for _ in "ab")
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.enter(x.mT.unflatten(2, (3, 4)).flatten(0, 1))
+        for block in self.blocks:
+            rows = block(rows)
+        return self.head(rows.reshape(len(x), -1))
+
+
+def test_blocks_of_rows_where_there_are_no_others() -> None:
+    series = seeded(2, torch.randn, 6, 12, 5)
+    found, _ = _pairs(ByChannel(8), ByChannel(12), series)
+    assert found == [("blocks.0", "blocks.0"), ("blocks.1", "blocks.1")]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), nn.InstanceNorm2d(3), nn.GroupNorm(1, 3)])
+def test_a_norm_of_the_inputs_is_no_block(norm: nn.Module) -> None:
+    def build(width: int) -> nn.Module:
+        blocks = [nn.Sequential(nn.Conv2d(inputs, width, 3, 2, 1), nn.ReLU()) for inputs in (3, width)]
+        return nn.Sequential(norm, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+    found, _ = _pairs(build(8), copy.deepcopy(build(12)), IMAGES)
+    assert found == [("1", "1"), ("2", "2")]
 
 
 class Recommender(nn.Module):
