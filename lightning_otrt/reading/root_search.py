@@ -113,7 +113,7 @@ class RootSearch:
         if outside and self._student_root is not None:
             warnings.warn(logits_outside(self._student_root, outside), stacklevel=3)
             return None
-        if not only_words(self._layers):
+        if not self._distills and not only_words(self._layers):
             # Named layers may well be those of a part. But then what enters it is no input of the student.
             if self._before:
                 warnings.warn(why_before(self.name, self._before), stacklevel=3)
