@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import Unpack, override
 
 from lightning_otrt.layers.pairs import LayerSpec
@@ -18,6 +20,8 @@ from lightning_otrt.trainer.transfer_callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["OTRTModule"]
+
+_CALLBACKS = "configure_callbacks"
 
 
 class ModuleCallback(TransferCallback):
@@ -34,7 +38,7 @@ class OTRTModule(pl.LightningModule):
     The result *is* a module of the task's own class, with the task's own parameters, hyperparameters, metrics, hooks
     and checkpoint keys: nothing is nested. It contributes a callback through ``configure_callbacks``. After training,
     ``task`` is the trained, plain module. Deep copies, saved pickles and what ``load_from_checkpoint`` of the task's
-    class gives are plain modules of that class, without the teacher.
+    class gives are plain modules of that class, without the teacher; a fit of a deep copy warns of that. Wrap it again.
 
     It takes the task and then the arguments of :class:`OTRTCallback`; names of layers are relative to the task. From
     the YAML of LightningCLI, ``OTRTModule.load_from_checkpoint`` gives the wrapped module again, since the
@@ -77,6 +81,8 @@ class OTRTModule(pl.LightningModule):
     ) -> OTRTModule:
         """Wrap a module."""
         _check_task(task)
+        if _is_copy(task):
+            del vars(task)[_CALLBACKS]
         return _wrapped(cls, type(task), ModuleCallback(teacher, layers, options), vars(task))
 
     @property
@@ -95,6 +101,7 @@ class OTRTModule(pl.LightningModule):
         plain = object.__new__(_task_type_of(self))
         memo[id(self)] = plain
         object.__setattr__(plain, "__dict__", copy.deepcopy(self.__dict__, memo))
+        vars(plain)[_CALLBACKS] = functools.partial(_callbacks_of_copy, plain)
         return plain
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -134,6 +141,22 @@ def _wrapped(
     wrapped: OTRTModule = object.__new__(wrapped_type)
     object.__setattr__(wrapped, "__dict__", attributes)
     return wrapped
+
+
+def _callbacks_of_copy(module: pl.LightningModule) -> Any:
+    """``configure_callbacks`` of a deep copy of a wrapped module: a fit of it says that it has no teacher."""
+    trainer = module.trainer
+    has_transfer = any(isinstance(callback, TransferCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if trainer.state.fn == "fit" and not has_transfer:
+        rank_zero_warn(
+            f"This {type(module).__name__} is a deep copy of one that OTRTModule wrapped. It is a plain module without "
+            "the teacher, and trains without the transfer term. Copy the task before it is wrapped, or wrap the copy."
+        )
+    return type(module).configure_callbacks(module)
+
+
+def _is_copy(module: pl.LightningModule) -> bool:
+    return getattr(vars(module).get(_CALLBACKS), "func", None) is _callbacks_of_copy
 
 
 def _task_type_of(wrapped: OTRTModule) -> type[pl.LightningModule]:

@@ -103,6 +103,27 @@ def test_copies_and_pickles_are_plain():
         assert_same(weights(copied), weights(wrapped))
 
 
+def test_a_fit_of_a_deep_copy_says_that_it_has_no_teacher():
+    copied = copy.deepcopy(wrap(make_task()))
+    with pytest.warns(UserWarning, match="is a deep copy of one that OTRTModule wrapped"):
+        make_trainer().fit(copied, loader())
+    plain = make_task()
+    make_trainer().fit(plain, loader())
+    assert_same(weights(copied), weights(plain))
+
+
+@pytest.mark.parametrize("again", [wrap, lambda task: task])
+def test_a_deep_copy_that_has_a_teacher_again(again):
+    copied, callbacks = again(copy.deepcopy(wrap(make_task()))), []
+    if not isinstance(copied, OTRTModule):
+        callbacks = [OTRTCallback(make_teacher(), **OPTIONS)]
+    make_trainer(callbacks=callbacks).fit(copied, loader())
+    expected = make_task()
+    make_trainer().fit(wrap(expected), loader())
+    assert_same(weights(copied), weights(expected))
+    assert type(pickle.loads(pickle.dumps(copied))) is Task
+
+
 @pytest.mark.slow
 def test_a_pickle_for_a_new_process_is_wrapped():
     """As `ddp_spawn` makes it: there the module goes on training."""
