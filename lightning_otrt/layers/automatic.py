@@ -168,7 +168,8 @@ def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
     for outer in around:
         if outer.output_shape == shape and outer.neuron_axis != layer.neuron_axis:
             return True
-        if len(shape) > 3 and sorted(outer.output_shape or ()) == sorted(shape) and _size(outer) != _size(layer):
+        has_same_sizes = len(shape) > 3 and sorted(outer.output_shape or ()) == sorted(shape)
+        if has_same_sizes and outer.neuron_axis is not None and _size(outer) != _size(layer):
             return True
     return False
 

@@ -118,6 +118,31 @@ def test_no_layer_with_rows_as_neurons_is_a_block(block: type[nn.Module], width:
     assert all(name.count(".") == 1 for pair in found for name in pair)
 
 
+class Turning(nn.Module):
+    """A stage that moves the channels of what its blocks give, so that nothing tells its own axis."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.merge = nn.Linear(4 * inputs, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in "ab")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pixel_unshuffle(x, 2).permute(0, 2, 3, 1)
+        x = self.merge(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+def test_blocks_of_a_stage_that_moves_the_channels() -> None:
+    def build(width: int) -> nn.Module:
+        stages = Turning(3, width), Turning(width, width)
+        return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+    found, _ = _pairs(build(8), build(12), IMAGES)
+    assert found == [("0.blocks.1", "0.blocks.1"), ("1.blocks.1", "1.blocks.1")]
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
