@@ -162,10 +162,20 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
 
 
 def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
-    """Whether a layer mixes positions of a module around it, so that its neurons are, or may be, positions there."""
-    shape = layer.output_shape or ()
+    """Whether a layer mixes positions of a module around it, so that its neurons are, or may be, positions there.
+
+    So does a layer inside of a module that does.
+    """
     around = [known[name] for name in ancestors(layer.name) if name in known]
+    return any(_is_other_way(inner, around) for inner in (layer, *around))
+
+
+def _is_other_way(layer: TracedLayer, around: Sequence[TracedLayer]) -> bool:
+    """Whether a layer gives the axes of a module around it in another order, or with other ones as neurons."""
+    shape = layer.output_shape or ()
     for outer in around:
+        if outer is layer or not layer.name.startswith(f"{outer.name}." if outer.name else ""):
+            continue
         if outer.output_shape == shape and outer.neuron_axis != layer.neuron_axis:
             return True
         has_same_sizes = len(shape) > 3 and sorted(outer.output_shape or ()) == sorted(shape)

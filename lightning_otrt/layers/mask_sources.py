@@ -55,7 +55,7 @@ class TracedMask:
         longest: The largest of lengths that stand in place of a mask; 1 where they are shares of the longest.
         shown_by: What shows it where no argument has the name of a mask: ``"ids"`` of an embedding, ``"nan"``, flags
             ``"inside"`` of a tuple, flags that an ``"inner"`` module gets, ``"lengths"``, or flags of a name of
-            ``"unknown"`` meaning; ``""`` for other masks.
+            ``"unknown"`` meaning; ``"triangle"`` for a causal mask of an unknown meaning; ``""`` for other masks.
     """
 
     source: MaskSource

@@ -82,7 +82,11 @@ def with_unread(
         shapes = [(samples, tokens), (samples, tokens - trace.prefix_tokens)]
         turned = [shape[::-1] for shape in shapes] if time_first else []
         lengths = (known for known in trace.arguments if holds_lengths(known) and known.shape == (samples,))
-        possible = [known for known in trace.arguments if may_mark_padding(known.source.argument)]
+        possible = [
+            known
+            for known in trace.arguments
+            if may_mark_padding(known.source.argument) and known.shown_by != "triangle"
+        ]
         late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
         unread = chain(
             (known for known in possible if known.shape in [*shapes, *turned] and _may_tell(known)),

@@ -24,7 +24,7 @@ from lightning_otrt.reading.mask_names import (
     own_names,
 )
 from lightning_otrt.reading.masks import as_rows, count_frames, is_pairwise, problem_of, valid_tokens
-from lightning_otrt.reading.padding_shapes import padded_images
+from lightning_otrt.reading.padding_shapes import is_triangle, padded_images
 
 __all__ = ["MaskSearch", "holds_lengths"]
 
@@ -122,6 +122,8 @@ class MaskSearch:
             traced = self._traced(root, source) or _no_mask(value, source)
             if isinstance(value, Tensor) and value.dim() == 2 and not value.is_nested and is_mask_name(name):
                 traced = replace(traced, padded=_uneven(value))
+                if may_mark_padding(name) and is_triangle(value):  # as many samples as tokens
+                    traced = replace(traced, shown_by="triangle")
             if isinstance(value, Tensor) and not value.is_nested and is_mask_name(name):
                 pixels = value.squeeze(1) if value.dim() == 4 and value.shape[1] == 1 else value
                 traced = replace(traced, padded_images=padded_images(pixels) if pixels.dim() == 3 else 0)

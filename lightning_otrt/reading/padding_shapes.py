@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_at_ends", "padded_images"]
+__all__ = ["is_at_ends", "is_triangle", "padded_images"]
 
 
 def is_at_ends(is_padding: Tensor) -> Tensor:
@@ -17,6 +17,20 @@ def is_at_ends(is_padding: Tensor) -> Tensor:
     """
     count = is_padding.sum(1)
     return _end_somewhere(is_padding).all() & (count != count[:1]).any()
+
+
+def is_triangle(mask: Tensor) -> bool:
+    """Whether a mask ``(T, T)`` is causal: one token more is seen by each. It waits for the device.
+
+    Example:
+        >>> is_triangle(torch.ones(3, 3).tril()), is_triangle(torch.ones(3, 3))
+        (True, False)
+    """
+    if mask.shape[0] != mask.shape[1] or len(mask) < 2:
+        return False
+    flags = mask != 0
+    full = torch.ones_like(flags)
+    return any(torch.equal(flags, shape) for shape in (full.tril(), full.triu(), ~full.tril(), ~full.triu()))
 
 
 def padded_images(mask: Tensor) -> int:

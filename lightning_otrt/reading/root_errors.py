@@ -61,9 +61,9 @@ def why_no_view(student: nn.Module, root: str | None, student_root: str | None, 
     where = f"the root {student_root!r}" if student_root else "a module that holds the layers"
     return (
         f"No forward of {where} of the student ({kind}) was recorded, so there is no transfer term for "
-        f"layers={layers!r}. It has to be called as a module (not `.forward`), with gradient. Where its parts are called "
-        "one after the other, call them in the `forward` of one module, or in a method that `student_root` names, as "
-        f"'net:encode'.{compiled}"
+        f"layers={layers!r}. It has to be called as a module (not `.forward`), with gradient. Where its parts are "
+        "called one after the other, call them in the `forward` of one module, or in a method that `student_root` "
+        f"names, as 'net:encode'.{compiled}"
     )
 
 

@@ -12,7 +12,7 @@ from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
 from lightning_otrt.reading.calls import Call, is_ids, is_tensor
 from lightning_otrt.reading.mask_names import is_mask_name, names_other_mask
 from lightning_otrt.reading.masks import as_rows
-from lightning_otrt.reading.padding_shapes import is_at_ends
+from lightning_otrt.reading.padding_shapes import is_at_ends, is_triangle
 from lightning_otrt.reading.torch_internals import is_in_functional_transform
 
 __all__ = ["ShownPadding", "padded_arguments", "padded_ids"]
@@ -103,7 +103,7 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
         if flags is not None:
             # Samples may lie along the second axis.
             for rows in (flags, flags.T):
-                if bool(is_at_ends(rows) | is_at_ends(~rows)):
+                if bool(is_at_ends(rows) | is_at_ends(~rows)) and not is_triangle(rows):
                     found.append(_shown(rows, source, "inner" if is_inner else kind))
         elif is_inner:
             continue

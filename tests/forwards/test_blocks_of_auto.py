@@ -139,7 +139,7 @@ def test_blocks_of_a_stage_that_moves_the_channels() -> None:
         stages = Turning(3, width), Turning(width, width)
         return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
 
-    found, _ = _pairs(build(8), build(12), IMAGES)
+    found, _ = _pairs(build(6), build(12), IMAGES)
     assert found == [("0.blocks.1", "0.blocks.1"), ("1.blocks.1", "1.blocks.1")]
 
 

@@ -227,6 +227,19 @@ def test_a_name_tells_what_they_mean(kind: type[Series], name: str, flags: Tenso
     assert _told(kind(8), kind(12), SERIES, flags, mask=name) == []
 
 
+class Masked(Series):
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        return self.average(x, torch.ones(x.shape[:2]))
+
+
+@pytest.mark.parametrize("kind", [Kept, Masked])
+@pytest.mark.parametrize("diagonal", [0, -1])
+def test_a_causal_mask_of_as_many_tokens_as_samples(kind: type[Series], diagonal: int) -> None:
+    seen = torch.ones(SAMPLES, SAMPLES).tril(diagonal)
+    for mask in (seen, seen.bool(), ~seen.bool(), seen.T, torch.zeros_like(seen).masked_fill(seen == 0, -torch.inf)):
+        assert _told(kind(8), kind(12), SERIES[:, :SAMPLES], mask) == []
+
+
 def test_numbers_that_are_no_lengths() -> None:
     assert _told(Counted(8), Counted(12), SERIES, torch.tensor([3, 8, 5, 4, 7, 6])) == []
 
