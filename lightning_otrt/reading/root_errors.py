@@ -62,8 +62,8 @@ def why_no_view(student: nn.Module, root: str | None, student_root: str | None, 
     return (
         f"No forward of {where} of the student ({kind}) was recorded, so there is no transfer term for "
         f"layers={layers!r}. It has to be called as a module (not `.forward`), with gradient. Where its parts are "
-        "called one after the other, call them in the `forward` of one module, or in a method that `student_root` "
-        f"names, as 'net:encode'.{compiled}"
+        "called one after the other, call them in the `forward` of one module, or pass the one that holds the layers "
+        f"as `student_root`, such as 'head', or 'net:encode' for a method.{compiled}"
     )
 
 
