@@ -55,13 +55,15 @@ def why_no_blocks(trace: Trace, side: str) -> str:
     if repeats:
         others = f" Layers that run once and have positions or tokens: {_last_names(tokens)}." if tokens else ""
         return repeats + others
-    if tokens:
+    unknown = [each for each in trace.recordable() if len(each.output_shape or ()) > 2 and each.neuron_axis is None]
+    has_unknown_blocks = any(layer.is_container and layer.name != trace.root for layer in unknown)
+    if tokens and not has_unknown_blocks:
         return (
             "its layers with positions or tokens give no maps, and are no stack of numbered modules of one type, such "
             f"as `layers.0` and `layers.1`. Name some of them as `layers`: {_last_names(tokens)}."
         )
-    unknown = [each for each in trace.recordable() if len(each.output_shape or ()) > 2 and each.neuron_axis is None]
     if unknown:
+        unknown.sort(key=lambda layer: layer.is_container)
         name, shape = unknown[-1].name, unknown[-1].output_shape
         return (
             f"the types of its modules do not tell along which axis the neurons of {name!r} lie, of shape {shape}. Say "

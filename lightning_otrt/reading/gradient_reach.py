@@ -67,6 +67,6 @@ def describe_unreached(student: nn.Module, trace: Trace, pairs: Sequence[LayerPa
     named = ", ".join(map(repr, others[:8])) + (", ..." if len(others) > 8 else "")
     return (
         f"The transfer term trains {count} of the {len(before)} tensors before the recorded layers: in the first step "
-        f"no gradient reaches {named}. They are in another branch than the recorded layers, behind a "
-        "`detach`, or did not run. To train them, name layers behind them."
+        f"no gradient reaches {named}. They are in another branch than the recorded layers, such as another tower or "
+        "head, behind a `detach`, or did not run. To train them, too, match layers that depend on them."
     )

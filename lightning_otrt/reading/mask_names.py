@@ -105,7 +105,9 @@ def late_names(call: Call, inner: Sequence[Call], *, is_memory: bool) -> dict[st
 
 
 def _is_in_decoder(inner: Sequence[Call]) -> bool:
-    names = " ".join(f"{layer.name.rpartition('.')[2]} {type(layer.module).__name__}" for layer in inner).lower()
+    # The last linear layer of a BERT is called decoder, too.
+    around = [layer for layer in inner if next(layer.module.children(), None) is not None]
+    names = " ".join(f"{layer.name.rpartition('.')[2]} {type(layer.module).__name__}" for layer in around).lower()
     return "decoder" in names or any(layer.looks_at_memory for layer in inner)
 
 

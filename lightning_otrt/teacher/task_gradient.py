@@ -14,6 +14,8 @@ __all__ = ["UNLIKE_SOFTMAX", "TaskGradient"]
 UNLIKE_SOFTMAX = 0.05
 #: Calls that are looked at, until one has a finite gradient: the first ones with a GradScaler may overflow.
 _TRIES = 3
+#: Logarithms of a softmax are those of probabilities whose sum is 1 up to about this, also in types of two bytes.
+_OF_ROUNDING = 1e-2
 
 
 class TaskGradient:
@@ -22,7 +24,8 @@ class TaskGradient:
     A softmax stays the same when all logits of a sample rise by one number. So the gradient of a loss of a softmax sums
     to 0 over the classes of each sample: :math:`q - p` for a cross-entropy with any targets p, and likewise with class
     weights, smoothed labels or a focal factor. That of a binary cross-entropy or of a squared error does not. The
-    gradient of the distillation itself sums to 0, too, and can stay in.
+    gradient of the distillation itself sums to 0, too, and can stay in. Where a network returns the logarithm of a
+    softmax, the gradient of that is none of logits, and tells nothing.
 
     The sums stay on the device until :meth:`take`.
 
@@ -51,7 +54,9 @@ class TaskGradient:
         self._tries -= 1
         self._sums = sums = watched[0][0].new_zeros(2, dtype=torch.float32)
         for tensor, axis in watched:
-            tensor.register_hook(_Add(sums, axis))  # type: ignore[no-untyped-call]
+            values = tensor.detach().float()
+            is_logarithm = (torch.logsumexp(values, axis).abs() < _OF_ROUNDING).all()
+            tensor.register_hook(_Add(sums, axis, is_logarithm))  # type: ignore[no-untyped-call]
 
     def take(self) -> float | None:
         """How much of the gradient is left in its sum over classes, from 0 to 1: once, and None before it is known."""
@@ -74,8 +79,8 @@ def _read(sums: Tensor) -> tuple[float, float]:
 class _Add:
     """Tensor hook that adds to the sums."""
 
-    def __init__(self, sums: Tensor, axis: int) -> None:
-        self.sums, self.axis = sums, axis
+    def __init__(self, sums: Tensor, axis: int, is_logarithm: Tensor) -> None:
+        self.sums, self.axis, self.is_logarithm = sums, axis, is_logarithm
 
     def __call__(self, gradient: Tensor) -> None:
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
@@ -83,5 +88,5 @@ class _Add:
             limits = torch.finfo(gradient.dtype)
             # In float16 without a GradScaler small gradients are rounded to 0, which alone leaves a sum.
             lost = limits.smallest_normal * limits.eps * gradient.shape[self.axis]
-            left = (wide.sum(self.axis).abs() - lost).clamp_min(0)
+            left = (wide.sum(self.axis).abs() - lost).clamp_min(0) * ~self.is_logarithm
             self.sums += torch.stack([left.sum(), wide.abs().sum()]).to(self.sums)

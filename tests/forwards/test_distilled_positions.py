@@ -49,6 +49,26 @@ def test_a_mask_that_a_pair_names_is_that_of_the_logits_too() -> None:
     assert _terms(1, mask=None) == (pytest.approx(padding_is_read), [])
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM", "GPT2LMHeadModel"])
+def test_padding_of_language_models(name: str) -> None:
+    """Their last layer may be called decoder, and is none."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    sizes = {"vocab_size": 50, "max_position_embeddings": 20, "n_positions": 20}
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    small |= {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    values = []
+    for filler in (3, 4):
+        student, teacher = (seeded(number, kind, kind.config_class(**sizes, **small)).eval() for number in (2, 3))
+        transfer = RepresentationTransfer(teacher, weight=0.0, distillation=1.0)
+        with transfer.attached(student):
+            student(input_ids=WORDS.where(VALID, filler), attention_mask=VALID.long())
+            transfer.loss()
+        assert transfer.distillation_value is not None
+        values.append(float(transfer.distillation_value))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 class Segmenter(nn.Module):
     """Logits (B, K, H, W), or with the classes last."""
 

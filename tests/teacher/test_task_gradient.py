@@ -140,6 +140,15 @@ def test_no_word_on_a_loss_of_classes(name: str) -> None:
     assert train(OF_CLASSES[name]) == []
 
 
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_no_word_on_logarithms_of_a_softmax(scale: float) -> None:
+    """As in the examples of torch: a log-softmax in the network, and the loss on that."""
+    heads = [nn.Sequential(nn.Linear(width, CLASSES), nn.LogSoftmax(1)) for width in (8, 12)]
+    student, teacher = network(8, heads[0]), network(12, heads[1])
+    loss = lambda x: scale * F.nll_loss(x, TARGETS)  # noqa: E731
+    assert train(loss, student=student, teacher=teacher, layers=["0"]) == []
+
+
 @pytest.mark.parametrize("name", OF_OTHERS)
 def test_one_warning_of_another_loss(name: str) -> None:
     (found,) = train(OF_OTHERS[name])
