@@ -75,4 +75,5 @@ class ReadInput(_Read):
         """Read the input."""
         if self.leaves_copy(module):
             return
-        self.read(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self.read(tensors[0] if tensors else None)  # no `next` with a default, which torch 2.6 does not compile
