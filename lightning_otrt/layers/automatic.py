@@ -91,7 +91,7 @@ def block_groups(trace: Trace) -> list[list[str]]:
     stacks = _repeated_blocks([layer for layer in layers if _is_tokens(layer)])
     last_token = max((stack[-1].order or 0 for stack in stacks), default=-1)
     # Patch embeddings and convolutional stems give maps too, but before the tokens; a feature pyramid ends with a map.
-    seen = _convolutional_tower(maps, trace) if stacks else []
+    seen = _convolutional_tower(maps, trace, last_token) if stacks else []
     if maps and (maps[-1].order or 0) > last_token and not seen:
         return [_names(_with_isotropic_blocks(maps, layers))]
     if not stacks:
@@ -199,12 +199,17 @@ def _with_isotropic_blocks(maps: list[TracedLayer], layers: list[TracedLayer]) -
     return sorted([*others, *(known[name] for name in chosen)], key=lambda layer: layer.order or 0)
 
 
-def _convolutional_tower(maps: list[TracedLayer], trace: Trace) -> list[TracedLayer]:
-    """The maps of images of several sizes, in a network that also gets the ids of words; else none."""
-    entered = [layer.input for layer in trace.layers if layer.takes_model_input]
-    reads = any(tensor is not None and not tensor.is_floating and len(tensor.shape) == 2 for tensor in entered)
+def _convolutional_tower(maps: list[TracedLayer], trace: Trace, last_token: int) -> list[TracedLayer]:
+    """The maps of images, in a network that also gets the ids of words, or a series; else none.
+
+    One map before the tokens may be that of their patches.
+    """
+    entered = [layer.input for layer in trace.layers if layer.takes_model_input and layer.input is not None]
+    sees = any(len(tensor.shape) == 4 and tensor.is_floating for tensor in entered)
+    reads = any(len(tensor.shape) == (3 if tensor.is_floating else 2) for tensor in entered)
     images = [layer for layer in maps if len(layer.output_shape or ()) == 4]
-    return images if reads and len(images) > 1 else []
+    is_tower = len(images) > 1 or any((layer.order or 0) > last_token for layer in images)
+    return images if sees and reads and is_tower else []
 
 
 def _names(layers: Sequence[TracedLayer]) -> list[str]:

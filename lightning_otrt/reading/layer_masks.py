@@ -132,7 +132,10 @@ def _map_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
     if len(tensor.shape) < 4 or not trace.is_sample_count(samples) or math.prod(tensor.positions) < 2:
         return None
     entered = [shape for layer in trace.layers if _is_input(layer, trace) for shape in layer.input_shapes]
-    sizes = {size for shape in entered if len(shape) > 2 and shape[0] == samples for size in shape[1:]}
+    shapes = [shape for shape in entered if len(shape) > 2 and shape[0] == samples]
+    # A series beside images has a mask of its own.
+    images = [shape for shape in shapes if len(shape) > 3] or shapes
+    sizes = {size for shape in images for size in shape[1:]}
     for known in trace.arguments:
         if known.shape is None or known.shape[0] != samples:
             continue

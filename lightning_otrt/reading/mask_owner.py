@@ -25,7 +25,8 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
     A vision tower may have as many patches as there are words, and code between its layers hides where its tokens come
     from. So where the root gets other inputs too, the network runs twice more: on these inputs, and on the same with
     the sequence of the mask rolled over the samples. Others cost nothing. Where another input is a sequence of the same
-    length, the mask may be that of both, and is doubtful.
+    length, the mask may be that of both, and is doubtful; so it is of several sequences of vectors, at layers that do
+    not depend on all of them.
 
     Args:
         model: The whole model.
@@ -44,21 +45,21 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
     tensors = [value for name, value in taken.items() if is_tensor(value) and "mask" not in name]
     shapes = {mask.shape for layer in masked for mask in layer.masks if _is_of_root(mask, traced)}
     fitting = [value for value in tensors if tuple(value.shape[:2]) in shapes]
-    sequence = next(iter(sorted(fitting, key=lambda value: not is_ids(value))), None)
-    others = [] if sequence is None else _other_inputs(tensors, sequence)
-    if sequence is None or not others or len(sequence) < 2:
+    # Of words and vectors the words; of several vectors nothing tells.
+    owners = [value for value in fitting if is_ids(value)][:1] or fitting
+    others = [] if not owners else _other_inputs(tensors, owners[0])
+    if not others or len(owners[0]) < 2:
         return traced
     try:
-        rolled = mapped(given, lambda tensor: tensor.roll(1, 0) if tensor is sequence else tensor.clone())
-        runs = InputGuard(clones=True).copied(given), rolled
-        first, second = (profiles(model, traced, each, method) for each in runs)
+        depend = [_dependent(model, traced, given, owner, method) for owner in owners]
     except Exception:  # the network cannot run again on these inputs: nothing is shown
         return traced
-    changed = {name for name in first.keys() & second.keys() if not is_close(first[name][0], second[name][0])}
-    if not changed:
+    if not any(depend):
         return traced
-    is_shared = any(other.shape[:2] == sequence.shape[:2] for other in others)
-    independent = {layer.name for layer in masked if not changed & {layer.name, layer.name + INPUT}}
+    is_shared = any(other.shape[:2] == owners[0].shape[:2] for other in others)
+    independent = {
+        layer.name for layer in masked if not all(found & {layer.name, layer.name + INPUT} for found in depend)
+    }
     return replace(
         traced,
         layers=tuple(
@@ -66,6 +67,14 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
             for layer in traced.layers
         ),
     )
+
+
+def _dependent(model: nn.Module, traced: Trace, inputs: Inputs, changed: Tensor, method: str) -> set[str]:
+    """Names of the layers that change with one input."""
+    rolled = mapped(inputs, lambda tensor: tensor.roll(1, 0) if tensor is changed else tensor.clone())
+    runs = InputGuard(clones=True).copied(inputs), rolled
+    first, second = (profiles(model, traced, each, method) for each in runs)
+    return {name for name in first.keys() & second.keys() if not is_close(first[name][0], second[name][0])}
 
 
 def _has_mask_of_root(layer: TracedLayer, traced: Trace) -> bool:

@@ -42,8 +42,8 @@ class MaskSearch:
         self._inputs = {id(tensor) for tensor in inputs}
         # What single layers made of sequences that others look at; the tensors are kept, as their ids are.
         self._of_memory: dict[int, Tensor] = {}
-        # The same of sequences that stand beside the first one of the module around.
-        self._of_others: dict[int, Tensor] = {}
+        # The same of sequences that stand beside the first one of a module around, with the names of such modules.
+        self._of_others: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self._has_decoded = False
         # The value is kept, so that its id is not used again during the search.
         self._known: dict[tuple[MaskSource, int], tuple[Any, TracedMask]] = {}
@@ -60,9 +60,7 @@ class MaskSearch:
         for place, call in enumerate(calls):
             inner = calls[:place]
             is_memory = is_memory or self._holds_memory(call, inner)
-            is_other = (
-                is_other or _holds_other(call, inner) or any(id(each.sequence) in self._of_others for each in inner)
-            )
+            is_other = is_other or _holds_other(call, inner) or any(call.name in self._others(each) for each in inner)
             if is_memory:
                 candidates = memory_names(call, inner)
             else:
@@ -95,11 +93,17 @@ class MaskSearch:
         start = call.sequence
         if start is None or start.dim() != 3 or call.memories:
             return
-        others = (other for outer in calls for other in _other_sequences(outer))
-        if id(start) in self._of_others or any(start is other for other in others):
-            self._of_others.update({id(value): value for value in outputs if value.shape[:-1] == start.shape[:-1]})
+        beside = {outer.name for outer in calls if any(start is other for other in _other_sequences(outer))}
+        names = self._others(call) | beside
+        if names:
+            same = (value for value in outputs if value.shape[:-1] == start.shape[:-1])
+            self._of_others.update({id(value): (value, names) for value in same})
         if id(start) in self._of_memory or any(start is memory for outer in calls for memory in outer.memories):
             self._of_memory.update({id(value): value for value in outputs if value.shape[:-1] == start.shape[:-1]})
+
+    def _others(self, call: Call) -> frozenset[str]:
+        """Names of the modules around beside whose first sequence stands what a call starts with."""
+        return self._of_others.get(id(call.sequence), (None, frozenset[str]()))[1]
 
     def _holds_memory(self, call: Call, inner: Sequence[Call]) -> bool:
         """Whether one of the inner calls starts with the sequence that the call looks at."""

@@ -36,7 +36,7 @@ def is_triangle(mask: Tensor) -> bool:
 def padded_images(mask: Tensor) -> int:
     """In how many images a mask ``(B, H, W)`` leaves out edges; 0 for labels of pixels, holes, and other masks.
 
-    What is left is a rectangle in each image. It waits for the device.
+    What is left is a rectangle at a corner of each image. It waits for the device.
 
     Example:
         >>> inside = (torch.arange(4) < torch.tensor([[2], [4]]))[:, :, None].expand(2, 4, 3)
@@ -48,9 +48,15 @@ def padded_images(mask: Tensor) -> int:
     for valid in (mask != 0, mask == 0):
         rows, columns = valid.any(2), valid.any(1)
         is_rectangle = (valid == rows[:, :, None] & columns[:, None]).all()
-        if bool(is_rectangle & rows.any(1).all() & _end_somewhere(~rows).all() & _end_somewhere(~columns).all()):
+        if bool(is_rectangle & rows.any(1).all() & _at_one_end(~rows).all() & _at_one_end(~columns).all()):
             return int((~valid).flatten(1).any(1).sum())
     return 0
+
+
+def _at_one_end(is_padding: Tensor) -> Tensor:
+    """For each sample, whether its flags stand in front alone, or behind alone."""
+    count = is_padding.sum(1)
+    return (_leading(is_padding) == count) | (_leading(is_padding.flip(1)) == count)
 
 
 def _end_somewhere(is_padding: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
     if 2 * before > total:
         return line
     if not before:
-        return f"{line}: all that leads to them is frozen, and the term trains nothing while it is."
+        return f"{line}: what leads to them is frozen, or in no module that is called."
     after = sum(key in ran and not is_before for key, is_before in trained.items())
     idle = total - before - after
     line += f". Of the others {after} run after them, and {idle} in no module that the root runs in evaluation mode."

@@ -173,3 +173,109 @@ def test_regions_beside_words() -> None:
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2
     assert all("layers ['sees.1'] get another sequence than the first one" in message for message in messages)
+
+
+class OwnBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x)).relu()
+
+
+class MaskedTower(nn.Module):
+    """Gets a mask of its own, if any."""
+
+    def __init__(self, entered: int, width: int) -> None:
+        super().__init__()
+        self.enter, self.blocks = nn.Linear(entered, width), nn.ModuleList(OwnBlock(width) for _ in "ab")
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        if attention_mask is None:
+            return x.mean(1)
+        return (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+
+
+class TwoSeries(nn.Module):
+    """Two towers of vectors, of which one or both get a mask."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.text, self.video = MaskedTower(5, width), MaskedTower(8, width)
+        self.head = nn.Linear(2 * width, 3)
+
+    def join(self, text: Tensor, video: Tensor) -> Tensor:
+        return self.head(torch.cat([text, video], 1))
+
+
+class BothMasked(TwoSeries):
+    def forward(self, text: Tensor, video: Tensor, attention_mask: Tensor, video_mask: Tensor) -> Tensor:
+        return self.join(self.text(text, attention_mask), self.video(video, attention_mask=video_mask))
+
+
+class VideoFirst(TwoSeries):
+    def forward(self, video: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.join(self.text(text, attention_mask), self.video(video))
+
+
+SERIES = seeded(5, torch.randn, 6, TOKENS, 5)
+OTHER_VALID = VALID.flip(0)
+SERIES_LAYERS = [f"{tower}.blocks.{index}" for tower in ("text", "video") for index in (0, 1)]
+
+
+def _distances(kind: type[nn.Module], *args: Tensor) -> tuple[list[float], list[str]]:
+    transfer = RepresentationTransfer(seeded(4, kind, 12), SERIES_LAYERS, weight=1.0, plan="uniform")
+    with warnings.catch_warnings(record=True) as caught, transfer.attached(seeded(3, kind, 8)) as attached:
+        warnings.simplefilter("always")
+        attached.student(*args)
+        transfer.loss()
+    return [float(distance.value) for distance in transfer.distances], [str(each.message) for each in caught]
+
+
+def test_each_tower_has_the_mask_that_its_own_module_gets() -> None:
+    padded = SERIES.where(VALID[..., None], 9.0), VECTORS.where(OTHER_VALID[..., None], 9.0)
+    found, messages = _distances(BothMasked, SERIES, VECTORS, VALID.float(), OTHER_VALID.float())
+    assert messages == []
+    assert found == pytest.approx(_distances(BothMasked, *padded, VALID.float(), OTHER_VALID.float())[0], rel=1e-5)
+
+
+def test_a_tower_without_a_mask_beside_one_with() -> None:
+    """Of two series nothing tells whose mask that of the network is, so the tower without one is told of."""
+    found, messages = _distances(VideoFirst, VECTORS, SERIES, VALID.float())
+    padded, _ = _distances(VideoFirst, VECTORS, SERIES.where(VALID[..., None], 9.0), VALID.float())
+    assert found == pytest.approx(padded, rel=1e-5)
+    other_mask, _ = _distances(VideoFirst, VECTORS, SERIES, OTHER_VALID.float())
+    assert found[2:] == pytest.approx(other_mask[2:], rel=1e-6)
+    assert len(messages) == 2
+    assert all("['video.blocks.0', 'video.blocks.1'] get another sequence" in message for message in messages)
+
+
+class WithTimes(nn.Module):
+    """A series with the features of its times: one sequence in two arguments, and one mask."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.series, self.times = nn.Linear(5, width), nn.Linear(8, width)
+        self.blocks = nn.ModuleList(OwnBlock(width) for _ in "ab")
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, times: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.series(x) + self.times(times)
+        for block in self.blocks:
+            x = block(x)
+        return self.head((x * attention_mask[..., None]).sum(1))
+
+
+def test_inputs_that_are_added_up_have_one_mask() -> None:
+    values = []
+    for filler in (0.0, 9.0):
+        transfer = RepresentationTransfer(seeded(4, WithTimes, 12), ["blocks.0", "blocks.1"], plan="uniform")
+        with transfer.attached(seeded(3, WithTimes, 8)) as attached:
+            valid = VALID[..., None]
+            attached.student(SERIES.where(valid, filler), VECTORS.where(valid, filler), VALID.float())
+            values.append(float(transfer.loss().detach()))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)

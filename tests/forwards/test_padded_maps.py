@@ -109,6 +109,8 @@ def test_others_are_not(argument: str, value: Any) -> None:
 
 PIXELS = torch.zeros(SAMPLES, 6, FRAMES, dtype=torch.bool)
 PIXELS[0], PIXELS[1, :4, :7], PIXELS[2, :5], PIXELS[3, :, :6] = True, True, True, True
+HOLE = torch.zeros(SAMPLES, 6, FRAMES, dtype=torch.bool)
+HOLE[:, 2:4, 3:6] = True
 HOLES = torch.rand(SAMPLES, 6, FRAMES, generator=torch.Generator().manual_seed(1)) > 0.5
 
 
@@ -126,8 +128,10 @@ def test_pixels_at_the_edges_are_padding(value: Tensor) -> None:
         ("mask", HOLES),
         ("mask", HOLES[:, None].float()),
         ("mask", torch.ones_like(PIXELS)),
+        ("mask", HOLE),
+        ("mask", ~HOLE),
     ],
-    ids=["labels", "holes", "holes in a channel", "all"],
+    ids=["labels", "holes", "holes in a channel", "all", "one hole", "all but one hole"],
 )
 def test_other_masks_of_pixels_are_not(argument: str, value: Tensor) -> None:
     assert told(Spectra, argument, value, "mix") == []
