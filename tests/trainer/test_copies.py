@@ -63,6 +63,7 @@ class Copying(pl.Callback):
         return torch.load(file, weights_only=False)
 
 
+@pytest.mark.filterwarnings("ignore:This Task is a deep copy of one that OTRTModule wrapped")
 @pytest.mark.parametrize("way", ["callback", "wrapper"])
 def test_copies_in_mid_fit_are_plain(way):
     task, teacher, copying = make_task(), make_teacher(64), Copying()
