@@ -52,7 +52,7 @@ def classification_head(trace: Trace) -> TracedLayer | None:
     for layer in sorted(ran, key=lambda layer: layer.order or 0, reverse=True):
         output = layer.output
         if layer.role in ("linear", "pointwise") and output is not None and output.neuron_axis is not None:
-            if _is_of_stack(layer, ran):
+            if len(output.shape) > 2 and _is_of_stack(layer, ran):
                 return None
             is_assumed = not trace.shows_output and len(output.shape) == 2
             return layer if is_assumed or output.shape[output.neuron_axis] in widths else None

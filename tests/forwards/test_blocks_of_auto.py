@@ -172,6 +172,24 @@ def test_the_last_layer_of_a_block_is_no_head() -> None:
     assert found == [("blocks.0", "blocks.0"), ("blocks.1", "blocks.1")]
 
 
+class Ensemble(nn.Module):
+    """The mean of several heads on the same features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, width), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3)) for _ in "ab")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return torch.stack([head(x) for head in self.heads]).mean(0)
+
+
+def test_heads_in_a_list_are_heads() -> None:
+    found, _ = _pairs(Ensemble(8), Ensemble(12), seeded(2, torch.randn, 6, 5))
+    assert found == [("heads.1.1:input", "heads.1.1:input")]
+
+
 class ByChannel(nn.Module):
     """Each channel of a series is a row of its own, as in PatchTST."""
 
