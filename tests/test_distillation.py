@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -496,16 +497,32 @@ def test_a_cached_teacher_gives_the_same_losses(make, weight, tmp_path):
     assert other.cache.hit_rate == 1
 
 
+class Unit(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
+
+
 class TestWhatCannotBeMeant:
-    def test_probabilities_in_place_of_logits(self):
-        teacher = nn.Sequential(make_teacher(), nn.Softmax(dim=1))
+    @pytest.mark.parametrize(
+        ("last", "said"),
+        [
+            (nn.Softmax(dim=1), "look like probabilities: .*Leave the softmax out"),
+            (nn.Sigmoid(), "look like probabilities of single labels: .*activation='sigmoid'"),
+            (nn.LayerNorm(3, elementwise_affine=False), ""),
+            (Unit(), "have a length of 1 in each sample, as normalised embeddings have"),
+        ],
+        ids=["softmax", "sigmoid", "a norm", "unit length"],
+    )
+    def test_what_is_no_logits(self, last, said):
+        teacher = nn.Sequential(make_teacher(), last)
         transfer = RepresentationTransfer(teacher, {"block1": "0.block1"}, distillation=1.0)
-        with transfer.attached(student := make_student()):
+        with transfer.attached(student := make_student()), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             student(images())
-            with pytest.warns(
-                UserWarning, match="logits of the teacher look like probabilities.*Leave the softmax out"
-            ):
-                transfer.loss()
+            transfer.loss()
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == bool(said)
+        assert all(re.match(f"The logits of the teacher {said}", message) for message in messages)
 
     def test_logarithms_of_probabilities_are_logits(self):
         found = []

@@ -53,9 +53,10 @@ class TracedMask:
         padded_images: Number of samples of which it leaves out edges, read as a mask ``(B, H, W)``.
         is_doubtful: Whether the layer may hold another sequence than the mask.
         longest: The largest of lengths that stand in place of a mask; 1 where they are shares of the longest.
-        shown_by: What shows it where no argument has the name of a mask: ``"ids"`` of an embedding, ``"nan"``, flags
-            ``"inside"`` of a tuple, flags that an ``"inner"`` module gets, ``"lengths"``, or flags of a name of
-            ``"unknown"`` meaning; ``"triangle"`` for a causal mask of an unknown meaning; ``""`` for other masks.
+        shown_by: What shows it where no argument has the name of a mask: ``"ids"`` of an embedding, ``"nan"``,
+            ``"zeros"``, flags ``"inside"`` of a tuple, flags that an ``"inner"`` module gets, ``"lengths"``, or flags
+            of a name of ``"unknown"`` meaning; ``"triangle"`` for a causal mask of an unknown meaning; ``""`` for
+            other masks.
     """
 
     source: MaskSource

@@ -11,7 +11,7 @@ from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.reach import layers_of_parameters
 
-__all__ = ["describe_unreached", "leaves_of"]
+__all__ = ["describe_unreached", "have_shared_leaves", "leaves_of"]
 
 
 def leaves_of(tensors: Iterable[Tensor]) -> tuple[set[Tensor], bool]:
@@ -43,6 +43,20 @@ def leaves_of(tensors: Iterable[Tensor]) -> tuple[set[Tensor], bool]:
             found.add(node.variable)
         nodes += [following for following, _ in node.next_functions]
     return found, is_all
+
+
+def have_shared_leaves(loss: Tensor, tensors: Iterable[Tensor]) -> bool:
+    """Whether a loss may train what these tensors train: False only if it is known that it does not.
+
+    Example:
+        >>> import torch
+        >>> one, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> have_shared_leaves(one.sum(), [2 * one]), have_shared_leaves(other.sum(), [2 * one])
+        (True, False)
+    """
+    (own, is_all_of_loss), (others, is_all) = leaves_of([loss]), leaves_of(tensors)
+    is_known = is_all_of_loss and is_all and bool(own) and bool(others)
+    return not is_known or not own.isdisjoint(others)
 
 
 def describe_unreached(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair], tensors: Iterable[Tensor]) -> str:

@@ -63,6 +63,11 @@ _WARNINGS = {
         "{layers}: their padding is read. Give the network a mask (B, T) as an argument and name it with "
         "LayerPair(mask=...); mask=None says that padding is to be read."
     ),
+    "zeros": (
+        "The argument {mask!r} of the {side} is 0 at one end of some samples, as padded series are, and no mask was "
+        "found for the layers {layers}: their padding is read. Give the network a mask (B, T) as an argument and name "
+        "it with LayerPair(mask=...); mask=None says that this is meant."
+    ),
     "doubtful": (
         "The {side} layers {layers} get another sequence than the first one of {module!r}, and it is not known whether "
         "the mask {mask!r} is that of theirs. It is not used. LayerPair(mask=...) names their mask; mask=None says "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
 from lightning_otrt.reading.calls import Call, is_ids, is_tensor
 from lightning_otrt.reading.mask_names import is_mask_name, names_other_mask
-from lightning_otrt.reading.masks import as_rows
+from lightning_otrt.reading.masks import as_rows, is_pairwise
 from lightning_otrt.reading.padding_shapes import is_at_ends, is_triangle
 from lightning_otrt.reading.torch_internals import is_in_functional_transform
 
@@ -77,7 +77,7 @@ def padded_ids(call: Call) -> TracedMask | None:
 
 
 def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask, ...]:
-    """What the arguments of a forward show of padding ``(B, T)``: flags that no name tells, lengths, and NaN.
+    """What the arguments of a forward show of padding ``(B, T)``: flags that no name tells, lengths, NaN and zeros.
 
     Flags are booleans, floats of 0 and 1, or floats of 0 and minus infinity, that are the same up to some position of
     each sample and different behind it, but not in all samples alike. It waits for the device, in the traced forward
@@ -99,18 +99,17 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
         if is_inner and value is call.sequence:
             continue
         source = MaskSource(call.name, name, "unknown", call.method)
-        flags = None if is_mask_name(name) or names_other_mask(name) or name in _TARGETS else _flags(value)
-        if flags is not None:
-            # Samples may lie along the second axis.
-            for rows in (flags, flags.T):
-                if bool(is_at_ends(rows) | is_at_ends(~rows)) and not is_triangle(rows):
-                    found.append(_shown(rows, source, "inner" if is_inner else kind))
-        elif is_inner:
+        is_known = is_mask_name(name) or names_other_mask(name) or name in _TARGETS
+        flags = () if is_known else tuple(_flags(value))
+        for rows in flags:
+            if bool(is_at_ends(rows) | is_at_ends(~rows)) and not is_triangle(rows):
+                found.append(_shown(rows, source, "inner" if is_inner else kind))
+        if flags or is_inner:
             continue
-        elif value.dim() == 3 and value.is_floating_point():
-            is_padding = value.isnan().all(2)
-            if bool(is_at_ends(is_padding)):
-                found.append(_shown(is_padding, source, "nan"))
+        if value.dim() == 3 and value.is_floating_point():
+            for is_padding, shown_by in ((value.isnan().all(2), "nan"), ((value == 0).all(2), "zeros")):
+                if bool(is_at_ends(is_padding) & _is_at_one_end(is_padding)):
+                    found.append(_shown(is_padding, source, shown_by))
         elif _are_counts(name, value):
             found.append(TracedMask(source, tuple(value.shape), longest=int(value.max()), shown_by="lengths"))
     return tuple(found)
@@ -131,18 +130,24 @@ def _is_dense(value: Any) -> bool:
     return is_tensor(value) and value.layout == torch.strided
 
 
-def _flags(value: Tensor) -> Tensor | None:
-    """A tensor of flags ``(B, T)`` as booleans; None for anything else."""
-    rows = as_rows(value)
+def _flags(value: Tensor) -> Iterator[Tensor]:
+    """A tensor of flags as booleans ``(B, T)``, with samples along either axis; none for anything else.
+
+    Of flags that say which token sees which it gives those that are the same for all tokens that look.
+    """
+    rows = value if is_pairwise(value) else as_rows(value)
     if rows is None or rows.numel() == 0 or rows.is_complex():
-        return None
-    if rows.dtype == torch.bool:
-        return rows
-    if not rows.is_floating_point():
-        return None
-    others = rows[rows != 0]
-    is_flag = bool((others == 1).all() | (others <= _HIDDEN).all())
-    return rows != 0 if is_flag else None
+        return
+    if rows.dtype != torch.bool:
+        others = rows[rows != 0] if rows.is_floating_point() else rows
+        if not rows.is_floating_point() or not bool((others == 1).all() | (others <= _HIDDEN).all()):
+            return
+        rows = rows != 0
+    if rows.dim() > 2:
+        looking = tuple(range(1, rows.dim() - 1))
+        yield from (torch.amin(rows, looking), torch.amin(~rows, looking))
+    else:
+        yield from (rows, rows.T)
 
 
 def _are_counts(name: str, value: Tensor) -> bool:
@@ -151,6 +156,11 @@ def _are_counts(name: str, value: Tensor) -> bool:
         return False
     is_other = not _NO_COUNTS.isdisjoint(name.lower().split("_"))
     return not is_other and bool((value > 0).all() & (value != value[0]).any())
+
+
+def _is_at_one_end(is_padding: Tensor) -> Tensor:
+    """Whether it stands in front in all samples, or behind in all. Images read row by row have zeros on both sides."""
+    return ~(is_padding[:, 0].any() & is_padding[:, -1].any())
 
 
 def _shown(is_padding: Tensor, source: MaskSource, kind: str) -> TracedMask:

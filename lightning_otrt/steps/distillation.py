@@ -26,6 +26,9 @@ LogitViews: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor | None]]
 #: Least decay of the moments behind the regression, and its ridge.
 MEMORY, RIDGE = 0.95, 1e-2
 
+#: So few values may lie between 0 and 1 by chance.
+_FEW = 16
+
 
 class Distillation:
     """The term of the logits.
@@ -150,13 +153,8 @@ class Distillation:
         for y, x, mask in views:
             for side, name in ((y, "student"), (x, "teacher")):
                 shown = (side if mask is None else torch.where(mask.unsqueeze(1), side, 0.0)).detach()
-                if not is_regression and _are_probabilities(shown, mask):
-                    warnings.warn(
-                        f"The logits of the {name} look like probabilities: none is negative, and they sum to 1. A "
-                        "softmax is taken of them once more, which leaves almost no difference between classes. Leave "
-                        "the softmax out of the network, or return its logarithm.",
-                        stacklevel=4,
-                    )
+                if not is_regression and (unlike := _unlike_logits(shown, mask)):
+                    warnings.warn(f"The logits of the {name} {unlike}", stacklevel=4)
                 if not bool(shown.isfinite().all()):
                     raise ValueError(
                         f"The logits of the {name}, or what is regressed on, have NaN or infinite values (shape "
@@ -231,7 +229,33 @@ def _decay(observations: float, neurons: int) -> float:
     return max(MEMORY, 1 - observations / (4 * neurons))
 
 
-def _are_probabilities(logits: Tensor, mask: Tensor | None) -> bool:
-    """Whether values ``(B, K, *positions)`` are those of a softmax; waits for the device."""
-    sums_to_1 = (logits.sum(1) - 1).abs() < 1e-3
-    return bool((logits >= 0).all() & (sums_to_1 if mask is None else sums_to_1 | ~mask).all())
+def _unlike_logits(values: Tensor, mask: Tensor | None) -> str:
+    """Why values ``(B, K, *positions)`` are no logits, as far as they show it; waits for the device.
+
+    Args:
+        values: The values, 0 where the mask is false.
+        mask: ``(B, T)``, true at valid positions, or None.
+    """
+    valid = torch.ones_like(values[:, 0], dtype=torch.bool) if mask is None else mask
+    if not bool(valid.any()):
+        return ""
+    sums_to_1 = bool((((values.sum(1) - 1).abs() < 1e-3) | ~valid).all())
+    is_positive = bool((values >= 0).all())
+    if is_positive and sums_to_1:
+        return (
+            "look like probabilities: none is negative, and they sum to 1. A softmax is taken of them once more, which "
+            "leaves almost no difference between classes. Leave the softmax out of the network, or return its "
+            "logarithm."
+        )
+    if is_positive and bool((values <= 1).all() & (values.amax() > values.amin())) and values.numel() > _FEW:
+        return (
+            "look like probabilities of single labels: all are between 0 and 1. A softmax is taken of them, or a "
+            "sigmoid once more. Return what enters the sigmoid, and pass LogitDistillation(activation='sigmoid')."
+        )
+    if bool(((values.square().sum(1) - 1).abs() < 1e-3).logical_or(~valid).all()):
+        return (
+            "have a length of 1 in each sample, as normalised embeddings have. A softmax of them says nothing of "
+            "classes. Leave `distillation` out, or let the teacher's output be regressed on a layer of the student: "
+            "LogitDistillation(features='name of the layer')."
+        )
+    return ""

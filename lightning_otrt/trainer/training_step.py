@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -40,6 +40,10 @@ class ExtraTerm:
     def has_term(self) -> bool:
         """Whether there was a forward since the last call of :meth:`term`."""
         return False
+
+    def belongs_to(self, loss: Tensor) -> bool:
+        """Whether a loss may train what the term trains; one of a critic does not train the generator."""
+        return True
 
 
 def add_term(module: pl.LightningModule, term: ExtraTerm) -> None:
@@ -101,8 +105,12 @@ class _Step(_Patch):
     def __init__(self, module: pl.LightningModule) -> None:
         super().__init__(module)
         self.terms: list[ExtraTerm] = []
+        #: Whether a backward pass of this step had the terms, and whether one was of other parameters, under manual
+        #: optimization.
+        self.is_added = self.is_left_out = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.is_added = self.is_left_out = False
         try:
             with ExitStack() as stack:
                 for term in self.terms:
@@ -149,7 +157,8 @@ class _Step(_Patch):
         return output
 
     def _check_manual(self) -> None:
-        if not any(term.has_term() for term in self.terms):
+        # Where a backward pass left the term out, the step may be that of a critic.
+        if self.is_left_out or not any(term.has_term() for term in self.terms):
             return
         raise MisconfigurationException(
             f"{type(self.module).__name__} uses manual optimization, but its training_step ended without "
@@ -190,10 +199,32 @@ class _ManualBackward(_Patch):
         self.step = step
 
     def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        # Only the first backward after a forward gets the term, so two losses of one forward count it once.
-        if any(term.has_term() for term in self.step.terms):
+        explained = _second_pass_explained() if self.step.is_added else nullcontext()
+        # Only the first backward after a forward gets the term, so two losses of one forward count it once. One that
+        # trains other parameters would have it in gradients that the step of another optimizer sets to zero.
+        pending = [term for term in self.step.terms if term.has_term()]
+        is_ours = any(term.belongs_to(loss) for term in pending)
+        self.step.is_left_out = self.step.is_left_out or (bool(pending) and not is_ours)
+        if is_ours:
             total = self.step.total()
             if total is not None:
                 _check_gradient(loss, total, "passed to `self.manual_backward`")
                 loss = loss + total.to(loss.device)
-        self.inner(loss, *args, **kwargs)
+                self.step.is_added = True
+        with explained:
+            self.inner(loss, *args, **kwargs)
+
+
+@contextmanager
+def _second_pass_explained() -> Iterator[None]:
+    """Say why the graph of the student's forward may be freed in a later backward pass of a step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "The transfer term was added to an earlier `self.manual_backward` of this step, and that pass freed the "
+            "graph of the student's forward, which this one needs. Pass `retain_graph=True` to the earlier one; or run "
+            "the student once for each of them, inside `callback.transfer.paused()` where the term is not meant."
+        ) from error

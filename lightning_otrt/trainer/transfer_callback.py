@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import OPTIONS, TransferOptions
+from lightning_otrt.reading.gradient_reach import have_shared_leaves
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.load import TeacherSource
 from lightning_otrt.trainer.effect_checks import EffectChecks
@@ -208,6 +209,11 @@ class TransferCallback(pl.Callback, ExtraTerm):
     def has_term(self) -> bool:
         """Whether a forward was recorded whose term is not in a loss yet."""
         return self.transfer.has_views
+
+    def belongs_to(self, loss: Tensor) -> bool:
+        """Whether a loss may train what the recorded forwards train."""
+        recorded = (reading for view in self.transfer.views for reading in view.recorded)
+        return have_shared_leaves(loss, (reading for reading in recorded if reading.requires_grad))
 
     def discard(self) -> None:
         """Forget the forwards that no loss has taken."""

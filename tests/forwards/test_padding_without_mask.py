@@ -165,6 +165,13 @@ class MadeInside(nn.Module):
         return self.head(self.mix(self.embed(ids), bias).mean(1))
 
 
+class Biased(Series):
+    """Gets what is added to scores, for each head."""
+
+    def forward(self, x: Tensor, attn_bias: Tensor) -> Tensor:
+        return self.average(x, torch.ones(x.shape[:2])) + 0 * attn_bias.clamp_min(-1).sum((1, 2, 3))[:, None]
+
+
 class TimeFirst(nn.Module):
     """Recurrent, with samples along the second axis."""
 
@@ -182,6 +189,8 @@ class TimeFirstKept(TimeFirst):
 
 
 SERIES = seeded(3, torch.randn, SAMPLES, LONGEST, 5)
+SEEN = torch.zeros(SAMPLES, 2, LONGEST, LONGEST).masked_fill(~FIRST[:, None, None], -1e9)
+CAUSAL = torch.full((LONGEST, LONGEST), -1e9).triu(1)
 NAN_BEHIND = SERIES.masked_fill(~FIRST[..., None], float("nan"))
 SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
 
@@ -195,7 +204,11 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         (InTuple, ((SERIES, FIRST),), "The argument 'batch[1]' of the {} may be the padding mask"),
         (InTuple, ([SERIES, FIRST],), "The argument 'batch[1]' of the {} may be the padding mask"),
         (FromNan, (NAN_BEHIND,), "The argument 'x' of the {} is NaN at the ends of some samples"),
+        (FromNan, (SERIES * FIRST[..., None],), "The argument 'x' of the {} is 0 at one end of some samples"),
+        (FromNan, (SERIES * FIRST.flip(1)[..., None],), "The argument 'x' of the {} is 0 at one end of some samples"),
         (Counted, (SERIES, FIRST.sum(1)), "The argument 'sizes' of the {} may say how many positions of the layers"),
+        (Biased, (SERIES, SEEN), "The argument 'attn_bias' of the {} may be the padding mask of its layers ['mix']"),
+        (Biased, (SERIES, SEEN + CAUSAL), "The argument 'attn_bias' of the {} may be the padding mask"),
         (MadeInside, (BEHIND,), "The argument 'bias' of 'mix' may be the padding mask of the {} layers ['mix']"),
         (TimeFirst, (SERIES.movedim(1, 0), FIRST.T), "The argument 'mask' of the {} may be the padding mask"),
         (TimeFirstKept, (SERIES.movedim(1, 0), FIRST.T), "The argument 'keep' of the {} may be the padding mask"),
@@ -207,7 +220,11 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         "in a tuple",
         "in a list",
         "NaN",
+        "zeros behind",
+        "zeros in front",
         "lengths",
+        "bias of scores",
+        "bias of scores, causal",
         "made inside",
         "a mask of time first",
         "flags of time first",
@@ -238,6 +255,17 @@ def test_a_causal_mask_of_as_many_tokens_as_samples(kind: type[Series], diagonal
     seen = torch.ones(SAMPLES, SAMPLES).tril(diagonal)
     for mask in (seen, seen.bool(), ~seen.bool(), seen.T, torch.zeros_like(seen).masked_fill(seen == 0, -torch.inf)):
         assert _told(kind(8), kind(12), SERIES[:, :SAMPLES], mask) == []
+
+
+def test_rows_of_images_with_a_border_are_no_padding() -> None:
+    rows = torch.zeros(SAMPLES, LONGEST, 5)
+    for sample, (first, last) in enumerate([(1, 8), (2, 7), (3, 8), (1, 6), (2, 9), (0, 8)]):
+        rows[sample, first:last] = 1.0
+    assert _told(FromNan(8), FromNan(12), rows) == []
+
+
+def test_a_causal_bias_alone_is_no_padding() -> None:
+    assert _told(Biased(8), Biased(12), SERIES, CAUSAL.expand(SAMPLES, 2, -1, -1)) == []
 
 
 def test_numbers_that_are_no_lengths() -> None:

@@ -217,3 +217,65 @@ def test_a_manual_step_of_two_players(kind, toggle):
     found = by_callback(context, NothingLeft())
     assert_same(by_wrapper(context), found)
     assert_agree(found, by_hand(context), without(context))
+
+
+class SharedFake(TwoPlayers):
+    """Both players are updated after one forward of the generator, as in the DCGAN of torch's examples."""
+
+    retains = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        fake = self.net(batch[0])
+        second.zero_grad()
+        self.manual_backward(self.critic(fake.detach()).mean(), retain_graph=self.retains)
+        second.step()
+        first.zero_grad()
+        self.manual_backward(self.add(-self.critic(fake).mean()))
+        first.step()
+
+
+class SharedFakeRetained(SharedFake):
+    retains = True
+
+
+@pytest.mark.parametrize("kind", [SharedFake, SharedFakeRetained])
+def test_the_critics_loss_does_not_take_the_term(kind):
+    """It would end in gradients that the generator's optimizer sets to zero."""
+    context = Context(kind, trainer=lambda: {"max_epochs": 1}, options={"toggle": False})
+    found = by_callback(context, NothingLeft())
+    assert_agree(found, by_hand(context), without(context))
+
+
+class CriticAlone(SharedFake):
+    """Some steps are the critic's alone."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if batch_idx % 2:
+            super().training_step(batch, batch_idx)
+            return
+        _, second = self.optimizers()
+        second.zero_grad()
+        self.manual_backward(self.critic(self.net(batch[0]).detach()).mean())
+        second.step()
+        if isinstance(self.term, HandMade):
+            self.term.discard()
+
+
+def test_steps_of_the_critic_alone_have_no_term():
+    context = Context(CriticAlone, trainer=lambda: {"max_epochs": 1}, options={"toggle": False})
+    found = by_callback(context, NothingLeft())
+    assert_agree(found, by_hand(context), without(context))
+
+
+class TwoLossesOfOneForward(SharedFake):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        fake = self.net(batch[0])
+        self.manual_backward(self.critic(fake).mean())
+        self.manual_backward(fake.square().mean())
+
+
+def test_a_graph_that_an_earlier_backward_freed_is_explained():
+    context = Context(TwoLossesOfOneForward, trainer=lambda: {"max_epochs": 1}, options={"toggle": False})
+    with pytest.raises(RuntimeError, match="The transfer term was added to an earlier `self.manual_backward`"):
+        by_callback(context)
