@@ -50,9 +50,9 @@ class FirstShapes:
             (name, (in_training, traced)), *_ = others.items()
             warnings.warn(
                 f"The student layers {list(others)} have other positions in training than in evaluation mode, on one "
-                f"batch: {name!r} has {in_training} and {traced}. The teacher runs in evaluation mode, so that pairs "
-                "are averaged over other places, as where tokens are dropped inside of the forward. Change the batch "
-                "before the network, or match layers without positions, such as 'penultimate'.",
+                f"batch: {name!r} has {in_training} and {traced}. The teacher runs in evaluation mode, so that the two "
+                "networks are averaged over different places. This happens where the forward drops tokens. Change the "
+                "batch before the network, or match layers without positions, such as 'penultimate'.",
                 stacklevel=2,
             )
 

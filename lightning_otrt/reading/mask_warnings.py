@@ -30,13 +30,14 @@ _WARNINGS = {
         "are put together, or pass LayerPair(mask=None)."
     ),
     "on_map": (
-        "The argument {mask!r} of the {side} says what of its input is padding, and the layers {layers} are maps, "
-        "whose padding is read. Match layers that give sequences (B, T, C) or (B, C, T), or give the network samples "
+        "The argument {mask!r} of the {side} marks padding in its input. The layers {layers} are maps, which are read "
+        "whole, with the padding. Match layers that give sequences (B, T, C) or (B, C, T), or give the network samples "
         "of one size. LayerPair(mask=None) says that this is meant."
     ),
     "lengths": (
-        "The argument {mask!r} of the {side} may say how many positions of the layers {layers} are no padding, which "
-        "is read. Give the network a mask (B, T) too and name it with LayerPair(mask=...), or pass mask=None."
+        "The argument {mask!r} of the {side} may give the number of valid positions of the layers {layers}. It is not "
+        "used, so that padding is read. Give the network a mask (B, T) too and name it with LayerPair(mask=...), or "
+        "pass mask=None."
     ),
     "rows": (
         "The mask {mask!r} of the {side} has the shape {shape}, and its layers {layers} have one row for each place of "
@@ -69,14 +70,14 @@ _WARNINGS = {
         "it with LayerPair(mask=...); mask=None says that this is meant."
     ),
     "doubtful": (
-        "The {side} layers {layers} get another sequence than the first one of {module!r}, and it is not known whether "
-        "the mask {mask!r} is that of theirs. It is not used. LayerPair(mask=...) names their mask; mask=None says "
+        "The {side} layers {layers} get another sequence than the first one of {module!r}. It is not known whether the "
+        "mask {mask!r} belongs to them, so that it is not used. LayerPair(mask=...) names their mask; mask=None says "
         "that padding is to be read."
     ),
     "pairwise": (
-        "The mask {mask!r} of {module!r} says which tokens see which, and each token of the {side} layers {layers} is "
-        "seen. It does not tell their padding, which is read. LayerPair(mask=...) names an argument of shape (B, T); "
-        "mask=None says that there is no padding."
+        "The mask {mask!r} of {module!r} says which token attends to which. Some token attends to each of the {side} "
+        "layers {layers}, so that the mask does not show their padding, which is read. LayerPair(mask=...) names an "
+        "argument of shape (B, T); mask=None says that there is no padding."
     ),
     "unknown": (
         "The argument {mask!r} of the {side} may be the padding mask of its layers {layers}, but its name does not "
@@ -84,11 +85,11 @@ _WARNINGS = {
         'valid tokens, mask="~{mask}" if it is true at padding, or mask=None.'
     ),
     "empty": (
-        "The mask {mask!r} of the {side} leaves no token in {empty} samples, read as true at {true_at}. They are read "
+        "The mask {mask!r} of the {side} leaves no token in {empty} samples, if true means {true_at}. They are read "
         'as zeros: leave them out of the batch. If true means the opposite, pass LayerPair(mask="{other}").'
     ),
     "no_label": (
-        "The mask {mask!r} of the {side} leaves no token in {empty} samples, read as true at {true_at}. They are read "
+        "The mask {mask!r} of the {side} leaves no token in {empty} samples, if true means {true_at}. They are read "
         "as zeros: leave them out of the batch, or pass LayerPair(mask=None)."
     ),
 }

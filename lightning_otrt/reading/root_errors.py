@@ -78,9 +78,9 @@ def why_outside(root: str, outside: Sequence[str], *, distills: bool = False) ->
     return (
         f"Layers were chosen inside {root!r}, the first trained module that was called, but other trained modules ran "
         f"with gradient outside of it: {_listed(outside)}. The teacher got the inputs of {root!r} alone, and the term "
-        f"cannot reach the others.{_LOGITS if distills else ''} If that is meant, pass student_root={root!r}. If a "
-        "method is called, such as net.forward_features(x), pass student_root='net:forward_features'. Else call the "
-        "module that holds them all."
+        f"cannot reach the others.{_LOGITS if distills else ''} If you want this, pass student_root={root!r}. If a "
+        "method is called, such as net.forward_features(x), pass student_root='net:forward_features'. Otherwise call "
+        "the module that holds them all."
     )
 
 
@@ -89,8 +89,8 @@ def why_before(root: str, before: Sequence[str]) -> str:
     return (
         f"The first module that was called and holds the layers is {root!r}, and what enters it was made by trained "
         f"modules outside of it: {_listed(before)}. The teacher gets that, too, and not the inputs of the student. If "
-        f"it is meant, pass student_root={root!r}. If a method is called, such as net.encode(x), pass "
-        "student_root='net:encode'. Else call the module that holds them all."
+        f"you want this, pass student_root={root!r}. If a method is called, such as net.encode(x), pass "
+        "student_root='net:encode'. Otherwise call the module that holds them all."
     )
 
 

@@ -30,9 +30,9 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
     if drawing:
         warnings.warn(
             f"The forward of {' and that of '.join(drawing)} draws random numbers although it runs in evaluation mode, "
-            "such as noise, time steps or masks. Unless both draw the same ones in the same order, what is matched "
-            "belongs to other noise. Draw them outside and pass them as an argument, name the network that gets them "
-            "as `student_root`, or give the teacher the same ones with `teacher_inputs`.",
+            "such as noise, time steps or masks. Unless both networks draw the same numbers in the same order, they "
+            "are matched under different noise. Draw them outside and pass them as an argument, name the network that "
+            "gets them as `student_root`, or give the teacher the same ones with `teacher_inputs`.",
             stacklevel=2,
         )
     moved: dict[str, list[str]] = {"student": [], "teacher": []}
@@ -44,8 +44,8 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
     for side, layers in moved.items():
         if layers:
             warnings.warn(
-                f"The {side} layers {layers} hold the samples in another order than the inputs, as where they are "
-                "sorted by length, and those that they are matched to do not: different samples are matched. Sort the "
+                f"The {side} layers {layers} hold the samples in another order than the inputs, such as sorted by "
+                "length, and the layers that they are matched to do not. So different samples are matched. Sort the "
                 "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
                 stacklevel=2,
             )
@@ -54,16 +54,16 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
         odd = [name for name, tensor in tensors.items() if tensor and _has_chosen_rows(trace, tensor)]
         others = [name for name in tensors if name in trace.chosen_rows and name not in odd]
         what = {
-            "have as many rows as neither samples nor all of their positions make": odd,
+            "have a number of rows that is neither that of the samples nor that of all their positions": odd,
             "have rows that do not follow the samples when these are in another order": others,
         }
         for problem, chosen in what.items():
             if chosen:
                 warnings.warn(
-                    f"The {side} layers {chosen} {problem}: the network may choose them, as for the experts of a "
-                    "mixture or the proposals of a detector, and each network chooses other ones. Then different rows "
-                    "are matched. Name the module around them, which gives all tokens. Where both networks have the "
-                    "same rows, such as the valid tokens, nothing is wrong.",
+                    f"The {side} layers {chosen} {problem}. The network may choose its rows, as for the experts of a "
+                    "mixture or the proposals of a detector, and the other network chooses different ones. Then "
+                    "different rows are matched. Name the module around them, which gives all tokens. Where both "
+                    "networks have the same rows, such as the valid tokens, nothing is wrong.",
                     stacklevel=2,
                 )
     _warn_of_hidden_grids(pairs, student, teacher)

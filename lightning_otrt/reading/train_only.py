@@ -127,9 +127,9 @@ class FirstInput:
             f"The forward of {whose} changes its inputs in training: its first layer with weights, {self._name!r} "
             f"({type(module).__name__}), got {describe(before)} in evaluation mode and {what} in training mode, on one "
             f"batch. The teacher gets what enters {whose}, so an augmentation inside of the forward, such as a flip, a "
-            "crop, a mixture or a random size, is not in what it sees: neurons are matched over other samples. Augment "
-            "the batch before the network, or name the module behind the augmentation as `student_root`. Where the "
-            "same samples have noise alone, nothing is wrong.",
+            "crop, a mixture or a random size, does not reach it: the two networks see different samples. Augment the "
+            "batch before the network, or name the module behind the augmentation as `student_root`. If the forward "
+            "only adds noise to the same samples, nothing is wrong.",
             stacklevel=2,
         )
 

@@ -15,7 +15,7 @@ from lightning_otrt import RepresentationTransfer
 #: The first use of forward mode in a process compiles decompositions of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 
-ROWS = "have as many rows as neither samples nor all of their positions make"
+ROWS = "have a number of rows that is neither that of the samples nor that of all their positions"
 
 
 class Mixture(nn.Module):

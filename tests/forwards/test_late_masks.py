@@ -118,7 +118,9 @@ def test_a_name_of_unknown_meaning_inside() -> None:
 
 @pytest.mark.parametrize("lengths", [VALID.sum(1), torch.full((SAMPLES,), LONGEST)])
 def test_lengths(lengths: Tensor) -> None:
-    with pytest.warns(UserWarning, match="The argument 'lengths' of the (student|teacher) may say how many positions"):
+    with pytest.warns(
+        UserWarning, match="The argument 'lengths' of the (student|teacher) may give the number of valid positions"
+    ):
         run(Lengths(8), Lengths(12), (WORDS, lengths))
     run(Lengths(8), Lengths(12), (WORDS, lengths), mask=None)
     with pytest.raises(ValueError, match="it holds lengths and is no mask"):

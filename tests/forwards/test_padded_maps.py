@@ -69,7 +69,7 @@ KNOWN = [
 @pytest.mark.parametrize("layer", ["mix", "down", "down:input"])
 def test_maps_with_padding_are_told(argument: str, value: Any, layer: str) -> None:
     messages = told(Spectra, argument, value, layer)
-    what = f"says what of its input is padding, and the layers [{layer!r}] are maps"
+    what = f"marks padding in its input. The layers [{layer!r}] are maps"
     sides = [f"The argument {argument!r} of the {side} {what}" for side in ("student", "teacher")]
     assert len(messages) == 2, messages
     assert all(message.startswith(start) for message, start in zip(messages, sides, strict=True)), messages
@@ -87,7 +87,8 @@ def test_lengths_of_series_are_told(argument: str, value: Any, layer: str) -> No
     messages = told(Series, argument, value, layer)
     assert len(messages) == 2, messages
     assert all(
-        f"The argument {argument!r}" in message and "may say how many positions" in message for message in messages
+        f"The argument {argument!r}" in message and "may give the number of valid positions" in message
+        for message in messages
     )
 
 
@@ -118,7 +119,7 @@ HOLES = torch.rand(SAMPLES, 6, FRAMES, generator=torch.Generator().manual_seed(1
 def test_pixels_at_the_edges_are_padding(value: Tensor) -> None:
     messages = told(Spectra, "pixel_mask", value, "mix")
     assert len(messages) == 2
-    assert all("'pixel_mask'" in message and "says what of its input is padding" in message for message in messages)
+    assert all("'pixel_mask'" in message and "marks padding in its input" in message for message in messages)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,11 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         (FromNan, (NAN_BEHIND,), "The argument 'x' of the {} is NaN at the ends of some samples"),
         (FromNan, (SERIES * FIRST[..., None],), "The argument 'x' of the {} is 0 at one end of some samples"),
         (FromNan, (SERIES * FIRST.flip(1)[..., None],), "The argument 'x' of the {} is 0 at one end of some samples"),
-        (Counted, (SERIES, FIRST.sum(1)), "The argument 'sizes' of the {} may say how many positions of the layers"),
+        (
+            Counted,
+            (SERIES, FIRST.sum(1)),
+            "The argument 'sizes' of the {} may give the number of valid positions of the layers",
+        ),
         (Biased, (SERIES, SEEN), "The argument 'attn_bias' of the {} may be the padding mask of its layers ['mix']"),
         (Biased, (SERIES, SEEN + CAUSAL), "The argument 'attn_bias' of the {} may be the padding mask"),
         (MadeInside, (BEHIND,), "The argument 'bias' of 'mix' may be the padding mask of the {} layers ['mix']"),
