@@ -497,6 +497,11 @@ def test_a_cached_teacher_gives_the_same_losses(make, weight, tmp_path):
     assert other.cache.hit_rate == 1
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * (x - x.mean())
+
+
 class Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1)
@@ -507,7 +512,7 @@ class TestWhatCannotBeMeant:
         ("last", "said"),
         [
             (nn.Softmax(dim=1), "look like probabilities: .*Leave the softmax out"),
-            (nn.Sigmoid(), "look like probabilities of single labels: .*activation='sigmoid'"),
+            (nn.Sequential(Scaled(), nn.Sigmoid()), "look like probabilities of single labels: .*activation='sigmoid'"),
             (nn.LayerNorm(3, elementwise_affine=False), ""),
             (Unit(), "have a length of 1 in each sample, as normalised embeddings have"),
         ],

@@ -96,7 +96,7 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
     """
     found = []
     for name, value, kind in _values(call.arguments):
-        if is_inner and value is call.sequence:
+        if value is call.sequence and (is_inner or is_pairwise(value)):  # such as images
             continue
         source = MaskSource(call.name, name, "unknown", call.method)
         is_known = is_mask_name(name) or names_other_mask(name) or name in _TARGETS
@@ -139,8 +139,9 @@ def _flags(value: Tensor) -> Iterator[Tensor]:
     if rows is None or rows.numel() == 0 or rows.is_complex():
         return
     if rows.dtype != torch.bool:
-        others = rows[rows != 0] if rows.is_floating_point() else rows
-        if not rows.is_floating_point() or not bool((others == 1).all() | (others <= _HIDDEN).all()):
+        is_zero = rows == 0
+        is_flag = (is_zero | (rows == 1)).all() | (is_zero | (rows <= _HIDDEN)).all()
+        if not rows.is_floating_point() or not bool(is_flag):
             return
         rows = rows != 0
     if rows.dim() > 2:

@@ -26,9 +26,6 @@ LogitViews: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor | None]]
 #: Least decay of the moments behind the regression, and its ridge.
 MEMORY, RIDGE = 0.95, 1e-2
 
-#: So few values may lie between 0 and 1 by chance.
-_FEW = 16
-
 
 class Distillation:
     """The term of the logits.
@@ -247,7 +244,8 @@ def _unlike_logits(values: Tensor, mask: Tensor | None) -> str:
             "leaves almost no difference between classes. Leave the softmax out of the network, or return its "
             "logarithm."
         )
-    if is_positive and bool((values <= 1).all() & (values.amax() > values.amin())) and values.numel() > _FEW:
+    # Those of an untrained network may lie between 0 and 1, too, but not near both.
+    if is_positive and bool((values <= 1).all() & (values.amax() > 0.9) & (values.amin() < 0.1)):
         return (
             "look like probabilities of single labels: all are between 0 and 1. A softmax is taken of them, or a "
             "sigmoid once more. Return what enters the sigmoid, and pass LogitDistillation(activation='sigmoid')."

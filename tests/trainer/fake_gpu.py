@@ -61,6 +61,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.reading.tracer.random_state", lambda *_: [])
         patch.setattr("lightning_otrt.reading.evaluation._restore_buffers", lambda module, saved: None)
         patch.setattr("lightning_otrt.reading.train_only._is_same", lambda before, now: True)
+        patch.setattr("lightning_otrt.reading.shown_padding.padded_arguments", lambda call, is_inner: ())
         patch.setattr("lightning_otrt.reading.mask_search._is_causal", lambda valid, mask: False)
         patch.setattr("lightning_otrt.reading.mask_search.problem_of", lambda mask, source: "")
         patch.setattr("lightning_otrt.reading.mask_search._is_common", lambda value: True)
