@@ -108,7 +108,8 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
             continue
         if value.dim() == 3 and value.is_floating_point():
             for is_padding, shown_by in ((value.isnan().all(2), "nan"), ((value == 0).all(2), "zeros")):
-                if bool(is_at_ends(is_padding) & _is_at_one_end(is_padding)):
+                is_certain = is_at_ends(is_padding) & _is_at_one_end(is_padding) & (is_padding.sum(1) > 1).any()
+                if bool(is_certain):
                     found.append(_shown(is_padding, source, shown_by))
         elif _are_counts(name, value):
             found.append(TracedMask(source, tuple(value.shape), longest=int(value.max()), shown_by="lengths"))

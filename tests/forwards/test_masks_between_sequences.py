@@ -104,7 +104,7 @@ SITUATIONS = {
     "(B, T, T), added": Situation(Attention, (WORDS, ADDED), "mix", VALID),
     "both directions": Situation(Attention, (WORDS, VALID[:, None].expand(-1, LONGEST, -1)), "mix", VALID),
     "causal, one for all": Situation(Attention, (WORDS, CAUSAL.expand(SAMPLES, -1, -1)), "mix", None),
-    "several texts in a sample": Situation(Attention, (WORDS, PACKED), "mix", None, warning="does not tell their"),
+    "several texts in a sample": Situation(Attention, (WORDS, PACKED), "mix", None, warning="does not show their"),
     "Perceiver, latent vectors": Situation(
         PERCEIVER, (VECTORS, VALID.long()), "encoder.self_attends.1", None, options={"select": 0}
     ),
