@@ -204,7 +204,8 @@ def _convolutional_tower(maps: list[TracedLayer], trace: Trace, last_token: int)
 
     One map before the tokens may be that of their patches.
     """
-    entered = [layer.input for layer in trace.layers if layer.takes_model_input and layer.input is not None]
+    leaves = [layer for layer in trace.layers if layer.takes_model_input and not layer.is_container]
+    entered = [layer.input for layer in leaves if layer.input is not None]
     sees = any(len(tensor.shape) == 4 and tensor.is_floating for tensor in entered)
     reads = any(len(tensor.shape) == (3 if tensor.is_floating else 2) for tensor in entered)
     images = [layer for layer in maps if len(layer.output_shape or ()) == 4]
