@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -125,9 +125,9 @@ class _Step(_Patch):
             for term in self.terms:
                 term.discard()
 
-    def total(self) -> Tensor | None:
-        """The sum of all terms."""
-        found = [term.term(position) for position, term in enumerate(self.terms)]
+    def total(self, without: Sequence[ExtraTerm] = ()) -> Tensor | None:
+        """The sum of all terms but some."""
+        found = [term.term(position) for position, term in enumerate(self.terms) if term not in without]
         present = [value for value in found if value is not None]
         return sum(present[1:], present[0]) if present else None
 
@@ -203,10 +203,10 @@ class _ManualBackward(_Patch):
         # Only the first backward after a forward gets the term, so two losses of one forward count it once. One that
         # trains other parameters would have it in gradients that the step of another optimizer sets to zero.
         pending = [term for term in self.step.terms if term.has_term()]
-        is_ours = any(term.belongs_to(loss) for term in pending)
-        self.step.is_left_out = self.step.is_left_out or (bool(pending) and not is_ours)
-        if is_ours:
-            total = self.step.total()
+        left_out = [term for term in pending if not term.belongs_to(loss)]
+        self.step.is_left_out = self.step.is_left_out or bool(left_out)
+        if len(left_out) < len(pending):
+            total = self.step.total(without=left_out)
             if total is not None:
                 _check_gradient(loss, total, "passed to `self.manual_backward`")
                 loss = loss + total.to(loss.device)

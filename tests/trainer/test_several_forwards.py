@@ -247,6 +247,32 @@ def test_the_critics_loss_does_not_take_the_term(kind):
     assert_agree(found, by_hand(context), without(context))
 
 
+class BothLearn(SharedFake):
+    """The critic has a teacher of its own; notes what its backward pass gives the generator."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        fake = self.net(batch[0])
+        first.zero_grad()
+        self.manual_backward(self.critic(fake.detach()).square().mean())
+        assert all(parameter.grad is None for parameter in self.net.parameters())
+        assert all(parameter.grad is not None for parameter in self.critic.parameters())
+        second.step()
+        self.manual_backward(-self.critic(fake).mean())
+        assert all(parameter.grad is not None for parameter in self.net.parameters())
+        first.step()
+
+
+def test_each_of_two_teachers_has_its_own_backward_pass():
+    task, critic = BothLearn(toggle=False), nn.Linear(3, 2)
+    callbacks = [
+        OTRTCallback(make_teacher(), LAYERS, weight=1e-3),
+        OTRTCallback(critic, {"critic": ""}, student_root="critic", weight=1e-3),
+    ]
+    make_trainer(max_epochs=1, callbacks=callbacks).fit(task, loader())
+    assert all(callback.transfer.engine.calls for callback in callbacks)
+
+
 class CriticAlone(SharedFake):
     """Some steps are the critic's alone."""
 
