@@ -56,7 +56,7 @@ def lowest() -> list[str]:
 def tests(session: nox.Session) -> None:
     """The README's command, with the newest versions that pip finds."""
     session.install("-e", ".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", *session.posargs)
 
 
 @nox.session

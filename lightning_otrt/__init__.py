@@ -10,10 +10,10 @@ from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
 from lightning_otrt.distillation import LogitDistillation
 from lightning_otrt.fixed_views import FixedViews
 from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.reading.neurons import neurons
+from lightning_otrt.reading.neurons.reader import neurons
 from lightning_otrt.schedules import CosineDecay, LinearWarmup
-from lightning_otrt.teacher.cache_options import TeacherCache
-from lightning_otrt.teacher.load import load_teacher
+from lightning_otrt.teacher.cache.options import TeacherCache
+from lightning_otrt.teacher.loading.load import load_teacher
 from lightning_otrt.trainer.callback import OTRTCallback
 from lightning_otrt.trainer.module import OTRTModule
 from lightning_otrt.trainer.monitor import OTRTMonitor

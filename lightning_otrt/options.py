@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from lightning_otrt.checks import check_callable, check_count, check_decay, check_flag, check_number, check_seed
 from lightning_otrt.distillation import LogitDistillation, check_distillation
 from lightning_otrt.schedules import Schedule
-from lightning_otrt.teacher.cache_options import TeacherCache, parse_cache
+from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.transport.plans import check_epsilon, check_plan
 
 __all__ = ["FixedOptions", "OPTIONS", "TransferOptions", "as_written", "takes_options_of"]

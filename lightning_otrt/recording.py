@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lightning_otrt.options import FixedOptions
+from lightning_otrt.reading.hooks.views import View, trained_views
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.reading.views import View, trained_views
 from lightning_otrt.teacher.attachment import Attachment
 from lightning_otrt.terms import Weights
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from lightning_otrt.layers.names import has_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pairs_from_state, pairs_to_state
-from lightning_otrt.reading.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
+from lightning_otrt.reading.extra_forwards.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
+from lightning_otrt.reading.hooks.views import why_absent
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import is_compiled
-from lightning_otrt.reading.views import why_absent
-from lightning_otrt.steps.distillation import Distillation
+from lightning_otrt.steps.distillation_term import Distillation
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_otrt.reading.views import NoTermError, View
+from lightning_otrt.reading.hooks.views import NoTermError, View
 from lightning_otrt.run_state import RunState
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment

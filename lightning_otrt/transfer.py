@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from lightning_otrt.distillation import LogitDistillation, as_distillation
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels
 from lightning_otrt.options import as_written
+from lightning_otrt.reading.hooks.views import NoTermError
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.reading.views import NoTermError
 from lightning_otrt.recording import RecordedStudent
 from lightning_otrt.run_state import RunState
 from lightning_otrt.schedules import Schedule, factor_at
-from lightning_otrt.steps.distillation import Distillation
+from lightning_otrt.steps.distillation_term import Distillation
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
-from lightning_otrt.teacher.cache import SampleCache
-from lightning_otrt.teacher.cache_options import TeacherCache
-from lightning_otrt.teacher.frozen import Teacher
-from lightning_otrt.teacher.load import TeacherSource, load_teacher
-from lightning_otrt.teacher.logits import LogitRecording
+from lightning_otrt.teacher.cache.options import TeacherCache
+from lightning_otrt.teacher.cache.sample_cache import SampleCache
+from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
+from lightning_otrt.teacher.logit_recording import LogitRecording
 from lightning_otrt.teacher.pair_choice import ChoosePairs
 from lightning_otrt.terms import Weights, make_terms
 from lightning_otrt.transport.named_costs import get_cost

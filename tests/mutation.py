@@ -17,10 +17,8 @@ from pathlib import Path
 FILES = [
     *(f"transport/{name}" for name in ("cost", "correlation", "moments", "euclidean", "gradient", "distance")),
     *(f"transport/{name}" for name in ("sinkhorn", "plans", "orthogonal", "polar")),
-    *(
-        f"reading/{name}"
-        for name in ("neurons", "pooling", "view_hooks", "layer_hooks", "note_hooks", "step_mask", "recorder")
-    ),
+    *(f"reading/neurons/{name}" for name in ("reader", "pooling")),
+    *(f"reading/hooks/{name}" for name in ("view_hooks", "layer_hooks", "note_hooks", "step_mask", "recorder")),
 ]
 TESTS = ["tests/transport", "tests/steps", "tests/reading", "tests/test_transfer.py"]
 #: Peaks of memory are left out: the wrappers of mutmut hold arguments longer.
@@ -56,7 +54,7 @@ def main(folder: Path, count: int) -> None:
         settings.write_text(settings.read_text() + SETTINGS)
     for name in FILES:
         if not (folder / f"mutants/lightning_otrt/{name}.py.meta").exists():
-            mutate(folder, ["lightning_otrt.reading.masks.x_padding_mask*"])  # writes the list of all mutants
+            mutate(folder, ["lightning_otrt.reading.masks.values.x_padding_mask*"])  # writes the list of all mutants
         mutants = sorted(noted(folder, name))
         chosen = mutants if not count else random.Random(0).sample(mutants, min(count, len(mutants)))
         mutate(folder, [mutant for mutant in chosen if noted(folder, name)[mutant] is None] or chosen[:1])

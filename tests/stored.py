@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_otrt.teacher.store import SampleStore
+from lightning_otrt.teacher.cache.store import SampleStore
 
 FINGERPRINT = "teacher, layers, grid"
 

@@ -35,6 +35,36 @@ BELOW = {
     "analysis": {"transfer"},
     "trainer": {"analysis"},
 }
+#: The rooms of a floor, in the order in which they build on each other. Single files between them count as rooms.
+ROOMS = {
+    "reading": [
+        "torch_internals",
+        "extra_forwards",
+        "neurons",
+        "traced",
+        "masks",
+        "probes",
+        "tracer",
+        "hooks",
+        "root",
+        "warnings",
+        "chance",
+        "closest",
+        "pairing",
+    ],
+    "teacher": [
+        "loading",
+        "frozen",
+        "cache",
+        "logit_makers",
+        "task_gradient",
+        "logit_recording",
+        "replaced",
+        "teacher_run",
+        "pair_choice",
+        "attachment",
+    ],
+}
 #: Lines of one file.
 LONGEST = 400
 
@@ -75,6 +105,16 @@ def test_imports_run_down_only(name: str) -> None:
     imported = {module.split(".")[1] for module in MODULES[name] if module.startswith("lightning_otrt.")}
     assert imported <= _may_import(floor)
     assert "lightning_otrt" not in MODULES[name], "import from the file that defines a name, not from the package"
+
+
+@pytest.mark.parametrize("floor", sorted(ROOMS))
+def test_rooms_of_a_floor_build_on_those_before(floor: str) -> None:
+    place = {room: index for index, room in enumerate(ROOMS[floor])}
+    names = [name for name in MODULES if name.startswith(f"{floor}.") and not name.endswith("__init__")]
+    assert {name.split(".")[1] for name in names} == set(place)
+    for name in names:
+        imported = {module.split(".")[2] for module in MODULES[name] if module.startswith(f"lightning_otrt.{floor}.")}
+        assert not [room for room in imported if place[room] > place[name.split(".")[1]]], name
 
 
 def test_no_circle_within_a_floor() -> None:

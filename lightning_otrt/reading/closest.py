@@ -14,12 +14,12 @@ from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.layers.resolve import select_layers
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples, relative_to_chance
-from lightning_otrt.reading.evaluation import in_evaluation
-from lightning_otrt.reading.observer import Observer
-from lightning_otrt.reading.pooling import pool
-from lightning_otrt.reading.positions import can_be_compared, match_positions
-from lightning_otrt.reading.profiles import Inputs
-from lightning_otrt.reading.token_order import settle_token_order
+from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
+from lightning_otrt.reading.hooks.observer import Observer
+from lightning_otrt.reading.neurons.pooling import pool
+from lightning_otrt.reading.neurons.positions import can_be_compared, match_positions
+from lightning_otrt.reading.probes.profiles import Inputs
+from lightning_otrt.reading.probes.token_order import settle_token_order
 from lightning_otrt.transport.distance import transport_distance
 
 __all__ = ["match_layers"]

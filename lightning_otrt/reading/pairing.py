@@ -16,28 +16,28 @@ from lightning_otrt.layers.resolve import fallback_note, output_note, resolve_la
 from lightning_otrt.layers.streams import choose_plans
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.closest import match_layers
-from lightning_otrt.reading.failed_teacher import teacher_failed
-from lightning_otrt.reading.layer_masks import pair_masks
-from lightning_otrt.reading.mask_owner import settle_masks
-from lightning_otrt.reading.mask_warnings import warn_of_one_sided_masks, warn_of_unused_masks
-from lightning_otrt.reading.other_orders import OrderedSide, warn_of_other_orders
-from lightning_otrt.reading.reach import describe_reach
-from lightning_otrt.reading.readers import recorded_layer
-from lightning_otrt.reading.recorder import Readers
-from lightning_otrt.reading.root import (
+from lightning_otrt.reading.hooks.readers import recorded_layer
+from lightning_otrt.reading.hooks.recorder import Readers
+from lightning_otrt.reading.hooks.views import NeuronCounts
+from lightning_otrt.reading.masks.layer_masks import pair_masks
+from lightning_otrt.reading.masks.warnings import warn_of_one_sided_masks, warn_of_unused_masks
+from lightning_otrt.reading.probes.mask_owner import settle_masks
+from lightning_otrt.reading.probes.row_choice import settle_rows
+from lightning_otrt.reading.probes.token_order import settle_token_order
+from lightning_otrt.reading.root.reach import describe_reach
+from lightning_otrt.reading.root.root import (
     can_be_root,
     describe_teacher_root,
     same_part,
     split_root,
     warn_of_whole_teacher,
 )
-from lightning_otrt.reading.row_choice import settle_rows
-from lightning_otrt.reading.sample_warnings import warn_of_other_samples
-from lightning_otrt.reading.token_order import settle_token_order
 from lightning_otrt.reading.tracer import trace
-from lightning_otrt.reading.views import NeuronCounts
+from lightning_otrt.reading.warnings.added_tokens import warn_of_added_tokens
+from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
+from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
+from lightning_otrt.reading.warnings.samples import warn_of_other_samples
 
 __all__ = ["Pairing", "check_layers", "pair_layers"]
 
@@ -69,7 +69,7 @@ class Pairing:
         Args:
             side: ``"student"`` or ``"teacher"``.
             model: The network of that side.
-            grid: See :func:`~lightning_otrt.reading.neurons.neurons`.
+            grid: See :func:`~lightning_otrt.reading.neurons.reader.neurons`.
         """
         modules = named_layers(model)
         found = {}
@@ -129,7 +129,7 @@ def pair_layers(
         teacher_root: Name of the teacher's submodule that runs, ``""`` for all of it.
         teacher_method: Method of the teacher's root that is called in place of its forward.
         plan: Kind of plan; ``"auto"`` chooses one for each pair.
-        grid: See :func:`~lightning_otrt.reading.neurons.neurons`.
+        grid: See :func:`~lightning_otrt.reading.neurons.reader.neurons`.
 
     Raises:
         ValueError: If a layer cannot be recorded, or no pair can be found.

@@ -1,6 +1,6 @@
 """One traced forward of a model: which modules ran, in what order, and what went in and out of each.
 
-``traced_axes.py`` tells along which axis the neurons lie. The model is the same before and after: no random number used
+``traced/axes.py`` tells along which axis the neurons lie. The model is the same before and after: no random number used
 up, no statistic or flag changed, no hook left.
 """
 
@@ -21,15 +21,12 @@ from lightning_otrt.layers.names import child_names, is_inside, named_layers, pr
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.random_numbers import random_state
-from lightning_otrt.reading.arguments import bound_arguments
-from lightning_otrt.reading.axis_probe import find_neuron_axes
-from lightning_otrt.reading.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
-from lightning_otrt.reading.calls import Call
-from lightning_otrt.reading.evaluation import in_evaluation
-from lightning_otrt.reading.input_guard import InputGuard
-from lightning_otrt.reading.mask_search import MaskSearch
-from lightning_otrt.reading.neuron_axes import role_of
-from lightning_otrt.reading.outputs import (
+from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
+from lightning_otrt.reading.extra_forwards.own_gradients import own_gradients_explained
+from lightning_otrt.reading.masks.search import MaskSearch
+from lightning_otrt.reading.masks.shown_padding import ShownPadding
+from lightning_otrt.reading.neurons.outputs import (
     all_tensors,
     as_container,
     describe,
@@ -39,20 +36,23 @@ from lightning_otrt.reading.outputs import (
     sequence_output,
     tensors_of_samples,
 )
-from lightning_otrt.reading.own_gradients import own_gradients_explained
-from lightning_otrt.reading.profiles import Inputs
-from lightning_otrt.reading.random_outputs import is_random
-from lightning_otrt.reading.sample_order import settle_order
-from lightning_otrt.reading.shown_padding import ShownPadding
-from lightning_otrt.reading.states import without_states
-from lightning_otrt.reading.time_major import find_sample_axis
+from lightning_otrt.reading.probes.neuron_axis import find_neuron_axes
+from lightning_otrt.reading.probes.profiles import Inputs
+from lightning_otrt.reading.probes.random_outputs import is_random
+from lightning_otrt.reading.probes.sample_order import settle_order
+from lightning_otrt.reading.probes.time_major import find_sample_axis
 from lightning_otrt.reading.torch_internals import (
     add_forward_hook,
     add_forward_pre_hook,
     is_in_backward,
     is_in_functional_transform,
 )
-from lightning_otrt.reading.traced_axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
+from lightning_otrt.reading.traced.arguments import bound_arguments
+from lightning_otrt.reading.traced.axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
+from lightning_otrt.reading.traced.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
+from lightning_otrt.reading.traced.calls import Call
+from lightning_otrt.reading.traced.module_types import role_of
+from lightning_otrt.reading.traced.states import without_states
 
 __all__ = ["trace"]
 

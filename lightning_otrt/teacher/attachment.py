@@ -11,16 +11,9 @@ import torch
 from torch import nn
 
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
-from lightning_otrt.reading.first_shapes import FirstShapes
-from lightning_otrt.reading.gradient_reach import describe_unreached
-from lightning_otrt.reading.input_guard import InputGuard, tensors_in
-from lightning_otrt.reading.pairing import Pairing, check_layers
-from lightning_otrt.reading.reach import describe_frozen
-from lightning_otrt.reading.recorder import Readers, Recorder
-from lightning_otrt.reading.root_search import RootSearch
-from lightning_otrt.reading.torch_internals import is_compiled
-from lightning_otrt.reading.train_only import FirstInput
-from lightning_otrt.reading.views import (
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard, tensors_in
+from lightning_otrt.reading.hooks.recorder import Readers, Recorder
+from lightning_otrt.reading.hooks.views import (
     ConstantTermError,
     Matched,
     NeuronCounts,
@@ -30,9 +23,16 @@ from lightning_otrt.reading.views import (
     matched_neurons,
     trained_views,
 )
-from lightning_otrt.teacher.cache import SampleCache
-from lightning_otrt.teacher.frozen import Teacher
-from lightning_otrt.teacher.logits import FEATURES, LogitRecording, MatchedLogits
+from lightning_otrt.reading.pairing import Pairing, check_layers
+from lightning_otrt.reading.root.gradient_reach import describe_unreached
+from lightning_otrt.reading.root.reach import describe_frozen
+from lightning_otrt.reading.root.search import RootSearch
+from lightning_otrt.reading.torch_internals import is_compiled
+from lightning_otrt.reading.warnings.first_shapes import FirstShapes
+from lightning_otrt.reading.warnings.train_only import FirstInput
+from lightning_otrt.teacher.cache.sample_cache import SampleCache
+from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+from lightning_otrt.teacher.logit_recording import FEATURES, LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
 from lightning_otrt.teacher.replaced import moved_pairs, parents_of, replaced_layers
 from lightning_otrt.teacher.teacher_run import TeacherRun
@@ -56,8 +56,8 @@ class Attachment:
         grid: Positions kept along each axis of a feature map.
         settle: Called on the first forward with a function that chooses the pairs. It returns the pairs to record.
         cache: Where readings of the teacher are kept; None: it runs on each batch.
-        strict: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
-        agree: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
+        strict: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
+        agree: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
         logits: Reads the logits of both networks, where they are distilled.
         plan: Kind of plan; ``"auto"`` is chosen with the pairs.
     """

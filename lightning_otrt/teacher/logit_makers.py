@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.names import is_inside, named_layers
 from lightning_otrt.layers.trace import Trace, TracedTensor
-from lightning_otrt.reading.neuron_axes import role_of
 from lightning_otrt.reading.torch_internals import add_forward_hook
+from lightning_otrt.reading.traced.module_types import role_of
 
 __all__ = ["LogitMakers"]
 

@@ -9,15 +9,15 @@ from torch import nn
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
-from lightning_otrt.reading.arguments import positions_by_name
-from lightning_otrt.reading.input_guard import InputGuard
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
+from lightning_otrt.reading.hooks.view_hooks import OpenView
 from lightning_otrt.reading.pairing import Inputs, Pairing, pair_layers
-from lightning_otrt.reading.root import find_teacher_root, same_method
+from lightning_otrt.reading.root.root import find_teacher_root, same_method
 from lightning_otrt.reading.torch_internals import without_earlier_pre_hooks
-from lightning_otrt.reading.train_only import FirstInput
-from lightning_otrt.reading.view_hooks import OpenView
-from lightning_otrt.teacher.frozen import Teacher
-from lightning_otrt.teacher.past_states import PastStates
+from lightning_otrt.reading.traced.arguments import positions_by_name
+from lightning_otrt.reading.warnings.train_only import FirstInput
+from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+from lightning_otrt.teacher.frozen.past_states import PastStates
 
 __all__ = ["ChoosePairs", "trace_and_pair"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
-from lightning_otrt.reading.recorder import Readers
+from lightning_otrt.reading.hooks.recorder import Readers
 
 __all__ = ["moved_pairs", "parents_of", "replaced_layers"]
 

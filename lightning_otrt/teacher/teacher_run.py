@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_otrt.reading.failed_teacher import teacher_failed
+from lightning_otrt.reading.hooks.recorder import Readers, Recorder
 from lightning_otrt.reading.pairing import Inputs, Pairing
-from lightning_otrt.reading.recorder import Readers, Recorder
-from lightning_otrt.teacher.cache import SampleCache
-from lightning_otrt.teacher.cached_run import CachedRun
-from lightning_otrt.teacher.frozen import Teacher
-from lightning_otrt.teacher.logits import LogitRecording
+from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
+from lightning_otrt.teacher.cache.cached_run import CachedRun
+from lightning_otrt.teacher.cache.sample_cache import SampleCache
+from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+from lightning_otrt.teacher.logit_recording import LogitRecording
 from lightning_otrt.teacher.replaced import parents_of
 
 __all__ = ["TeacherRun"]
@@ -29,8 +29,8 @@ class TeacherRun:
         recorder: Its hooks read the teacher's layers, into the view of the student's forward.
         grid: Positions kept along each axis of a feature map.
         cache: Where readings of the teacher are kept; None: it runs on each batch.
-        strict: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
-        agree: See :class:`~lightning_otrt.teacher.cached_run.CachedRun`.
+        strict: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
+        agree: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
         logits: Reads the logits of both networks, where they are distilled.
     """
 

@@ -15,7 +15,7 @@ from typing_extensions import Unpack, override
 
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import TransferOptions, takes_options_of
-from lightning_otrt.teacher.load import TeacherSource
+from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.transfer_callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
 

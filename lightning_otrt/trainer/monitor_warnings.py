@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.distillation import as_distillation
 from lightning_otrt.layers.names import named_layers
-from lightning_otrt.reading.batch_norm import batch_norms_in_training
+from lightning_otrt.reading.extra_forwards.batch_norm import batch_norms_in_training
 from lightning_otrt.steps.first_batch import BLURRING_EPSILON
 from lightning_otrt.transfer import RepresentationTransfer
 

@@ -18,7 +18,7 @@ from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.analysis.plot_curves import plot_singular_values
 from lightning_otrt.analysis.plot_plans import plot_plan
 from lightning_otrt.analysis.validation_distances import ValidationDistances
-from lightning_otrt.reading.views import View
+from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.trainer.log_figure import log_figure
 from lightning_otrt.trainer.monitor_warnings import TransferWarnings
 from lightning_otrt.trainer.training_step import ExtraTerm, add_term, remove_term

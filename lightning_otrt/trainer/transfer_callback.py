@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import OPTIONS, TransferOptions
-from lightning_otrt.reading.gradient_reach import have_shared_leaves
+from lightning_otrt.reading.root.gradient_reach import have_shared_leaves
 from lightning_otrt.schedules import Schedule
-from lightning_otrt.teacher.load import TeacherSource
+from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.effect_checks import EffectChecks
 from lightning_otrt.trainer.strategies import shared_batch, student_dtype
 from lightning_otrt.trainer.training_step import ExtraTerm, add_term, remove_term

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_otrt import LogitDistillation, RepresentationTransfer, suggest_weight
 from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.reading.views import View
+from lightning_otrt.reading.hooks.views import View
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_otrt import OTRTCallback, RepresentationTransfer, neurons, transport_distance
-from lightning_otrt.reading.evaluation import in_evaluation
+from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))

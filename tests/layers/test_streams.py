@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.streams import choose_plans, has_own_axes
-from lightning_otrt.reading.batch_facts import is_rectified
+from lightning_otrt.reading.traced.batch_facts import is_rectified
 from lightning_otrt.reading.tracer import trace
 
 

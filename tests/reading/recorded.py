@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_otrt.reading.neurons import NeuronReader
-from lightning_otrt.reading.recorder import RecordedLayer, Recorder
+from lightning_otrt.reading.hooks.recorder import RecordedLayer, Recorder
+from lightning_otrt.reading.neurons.reader import NeuronReader
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 

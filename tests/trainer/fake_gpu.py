@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_otrt.teacher.cache import SampleCache
-from lightning_otrt.teacher.host_copy import HostCopy
-from lightning_otrt.teacher.store import Found
+from lightning_otrt.teacher.cache.host_copy import HostCopy
+from lightning_otrt.teacher.cache.sample_cache import SampleCache
+from lightning_otrt.teacher.cache.store import Found
 
 __all__ = [
     "BATCH",
@@ -55,20 +55,22 @@ def fake_gpu() -> Iterator[None]:
     Sinkhorn makes few updates, all of which are alike.
     """
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
-        patch.setattr("lightning_otrt.teacher.identity._checksum", lambda *args: 1)
-        patch.setattr("lightning_otrt.teacher.separate._identities", lambda tensor: (id(tensor),))
+        patch.setattr("lightning_otrt.teacher.frozen.identity._checksum", lambda *args: 1)
+        patch.setattr("lightning_otrt.teacher.frozen.separate._identities", lambda tensor: (id(tensor),))
         patch.setattr("torch.random.fork_rng", lambda devices: contextlib.nullcontext())
         patch.setattr("lightning_otrt.reading.tracer.random_state", lambda *_: [])
-        patch.setattr("lightning_otrt.reading.evaluation._restore_buffers", lambda module, saved: None)
-        patch.setattr("lightning_otrt.reading.train_only._is_same", lambda before, now: True)
-        patch.setattr("lightning_otrt.reading.shown_padding.padded_arguments", lambda call, is_inner: ())
-        patch.setattr("lightning_otrt.reading.mask_search._is_causal", lambda valid, mask: False)
-        patch.setattr("lightning_otrt.reading.mask_search.problem_of", lambda mask, source: "")
-        patch.setattr("lightning_otrt.reading.mask_search._is_common", lambda value: True)
-        patch.setattr("lightning_otrt.reading.mask_search._count", lambda samples: 0)
+        patch.setattr("lightning_otrt.reading.extra_forwards.evaluation._restore_buffers", lambda module, saved: None)
+        patch.setattr("lightning_otrt.reading.warnings.train_only._is_same", lambda before, now: True)
+        patch.setattr("lightning_otrt.reading.masks.shown_padding.padded_arguments", lambda call, is_inner: ())
+        patch.setattr("lightning_otrt.reading.masks.search._is_causal", lambda valid, mask: False)
+        patch.setattr("lightning_otrt.reading.masks.search.problem_of", lambda mask, source: "")
+        patch.setattr("lightning_otrt.reading.masks.search._is_common", lambda value: True)
+        patch.setattr("lightning_otrt.reading.masks.search._count", lambda samples: 0)
         patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
         patch.setattr("lightning_otrt.steps.term_engine.inspect_batch", lambda *args: ())
-        patch.setattr("lightning_otrt.steps.distillation.Distillation._check", lambda self, views, is_regression: None)
+        patch.setattr(
+            "lightning_otrt.steps.distillation_term.Distillation._check", lambda self, views, is_regression: None
+        )
         patch.setattr("lightning_otrt.teacher.task_gradient._read", lambda sums: (0.0, 1.0))
         patch.setattr("lightning_otrt.steps.coupling.inspect_plan", lambda *args: ())
         patch.setattr("lightning_otrt.steps.coupling.TRAINING_ITERATIONS", 3)

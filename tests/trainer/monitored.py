@@ -14,7 +14,7 @@ from helpers import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_otrt.reading.neurons import neurons
+from lightning_otrt.reading.neurons.reader import neurons
 
 mpl.use("Agg")
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from trainer.fits import fitted, make_callback, state_of
 
 from lightning_otrt import OTRTCallback, OTRTModule
-from lightning_otrt.reading.views import View
+from lightning_otrt.reading.hooks.views import View
 
 
 class Failing(ValidatedTask):

@@ -161,7 +161,7 @@ def fit(folder: str | None, count: int, epochs: int, **options: Any) -> tuple[li
 
 
 def endless(folder: str) -> None:
-    from lightning_otrt.teacher import folder_store
+    from lightning_otrt.teacher.cache import folder_store
 
     folder_store.SECONDS_UNTIL_WRITTEN = 0.05
     Path(f"{folder}-{os.getpid()}").touch()

@@ -1,0 +1,79 @@
+"""Hooks that read the neurons of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_otrt.layers.mask_sources import MaskSource
+from lightning_otrt.reading.hooks.recorder_hook import RecorderHook, uncounted_saved_tensors
+from lightning_otrt.reading.hooks.step_mask import StepMask
+from lightning_otrt.reading.neurons.nested import pad_nested
+from lightning_otrt.reading.neurons.outputs import packed_mask, select_tensor, sequence_output
+from lightning_otrt.reading.neurons.reader import NeuronReader
+from lightning_otrt.reading.torch_internals import is_in_functional_transform
+
+if TYPE_CHECKING:
+    from lightning_otrt.reading.hooks.recorder import Recorder
+
+__all__ = ["ReadInput", "ReadOutput"]
+
+
+class _Read(RecorderHook):
+    def __init__(
+        self,
+        recorder: Recorder,
+        side: str,
+        key: str,
+        reader: NeuronReader,
+        masks: Sequence[tuple[MaskSource, nn.Module]] = (),
+        grid: str | None = None,
+    ) -> None:
+        self.recorder, self.side, self.key, self.reader, self.grid = recorder, side, key, reader, grid
+        self.mask = StepMask(side, reader, masks)
+
+    def read(self, value: Any, own_mask: Tensor | None = None) -> None:
+        """Add the reading of a layer's value to the current view; a mask of its own comes before the others."""
+        recorder, view = self.recorder, self.open_view(self.side)
+        if recorder is None or view is None:
+            return
+        # Those of the teacher are read all the same: what is kept of a sample may serve another run.
+        if self.side == "student" and not recorder.reads_pairs and self.key.isdigit():
+            return
+        if is_in_functional_transform():
+            raise RuntimeError(
+                f"The {self.reader.layer} runs inside a transform of torch.func (vmap, jvp, grad, ...) of the network, "
+                "and its tensors cannot leave it. Name a layer that the network calls outside of the transform."
+            )
+        readings = view.student if self.side == "student" else view.teacher
+        with uncounted_saved_tensors():
+            tensor = select_tensor(value, self.reader.select, where=self.reader.layer)
+            if tensor.is_nested:
+                tensor, own_mask = pad_nested(tensor, self.mask.length(view))
+            mask = self.mask(view, tensor) if own_mask is None else own_mask
+            size = None if self.grid is None else view.grids.get(self.grid)
+            reading = self.reader(tensor, mask) if size is None else self.reader(tensor, mask, size)
+        readings.setdefault(self.key, []).append(reading)
+
+
+class ReadOutput(_Read):
+    """Forward hook that reads the output of a layer."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Read the output."""
+        if self.leaves_copy(module):
+            return
+        self.read(sequence_output(module, output), packed_mask(output))
+
+
+class ReadInput(_Read):
+    """Forward pre-hook that reads the first tensor that enters a layer."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the input."""
+        if self.leaves_copy(module):
+            return
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self.read(tensors[0] if tensors else None)  # no `next` with a default, which torch 2.6 does not compile

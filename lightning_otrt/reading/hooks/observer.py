@@ -1,0 +1,63 @@
+"""Reads layers of one network in forwards that are not part of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_otrt.layers.names import named_layers
+from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.hooks.readers import recorded_layer
+from lightning_otrt.reading.hooks.recorder import Recorder
+from lightning_otrt.reading.hooks.views import View
+from lightning_otrt.reading.masks.layer_masks import layer_masks
+from lightning_otrt.reading.masks.warnings import warn_of_unused_masks
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Runs a network and returns the readings of its layers; :meth:`remove` removes the hooks.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        model: The network.
+        trace: Trace of the network.
+        layers: Names with their neuron axes.
+        grid: See :func:`~lightning_otrt.reading.neurons.reader.neurons`.
+    """
+
+    def __init__(self, side: str, model: nn.Module, trace: Trace, layers: Mapping[str, int], grid: int | None) -> None:
+        modules = named_layers(model)
+        self.side, self.names = side, tuple(layers)
+        self._recorder = Recorder(lambda *_: False)
+        self._recorder.watch_student(
+            {name: recorded_layer(side, trace, modules, name, axis, grid) for name, axis in layers.items()}
+        )
+        warn_of_unused_masks(side, {name: layer_masks(side, trace, name, axis) for name, axis in layers.items()})
+
+    def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Readings ``(B, C, *positions)`` by name of the forward ``run(*args, **kwargs)``.
+
+        Raises:
+            ValueError: If a layer does not run exactly once.
+        """
+        self._recorder.current = view = View("")
+        try:
+            run(*args, **kwargs)
+        finally:
+            self._recorder.current = None
+        for name in self.names:
+            calls = len(view.student.get(name, ()))
+            if calls != 1:
+                raise ValueError(
+                    f"The {self.side} layer {name!r} ran {calls} times in this forward, but once in the first one. A "
+                    "representation is one call; leave the layer out, or name its parent."
+                )
+        return {name: calls[0] for name, calls in view.student.items()}
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        self._recorder.remove()

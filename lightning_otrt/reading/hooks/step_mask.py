@@ -1,0 +1,96 @@
+"""The mask of a recorded layer in one step: the nearest of those noted in the view that has the layer's length."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.layers.mask_sources import MaskSource
+from lightning_otrt.reading.hooks.note_hooks import mask_key
+from lightning_otrt.reading.hooks.views import View
+from lightning_otrt.reading.masks.values import fit_mask
+from lightning_otrt.reading.neurons.reader import NeuronReader
+
+__all__ = ["StepMask"]
+
+
+class StepMask:
+    """Finds the mask of a layer in a view. What only a later batch shows to be wrong is warned of once.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``.
+        reader: Reads the layer.
+        masks: Where its masks may come from, the nearest first, with the modules that get them.
+    """
+
+    def __init__(self, side: str, reader: NeuronReader, masks: Sequence[tuple[MaskSource, nn.Module]]) -> None:
+        self.reader = reader
+        self.masks = [(mask_key(side, source), source, module) for source, module in masks]
+        self.has_warned = self.has_looked = False
+
+    def length(self, view: View) -> int | None:
+        """The number of tokens of the nearest mask; None without one."""
+        noted = (view.masks.get(key) for key, _, _ in self.masks)
+        return next((mask.shape[1] for mask in noted if mask is not None), None)
+
+    def __call__(self, view: View, tensor: Tensor) -> Tensor | None:
+        """The mask ``(B, T)`` of this step, true where a token is valid; None if there is none for the layer."""
+        size = self.reader.sequence_size(tensor)
+        if size is None and self.masks and not self.has_looked:
+            self._look_at_late_mask(view, tensor)
+        misfit = None
+        for key, source, module in self.masks:
+            mask = view.masks.get(key)
+            if mask is None or size is None:
+                continue
+            fitted = fit_mask(mask, *size, self.reader.prefix_tokens, module)
+            if source.true_at == "unknown":
+                self._warn_of_unknown(source, fitted)
+                continue
+            if fitted is not None:
+                return fitted
+            misfit = f"The mask {source.argument!r} has the shape {tuple(mask.shape)}, but {self.reader.layer} has "
+            misfit += f"{size[1]} positions of {size[0]} samples"
+            if source.is_named:
+                raise ValueError(f"{misfit}. Name its own mask with LayerPair(mask=...), or pass mask=None.")
+        if misfit is not None and not self.has_warned:
+            self.has_warned = True
+            warnings.warn(
+                f"{misfit}, so that its padding is not left out. LayerPair(mask=...) names one.", stacklevel=2
+            )
+        return None
+
+    def _look_at_late_mask(self, view: View, tensor: Tensor) -> None:
+        """Warn where a mask that the first batch did not have leaves out tokens that are read as a map."""
+        if tensor.dim() != 3 or torch.compiler.is_compiling():
+            return
+        samples, tokens = tensor.shape[self.reader.batch_axis], tensor.shape[1 - self.reader.batch_axis]
+        for key, source, module in self.masks:
+            mask = view.masks.get(key)
+            if mask is None or source.true_at == "unknown":
+                continue
+            self.has_looked = True  # once: looking at values waits for the device
+            fitted = fit_mask(mask, samples, tokens, self.reader.prefix_tokens, module)
+            if fitted is not None and bool((~fitted).any()):
+                warnings.warn(
+                    f"The mask {source.argument!r}, which the first batch did not have, leaves out tokens of "
+                    f"{self.reader.layer}, which are the patches of a map and are pooled like one: their padding is "
+                    "read. LayerPair(mask=None) says that this is meant.",
+                    stacklevel=2,
+                )
+
+    def _warn_of_unknown(self, source: MaskSource, fitted: Tensor | None) -> None:
+        if fitted is None or self.has_warned:
+            return
+        self.has_warned = True
+        name = source.argument
+        warnings.warn(
+            f"The argument {name!r}, which the first batch did not have, may be the padding mask of "
+            f"{self.reader.layer}, but its name does not tell whether it marks valid tokens or padding. It is not "
+            f'used: pass LayerPair(mask="{name}") if it is true at valid tokens, mask="~{name}" if it is true at '
+            "padding, or mask=None.",
+            stacklevel=2,
+        )

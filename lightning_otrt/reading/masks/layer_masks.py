@@ -1,0 +1,199 @@
+"""The padding masks of a layer that is recorded. ``warnings.py`` warns where padding is not left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
+from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_masks
+from lightning_otrt.layers.pairs import INPUT, LayerPair
+from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
+from lightning_otrt.reading.masks.names import is_mask_name, may_mark_padding
+from lightning_otrt.reading.masks.search import holds_lengths
+from lightning_otrt.reading.masks.values import unknown_polarity
+from lightning_otrt.reading.traced.token_grid import find_token_grid
+
+__all__ = ["flat_mask", "layer_masks", "named_mask", "pair_masks", "with_unread"]
+
+
+def layer_masks(
+    side: str, trace: Trace, name: str, axis: int | None, select: str | int | None = None, mask: str | None = "auto"
+) -> LayerMasks:
+    """The padding masks of one layer; none if it is no sequence.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        trace: Trace of its network.
+        name: ``"name"`` or ``"name:input"``.
+        axis: Axis of the neurons.
+        select: Key or index of the tensor, where the layer gives several.
+        mask: See :class:`~lightning_otrt.layers.pairs.LayerPair`.
+
+    Raises:
+        ValueError: If it is not known which elements of a mask are padding, or the mask that the user named is none of
+            the layer.
+    """
+    layer = trace.layer(name)
+    found = layer.masks if mask in (None, "auto") else (named_mask(side, trace, layer, str(mask)),)
+    tensor = trace.tensor(name, select)
+    if mask == "auto" and tensor is not None and len(tensor.shape) != 3:
+        return LayerMasks(flat=flat_mask(trace, tensor), on_map=_map_mask(trace, tensor))
+    if mask is not None and tensor is not None and len(tensor.shape) > 3:
+        raise ValueError(
+            f"mask={mask!r} cannot be used for the {side} layer {name!r}, a map of shape {tensor.shape}: padding is "
+            "left out of sequences (B, T, C) and (B, C, T) alone. Match layers that give those, or pass mask=None to "
+            "read it."
+        )
+    if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
+        return LayerMasks()
+    samples, tokens = (tensor.shape[place] for place in (tensor.batch_axis, _position_axis(axis, tensor.batch_axis)))
+    masks = choose_masks(found, samples, tokens, trace.prefix_tokens, time_first=tensor.batch_axis == 1)
+    if mask == "auto" and axis in (2, -1) and find_token_grid(trace, layer, tensor).size is not None:
+        on_grid = masks.used if masks.used is not None and masks.used.padded else None
+        return LayerMasks(masks.sources if masks.used is None else (), on_grid=on_grid)
+    if masks.used is not None and masks.used.problem:
+        raise ValueError(unknown_polarity(masks.used.source, masks.used.problem))
+    if mask != "auto" and masks.used is None and found[0].shape is not None:
+        raise ValueError(
+            f"The mask {found[0].source.argument!r} has the shape {found[0].shape}, but the {side} layer {name!r} has "
+            f"{tokens} positions of {samples} samples. Name its own mask, or pass mask=None for this side."
+        )
+    if mask == "auto" and not (layer.has_own_mask and not name.endswith(INPUT)):
+        return with_unread(masks, trace, layer, samples, tokens, time_first=tensor.batch_axis == 1)
+    return masks
+
+
+def with_unread(
+    masks: LayerMasks, trace: Trace, layer: TracedLayer, samples: int, tokens: int, *, time_first: bool
+) -> LayerMasks:
+    """The masks of a layer with what else may tell its padding, where none of them was found.
+
+    Args:
+        masks: What was found.
+        trace: Trace of its network.
+        layer: The layer.
+        samples: Number of its samples.
+        tokens: Number of its tokens, a prefix included.
+        time_first: Whether it is ``(T, B, C)``.
+    """
+    if masks.used is None and masks.misfit is None and masks.unread is None:
+        shapes = [(samples, tokens), (samples, tokens - trace.prefix_tokens)]
+        turned = [shape[::-1] for shape in shapes] if time_first else []
+        lengths = (known for known in trace.arguments if holds_lengths(known) and known.shape == (samples,))
+        possible = [
+            known
+            for known in trace.arguments
+            if may_mark_padding(known.source.argument) and known.shown_by != "triangle"
+        ]
+        late = (replace(known.source, true_at="unknown", is_named=False) for known in possible if known.shape is None)
+        unread = chain(
+            (known for known in possible if known.shape in [*shapes, *turned] and _may_tell(known)),
+            lengths,
+            _masks_of_rows(trace, samples, tokens),
+            (known for known in _shown_padding(trace, layer) if known.shape in shapes),
+            (known for known in _shown_padding(trace, layer) if (known.shape, known.longest) == ((samples,), tokens)),
+        )
+        return replace(masks, unread=next(unread, None), sources=(*masks.sources, *late))
+    return masks
+
+
+def _shown_padding(trace: Trace, layer: TracedLayer) -> Iterator[TracedMask]:
+    """Padding that only values show, which may be that of the layer: where the network gets a mask, none is."""
+    if not any(known.shape is not None and is_mask_name(known.source.argument) for known in trace.arguments):
+        for known in trace.shown_padding:
+            # Flags of the source of a decoder are not those of its own sequence.
+            if known.shown_by == "ids" or known.source.is_of_target == layer.looks_at_memory:
+                yield known
+
+
+def _masks_of_rows(trace: Trace, samples: int, tokens: int) -> Iterator[TracedMask]:
+    """Masks ``(B, S, T)`` with padding, whose first two axes are the rows of a layer ``(B * S, T, C)``."""
+    for known in trace.arguments:
+        if known.shape is None or not known.padded or not is_mask_name(known.source.argument):
+            continue
+        # One with S = T looks like one that says which token sees which, and has that of its tokens as shape.
+        shape = (*known.shape, known.shape[-1]) if known.source.is_pairwise else known.shape
+        if len(shape) == 3 and shape[0] * shape[1] == samples and shape[2] == tokens:
+            yield replace(known, shape=shape)
+
+
+def flat_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
+    """The mask of tokens, or frames, of which a tensor ``(B * T, ...)`` has one for each, where some are padding."""
+    rows = tensor.shape[0]
+    found = (mask for layer in trace.layers for mask in layer.masks if mask.shape is not None and mask.padded)
+    return next((mask for mask in found if rows == math.prod(mask.shape or ()) != trace.batch_size), None)
+
+
+def _map_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
+    """The mask, or the lengths, of an input from which a map ``(B, C, F, T)`` may come, where some of it is padding."""
+    samples = tensor.shape[0]
+    if len(tensor.shape) < 4 or not trace.is_sample_count(samples) or math.prod(tensor.positions) < 2:
+        return None
+    entered = [shape for layer in trace.layers if _is_input(layer, trace) for shape in layer.input_shapes]
+    shapes = [shape for shape in entered if len(shape) > 2 and shape[0] == samples]
+    # A series beside images has a mask of its own.
+    images = [shape for shape in shapes if len(shape) > 3] or shapes
+    sizes = {size for shape in images for size in shape[1:]}
+    for known in trace.arguments:
+        if known.shape is None or known.shape[0] != samples:
+            continue
+        fits = known.longest in {1, *sizes} if holds_lengths(known) else sizes.issuperset(known.shape[1:])
+        is_image = len(known.shape) > 2 or known.source.is_pairwise
+        padded = known.padded_images if is_image else known.padded
+        if fits and (holds_lengths(known) or (padded and is_mask_name(known.source.argument))):
+            return known
+    return None
+
+
+def _is_input(layer: TracedLayer, trace: Trace) -> bool:
+    """Whether inputs of the model enter a layer."""
+    return layer.takes_model_input or layer.name == trace.root
+
+
+def pair_masks(pair: LayerPair, student: Trace, teacher: Trace) -> tuple[LayerMasks, LayerMasks]:
+    """The masks of both layers of a pair."""
+    return (
+        layer_masks("student", student, pair.student, pair.axes[0], pair.select, pair.masks[0]),
+        layer_masks("teacher", teacher, pair.teacher, pair.axes[1], pair.select, pair.masks[1]),
+    )
+
+
+def named_mask(side: str, trace: Trace, layer: TracedLayer, name: str) -> TracedMask:
+    """The argument that the user named as the mask of a side: of the network, or of a module around the layer.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for errors.
+        trace: Trace of its network.
+        layer: The layer.
+        name: Name of the argument; with ``~`` in front its true elements are padding.
+
+    Raises:
+        ValueError: If there is no such argument, or it is no mask.
+    """
+    arguments = {traced.source.argument: traced for traced in trace.arguments}
+    for traced in layer.masks:
+        if traced.source.true_at == "unknown":
+            source = replace(traced.source, true_at="valid", is_named=True)
+            arguments.setdefault(source.argument, replace(traced, source=source))
+    found = arguments.get(name.removeprefix("~"))
+    kind = trace.layer(trace.root).kind
+    if found is None:
+        raise ValueError(
+            f"mask={name!r} names no argument of the {side} ({kind}). Its forward takes {list(arguments)}. Pass a "
+            "tuple (student, teacher) where the two differ."
+        )
+    if found.problem:
+        raise ValueError(f"mask={name!r} of the {side} ({kind}): {found.problem}.")
+    return replace(found, source=replace(found.source, true_at="padding")) if name.startswith("~") else found
+
+
+def _may_tell(mask: TracedMask) -> bool:
+    """Whether a mask may tell padding: one that says the same of each sample which token sees which does not."""
+    return mask.padded > 0 or not mask.source.is_pairwise
+
+
+def _position_axis(neuron_axis: int, batch_axis: int) -> int:
+    """The axis of the positions of a tensor with three axes."""
+    return ({0, 1, 2} - {batch_axis, neuron_axis % 3}).pop()

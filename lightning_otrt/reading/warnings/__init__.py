@@ -1,0 +1,1 @@
+"""Warnings of the first step: student and teacher see or hold different things."""

@@ -1,0 +1,131 @@
+"""Warnings where the observations of student and teacher may be of different samples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+
+from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.reading.traced.token_grid import has_hidden_grid
+
+__all__ = ["warn_of_other_samples"]
+
+
+def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
+    """Warn once of noise that each network draws for itself, of samples in another order, and of unclear axes.
+
+    Args:
+        pairs: The resolved pairs.
+        student: Trace of the student.
+        teacher: Trace of the teacher.
+    """
+    sides = (
+        ("student", student, [pair.student for pair in pairs]),
+        ("teacher", teacher, [pair.teacher for pair in pairs]),
+    )
+    drawing = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace, _ in sides if trace.is_random]
+    if drawing:
+        warnings.warn(
+            f"The forward of {' and that of '.join(drawing)} draws random numbers although it runs in evaluation mode, "
+            "such as noise, time steps or masks. Unless both networks draw the same numbers in the same order, they "
+            "are matched under different noise. Draw them outside and pass them as an argument, name the network that "
+            "gets them as `student_root`, or give the teacher the same ones with `teacher_inputs`.",
+            stacklevel=2,
+        )
+    moved: dict[str, list[str]] = {"student": [], "teacher": []}
+    for pair in pairs:
+        found = pair.student in student.reordered, pair.teacher in teacher.reordered
+        if found[0] != found[1]:
+            side, name = ("student", pair.student) if found[0] else ("teacher", pair.teacher)
+            moved[side].append(name)
+    for side, layers in moved.items():
+        if layers:
+            warnings.warn(
+                f"The {side} layers {layers} hold the samples in another order than the inputs, such as sorted by "
+                "length, and the layers that they are matched to do not. So different samples are matched. Sort the "
+                "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
+                stacklevel=2,
+            )
+    for place, (side, trace, layers) in enumerate(sides):
+        tensors = {layer: _tensor(trace, pair, place) for layer, pair in zip(layers, pairs, strict=True)}
+        odd = [name for name, tensor in tensors.items() if tensor and _has_chosen_rows(trace, tensor)]
+        others = [name for name in tensors if name in trace.chosen_rows and name not in odd]
+        what = {
+            "have a number of rows that is neither that of the samples nor that of all their positions": odd,
+            "have rows that do not follow the samples when these are in another order": others,
+        }
+        for problem, chosen in what.items():
+            if chosen:
+                warnings.warn(
+                    f"The {side} layers {chosen} {problem}. The network may choose its rows, as for the experts of a "
+                    "mixture or the proposals of a detector, and the other network chooses different ones. Then "
+                    "different rows are matched. Name the module around them, which gives all tokens. Where both "
+                    "networks have the same rows, such as the valid tokens, nothing is wrong.",
+                    stacklevel=2,
+                )
+    _warn_of_hidden_grids(pairs, student, teacher)
+    for side, trace, layers in sides:
+        unclear = sorted({name for name in layers if name in trace.unclear_axes})
+        if unclear:
+            warnings.warn(
+                f"The first batch has as many samples as its sequences have positions ({trace.batch_size}), and "
+                f"nothing tells which axis of the {side} layers {unclear} holds the samples: it is taken to be axis "
+                f"{trace.layer(unclear[0]).batch_axis}. Begin with a batch of another size, or set `batch_first` on "
+                "the network.",
+                stacklevel=2,
+            )
+
+
+def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
+    """Warn once where patches that no map shows are read as sequences of different lengths."""
+    found = []
+    for pair in pairs:
+        tensors = _tensor(student, pair, 0), _tensor(teacher, pair, 1)
+        if None in tensors or len({_tokens(tensor) for tensor in tensors if tensor}) < 2:
+            continue
+        names = (student, pair.student, tensors[0]), (teacher, pair.teacher, tensors[1])
+        if any(tensor and has_hidden_grid(trace, trace.layer(name), tensor) for trace, name, tensor in names):
+            found.append(f"{pair.student} -> {pair.teacher}")
+    if found:
+        warnings.warn(
+            f"The pairs {found} have different numbers of tokens, which come from images, but no layer gives a map "
+            "that shows their rows and columns, as where the patches are cut out by code. They are read as sequences, "
+            "whose segments are different parts of the image on both sides. Embed the patches by a convolution, match "
+            "networks with as many tokens, or pass grid=1.",
+            stacklevel=3,
+        )
+
+
+def _tokens(tensor: TracedTensor) -> int:
+    return tensor.shape[1 - tensor.batch_axis] if len(tensor.shape) == 3 else 0
+
+
+def _tensor(trace: Trace, pair: LayerPair, place: int) -> TracedTensor | None:
+    return trace.tensor((pair.student, pair.teacher)[place], pair.select)
+
+
+def _has_chosen_rows(trace: Trace, tensor: TracedTensor) -> bool:
+    """Whether a tensor ``(rows, features)`` has rows that are neither samples nor the positions of all samples."""
+    rows = tensor.shape[0]
+    if len(tensor.shape) != 2 or trace.is_sample_count(rows) or not trace.batch_size:
+        return False
+    tensors = [tensor for layer in trace.layers for tensor in (layer.input, layer.output) if tensor is not None]
+    wide = [tensor for tensor in tensors if len(tensor.shape) > 2]
+    # Valid tokens alone, or packed ones, may be any number.
+    has_padding = any(layer.has_own_mask or any(mask.padded for mask in layer.masks) for layer in trace.layers)
+    if not wide or has_padding:
+        return False
+    entered = {size for shape in trace.layer(trace.root).input_shapes for size in shape}  # edges of a graph
+    folded = {tensor.shape[0] for tensor in wide if tensor.shape[0] % trace.batch_size == 0}  # windows, views
+    counts = {
+        samples * math.prod(axes)
+        for tensor in wide
+        for samples in tensor.shape[tensor.batch_axis : tensor.batch_axis + 1]
+        for number in range(len(tensor.positions) + 1)
+        for axes in itertools.combinations(tensor.positions, number)
+        if trace.is_sample_count(samples) or samples in folded
+    }
+    return rows not in {*entered, *folded, *counts}

@@ -1,0 +1,210 @@
+"""A teacher that runs on the samples of a batch that are new, and whose readings of the others come from a cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from lightning_otrt.random_numbers import draw
+from lightning_otrt.reading.extra_forwards.evaluation import state_restored
+from lightning_otrt.reading.hooks.recorder import Readers, Recorder
+from lightning_otrt.reading.neurons.outputs import all_tensors
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.teacher.cache.fingerprint import fingerprint
+from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
+from lightning_otrt.teacher.cache.samples import Inputs
+from lightning_otrt.teacher.cache.weight_watch import WeightWatch
+from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+
+__all__ = ["CachedRun"]
+
+#: Changed with every change of what readings are, such as another pooling: what was kept before is none of them.
+READING = 1
+
+
+class CachedRun:
+    """Fills the current view with the readings of the teacher, whatever its hooks put there.
+
+    A reading ``(B, C, *positions)`` is a tensor per sample. Masks of the teacher are read with the samples that run.
+
+    Args:
+        teacher: The teacher.
+        recorder: The recorder whose hooks are on it.
+        cache: Where readings are kept.
+        strict: Raise where they cannot be; else warn once, and run the teacher on all samples.
+        agree: Makes the problem of one process that of all. A collective where processes train together.
+        read: Called with what the teacher returned, after each run. It may add readings to the current view.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        recorder: Recorder,
+        cache: SampleCache,
+        strict: bool,
+        agree: Callable[[str], str],
+        read: Callable[[Any], None],
+    ) -> None:
+        self.teacher, self.recorder, self.cache = teacher, recorder, cache
+        self._strict, self._agree, self._read = strict, agree, read
+        self._watch: WeightWatch | None = None
+        self._settings: dict[str, Any] = {}
+        self._known = ""
+        self._compared = 0
+        self._off = False
+
+    def first(self, inputs: Inputs, pairing: Pairing, readers: Readers, more: str = "") -> None:
+        """Open the cache for the chosen pairs, and run the first batch. All processes call it together.
+
+        Args:
+            inputs: The teacher's inputs.
+            pairing: The pairs of layers.
+            readers: What is recorded of the teacher.
+            more: What else is kept of its output, in words that are equal for equal readings.
+
+        Raises:
+            ValueError: If the teacher cannot be cached, here or on another process, and ``strict``.
+        """
+        self._off, self._compared, problem = False, self.cache.epoch, ""
+        kept = [(key, layer.name, layer.reader, [mask for mask, _ in layer.masks]) for key, layer in readers.items()]
+        self._settings = {
+            "reading": READING,
+            "layers": kept,
+            "root": self.teacher.root,
+            "method": self.teacher.method,
+            **({"more": more} if more else {}),
+        }
+        try:
+            self._known = self._fingerprint()
+            self._watch = WeightWatch(self.teacher.source)
+            self.cache.open(self._known, _batch_size(pairing, inputs), inputs, self.teacher.run_dtype)
+            self._fill(inputs)
+        except CannotCacheError as error:
+            problem = str(error)
+        problem = self._agree(problem)
+        if problem:
+            self._give_up(problem, inputs)
+
+    def __call__(self, inputs: Inputs) -> None:
+        """Run a later batch.
+
+        Raises:
+            ValueError: If the teacher cannot be cached, or its weights have changed, and ``strict``.
+        """
+        if self._off:
+            self._run_whole(inputs)
+            return
+        try:
+            self._fill(inputs)
+        except CannotCacheError as error:
+            self._give_up(str(error), inputs)
+
+    def close(self) -> None:
+        """Write what was kept, at the end of a run."""
+        self._watch = None
+        self.cache.flush()
+
+    def _fill(self, inputs: Inputs) -> None:
+        assert self.recorder.current is not None
+        watch = self._watch or WeightWatch(self.teacher.source)
+        # At the start of each epoch all of the weights, since a short look sees some of each tensor.
+        looked = watch.look(everything=self._compared != self.cache.epoch)
+        self._watch, self._compared = watch, self.cache.epoch
+
+        def verify() -> None:
+            if name := watch.changed(looked):
+                self._compare(name)
+
+        given = list(all_tensors((inputs[0], dict(inputs[1]))))
+        tensors = self.cache.tensors(inputs, self._run, verify, lambda: self._undone(given))
+        self.recorder.current.teacher = _as_readings(tensors)
+
+    @contextmanager
+    def _undone(self, given: list[Tensor]) -> Iterator[None]:
+        """Undo what the check of the first batch changes. In it a random teacher draws other numbers than before."""
+        draws_random, self.teacher.draws_random = self.teacher.draws_random, False
+        try:
+            with state_restored(self.teacher.module, given):
+                draw(given)
+                yield
+        finally:
+            self.teacher.draws_random = draws_random
+
+    def _run(self, inputs: Inputs, size: int) -> dict[str, Tensor]:
+        """Run the teacher, and take what its hooks read out of the view."""
+        view = self.recorder.current
+        assert view is not None
+        view.teacher = {}
+        self._run_whole(inputs)
+        readings, view.teacher = view.teacher, {}
+        return _as_tensors(readings, size)
+
+    def _run_whole(self, inputs: Inputs) -> None:
+        self._read(self.teacher.run_recorded(self.recorder, *inputs))
+
+    def _fingerprint(self) -> str:
+        try:
+            return fingerprint(self.teacher.module, dtype=self.teacher.run_dtype, **self._settings)
+        except (TypeError, ValueError) as error:
+            raise CannotCacheError(f"its weights cannot be compared ({error})") from error
+
+    def _compare(self, name: str) -> None:
+        """Compare all weights with those that the cache was opened for.
+
+        Args:
+            name: One that may have changed.
+        """
+        if self._fingerprint() != self._known:
+            raise CannotCacheError(
+                f"its weights changed during the run ({name!r} among them), as those of a moving average do, so that "
+                "what was kept is that of another teacher"
+            )
+        self._watch = WeightWatch(self.teacher.source)
+
+    def _give_up(self, problem: str, inputs: Inputs) -> None:
+        """Raise; or warn, and go on without the cache."""
+        kind, reason = type(self.teacher.source).__name__, problem.rstrip(".")
+        message = f"`teacher_cache` cannot be used with this teacher ({kind}): {reason}."
+        if self._strict:
+            raise ValueError(f"{message} Leave out `teacher_cache`; with strict=False the teacher runs on all samples.")
+        self._off = True
+        warnings.warn(f"{message} It runs on all samples, because of strict=False.", stacklevel=2)
+        assert self.recorder.current is not None
+        self.recorder.current.teacher = {}
+        self._run_whole(inputs)
+
+
+def _batch_size(pairing: Pairing, inputs: Inputs) -> int:
+    """Samples of the traced batch: as many as a recorded layer has, if an input has that many, too.
+
+    Layers may have the windows of all samples along that axis, and the inputs of the whole network may be ambiguous.
+    """
+    traced = [pairing.teacher.tensor(pair.teacher, pair.select) for pair in pairing.pairs]
+    sizes = [tensor.shape[tensor.batch_axis] for tensor in traced if tensor is not None]
+    given = all_tensors((inputs[0], dict(inputs[1])))
+    entered = {len(tensor) for tensor in given if not tensor.is_nested and tensor.dim()}
+    return next((size for size in sizes if size in entered), pairing.teacher.batch_size)
+
+
+def _as_tensors(readings: Mapping[str, Sequence[Tensor]], size: int) -> dict[str, Tensor]:
+    """One tensor ``(samples, rows of a sample, ...)`` for each call of each layer; of all rows where size is 0."""
+    found = {}
+    for key, calls in readings.items():
+        for number, reading in enumerate(calls):
+            rows = len(reading)
+            if size and rows % size:
+                raise CannotCacheError(f"a layer gives {rows} rows for {size} samples, which belong to no single one")
+            found[f"{key}.{number}"] = reading.reshape(size or 1, rows // (size or 1), *reading.shape[1:])
+    return found
+
+
+def _as_readings(tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The readings of :func:`_as_tensors`."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(name.rpartition(".")[0], []).append(tensor.flatten(0, 1))
+    return found

@@ -1,0 +1,101 @@
+"""A fingerprint of a teacher: one line that changes with every bit of its weights and with every setting."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.teacher.cache.sample_hash import SampleHash
+
+__all__ = ["fingerprint"]
+
+
+def fingerprint(module: nn.Module, **settings: Any) -> str:
+    """The type of a teacher, a hash of its structure and of all its parameters and buffers, and settings.
+
+    Same bytes, same fingerprint, on any device and in any process. Of public attributes, tensors, fractions, texts and
+    flags count; others, such as functions and counters, as far as the ``repr`` of the module shows them. It reads all
+    weights once, about a second per gigabyte on a CPU, and waits for the device.
+
+    Args:
+        module: The network as it runs, in its type.
+        settings: What else decides on what is kept of a sample; the ``repr`` of each value has to say all of it.
+
+    Raises:
+        ValueError: If a parameter or buffer is on the meta device.
+        TypeError: If a parameter or buffer is no dense tensor, such as one that is spread over processes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Linear(2, 1)
+        >>> before = fingerprint(net, layers=("0",), grid=4)
+        >>> fingerprint(net, layers=("0",), grid=4) == before, fingerprint(net, layers=("0",), grid=2) == before
+        (True, False)
+        >>> _ = net.weight.data.add_(1e-3)
+        >>> fingerprint(net, layers=("0",), grid=4) == before
+        False
+    """
+    module = getattr(module, "_orig_mod", module)  # compiled or not, it is the same teacher
+    own = {**dict(chain(module.named_parameters(), module.named_buffers())), **_tensor_attributes(module)}
+    if unset := [name for name, tensor in own.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{unset[0]!r} of the teacher is on the meta device, so it has no values: materialise the teacher first "
+            "with `to_empty`, and load its weights."
+        )
+    tensors = {name: tensor[None] for name, tensor in own.items()}
+    weights = SampleHash()(((tensors,), {}), 1)[0].tolist() if tensors else []
+    # Functions and objects show where they lie, which is somewhere else in each process.
+    shown = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module!r}\n{_plain_attributes(module)}")
+    structure = hashlib.sha256(shown.encode() + _constants(module)).hexdigest()[:16]
+    digits = "".join(f"{half % 2**64:016x}" for half in weights)
+    told = "".join(f", {name}={value!r}" for name, value in sorted(settings.items()))
+    return f"{type(module).__name__}-{structure}-{digits}{told}"
+
+
+def _tensor_attributes(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that are kept as plain attributes, as some normalisations do."""
+    return {
+        f"{name}.{key} (attribute)": value
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, Tensor) and not key.startswith("_")
+    }
+
+
+def _plain_attributes(module: nn.Module) -> list[str]:
+    """Fractions, texts and flags: a scale, a temperature, a way of pooling. No integers, many of which count calls."""
+    return sorted(
+        f"{name}.{key}={value!r}"
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, (bool, float, str)) and not key.startswith("_") and key != "training"
+    )
+
+
+def _constants(module: nn.Module) -> bytes:
+    """What a network keeps beside parameters and buffers: weights of frozen script modules and of quantized layers."""
+    found = io.BytesIO()
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "forward"):
+            graph: Any = part.inlined_graph
+            for node in graph.findAllNodes("prim::Constant", recurse=True):
+                value = node.output().toIValue()
+                found.write(_as_bytes(value) if isinstance(value, Tensor) else f"{value}".encode())
+    if not isinstance(module, torch.jit.ScriptModule):
+        known = {name for name, _ in chain(module.named_parameters(), module.named_buffers())}
+        for name, value in sorted(module.state_dict().items()):
+            if name not in known:
+                found.write(name.encode() + (_as_bytes(value) if isinstance(value, Tensor) else repr(value).encode()))
+    return found.getvalue()
+
+
+def _as_bytes(tensor: Tensor) -> bytes:
+    plain = tensor.dequantize() if tensor.is_quantized else tensor
+    return plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,250 @@
+"""What a teacher gives for a batch, of which only the samples that are new run through it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.teacher.cache.host_copy import HostCopy
+from lightning_otrt.teacher.cache.numerics import Numerics
+from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
+from lightning_otrt.teacher.cache.per_sample import Run, cloned, tolerance, why_not_per_sample
+from lightning_otrt.teacher.cache.sample_hash import SampleHash, check_dense
+from lightning_otrt.teacher.cache.samples import Inputs, leaves, select_samples
+from lightning_otrt.teacher.cache.store import Found, SampleStore
+
+__all__ = ["CannotCacheError", "SampleCache"]
+
+#: Makes a context.
+Block: TypeAlias = Callable[[], AbstractContextManager[None]]
+
+#: Epochs without a sample that was known, after which no more are kept.
+PATIENCE = 2
+
+
+class CannotCacheError(Exception):
+    """What the teacher gives cannot be kept by sample; the message says why."""
+
+
+class SampleCache:
+    """Tensors of samples, from a store or from a run of the teacher on those that the store does not have.
+
+    It waits for a device once in a step, for 16 bytes of each sample: how many of them are new decides what the teacher
+    runs on. What is kept is copied to the host while the step goes on, and is in the store with the next batch.
+
+    Args:
+        options: Where samples are kept.
+
+    Attributes:
+        store: The samples; None before :meth:`open`.
+        hits: Samples that were known, so far.
+        misses: Samples that the teacher ran on, so far.
+        epoch: Epochs that have started.
+    """
+
+    def __init__(self, options: TeacherCache) -> None:
+        self.options = options
+        self.store: SampleStore | None = None
+        self.hits = self.misses = self.epoch = 0
+        self._fingerprint = ""
+        self._hash = SampleHash()
+        self._adding: tuple[Tensor, dict[str, HostCopy]] | None = None
+        self._dtype = torch.float32
+        # Places of tensors with an entry for each sample, and of the others, among all tensors of the inputs.
+        self._own: list[int] = []
+        self._common: list[int] = []
+        # Of how many samples a batch has been checked: 1 shows that the teacher is not random, 2 all.
+        self._checked = 0
+        self._epochs = self._seen = self._hits_of_run = 0
+        self._useless = False
+
+    @classmethod
+    def of(cls, option: Any) -> SampleCache | None:
+        """The cache for what a user wrote as ``teacher_cache``; see :func:`parse_cache`."""
+        options = parse_cache(option)
+        return None if options is None else cls(options)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of all samples so far that were known."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    def open(self, fingerprint: str, batch_size: int, inputs: Inputs, dtype: torch.dtype) -> None:
+        """Open the store of a teacher, unless it is open.
+
+        Args:
+            fingerprint: All that decides what is kept of a sample.
+            batch_size: Samples of the batch of ``inputs``.
+            inputs: The teacher's inputs, of which those with an entry for each sample are noted.
+            dtype: Type of the teacher.
+
+        Raises:
+            CannotCacheError: If the inputs hold something that cannot be read.
+        """
+        self._dtype = dtype
+        try:
+            tensors = _tensors(inputs)
+        except TypeError as error:
+            raise CannotCacheError(str(error)) from error
+        self._own = [place for place, tensor in enumerate(tensors) if tensor.shape[:1] == (batch_size,)]
+        self._common = [place for place in range(len(tensors)) if place not in self._own]
+        if not self._own:
+            raise CannotCacheError(f"none of its inputs has one entry for each of the {batch_size} samples")
+        if self.store is None or fingerprint != self._fingerprint:
+            self.flush()
+            self.store = self.options.open(fingerprint)
+            self._fingerprint, self._checked, self._useless, self._epochs = fingerprint, 0, False, 0
+            self._hits_of_run = 0
+
+    @torch.no_grad()
+    def tensors(self, inputs: Inputs, run: Run, verify: Callable[[], None], trace_free: Block) -> dict[str, Tensor]:
+        """What the teacher gives for a batch, ``(B, ...)`` by name.
+
+        Args:
+            inputs: The teacher's inputs.
+            run: Runs the teacher on inputs.
+            verify: Called when the host has waited for the keys, before anything is looked up.
+            trace_free: Makes a context in which further runs leave no trace, for the check of the first batch.
+
+        Raises:
+            CannotCacheError: If the inputs cannot be read, or on the first batch, if the teacher mixes samples or is
+                random.
+        """
+        assert self.store is not None
+        try:
+            size = self._batch_size(inputs)
+            if not size:
+                return run(inputs, size)
+            device = _tensors(inputs)[self._own[0]].device
+            numerics = Numerics.now(device)
+            copied = HostCopy(self._hash((((inputs[0], dict(inputs[1]), str(numerics)),), {}), size))
+        except TypeError as error:
+            raise CannotCacheError(str(error)) from error
+        keys, found, known, missing = self._find(copied, verify, device)
+        self.hits, self.misses = self.hits + size - len(missing), self.misses + len(missing)
+        self._hits_of_run += size - len(missing)
+        self._seen += size
+        if not len(missing):
+            return found.tensors
+        if self._checked < min(size, 2):
+            fresh = self._checked_run(inputs, size, run, numerics, device, trace_free)
+            self._keep(keys, fresh)
+            return fresh
+        if len(missing) == size:
+            fresh = run(inputs, size)
+            self._keep(keys, fresh)
+            return fresh
+        index = _on(missing, device)
+        fresh = run(select_samples(inputs, index, size), len(missing))
+        if _layout(fresh) != _layout(found.tensors):
+            return run(inputs, size)
+        self._keep(keys[missing], fresh)
+        places = _on(known, device)
+        return {
+            name: part.new_empty(size, *part.shape[1:]).index_copy_(0, index, part).index_copy_(0, places, kept)
+            for (name, part), kept in zip(fresh.items(), found.tensors.values(), strict=True)
+        }
+
+    def _find(
+        self, copied: HostCopy, verify: Callable[[], None], device: torch.device
+    ) -> tuple[Tensor, Found, Tensor, Tensor]:
+        """Look samples up on the host, which waits for their keys: the only wait of a step.
+
+        Returns:
+            The keys, what is known, and the places of the known and of the other samples in the batch, on the CPU.
+        """
+        assert self.store is not None
+        self._add_pending()
+        keys = copied.wait()
+        verify()
+        found = self.store.lookup(keys, device)
+        return keys, found, torch.nonzero(found.mask)[:, 0], torch.nonzero(~found.mask)[:, 0]
+
+    def start_epoch(self) -> None:
+        """Look for what other processes have written. The callbacks call it; a plain loop may."""
+        self.epoch += 1
+        if self.store is not None:
+            self.store.refresh()
+        self._seen = 0
+
+    def end_epoch(self) -> None:
+        """Write what was added. Where no sample comes again say so, once, and keep no more. See :meth:`start_epoch`."""
+        self.flush()
+        self._epochs += self._seen > 0
+        has_all = self.store is not None and not self.store.is_full
+        if has_all and self._epochs >= PATIENCE and not self._hits_of_run and not self._useless:
+            self._useless = True
+            warnings.warn(
+                f"In {self._epochs} epochs no sample came a second time, so that `teacher_cache` saved nothing. It "
+                "keeps no more of them. Random augmentation makes a new image each time: "
+                "`FixedViews(dataset, views=8)` gives a few fixed versions of each. Texts that are padded to the "
+                "longest of a batch differ as well: pad them to one length.",
+                stacklevel=2,
+            )
+
+    def flush(self) -> None:
+        """Write what was added, for other processes and later runs."""
+        self._add_pending()
+        if self.store is not None:
+            self.store.flush()
+
+    def _batch_size(self, inputs: Inputs) -> int:
+        """Samples of a batch; 0 where it cannot be told which tensors belong to them."""
+        tensors = _tensors(inputs)
+        if len(tensors) != len(self._own) + len(self._common):
+            return 0
+        sizes = {tensors[place].shape[:1] for place in self._own}
+        # A tensor that is common to all samples, such as a matrix (T, T), may have as many rows by chance.
+        if len(sizes) != 1 or any(tensors[place].shape[:1] in sizes for place in self._common):
+            return 0
+        return next(iter(sizes))[0]
+
+    def _checked_run(
+        self, inputs: Inputs, size: int, run: Run, numerics: Numerics, device: torch.device, trace_free: Block
+    ) -> dict[str, Tensor]:
+        whole = run(cloned(inputs), size)
+        limit = tolerance(numerics.autocast or self._dtype, is_float32_shortened=numerics.is_float32_shortened)
+        with trace_free():
+            reason = why_not_per_sample(inputs, size, run, whole, limit, device)
+        if reason:
+            raise CannotCacheError(reason)
+        self._checked = min(size, 2)
+        return whole
+
+    def _keep(self, keys: Tensor, fresh: dict[str, Tensor]) -> None:
+        if self.store is not None and not self._useless and not self.store.is_full:
+            self._adding = keys, {name: HostCopy(tensor) for name, tensor in fresh.items()}
+
+    def _add_pending(self) -> None:
+        if self._adding is not None and self.store is not None:
+            (keys, copies), self._adding = self._adding, None
+            self.store.add(keys, {name: copied.wait() for name, copied in copies.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without copies that are under way, and what was counted: a pickle holds no samples of memory."""
+        return {**self.__dict__, "_adding": None, "_epochs": 0}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SampleCache:
+        """The cache itself: a copied callback goes on with the same samples."""
+        return self
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    found = [(path, value) for path, value in leaves(inputs) if isinstance(value, Tensor)]
+    for path, value in found:
+        check_dense(value, path)
+    return [value for _, value in found]
+
+
+def _layout(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    return [(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()]
+
+
+def _on(index: Tensor, device: torch.device) -> Tensor:
+    """An index on a device, without a wait."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)

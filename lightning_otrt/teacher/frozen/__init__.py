@@ -1,0 +1,1 @@
+"""A teacher in evaluation mode, without gradient, and its inputs."""

@@ -1,0 +1,294 @@
+"""A teacher that runs frozen: in evaluation mode, without gradient, and outside the student's state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_otrt.checks import shown
+from lightning_otrt.random_numbers import random_numbers_restored
+from lightning_otrt.reading.hooks.recorder import Recorder
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.traced.arguments import renamed
+from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
+from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
+from lightning_otrt.teacher.frozen.identity import checksum_before, stem_checksum
+from lightning_otrt.teacher.frozen.map_inputs import map_inputs
+from lightning_otrt.teacher.frozen.past_states import PastStates
+from lightning_otrt.teacher.frozen.separate import check_separate
+from lightning_otrt.teacher.loading.load import wrong_form
+
+__all__ = ["Teacher"]
+
+_DTYPES = {
+    **dict.fromkeys(("float16", "fp16", "half", "16", "16-true"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16", "bf16-true"), torch.bfloat16),
+    **dict.fromkeys(("float32", "fp32", "float", "32", "32-true"), torch.float32),
+    **dict.fromkeys(("float64", "fp64", "double", "64", "64-true"), torch.float64),
+}
+#: Modules that define the `forward` which only raises. By name, since this floor does not import lightning.
+_NO_FORWARD = ("torch.nn.modules.module", "lightning.pytorch.core.module", "pytorch_lightning.core.module")
+
+
+class Teacher:
+    """A user's network that runs on the student's inputs, without gradient and in evaluation mode.
+
+    It is not an ``nn.Module``, so a module that holds it does not take the teacher into its state dict, optimizer or
+    modes. Parameters and buffers keep their values and ``requires_grad``; :meth:`release` restores devices and modes.
+    ``copy.deepcopy`` of a teacher is the teacher itself.
+
+    Args:
+        module: The network, with a ``forward``.
+        inputs: Function (``teacher_inputs``) from the inputs of the student's root to those of the teacher: a tensor, a
+            tuple of positional arguments or a dict of keyword arguments. None passes the student's inputs on.
+        dtype: Type to run in (``teacher_dtype``), such as ``torch.bfloat16`` or ``"bf16-true"``. A module of another
+            type runs as a deep copy, which follows the module's values. None keeps the module's own type, or the one
+            given to :meth:`follow`.
+        role: What error messages call it.
+
+    Raises:
+        TypeError: If ``module`` is not a module or has no ``forward``, or ``inputs`` cannot be called.
+        ValueError: If ``dtype`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        >>> teacher = Teacher(net)
+        >>> teacher.prepare("cpu")
+        >>> teacher(torch.ones(3, 4)).requires_grad, net.training
+        (False, False)
+        >>> teacher.release()
+        >>> net.training
+        True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        inputs: Callable[..., Any] | None = None,
+        dtype: torch.dtype | str | None = None,
+        role: str = "teacher",
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise wrong_form(module)
+        if getattr(getattr(module, "_orig_mod", module).forward, "__module__", "") in _NO_FORWARD:
+            raise TypeError(
+                f"The {role} {type(module).__name__} has no `forward` and cannot run. Define one, or pass the network "
+                "inside it."
+            )
+        if inputs is not None and not callable(inputs):
+            raise TypeError(
+                f"Expected `teacher_inputs` to be a function of the student's inputs, but got {shown(inputs)}."
+            )
+        self._own = module
+        self._inputs = inputs
+        self._given_dtype = None if dtype is None else _parse_dtype(dtype)
+        self._dtype = self._given_dtype
+        self._borrowed: BorrowedModule | None = None
+        self._copy: FollowingCopy | None = None
+        self._own_dtype = _dtype_of(module)
+        #: Name of the submodule that :meth:`run` runs, ``""`` for the whole.
+        self.root = ""
+        #: Name of its method that is called in place of its forward, ``""`` for the forward.
+        self.method = ""
+        #: Finds states of an earlier forward among the student's inputs.
+        self.past_states = PastStates()
+        #: Whether its forward draws random numbers in evaluation mode.
+        self.draws_random = False
+        #: By which names it takes the positional arguments of the student, see :func:`positions_by_name`.
+        self.names: tuple[str | None, ...] = ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that runs: the user's own, or a deep copy if it runs in another type."""
+        return self._borrow().module
+
+    @property
+    def source(self) -> nn.Module:
+        """The user's own module, whose values the one that runs has; without what compiled it."""
+        source: nn.Module = getattr(self._own, "_orig_mod", self._own)
+        return source
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the user makes its inputs, which are those of its forward."""
+        return self._inputs is not None
+
+    @property
+    def run_dtype(self) -> torch.dtype:
+        """The type that the module computes in, outside of autocast."""
+        return self._dtype or self._own_dtype or torch.float32
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that the module is run in, where one was given; None for its own."""
+        return self._dtype
+
+    def follow(self, dtype: torch.dtype | None) -> None:
+        """Run in the type that a precision plugin gives the student, unless the constructor was given one.
+
+        Args:
+            dtype: That type; None for the module's own. It replaces :attr:`module`, so register hooks after this call.
+        """
+        if torch.compiler.is_compiling():
+            return
+        wanted = self._given_dtype or dtype
+        if wanted != self._dtype:
+            self.release()
+            self._dtype = wanted
+
+    def prepare(self, device: torch.device | str) -> None:
+        """Move the module to a device and put it into evaluation mode. Cheap if nothing has to be done.
+
+        A copy in another type gets the values that the module has now; its :attr:`module` is another one only if the
+        structure changed.
+
+        Call it before every forward of the student, outside of compiled code: it does nothing while ``torch.compile``
+        traces.
+
+        Args:
+            device: Device of the student.
+        """
+        if torch.compiler.is_compiling():
+            return
+        borrowed, self._own_dtype = self._borrow(), _dtype_of(self._own)
+        if self._copy is not None:
+            self._copy.refresh()
+            if self._copy.module is not borrowed.module:
+                borrowed = self._borrowed = BorrowedModule(self._copy.module)
+        borrowed.set_evaluation_mode()
+        borrowed.move_to(device)
+
+    def inputs_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The teacher's inputs for those of the student's root: through ``inputs``, in the teacher's type.
+
+        Raises:
+            TypeError: If ``inputs`` returns anything but a tensor, a tuple or a dict.
+            ValueError: If there is no such function, and the student's hold states of an earlier forward.
+        """
+        given = args, dict(kwargs)
+        with torch.no_grad():
+            if self._inputs is not None:
+                given = _as_arguments(self._inputs(*args, **kwargs))
+            else:
+                if not torch.compiler.is_compiling():
+                    args, kwargs = given = self.past_states.without(args, kwargs)
+                if self.names:
+                    given = renamed(args, kwargs, self.names)
+            dtype = self._dtype or self._own_dtype
+            if dtype is not None:
+                given = map_inputs(given, functools.partial(_cast, dtype=dtype))
+        return given
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run on inputs of :meth:`inputs_for`, under the autocast of the caller."""
+        borrowed = self._borrow()
+        if not torch.compiler.is_compiling():
+            borrowed.set_evaluation_mode()
+        # Not inference mode: the backward of the transfer term could not save tensors made there.
+        module = self._target(borrowed.module)
+        with torch.no_grad(), self._random_numbers_kept(borrowed.module):
+            return (getattr(module, self.method) if self.method else module)(*args, **kwargs)
+
+    def run_recorded(self, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The same, with what its layers give and its masks in the current view of the recorder."""
+        with recorder.teacher_running():
+            if self.method:  # whose call no hook sees
+                recorder.note_masks(self._target(self._borrow().module), args, dict(kwargs))
+            return self.run(args, kwargs)
+
+    def _target(self, module: nn.Module) -> nn.Module:
+        return module.get_submodule(self.root) if self.root else module
+
+    def _random_numbers_kept(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Leave the generators as they are, so that training draws what it would draw without the teacher."""
+        return random_numbers_restored(module.parameters()) if self.draws_random else nullcontext()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the inputs of the student's root.
+
+        Raises:
+            TypeError: If ``inputs`` returns anything but a tensor, a tuple or a dict.
+        """
+        return self.run(*self.inputs_for(args, kwargs))
+
+    def release(self) -> None:
+        """Restore the devices and modes of the user's module, and drop a copy in another type."""
+        borrowed, self._borrowed, self._copy, self._dtype = self._borrowed, None, None, self._given_dtype
+        if borrowed is not None and borrowed.module is self._own:
+            borrowed.give_back()
+
+    def checksum(self) -> str:
+        """A text that is known before any forward, see :func:`lightning_otrt.teacher.frozen.identity.stem_checksum`."""
+        return stem_checksum(self._own)
+
+    def checksum_before(self, pairing: Pairing) -> str:
+        """A checksum of what leads to the matched layers, see :mod:`lightning_otrt.teacher.frozen.identity`."""
+        return checksum_before(self._own, (pair.teacher for pair in pairing.pairs), pairing.teacher)
+
+    def check_against(self, student: nn.Module) -> None:
+        """Check that training the student cannot change the teacher.
+
+        Raises:
+            ValueError: If they share a module, parameter or buffer, or the teacher has no values.
+        """
+        check_separate(self._own, student)
+
+    def _borrow(self) -> BorrowedModule:
+        if self._borrowed is None:
+            if self._dtype is not None and not has_dtype(self._own, self._dtype):
+                self._copy = FollowingCopy(self._own, self._dtype)
+            self._borrowed = BorrowedModule(self._own if self._copy is None else self._copy.module)
+        return self._borrowed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """The teacher itself, so that a copy of a task, such as a moving average, does not copy the network."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but a copy in another type, which is made again when it is needed."""
+        is_own = self._borrowed is not None and self._borrowed.module is self._own
+        return {**self.__dict__, "_borrowed": self._borrowed if is_own else None, "_copy": None}
+
+
+def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(
+            f"Expected `teacher_dtype` to be one of {list(_DTYPES)}, or that type of torch, but got {shown(dtype)}. "
+            "For mixed precision leave it out: the teacher runs under the student's autocast."
+        )
+    return found
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The type of a module's first tensor with a fraction: inputs of another type would not go with its weights."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    raise TypeError(
+        "Expected `teacher_inputs` to return a tensor, a tuple of positional arguments or a dict of keywords, but got "
+        f"{type(inputs).__name__}. A list is one argument of the teacher: return it in a tuple, `(images,)`."
+    )

@@ -1,0 +1,1 @@
+"""Modules, names of models, folders and checkpoints as teachers."""

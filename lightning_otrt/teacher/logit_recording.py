@@ -1,0 +1,328 @@
+"""The logits of student and teacher in the forwards of a step, for their distillation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from lightning_otrt.distillation import LogitDistillation
+from lightning_otrt.layers.mask_sources import MaskSource
+from lightning_otrt.layers.names import child_names, named_layers
+from lightning_otrt.layers.pairs import INPUT
+from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
+from lightning_otrt.layers.trace import Trace
+from lightning_otrt.layers.traced_logits import head_input, other_head, traced_class_axis, traced_logits
+from lightning_otrt.reading.hooks.logit_reader import LogitReader, logit_masks, logit_reader
+from lightning_otrt.reading.hooks.readers import recorded_layer
+from lightning_otrt.reading.hooks.recorder import RecordedLayer
+from lightning_otrt.reading.hooks.views import NoTermError, View
+from lightning_otrt.reading.masks.warnings import warn_of_unused_masks
+from lightning_otrt.reading.neurons.positions import match_positions
+from lightning_otrt.reading.neurons.reader import NeuronReader
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.teacher.logit_makers import LogitMakers
+from lightning_otrt.teacher.task_gradient import UNLIKE_SOFTMAX, TaskGradient
+from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
+
+__all__ = ["FEATURES", "LogitRecording", "MatchedLogits"]
+
+#: Keys of a view: what the regression reads of the student, and the logits of the teacher with their mask.
+FEATURES, LOGITS, LOGIT_MASK = "features", "logits", "logit mask"
+
+
+class MatchedLogits(NamedTuple):
+    """The logits of the views of a call.
+
+    Attributes:
+        is_regression: Whether the teacher's logits are regressed, because the classes are others.
+        views: For each view ``(student, teacher, mask)``: logits of one shape ``(B, K, *positions)`` with the mask of
+            their positions or None; for a regression neurons ``(N, n)`` of the student, centred logits ``(K, n)`` of
+            the teacher, and None.
+    """
+
+    is_regression: bool
+    views: list[tuple[Tensor, Tensor, Tensor | None]]
+
+
+class LogitRecording:
+    """Reads the logits of both networks, and brings them to one form.
+
+    Args:
+        option: What the user passed.
+        grid: Positions kept along each axis of a map; for a regression.
+    """
+
+    def __init__(self, option: LogitDistillation, grid: int | None) -> None:
+        self.option, self.grid = option, grid
+        #: What to record of the student for a regression.
+        self.features: RecordedLayer | None = None
+        #: What is compared, for the log.
+        self.note = ""
+        self._student: LogitReader | None = None
+        self._teacher: LogitReader | None = None
+        self._pools = False
+        #: Shape of the student's logits in the trace, until the training forward of that batch.
+        self._traced: tuple[int, ...] | None = None
+        #: What makes them, until then.
+        self._makers: LogitMakers | None = None
+        self._task = TaskGradient()
+        #: Whether the transport of a pair reaches the logits, whose gradient is then not that of the task.
+        self._is_matched = False
+
+    def settle(self, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> None:
+        """Take from the traces what to read, and how.
+
+        Raises:
+            ValueError: If the layer that the user named for a regression does not exist or cannot be read.
+        """
+        self.forget_modules()
+        self._student = self._reader("student", pairing, student)
+        self.use_teacher(pairing, teacher)
+        traced = traced_logits(pairing.student, self.option.selects[0])
+        if (other := other_head(pairing.student, self.option.selects[0])) is not None:
+            warnings.warn(
+                "The first item of what the student returns is taken for its logits, but no linear layer made it, and "
+                f"one made the item {other!r}. Where the first are features, pass "
+                f"distillation=LogitDistillation(select={other!r}); where they are the logits, select=0.",
+                stacklevel=2,
+            )
+        self._traced = None if traced is None else traced.shape
+        self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
+        counts = []
+        for place, (side, trace, select) in enumerate(
+            zip(("student", "teacher"), (pairing.student, pairing.teacher), self.option.selects, strict=True)
+        ):
+            if not _reads_padding(pairing, place):
+                masks = logit_masks(side, trace, select, _named_masks(pairing, place))
+                warn_of_unused_masks(side, {"logits": masks})
+            counts.append(_classes(trace, select, self.option))
+        differ = None not in counts and counts[0] != counts[1]
+        self._pools = differ or self.option.features is not None
+        recorded = [pair.student for pair in pairing.pairs if not pair.student.endswith(INPUT)]
+        self._is_matched = any(pairing.student.layer(name).gives_model_output for name in recorded)
+        self.features = self._find_features(pairing.student, named_layers(student)) if self._pools else None
+        self.note = self._described(counts)
+
+    def use_teacher(self, pairing: Pairing, teacher: nn.Module) -> None:
+        """Read from this module, where the teacher runs as another copy than before."""
+        self._teacher = self._reader("teacher", pairing, teacher)
+
+    def _reader(self, side: str, pairing: Pairing, model: nn.Module) -> LogitReader:
+        modules, place = named_layers(model), 0 if side == "student" else 1
+        trace = (pairing.student, pairing.teacher)[place]
+        kind, named = type(modules[trace.root]).__name__, _named_masks(pairing, place)
+        return logit_reader(side, trace, modules, kind, self.option.selects[place], self.option.class_axis, named)
+
+    def forget_modules(self) -> None:
+        """Let go of the modules of both networks. :meth:`settle` finds them again."""
+        if self._makers is not None:
+            self._makers.remove()
+        self.features = self._student = self._teacher = self._makers = None
+
+    @property
+    def identity(self) -> str:
+        """What is read of the teacher's output, in words that are equal for equal readings."""
+        reader = self._teacher
+        assert reader is not None
+        masks = [source for source, _ in reader.masks]
+        grid = self.grid if self._pools else "whole"
+        return f"logits {reader.select!r} {reader.class_axis} {reader.batch_axis} {masks!r} {grid}"
+
+    def masks(self, side: str) -> tuple[tuple[MaskSource, nn.Module], ...]:
+        """The sources of the masks of the logits of one side, with the modules that get them."""
+        reader = self._student if side == "student" else self._teacher
+        return () if reader is None else reader.masks
+
+    def read_student(self, output: Any, view: View) -> None:
+        """Keep the student's logits in a view."""
+        if self._student is not None:
+            tensor, axis = self._student.returned(output)
+            view.output = tensor, axis, None if torch.compiler.is_compiling() else tensor._version
+            view.logits, view.logit_mask = self._student(output, view.masks)
+            traced, self._traced = self._traced, None
+            makers, self._makers = self._makers, None
+            difference = "" if makers is None else makers.take_difference(tensor)
+            if traced is not None and sorted(traced) != sorted(view.logits.shape):
+                warnings.warn(
+                    f"The student's logits have the shape {tuple(view.logits.shape)} as (batch, classes, *positions), "
+                    f"but {traced} in evaluation mode on the same batch, as where auxiliary outputs come first in "
+                    "training. They are compared with the teacher's, which are those of evaluation. Name those that "
+                    "belong to them: distillation=LogitDistillation(select=(student, teacher)).",
+                    stacklevel=2,
+                )
+            elif difference:
+                warnings.warn(
+                    f"The student's logits are {difference}. They are compared with the teacher's, which runs in "
+                    "evaluation mode: logits are then compared with probabilities, or those of one head with those of "
+                    "another. Return the same in both modes, or name those that belong together: "
+                    "distillation=LogitDistillation(select=(student, teacher)).",
+                    stacklevel=2,
+                )
+
+    def read_teacher(self, output: Any, view: View) -> None:
+        """Keep the teacher's logits in a view; for a regression they are pooled at once."""
+        if self._teacher is None:
+            return
+        logits, mask = self._teacher(output, view.masks)
+        if self._pools:
+            logits, mask = self._pooled(logits, mask), None
+        view.teacher[LOGITS] = [logits]
+        if mask is not None:
+            # A number, as a cache keeps it.
+            view.teacher[LOGIT_MASK] = [mask.to(logits.dtype)]
+
+    def matched(self, views: Sequence[View]) -> MatchedLogits:
+        """The logits of each view in one form.
+
+        Raises:
+            NoTermError: If there are no logits in a view, or they do not depend on the student's parameters.
+            ValueError: If the shapes of student and teacher do not fit.
+        """
+        found = [self._of_view(view) for view in views]
+        if not any(student.requires_grad for _, (student, _, _) in found):
+            what = "output does" if not found[0][0] or self.features is None else f"layer {self.features.name!r} does"
+            raise NoTermError(
+                f"The distillation of logits is constant: the student's {what} not depend on any parameter that "
+                "requires a gradient. Unfreeze its layers, or check for `no_grad` and `detach`."
+            )
+        if not found[0][0] and self.option.activation is None and not self._is_matched:
+            outputs = [view.output for view in views if view.output is not None]
+            # Code that writes to the logits in place has a gradient of its own.
+            self._task.watch([(it, axis) for it, axis, version in outputs if version in (None, it._version)])
+        return MatchedLogits(found[0][0], [triple for _, triple in found])
+
+    def check_task(self) -> None:
+        """Warn once where a softmax is compared, but the gradient of the logits in an earlier call is none of one."""
+        left = self._task.take()
+        if left is not None and left > UNLIKE_SOFTMAX:
+            warnings.warn(
+                "`distillation` compares the softmax over all outputs of the networks, but the task seems to train "
+                "none: over the classes of a sample the gradients of the outputs sum to 0 for a cross-entropy, and to "
+                f"{left:.0%} of their size here. For labels that do not exclude each other (binary cross-entropy) pass "
+                "distillation=LogitDistillation(activation='sigmoid'), which compares each by itself. For a regression "
+                "leave it out, or let the teacher's outputs be regressed on a layer of the student: "
+                "LogitDistillation(features='name of the layer'). Where the outputs are classes and have another loss, "
+                "too, LogitDistillation(activation='softmax') says that it is meant.",
+                stacklevel=4,
+            )
+
+    def _of_view(self, view: View) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None]]:
+        student, teachers = view.logits, view.teacher.get(LOGITS, [])
+        if student is None or not teachers:
+            raise NoTermError(
+                "No logits were recorded in a forward of the student. Its output is recorded where its root is called "
+                "as a module; code that was compiled before the transfer was attached does not tell it."
+            )
+        teacher = teachers[0]
+        where = "Distillation of logits"
+        shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} as (batch, classes, *positions)"
+        if student.shape[0] != teacher.shape[0]:
+            raise ValueError(
+                f"{where}: the batch sizes differ ({shapes}). Teacher and student must see the same samples. Check "
+                "`teacher_inputs`."
+            )
+        if self.option.features is not None or student.shape[1] != teacher.shape[1]:
+            return True, self._regressed(view, student, teacher)
+        by_label = self.option.activation == "sigmoid"
+        if student.shape[1] == 1 and not by_label:
+            raise ValueError(
+                f"{where}: both networks have a single output ({shapes}), and softened probabilities of one class are "
+                "always 1. For a binary cross-entropy pass LogitDistillation(activation='sigmoid'); otherwise regress "
+                "the teacher's output on a layer of the student with LogitDistillation(features='name of the layer')."
+            )
+        mask = _mask_of(view) if view.logit_mask is None else view.logit_mask
+        if student.shape != teacher.shape:
+            if student.dim() != 4 or teacher.dim() != 4:
+                raise ValueError(
+                    f"{where}: the positions differ ({shapes}) and cannot be matched. Maps (B, K, H, W) are resized; "
+                    "others have to agree. Check `teacher_inputs`, or leave the distillation out."
+                )
+            size = student.shape[2:]
+            teacher = interpolate(teacher, size, mode="bilinear", align_corners=False, antialias=True)
+        if by_label:
+            mask = None if mask is None else mask.unsqueeze(1).expand(student.shape)
+            student, teacher = as_two_classes(student), as_two_classes(teacher)
+        return False, (student, teacher, mask)
+
+    def _regressed(self, view: View, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, None]:
+        calls = view.student.get(FEATURES, [])
+        if self.features is None:
+            raise ValueError(
+                f"The student has {student.shape[1]} classes and the teacher {teacher.shape[1]}, so that the teacher's "
+                "logits are regressed on what enters the student's last linear layer. None was found. Name the layer "
+                "whose output is to be used, with LogitDistillation(features='name') or 'name:input'."
+            )
+        if len(calls) != 1:
+            raise NoTermError(
+                f"The student layer {self.features.name!r}, on which the teacher's logits are regressed, ran "
+                f"{len(calls)} times in this forward, and not once. Name another one with "
+                "LogitDistillation(features='name')."
+            )
+        if not self._pools:
+            teacher = self._pooled(teacher, _mask_of(view))
+        y, x = match_positions(calls[0], teacher, f"{self.features.name!r} -> the teacher's logits")
+        is_free = len(x) > 1 and self.option.activation != "sigmoid"
+        return y, logit_neurons(x, class_axis=0) if is_free else x, None
+
+    def _pooled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        where = "the logits of the teacher" if self._teacher is None else f"the logits of the {self._teacher.where}"
+        return NeuronReader(layer=where, neuron_axis=1, grid=self.grid)(logits, mask)
+
+    def _find_features(self, trace: Trace, modules: dict[str, nn.Module]) -> RecordedLayer | None:
+        name = self.option.features
+        if name is None:
+            logits = traced_logits(trace, self.option.selects[0])
+            name = None if logits is None else head_input(trace, logits)
+            if name is None:
+                return None
+        bare = name.removesuffix(INPUT)
+        if bare not in modules:
+            inside = f"{trace.root}.{name}" if trace.root else name
+            if inside.removesuffix(INPUT) not in modules:
+                raise ValueError(
+                    f"Expected `features` to name a layer of the student, but there is no {bare!r}. Children of its "
+                    f"root: {child_names(modules[trace.root])}."
+                )
+            name = inside
+        axis = chosen_axis("student", trace, name, None, recorded_tensor("student", trace, name, None))
+        return recorded_layer("student", trace, modules, name, axis, self.grid)
+
+    def _described(self, counts: Sequence[int | None]) -> str:
+        if self.features is not None:
+            return f"Distillation: the teacher's logits, regressed on {self.features.name!r} of the student"
+        count = "the same" if counts[0] is None else str(counts[0])
+        classes = "labels, each by itself," if self.option.activation == "sigmoid" else "classes"
+        return f"Distillation: T² KL of {count} {classes} at temperature {self.option.temperature:g}"
+
+
+def _named_masks(pairing: Pairing, place: int) -> list[str]:
+    """What the pairs name as masks of one side."""
+    named = (pair.masks[place] for pair in pairing.pairs)
+    return list(dict.fromkeys(name for name in named if name not in (None, "auto")))
+
+
+def _reads_padding(pairing: Pairing, place: int) -> bool:
+    """Whether the pairs say that there is no padding on one side, or that it is to be read."""
+    return bool(pairing.pairs) and all(pair.masks[place] is None for pair in pairing.pairs)
+
+
+def _mask_of(view: View) -> Tensor | None:
+    """The mask of the teacher's logits."""
+    masks = view.teacher.get(LOGIT_MASK)
+    return masks[0] != 0 if masks else None
+
+
+def _classes(trace: Trace, select: str | int | None, option: LogitDistillation) -> int | None:
+    """The number of classes of a traced network, None where the trace does not show it."""
+    logits = traced_logits(trace, select)
+    if logits is None or len(logits.shape) < 2:
+        return None
+    axis = option.class_axis if option.class_axis is not None else traced_class_axis(trace, logits)
+    if axis is None:
+        axis = 1 if len(logits.shape) != 3 else None
+    return None if axis is None or not -len(logits.shape) <= axis < len(logits.shape) else logits.shape[axis]

@@ -1,0 +1,264 @@
+"""The teacher runs on new samples alone, and a batch is what it would have been without a cache."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_otrt import TeacherCache
+from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
+
+torch.manual_seed(0)
+X = torch.randn(40, 3)
+MIX = torch.randn(3, 3)
+
+
+class Teacher:
+    """Counts the samples of its runs."""
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+        self.checks = 0
+        self.change = False
+
+    def __call__(self, inputs: Any, size: int) -> dict[str, Tensor]:
+        (x, *_), _ = inputs
+        self.runs.append(len(x))
+        return {"map": (x[:, :, None] * x[:, None]).contiguous(), "vector": x @ MIX, "double": x.double().sum(1) ** 2}
+
+    @contextmanager
+    def trace_free(self) -> Iterator[None]:
+        self.checks += 1
+        yield
+
+
+def opened(option: Any = "memory", batch: int = 8, inputs: Any = None) -> SampleCache:
+    cache = SampleCache.of(option)
+    assert cache is not None
+    cache.open("a teacher", batch, inputs or ((X[:batch],), {}), torch.float32)
+    return cache
+
+
+def take(cache: SampleCache, teacher: Teacher, x: Tensor, *others: Any) -> None:
+    """A batch, compared with what the teacher gives without a cache."""
+    found = cache.tensors(((x, *others), {}), teacher, lambda: None, teacher.trace_free)
+    expected = Teacher()(((x,), {}), len(x))
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(params=["memory", "folder"])
+def option(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    return "memory" if request.param == "memory" else tmp_path / "kept"
+
+
+def test_runs_on_new_samples_alone(option: Any) -> None:
+    cache, teacher = opened(option), Teacher()
+    take(cache, teacher, X[:8])
+    assert (teacher.runs, teacher.checks) == ([8, 4, 4], 1), "the whole, and its halves once"
+    take(cache, teacher, X[:8].flip(0))
+    take(cache, teacher, X[4:12])
+    take(cache, teacher, X[20:24])
+    take(cache, teacher, X[torch.tensor([0, 30, 1, 31, 32, 2])])
+    assert teacher.runs[3:] == [4, 4, 3]
+    assert (cache.hits, cache.misses) == (8 + 4 + 3, 8 + 4 + 4 + 3)
+    assert cache.hit_rate == 15 / 34
+
+
+def test_a_sample_twice_in_a_batch() -> None:
+    cache, teacher = opened(), Teacher()
+    take(cache, teacher, X[torch.tensor([0, 1, 0, 0])])
+    take(cache, teacher, X[torch.tensor([1, 2, 2, 0])])
+    cache.flush()
+    assert cache.store.samples == 3
+
+
+def test_another_cache_on_the_folder(tmp_path: Path) -> None:
+    first, teacher = opened(tmp_path), Teacher()
+    take(first, teacher, X)
+    first.flush()
+    later, idle = opened(tmp_path), Teacher()
+    take(later, idle, X.flip(0))
+    assert (idle.runs, idle.checks) == ([], 0), "what is there was checked when it was made"
+    take(later, idle, torch.cat([X[:3], X[:1] + 1]))
+    assert (idle.runs, idle.checks) == ([4, 2, 2], 1), "the first batch with a new sample is checked"
+
+
+def test_one_sample_shows_less() -> None:
+    """Whether samples are mixed can be seen in a batch of two alone."""
+    cache, teacher = opened(batch=1), Teacher()
+    take(cache, teacher, X[:1])
+    take(cache, teacher, X[1:2])
+    assert (teacher.runs, teacher.checks) == ([1, 1, 1], 1)
+    take(cache, teacher, X[1:4])
+    assert (teacher.runs[3:], teacher.checks) == ([3, 1, 2], 2)
+    take(cache, teacher, X[1:9])
+    assert teacher.runs[6:] == [5]
+
+
+def test_what_is_common_to_all_samples() -> None:
+    camera = torch.eye(3)
+    inputs = ((X[:8], camera, "text", 2.0), {})
+    cache, teacher = opened(inputs=inputs), Teacher()
+    for _ in range(2):
+        take(cache, teacher, X[:8], camera, "text", 2.0)
+    assert cache.hits == 8
+    for others in [(camera + 1, "text", 2.0), (camera, "other", 2.0), (camera, "text", 3.0)]:
+        take(cache, teacher, X[:8], *others)
+    assert cache.hits == 8, "each of them changes what a sample is"
+    runs = len(teacher.runs)
+    take(cache, teacher, X[:3], camera, "text", 2.0)
+    take(cache, teacher, X[:3], camera, "text", 2.0)
+    assert (teacher.runs[runs:], cache.hits) == ([3, 3], 8), "as many samples as the matrix has rows: not by sample"
+
+
+def test_inputs_that_cannot_be_kept() -> None:
+    with pytest.raises(CannotCacheError, match="none of its inputs has one entry for each of the 8 samples"):
+        opened(inputs=((torch.zeros(5, 8),), {}))
+    with pytest.raises(CannotCacheError, match="is of type object, whose content cannot be read"):
+        opened(inputs=((X[:8], object()), {}))
+    cache, teacher = opened(), Teacher()
+    with pytest.raises(CannotCacheError, match="is of type object"):
+        cache.tensors(((X[:8], object()), {}), teacher, lambda: None, teacher.trace_free)
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (lambda x: x - x.mean(), "mixes the samples"),
+        (lambda x: torch.nn.functional.dropout(x), "random in evaluation mode"),
+    ],
+)
+def test_refused(net: Any, words: str) -> None:
+    cache = opened()
+    with pytest.raises(CannotCacheError, match=words):
+        cache.tensors(((X[:8],), {}), lambda inputs, size: {"a": net(inputs[0][0])}, lambda: None, Teacher().trace_free)
+    cache.flush()
+    assert cache.store.samples == 0
+
+
+def test_verify_comes_before_what_is_found_is_used() -> None:
+    cache, teacher = opened(), Teacher()
+    take(cache, teacher, X[:8])
+
+    def refuse() -> None:
+        raise CannotCacheError("changed")
+
+    with pytest.raises(CannotCacheError, match="changed"):
+        cache.tensors(((X[:8],), {}), teacher, refuse, teacher.trace_free)
+    assert cache.hits == 0
+
+
+def test_settings_of_the_process_make_other_samples() -> None:
+    cache, teacher = opened(), Teacher()
+    take(cache, teacher, X[:8])
+    with torch.autocast("cpu", torch.bfloat16, enabled=True):
+        cache.tensors(((X[:8],), {}), teacher, lambda: None, teacher.trace_free)
+    assert cache.hits == 0
+    take(cache, teacher, X[:8])
+    assert cache.hits == 8
+
+
+def test_another_teacher_empties_the_memory(tmp_path: Path) -> None:
+    for option in ("memory", tmp_path):
+        cache, teacher = opened(option), Teacher()
+        take(cache, teacher, X[:8])
+        cache.open("a teacher", 8, ((X[:8],), {}), torch.float32)
+        take(cache, teacher, X[:8])
+        assert cache.hits == 8, "the same one goes on"
+        cache.open("another teacher", 8, ((X[:8],), {}), torch.float32)
+        take(cache, teacher, X[:8])
+        assert (cache.hits, teacher.checks) == (8, 2)
+
+
+def test_full_is_full() -> None:
+    # A row of 9 + 3 + 1 numbers is filled up to 16.
+    cache, teacher = opened("880B"), Teacher()
+    take(cache, teacher, X[:8])
+    with pytest.warns(UserWarning, match="The teacher cache in memory takes no more samples: it holds 10 samples"):
+        [take(cache, teacher, x) for x in (X[8:16], X[:16])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            take(cache, teacher, X[:16])
+    assert teacher.runs[-3:] == [6, 6, 6]
+
+
+def test_short_types_are_rounded_once() -> None:
+    cache, teacher = opened(TeacherCache(dtype="bfloat16")), Teacher()
+    take(cache, teacher, X[:8])
+    found = cache.tensors(((X[:8],), {}), teacher, lambda: None, teacher.trace_free)
+    expected = Teacher()(((X[:8],), {}), 8)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor.bfloat16().to(tensor.dtype))
+
+
+class TestEpochs:
+    def run(self, cache: SampleCache, batches: list[Tensor]) -> None:
+        teacher = Teacher()
+        cache.start_epoch()
+        for x in batches:
+            take(cache, teacher, x)
+        cache.end_epoch()
+
+    def test_new_samples_for_ever(self) -> None:
+        cache = opened()
+        self.run(cache, [X[:8], X[8:16]])
+        with pytest.warns(
+            UserWarning, match=r"In 2 epochs no sample came a second time.*`FixedViews\(dataset, views=8"
+        ):
+            self.run(cache, [X[16:24]])
+        kept = cache.store.samples
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.run(cache, [X[24:32]])
+            self.run(cache, [X[24:32]])
+        assert (kept, cache.store.samples, cache.hits) == (24, 24, 0)
+        self.run(cache, [X[:8]])
+        assert cache.hits == 8, "what is there is still found"
+
+    @pytest.mark.parametrize("second", [[X[:1].repeat(3, 1)], [X[7:16]]])
+    def test_a_single_hit_is_enough(self, second: list[Tensor]) -> None:
+        cache = opened()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for batches in ([X[:8]], second, [X[16:24]], [X[24:32]]):
+                self.run(cache, batches)
+
+    def test_epochs_without_a_forward_do_not_count(self) -> None:
+        cache = opened()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for batches in ([], [], [X[:8]], []):
+                self.run(cache, batches)
+
+    def test_what_others_write_is_found_in_the_next_epoch(self, tmp_path: Path) -> None:
+        mine, other, teacher = opened(tmp_path), opened(tmp_path), Teacher()
+        self.run(other, [X[:8]])
+        mine.start_epoch()
+        take(mine, teacher, X[:8])
+        assert not teacher.runs
+
+
+def test_pickles_hold_no_samples(tmp_path: Path) -> None:
+    for option, known in (("memory", 0), (tmp_path, 8)):
+        cache, teacher = opened(option), Teacher()
+        take(cache, teacher, X[:8])
+        cache.flush()
+        take(cache, teacher, X[8:16])
+        other = pickle.loads(pickle.dumps(cache))
+        assert other.store.samples == known
+        hits = other.hits
+        take(other, teacher, X[:8])
+        assert other.hits - hits == known
