@@ -92,7 +92,7 @@ def fake_cache(known: list[int]) -> Iterator[list[str]]:
 
     - the lookup, which waits in each step for 16 bytes of each sample (:meth:`SampleCache._find`), and with it the
       comparison of the teacher's weights, whose copies arrive with these bytes (:meth:`WeightWatch.changed`);
-    - the copies themselves (:class:`HostCopy`), and those of indices, from pinned memory (``cache._on``);
+    - the copies themselves (:class:`HostCopy`), and those of indices, from pinned memory (``sample_cache._on``);
     - the fingerprint of the teacher when the cache is opened, and the checks of the first batch.
 
     Yields:
@@ -129,22 +129,22 @@ def fake_cache(known: list[int]) -> Iterator[list[str]]:
     def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **options: (events.append(name), function(*args, **options))[1]
 
-    kept, teacher = SampleCache._keep, "lightning_otrt.teacher"
+    kept, cache = SampleCache._keep, "lightning_otrt.teacher.cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{teacher}.cache.HostCopy", Copy)
-        patch.setattr(f"{teacher}.weight_watch.HostCopy", Copy)
-        patch.setattr(f"{teacher}.weight_watch._state", lambda tensors: [])
-        patch.setattr(f"{teacher}.weight_watch.WeightWatch.changed", lambda self, looked: "")
-        patch.setattr(f"{teacher}.cached_run.fingerprint", lambda *args, **options: "teacher")
-        patch.setattr(f"{teacher}.cached_run.state_restored", lambda *args: contextlib.nullcontext())
-        patch.setattr(f"{teacher}.cache.why_not_per_sample", lambda *args: "")
-        patch.setattr(f"{teacher}.cache._on", lambda index, device: torch.zeros_like(index, device=device))
+        patch.setattr(f"{cache}.sample_cache.HostCopy", Copy)
+        patch.setattr(f"{cache}.weight_watch.HostCopy", Copy)
+        patch.setattr(f"{cache}.weight_watch._state", lambda tensors: [])
+        patch.setattr(f"{cache}.weight_watch.WeightWatch.changed", lambda self, looked: "")
+        patch.setattr(f"{cache}.cached_run.fingerprint", lambda *args, **options: "teacher")
+        patch.setattr(f"{cache}.cached_run.state_restored", lambda *args: contextlib.nullcontext())
+        patch.setattr(f"{cache}.sample_cache.why_not_per_sample", lambda *args: "")
+        patch.setattr(f"{cache}.sample_cache._on", lambda index, device: torch.zeros_like(index, device=device))
         patch.setattr(SampleCache, "_find", find)
         patch.setattr(SampleCache, "_keep", keep)
         patch.setattr(SampleCache, "_add_pending", lambda self: None)
         look, hashed = "weight_watch.WeightWatch.look", "sample_hash.SampleHash.__call__"
         for name, place in (("look", look), ("hash", hashed)):
-            patch.setattr(f"{teacher}.{place}", noted(name, pkgutil.resolve_name(f"{teacher}.{place}")))
+            patch.setattr(f"{cache}.{place}", noted(name, pkgutil.resolve_name(f"{cache}.{place}")))
         yield events
 
 

@@ -214,11 +214,11 @@ def test_copies_are_counted() -> None:
 PLACES = [
     "trainer.transfer_callback.TransferCallback._log",
     "transport.correlation.CorrelationCost.value",
-    "reading.neurons.pool",
-    "reading.views.match_positions",
-    "reading.layer_hooks.select_tensor",
-    "reading.layer_hooks.sequence_output",
-    "teacher.frozen._cast",
+    "reading.neurons.reader.pool",
+    "reading.hooks.views.match_positions",
+    "reading.hooks.layer_hooks.select_tensor",
+    "reading.hooks.layer_hooks.sequence_output",
+    "teacher.frozen.frozen_teacher._cast",
     "transfer.factor_at",
     "steps.term_engine.attach_gradients",
     "steps.term_engine.solve_plans",
@@ -234,11 +234,11 @@ PLACES = [
 
 #: Those of a step with a cache.
 CACHE_PLACES = [
-    "teacher.sample_hash.SampleHash._hash_blocks",
-    "teacher.cache.select_samples",
-    "teacher.cached_run.CachedRun._fill",
-    "teacher.cached_run._as_tensors",
-    "teacher.cached_run._as_readings",
+    "teacher.cache.sample_hash.SampleHash._hash_blocks",
+    "teacher.cache.sample_cache.select_samples",
+    "teacher.cache.cached_run.CachedRun._fill",
+    "teacher.cache.cached_run._as_tensors",
+    "teacher.cache.cached_run._as_readings",
 ]
 
 
