@@ -395,7 +395,7 @@ def test_many_samples_in_little_memory(tmp_path: Path) -> None:
     """10⁵ samples of 20 kB, 2 GB: 80 000 of them add less than 48 MiB, of which keys and checksums are the least."""
     here = Path(__file__).parent
     code = (
-        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; import test_folder_store;"
+        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parents[1])!r}]; import test_folder_store;"
         f"print(*test_folder_store.fill_with_many({str(tmp_path)!r}))"
     )
     # What the allocator keeps of what was freed depends on chance: large blocks go back to the system at once.
