@@ -17,12 +17,11 @@ _CHANNELS_OF_RECTIFIED = 3
 def output_layers(trace: Trace) -> set[str]:
     """Names of the layers that make a dense output of the model, or are part of making it.
 
-    These are the linear maps and convolutions after which no other layer computes: those with as many channels as an
-    output of the model, or with one, and those of which the trace shows that nothing computes on them, as the heads of
-    a detector; the activations after them; containers that return what one of these made; and containers whose code
-    adds several of these up, as LRASPP does with class logits. Code between two modules, such as the interpolation of
-    class logits to the size of the image, is not seen, so a shape need not agree. Where the model returns no such
-    tensor, such as its loss alone, they are those of :func:`assumed_output`.
+    These are the linear maps and convolutions on whose output no layer with weights computes, whatever code follows, as
+    the heads of a detector; those with as many channels as an output, or with one, whose output no other layer gets as
+    it is, as the heads of the earlier stages of a stack; the activations after them; containers that return what one of
+    these made; and containers whose code adds several of these up, as LRASPP does with class logits. Where the model
+    returns no such tensor, such as its loss alone, they are those of :func:`assumed_output`.
 
     Args:
         trace: One forward of the model.
@@ -43,7 +42,7 @@ def output_layers(trace: Trace) -> set[str]:
     for layer in leaves:
         if layer.input_from is not None:
             followers.setdefault(layer.input_from, []).append(layer)
-    unused = _unused(ran, leaves, followers)
+    unused = _unused(leaves)
     found: set[str] = set()
     for layer in leaves:
         if layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
@@ -71,47 +70,21 @@ def _leaves(ran: list[TracedLayer]) -> list[TracedLayer]:
     return [layer for layer in ran if layer.name not in around]
 
 
-def _unused(ran: list[TracedLayer], leaves: list[TracedLayer], followers: dict[str, list[TracedLayer]]) -> set[str]:
-    """Names of the layers of which it is certain that no later layer computes on what they made.
+def _unused(leaves: list[TracedLayer]) -> set[str]:
+    """Names of the layers on whose output no layer with weights computes, such as the heads of a detector.
 
-    Later layers with weights have one input each, and what made it is known. Otherwise code between the modules, such
-    as a sum or an activation, may have carried anything there. So may the code of a container that made the input,
-    until the container returned. What has no weights, and leads to none, such as the anchors of a detector, only
-    belongs to the output.
+    What has no weights, such as the anchors of a detector, only belongs to the output.
     """
-    inner = {layer.name for layer in leaves}
-    returned = {layer.name: layer.order or 0 for layer in ran if layer.name not in inner}
-    found: set[str] = set()
-    carried_until = -1
-    for layer in sorted(leaves, key=lambda layer: layer.order or 0, reverse=True):
-        if (layer.order or 0) < carried_until:
-            return found
-        ends = _passing_on(layer, followers) is not None
-        if ends:
-            found.add(layer.name)
-        if not layer.has_weights and ends:
-            continue
-        is_known = layer.input_from is not None or layer.takes_model_input
-        if not (is_known and layer.calls == 1 and len(layer.input_shapes) == 1):
-            return found
-        if layer.input_from in returned:
-            carried_until = max(carried_until, returned[layer.input_from])
-    return found
+    used = {name for layer in leaves if layer.has_weights for name in layer.reached_by}
+    return {layer.name for layer in leaves} - used
 
 
 def _output_channels(trace: Trace) -> set[int]:
-    """Numbers of channels of the dense outputs; along either axis where it is not known which has the channels."""
-    root = next((layer for layer in trace.layers if layer.name == trace.root), None)
-    tensors = [tensor for _, tensor in root.parts] if root is not None else []
-    if not tensors and root is not None and root.output is not None:
-        tensors = [root.output]
-    axes = {tensor.shape: tensor.neuron_axis for tensor in tensors}
-    found = set()
-    for shape in trace.output_shapes:
-        if len(shape) > 2:
-            axis = axes.get(shape)
-            found |= {shape[1], shape[-1]} if axis is None else {shape[axis]}
-    return found
+    """Numbers of channels of the dense outputs whose axis of channels is known."""
+    root = trace.layer(trace.root)
+    tensors = [tensor for _, tensor in root.parts] or [root.output]
+    dense = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) > 2 and tensor.is_floating]
+    return {tensor.shape[tensor.neuron_axis] for tensor in dense if tensor.neuron_axis is not None}
 
 
 def assumed_output(trace: Trace) -> tuple[str, ...]:

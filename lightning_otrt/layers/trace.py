@@ -58,6 +58,7 @@ class TracedLayer:
         input_from: Name of the layer whose output tensor is the input of this one.
         output_from: Name of the layer that made the output: a child where a container returns what this child made.
         gives_model_output: Whether its output tensor is (one of) the tensors that the whole model returns.
+        reached_by: Names of the layers whose outputs enter it, also through code and through layers without weights.
         takes_model_input: Whether a tensor that enters the whole model, other than a mask, enters it unchanged.
         masks: Padding masks of its sequence, the nearest first.
         looks_at_memory: Whether it is, or is inside of, a module whose sequence looks at another one.
@@ -80,6 +81,7 @@ class TracedLayer:
     input_from: str | None = None
     output_from: str | None = None
     gives_model_output: bool = False
+    reached_by: frozenset[str] = frozenset()
     takes_model_input: bool = False
     masks: tuple[TracedMask, ...] = ()
     looks_at_memory: bool = False

@@ -51,6 +51,7 @@ from lightning_otrt.reading.traced.arguments import bound_arguments
 from lightning_otrt.reading.traced.axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
 from lightning_otrt.reading.traced.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
 from lightning_otrt.reading.traced.calls import Call
+from lightning_otrt.reading.traced.flow import Flow
 from lightning_otrt.reading.traced.module_types import role_of
 from lightning_otrt.reading.traced.states import without_states
 
@@ -148,6 +149,7 @@ def _trace(
                 hooks.callback(before.remove)
                 after = add_forward_hook(module, functools.partial(recorder.after_forward, name))
                 hooks.callback(after.remove)
+        hooks.enter_context(recorder.flow)
         run = getattr(target, method) if method else target
         state = random_state(inputs, generators)
         returned = returned_tensors(run(*args, **kwargs))
@@ -206,9 +208,11 @@ class _TraceHooks:
         self._axes = axes
         self._search = MaskSearch(inputs)
         self.padding = ShownPadding()
+        self.flow = Flow()
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._completed = 0
+        self._has_inner: list[bool] = []  # of the modules that are running
 
     def enter(self, call: Call) -> None:
         """The call of a method, inside of which all modules run."""
@@ -224,6 +228,7 @@ class _TraceHooks:
         taken = bound_arguments(module, args, kwargs)
         starts = any(id(value) in self._inputs for key, value in taken.items() if not key.endswith("mask"))
         self._axes.enter(Call(name, module, taken), tensor, takes_model_input=starts)
+        self._has_inner.append(False)
 
     def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook."""
@@ -245,6 +250,13 @@ class _TraceHooks:
         is_single = len(traced) == 1 and not isinstance(as_container(output), Mapping)
         known = self._layers.get(name)
         made_by = self._axes.source(tensors[0][1]) if is_single and has_children(module) else None
+        reached_by = self.flow.sources(all_tensors(frame.call.arguments))
+        if not self._has_inner.pop():
+            has_weights = next(module.parameters(), None) is not None
+            self.flow.enter(all_tensors(returned), {name} if has_weights else {name, *reached_by})
+        # What computes the weights of a layer, such as a spectral norm, is no layer inside of it.
+        if self._has_inner and "parametrizations" not in name.split("."):
+            self._has_inner[-1] = True
         self._layers[name] = TracedLayer(
             name=name,
             kind=type(module).__name__,
@@ -260,6 +272,7 @@ class _TraceHooks:
             input_from=frame.source.layer if frame.source else None,
             output_from=made_by.layer if made_by is not None else name,
             takes_model_input=frame.takes_model_input,
+            reached_by=reached_by | known.reached_by if known else reached_by,
             masks=masks,
             looks_at_memory=any(call.memories for call in (frame.call, *around)),
             in_transform=is_in_functional_transform(),

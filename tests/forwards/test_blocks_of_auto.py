@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from helpers import seeded
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_otrt import RepresentationTransfer
 
@@ -273,3 +276,41 @@ def test_a_checkpoint_that_hides_its_weights_is_not() -> None:
 
     _, reports = _pairs(Checkpointed(8), Checkpointed(12), torch.randn(6, 5), layers=["top"])
     assert len(reports) == 1
+
+
+class Pyramid(nn.Module):
+    """Three levels that are added up from the coarsest on, each with its own head."""
+
+    def __init__(self, width: int, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.form = form
+        self.down = nn.ModuleList(nn.Conv2d(i, width, 3, 2, 1) for i in (3, width, width))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3))
+        self.lateral = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Conv2d(width, 18, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Any]:
+        maps = []
+        for down, norm in zip(self.down, self.norms, strict=True):
+            x = F.relu(norm(down(x)))
+            maps.append(x)
+        levels = [self.lateral[2](maps[2])]
+        for number in (1, 0):
+            levels.append(self.lateral[number](maps[number]) + F.interpolate(levels[-1], scale_factor=2))
+        return [self.form(head(level)) for head, level in zip(self.heads, levels, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda made: made,
+        lambda made: made.view(len(made), 2, 9, *made.shape[2:]).permute(0, 1, 3, 4, 2).contiguous(),
+        lambda made: made.view(len(made), 2, 9, -1),
+        lambda made: made.split([8, 10], 1),
+        lambda made: torch.cat([made[:, :8].exp(), made[:, 8:].sigmoid()], 1).flatten(2),
+        lambda made: {"boxes": made[:, :8], "scores": made[:, 8:].sigmoid()},
+    ],
+)
+def test_heads_of_several_levels_are_no_blocks(form: Callable[[Tensor], Any]) -> None:
+    pairs, _ = _pairs(Pyramid(4, form), Pyramid(6, form), torch.randn(2, 3, 32, 32))
+    assert pairs == [("lateral.2", "lateral.2"), ("lateral.1", "lateral.1"), ("lateral.0", "lateral.0")]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_otrt.reading.neurons.outputs import describe
+from lightning_otrt.reading.traced.flow import Flow
 
 __all__ = ["teacher_failed"]
 
@@ -47,7 +48,7 @@ def _is_own(error: Exception) -> bool:
     frame, is_own = error.__traceback__, False
     while frame is not None:
         place = str(frame.tb_frame.f_globals.get("__name__"))
-        if place.startswith("lightning_otrt."):
+        if place.startswith("lightning_otrt.") and place != Flow.__module__:  # which runs all operations of a trace
             is_own = True
         elif place == "torch.nn.modules.module":  # it calls a module, and then its hooks
             is_own = False
