@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -106,6 +107,41 @@ def test_frames_that_are_images_of_their_own() -> None:
     rows = [by_hand(net, layer, CLIPS, (64, 1, 1), 1, (16, 1, 1)) for net in (student, teacher)]
     expected = (1 - torch.corrcoef(torch.cat(rows))[:16, 16:]).mean()
     assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+class FrameNetwork(nn.Module):
+    """Convolutions on each frame, then a recurrent network or a transformer over what they give for all frames."""
+
+    def __init__(self, width: int, over_time: str) -> None:
+        super().__init__()
+        self.cnn, self.over_time = nn.Sequential(nn.Conv2d(3, width, 16, 16), nn.Tanh()), over_time
+        builds = {
+            "lstm": lambda: nn.LSTM(width, width, batch_first=True),
+            "gru": lambda: nn.GRU(width, width, batch_first=True),
+            "transformer": lambda: nn.TransformerEncoderLayer(width, 2, 8, batch_first=True),
+        }
+        self.rnn, self.head = builds[over_time](), nn.Linear(width, 3)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        maps = self.cnn(clips.flatten(0, 1)).flatten(2).mT.reshape(len(clips), -1, self.head.in_features)
+        found = self.rnn(maps)
+        return self.head((found if self.over_time == "transformer" else found[0]).mean(1))
+
+
+@pytest.mark.parametrize("over_time", ["lstm", "gru", "transformer"])
+@pytest.mark.parametrize("side", [16, 32])
+def test_frames_of_one_patch_have_one_order(side: int, over_time: str) -> None:
+    """Whether frames or patches come first is only a question where a frame has several patches."""
+    told = f"has the patches of 4 frames, each of {side // 16} x {side // 16}, and it is not known whether"
+    student, teacher = FrameNetwork(8, over_time), FrameNetwork(12, over_time)
+    transfer = RepresentationTransfer(teacher, {"rnn": "rnn"})
+    with transfer.attached(student), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        student(CLIPS[..., :side, :side])
+        transfer.loss()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (0 if side == 16 else 2), messages
+    assert all(told in message for message in messages)
 
 
 def test_a_video_and_an_image() -> None:

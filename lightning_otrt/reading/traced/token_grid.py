@@ -40,8 +40,8 @@ class TokenGrid(NamedTuple):
         merged: The side of the square of its positions that each token holds.
         part_of: The sizes of the patches before the layer, where it has fewer tokens than these.
         more_than: The same, where it has a few more, whose place is not known.
-        frames: Number of frames of a video and the sizes of each, where its frames are images of their own: it is not
-            known whether frames or patches come first.
+        frames: Number of frames of a video and the sizes of each, where its frames are images of their own with several
+            patches: it is not known whether frames or patches come first.
         unordered: The sizes of the patches before the layer, where it has as many tokens, which are not shown to lie
             row by row.
     """
@@ -131,8 +131,10 @@ def _of_frames(trace: Trace, before: list[TracedLayer], tokens: int) -> TokenGri
             continue
         count, rest = divmod(tensor.shape[0], trace.batch_size)
         for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
-            if not rest and count > 1 and count * math.prod(tensor.positions) == tokens - prefix:
-                return TokenGrid(prefix, frames=(count, *tensor.positions))
+            patches = math.prod(tensor.positions)
+            if not rest and count > 1 and count * patches == tokens - prefix:
+                # With one patch in each frame both orders are the same.
+                return TokenGrid(prefix, frames=(count, *tensor.positions) if patches > 1 else None)
     return TokenGrid()
 
 
