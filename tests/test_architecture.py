@@ -54,6 +54,7 @@ ROOMS = {
     ],
     "teacher": [
         "loading",
+        "host_copy",
         "frozen",
         "cache",
         "logit_makers",

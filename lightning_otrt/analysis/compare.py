@@ -121,7 +121,7 @@ def compare_representations(
         for batch in _batches(dataloader, max_batches, progress):
             own = to_device(batch_inputs(batch, inputs), device)
             if table is None:
-                runners[1].past_states = PastStates(student, "forward", *own)
+                runners[1].past_states = PastStates(student, "forward", own[0], own[1], runners[1].source)
             given = own, runners[1].inputs_for(*own)
             if table is None:
                 # This checks the options of the metric before any forward runs.

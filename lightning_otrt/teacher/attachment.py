@@ -88,6 +88,7 @@ class Attachment:
         self._readers: Readers = {}
         self._parents: dict[int, tuple[nn.Module, str]] = {}
         self._graph_checks = 0
+        self._is_compiled = False
         self._is_reach_known = False
         self._recorder = Recorder(self._on_forward)
         #: The module of the student whose inputs the teacher gets too.
@@ -126,7 +127,8 @@ class Attachment:
             raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
         self.teacher.check_against(student)
         check_layers(self.layers, student, self.teacher.module, self._student_root)
-        if is_compiled(student) or is_compiled(self.teacher.module):
+        self._is_compiled = is_compiled(student)
+        if self._is_compiled or is_compiled(self.teacher.module):
             # Code that was compiled before has no hooks in it and would never call ours. Only in this case, since
             # everything that the process has compiled is compiled anew.
             torch.compiler.reset()
@@ -307,6 +309,7 @@ class Attachment:
                     method=self.root.method,
                     plan=self.plan,
                     grid=self.grid,
+                    compiled=self._is_compiled,
                 )
                 if self._logits is not None:
                     self._logits.settle(pairing, student, self.teacher.module)

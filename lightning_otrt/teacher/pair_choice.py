@@ -38,6 +38,7 @@ def trace_and_pair(
     method: str,
     plan: str,
     grid: int | None,
+    compiled: bool,
 ) -> Pairing:
     """Find what of the teacher runs on which inputs, trace one forward of each network, and choose the pairs.
 
@@ -53,17 +54,19 @@ def trace_and_pair(
         method: Method of the student's root that is called in place of its forward.
         plan: See :func:`~lightning_otrt.reading.pairing.pair_layers`.
         grid: See :func:`~lightning_otrt.reading.pairing.pair_layers`.
+        compiled: Whether the student runs in compiled code after this forward.
     """
     module, source = teacher.module, named_layers(student)[root]
     teacher.root = find_teacher_root(layers, student, root, module)
     target = named_layers(module)[teacher.root]
     teacher.method = "" if teacher.has_inputs else same_method(target, method)
-    teacher.past_states = PastStates(source, method or "forward", *inputs)
+    teacher.past_states = PastStates(source, method or "forward", *inputs, None if compiled else target)
     teacher.names = positions_by_name(source, method or "forward", target, teacher.method or "forward")
     # Each forward gets a copy of its own: both networks may change what they are given.
     own = guard.copied(inputs)
     # Clones, since the trace of the student may write to its inputs.
     given = teacher.inputs_for(*InputGuard(clones=True).copied(inputs))
+    teacher.past_states.zeros.may_wait = False
     # What is recorded has gone through the pre-hooks of users once.
     with without_earlier_pre_hooks(source, OpenView), first_input.noted(student, root):
         return pair_layers(

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_otrt.teacher.cache.host_copy import HostCopy
 from lightning_otrt.teacher.cache.sample_cache import SampleCache
 from lightning_otrt.teacher.cache.store import Found
+from lightning_otrt.teacher.host_copy import HostCopy
 
 __all__ = [
     "BATCH",
@@ -50,6 +50,7 @@ def fake_gpu() -> Iterator[None]:
     - the comparison of what the first layer gets in evaluation and in training, in the first forward;
     - the checks of the values and plans of the first batch, and the monitor's look whether the student is a copy;
     - the read of the gradient of the logits in the first backward pass, in the next step;
+    - the look whether states are zeros, in the first forward, and the copy of its result to the host in later ones;
     - the read of the flags for values that are not finite, every ``log_every_n_steps`` and at the end.
 
     Sinkhorn makes few updates, all of which are alike.
@@ -72,6 +73,8 @@ def fake_gpu() -> Iterator[None]:
             "lightning_otrt.steps.distillation_term.Distillation._check", lambda self, views, is_regression: None
         )
         patch.setattr("lightning_otrt.teacher.task_gradient._read", lambda sums: (0.0, 1.0))
+        patch.setattr("lightning_otrt.teacher.frozen.zero_states._read", lambda flag: True)
+        patch.setattr("lightning_otrt.teacher.frozen.zero_states.HostCopy", _NoCopy)
         patch.setattr("lightning_otrt.steps.coupling.inspect_plan", lambda *args: ())
         patch.setattr("lightning_otrt.steps.coupling.TRAINING_ITERATIONS", 3)
         patch.setattr("lightning_otrt.steps.coupling.WARM_ITERATIONS", 3)
@@ -82,6 +85,17 @@ def fake_gpu() -> Iterator[None]:
         # torchmetrics copies the fake tensors that Lightning logs, which torch cannot do.
         patch.setattr(FakeTensor, "__deepcopy__", lambda self, memo: self.detach().clone(), raising=False)
         yield
+
+
+class _NoCopy(HostCopy):
+    """Takes a tensor of the device, and copies nothing: pinned memory and events need a driver."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.device.type == "cuda"
+
+    def wait(self) -> Tensor:
+        """Nothing to look at."""
+        return torch.zeros(0)
 
 
 @contextlib.contextmanager
@@ -101,16 +115,12 @@ def fake_cache(known: list[int]) -> Iterator[list[str]]:
     """
     steps, rows, events = iter(known), {}, []
 
-    class Copy(HostCopy):
-        """Takes a tensor of the device, and copies nothing."""
+    class Copy(_NoCopy):
+        """One that is noted."""
 
         def __init__(self, tensor: Tensor) -> None:
-            assert tensor.device.type == "cuda"
+            super().__init__(tensor)
             events.append("copy")
-
-        def wait(self) -> Tensor:
-            """Nothing to compare."""
-            return torch.zeros(0)
 
     def find(self: SampleCache, copied: object, verify: Callable[[], None], device: torch.device) -> Any:
         """The first samples of the batch are known."""

@@ -164,6 +164,37 @@ def test_padding(cost: str) -> None:
         check(fake_fit(Words(student), [OTRTCallback(teacher, cost=cost, layers="blocks")], padded_words))
 
 
+class Recurrent(nn.Module):
+    """A cell that is given its first state."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words, self.cell, self.head = nn.Embedding(20, width), nn.RNNCell(width, width), nn.Linear(width, 10)
+
+    def forward(self, words: Tensor, state: Tensor) -> Tensor:
+        """The logits."""
+        for word in self.words(words).unbind(1):
+            state = self.cell(word, state)
+        return self.head(state)
+
+
+class FromZeros(Task):
+    """Each batch holds new sequences."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        words, labels = batch
+        return F.cross_entropy(self.net(words, torch.zeros(BATCH, 8, device=words.device)), labels)
+
+
+def test_states_of_zeros() -> None:
+    with fake_gpu(), torch.device("cuda"):
+        student, teacher = Recurrent(8), Recurrent(12)
+    with fake_gpu():
+        callback = OTRTCallback(teacher, layers={"head:input": "head:input"})
+        check(fake_fit(FromZeros(student), [callback], lambda: torch.randint(20, (BATCH, 4))))
+
+
 #: Samples of each batch that are known: none, all, a part, and all but one.
 KNOWN = [0, 0, BATCH, 5, BATCH - 1]
 

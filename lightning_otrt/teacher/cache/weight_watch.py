@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.teacher.cache.host_copy import HostCopy
+from lightning_otrt.teacher.host_copy import HostCopy
 
 __all__ = ["WeightWatch"]
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lightning_otrt.reading.extra_forwards.input_guard import tensors_in
 from lightning_otrt.reading.neurons.outputs import describe
 from lightning_otrt.reading.traced.states import StateShapes
+from lightning_otrt.teacher.frozen.map_inputs import map_inputs
+from lightning_otrt.teacher.frozen.zero_states import ZeroStates, zeros_for
 
 __all__ = ["PastStates"]
 
@@ -27,13 +29,15 @@ class PastStates:
 
     Such are filled caches of keys and values; tensors with the shape of a state of the student's recurrent modules;
     tuples and objects of tensors that are named as states are; and tensors of such a name that the first batch did not
-    have.
+    have. One of zeros is the state of a new sequence, and the teacher gets zeros, too, of the shape of its own states.
 
     Args:
         root: The module of the student that gets the inputs; None where it is not known.
         method: Its method that is called.
         args: Positional inputs of the first forward.
         kwargs: Keyword inputs of the first forward.
+        teacher: The module of the teacher that runs. None where it is not known, or where later values are not looked
+            at, as in compiled code: states of zeros are refused, too.
 
     Example:
         >>> PastStates().without((), {"past_key_values": None})
@@ -46,35 +50,52 @@ class PastStates:
         method: str = "forward",
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self._where = "the student" if root is None else f"{type(root).__name__}.{method} of the student"
         self._names = () if root is None else _positional(root, method)
         self._shapes = StateShapes() if root is None else StateShapes.of(root)
+        self._of_teacher = None if teacher is None else StateShapes.of(teacher)
+        #: Whose ``may_wait`` says whether values are looked at in the step itself.
+        self.zeros = ZeroStates(may_wait=True)
         self._first: set[str] | None = None
         if root is not None:
             self._first = {name for name, value in self._named(args, kwargs or {}) if _floats(value)}
 
     def without(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs, with None in place of empty caches: these are made for the layers of the student.
+        """The inputs with None in place of empty caches, and zeros of the teacher's shape in place of those of a state.
 
         Args:
             args: Positional inputs of the student's root.
             kwargs: Keyword inputs.
 
         Raises:
-            ValueError: If one of them is a state of the student.
+            ValueError: If one of them is a state of the student, or was one in the last step.
         """
+        self.zeros.check_earlier()
         named = list(self._named(args, kwargs))
+        new: set[int] = set()
         for name, value in named:
             others = [tensor for other, item in named if other != name for tensor in tensors_in(item)]
-            if self._is_state(name, value, others):
-                raise ValueError(
-                    f"The inputs of {self._where} hold a state that it goes on from: {name} ({describe(value)}). The "
-                    "teacher cannot go on from the states of another network, even where the widths are equal. Give "
-                    "both the whole sequence in one call; run the calls that go on from a state inside "
-                    "`transfer.paused()`; or make the teacher's inputs with `teacher_inputs`, a function of the "
-                    "student's: without the state the teacher starts each batch from its own first one."
-                )
+            if not self._is_state(name, value, others):
+                continue
+            error = ValueError(
+                f"The inputs of {self._where} hold a state that it goes on from: {name} ({describe(value)}). The "
+                "teacher cannot go on from the states of another network, even where the widths are equal. Give "
+                "both the whole sequence in one call; run the calls that go on from a state inside "
+                "`transfer.paused()`; or make the teacher's inputs with `teacher_inputs`, a function of the "
+                "student's: without the state the teacher starts each batch from its own first one."
+            )
+            # Attention looks at keys of zeros, too.
+            if self._of_teacher is None or _is_filled(value) or name in _NAMES:
+                raise error
+            self.zeros.check(_floats(value), error)
+            new.update(map(id, _floats(value)))
+        if self._of_teacher is not None and new:
+            shapes = self._shapes, self._of_teacher
+            args, kwargs = map_inputs(
+                (args, kwargs), lambda tensor: zeros_for(tensor, *shapes) if id(tensor) in new else tensor
+            )
         if not any(_is_filled(value) is False for _, value in named):
             return args, dict(kwargs)
         return tuple(map(_without_empty, args)), {name: _without_empty(value) for name, value in kwargs.items()}

@@ -196,6 +196,76 @@ def test_a_state_is_an_error(case: str, width: int) -> None:
         call(student, ids, state)
 
 
+class Apart(Recurrent):
+    """The two states of an LSTM are arguments of their own."""
+
+    def forward(self, ids: Tensor, first: Any = None, cell: Any = None) -> tuple[Tensor, Any]:  # type: ignore[override]
+        return super().forward(ids, None if first is None else (first, cell))
+
+
+def zeros(state: Any) -> Any:
+    return torch.zeros_like(state) if isinstance(state, Tensor) else type(state)(map(zeros, state))
+
+
+#: Those whose first state is one of zeros.
+STARTS = {
+    **{name: case for name, case in CASES.items() if name not in ("of its own", "RWKV", "Mamba")},
+    "LSTM, two arguments": (
+        Apart, "rnn", lambda net, x, state: net(x, *([] if state is None else state)), second
+    ),
+    "LSTM of more layers": (
+        lambda width: Recurrent(width, num_layers=1 if width == 8 else 3),
+        "rnn",
+        lambda net, x, state: net(x, state),
+        second,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [8, 12], ids=["same width", "another width"])
+@pytest.mark.parametrize("case", STARTS)
+def test_zeros_are_the_state_of_a_new_sequence(case: str, width: int) -> None:
+    """The term is that without a state, in all steps; a later state that is not zero is an error."""
+    build, layer, call, state_of = STARTS[case]
+    student, teacher, ids = build(8), build(width), torch.randint(20, (4, 6))
+    state = detached(state_of(call(student, ids, None)))
+
+    def terms(given: Any) -> list[float]:
+        transfer, found = RepresentationTransfer(teacher, {layer: layer}, plan="uniform", weight=1.0), []
+        with transfer.attached(student):
+            for _ in range(2):
+                call(student, ids, given)
+                found.append(float(transfer.loss().detach()))
+            with pytest.raises(ValueError, match="hold a state that it goes on from"):
+                call(student, ids, state)
+        return found
+
+    assert terms(zeros(state)) == pytest.approx(terms(None), rel=1e-5)
+
+
+def test_zeros_of_an_unknown_recurrence() -> None:
+    """They stay as they are."""
+    student, ids = Own(8), torch.randint(20, (4, 6))
+    inputs = PastStates(student, "forward", (ids,), {}, Own(12))
+    state = torch.zeros(4, 8)
+    assert inputs.without((ids,), {"hidden": state})[1]["hidden"].shape == (4, 8)
+    with pytest.raises(ValueError, match="goes on from: hidden"):
+        inputs.without((ids,), {"hidden": state + 1})
+
+
+def test_compiled_code_gets_no_zeros() -> None:
+    """Its later states are not looked at, so that one that is not zero would go unnoticed."""
+    student, ids = torch.compile(Recurrent(8), backend="eager"), torch.randint(20, (4, 6))
+    transfer = RepresentationTransfer(Recurrent(8), {"rnn": "rnn"})
+    with transfer.attached(student), pytest.raises(ValueError, match="a state that it goes on from: z"):
+        student(ids, tuple(torch.zeros(1, 4, 8) for _ in range(2)))
+
+
+def test_keys_of_zeros_are_no_new_sequence() -> None:
+    with pytest.raises(ValueError, match="past_key_values .tuple"):
+        PastStates(teacher=Own(8)).without((), {"past_key_values": ((torch.zeros(1),),)})
+
+
 def test_a_state_that_teacher_inputs_leave_out() -> None:
     student, teacher, ids = Recurrent(8), Recurrent(8), torch.randint(20, (4, 6))
     state = tuple(torch.randn(1, 4, 8) for _ in range(2))
@@ -263,7 +333,7 @@ def test_positional_names_that_differ_do_not_hide_a_state() -> None:
             return super().forward(ids, z)
 
     student, ids = Recurrent(8), torch.randint(20, (4, 6))
-    state = tuple(torch.zeros(1, 4, 8) for _ in range(2))
+    state = tuple(torch.ones(1, 4, 8) for _ in range(2))
     transfer = RepresentationTransfer(Other(8), {"rnn": "rnn"})
     with transfer.attached(student), pytest.raises(ValueError, match="a state that it goes on from: z"):
         student(ids, state)
@@ -271,6 +341,6 @@ def test_positional_names_that_differ_do_not_hide_a_state() -> None:
 
 def test_comparisons() -> None:
     student, ids = Recurrent(8), torch.randint(20, (4, 6))
-    batch = ids, tuple(torch.zeros(1, 4, 8) for _ in range(2))
+    batch = ids, tuple(torch.ones(1, 4, 8) for _ in range(2))
     with pytest.raises(ValueError, match="a state that it goes on from: z"):
         compare_representations(student, Recurrent(12), [batch], layers=["rnn"], progress=False, inputs=lambda b: b)
