@@ -78,6 +78,7 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
     if not _gets_images(trace, layer, channels=2) and _are_rows(before, tokens):
         return TokenGrid()
     is_unordered = _name_of(layer, tensor) in trace.unordered_tokens
+    hold_words = _hold_words(trace, before, tokens, maps)
     # The declared prefix first, then none: some models add it after this layer.
     for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
         fitting = [found for found in maps if math.prod(found.size) == tokens - prefix]
@@ -86,8 +87,10 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
             if is_unordered:
                 # Learned queries that look at the patches: they are as many by chance, and have no place in the image.
                 are_queries = layer.looks_at_memory and tokens in trace.learned_tokens
-                return TokenGrid() if are_queries else TokenGrid(prefix, unordered=found.size)
+                return TokenGrid() if are_queries or hold_words else TokenGrid(prefix, unordered=found.size)
             return TokenGrid(prefix, found.size, found.source, found.merged)
+    if hold_words:
+        return TokenGrid()
     prefix = trace.prefix_tokens if tokens > trace.prefix_tokens else 0
     for found in (found for found in reversed(maps) if found.is_conv and found.merged == 1):
         size = found.size
@@ -141,9 +144,23 @@ def _of_frames(trace: Trace, before: list[TracedLayer], tokens: int) -> TokenGri
 def _are_words(trace: Trace, before: list[TracedLayer], tokens: int, source: str) -> bool:
     """Whether as many tokens were made of ids after the map, as those of a caption: they are none of its patches."""
     order = trace.layer(source).order or 0
-    ids = (layer.input for layer in before if layer.input is not None and (layer.order or 0) > order)
-    sizes = (tensor.shape for tensor in ids if not tensor.is_floating and len(tensor.shape) == 2)
-    return any(shape[1] == tokens and trace.is_sample_count(shape[0]) for shape in sizes)
+    return tokens in _id_counts(trace, [layer for layer in before if (layer.order or 0) > order])
+
+
+def _hold_words(trace: Trace, before: list[TracedLayer], tokens: int, maps: list[_Map]) -> bool:
+    """Whether the patches of a map and as many words as there are ids are together as many tokens.
+
+    A captioner has its image in front of the text. A class token, or those that are declared, may stand there, too.
+    """
+    others = (tokens - count for count in _id_counts(trace, before))
+    extra = {0, 1, trace.prefix_tokens}
+    return any(other - math.prod(found.size) in extra for other in others for found in maps)
+
+
+def _id_counts(trace: Trace, layers: list[TracedLayer]) -> set[int]:
+    """How many ids of each sample enter a layer, such as the words for an embedding."""
+    entered = (layer.input for layer in layers if layer.input is not None and not layer.input.is_floating)
+    return {ids.shape[1] for ids in entered if len(ids.shape) == 2 and trace.is_sample_count(ids.shape[0])}
 
 
 def _are_rows(before: list[TracedLayer], tokens: int) -> bool:

@@ -222,6 +222,34 @@ def test_more_tokens_than_a_few_are_another_sequence() -> None:
     assert find_token_grid(found, found.layer("linear"), output) == TokenGrid()
 
 
+class Captioner(nn.Module):
+    """The patches of the last of two maps, 8 x 12 and 2 x 3, in front of some words, or behind them."""
+
+    def __init__(self, *, first: str = "image", class_token: bool = False) -> None:
+        super().__init__()
+        self.stem, self.cnn = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 4, stride=4)
+        self.words, self.linear, self.first = nn.Embedding(9, 6), nn.Linear(6, 8), first
+        if class_token:
+            self.summary = nn.Parameter(torch.randn(1, 1, 6))
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        words = self.words(ids) if self.first == "words" else None
+        patches = self.cnn(self.stem(images)).flatten(2).mT
+        if hasattr(self, "summary"):
+            patches = torch.cat([self.summary.expand(len(images), -1, -1), patches], 1)
+        words = self.words(ids) if words is None else words
+        return self.linear(torch.cat([patches, words], 1)).mean(1)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("first", ["image", "words"])
+@pytest.mark.parametrize("count", [3, 13, 100])
+def test_words_beside_the_patches(count: int, first: str, class_token: bool) -> None:
+    """Few words are no tokens in front; with more there are more tokens than the first map has cells, or fewer."""
+    model = Captioner(first=first, class_token=class_token)
+    assert grid_of(model, "linear", IMAGES, torch.zeros(2, count, dtype=torch.long)) == TokenGrid()
+
+
 def test_many_learned_tokens_beside_the_patches_are_told() -> None:
     assert grid_of(WithTokens("text", (30, 6)), "linear", IMAGES) == TokenGrid(more_than=(4, 6))
 
