@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
@@ -14,14 +18,18 @@ from lightning_otrt.reading.probes.profiles import Inputs, is_close, mapped, pro
 
 __all__ = ["rolled", "settle_order"]
 
+#: Puts indices along an axis into other places.
+_Move: TypeAlias = Callable[[Tensor, int], Tensor]
+
 
 def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, input_axis: int = 0) -> Trace:
     """The trace with axes of the samples that do not depend on sizes, and with the layers that reorder samples.
 
     Where a sequence has as many positions as the batch has samples, sizes do not tell ``(T, B, C)`` from ``(B, T, C)``,
     or from ``(k * B, T, C)`` with k windows or views of each sample. In this case, and where the network may sort its
-    samples by their lengths, it runs twice more: on these inputs, and on the same with the last sample first. Others
-    cost nothing.
+    samples by their lengths, it runs twice more: on these inputs, and on the same with the last sample first. If it
+    fails on these, as one that takes samples sorted by length does, the last sample is replaced by the one before it.
+    Others cost nothing.
 
     Args:
         model: The whole model.
@@ -48,13 +56,17 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
         unclear or has_lengths or may_transpose or any(layer.role == "recurrent" for layer in traced.layers)
     ):
         return traced
-    try:
-        first, second = (
-            profiles(model, traced, given, method)
-            for given in (InputGuard().copied(inputs), rolled(inputs, traced.batch_size, input_axis))
-        )
-    except Exception:  # these samples cannot stand in another order: the sizes have to tell
-        return replace(traced, unclear_axes=tuple(sorted(unclear)))
+    for move in (_roll, _repeat_last):
+        try:
+            changed = _moved(inputs, traced.batch_size, input_axis, move)
+            first, second = (profiles(model, traced, each, method) for each in (InputGuard().copied(inputs), changed))
+        except Exception:  # these samples cannot stand in another order
+            continue
+        break
+    else:  # the sizes have to tell, where the module does not
+        modules = named_layers(model)
+        told = {name for name in unclear if isinstance(getattr(modules[name], "batch_first", None), bool)}
+        return replace(traced, unclear_axes=tuple(sorted(unclear - told)))
     layers, reordered, still = [], [], []
     for layer in traced.layers:
         sides: dict[str, TracedTensor | None] = {"": layer.output, INPUT: layer.input}
@@ -62,13 +74,13 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
             name = layer.name + suffix
             if tensor is None or name not in first or name not in second:
                 continue
-            axes = [axis for axis in (0, 1) if _follows(first[name], second[name], axis, traced.batch_size)]
+            axes = [axis for axis in (0, 1) if _follows(first[name], second[name], axis, traced.batch_size, move)]
             if _is_unclear(tensor, traced) and axes != [0, 1]:
                 still += [] if axes else [name]
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0] if axes else tensor.batch_axis)
             elif is_moved and len(tensor.shape) == 3 and axes == [1 - tensor.batch_axis]:
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0])
-            if is_moved and _is_reordered(first[name], second[name], tensor.batch_axis, traced.batch_size):
+            if is_moved and _is_reordered(first[name], second[name], tensor.batch_axis, traced.batch_size, move):
                 reordered.append(name)
         layers.append(replace(layer, output=sides[""], input=sides[INPUT], parts=_parts(layer, sides[""])))
     return replace(traced, layers=tuple(layers), reordered=tuple(reordered), unclear_axes=tuple(still))
@@ -99,26 +111,45 @@ def _is_unclear(tensor: TracedTensor | None, traced: Trace) -> bool:
 
 def rolled(inputs: Inputs, samples: int, axis: int) -> Inputs:
     """The inputs with the last sample first; a list of one number for each sample counts as a tensor."""
+    return _moved(inputs, samples, axis, _roll)
 
-    def roll(tensor: Tensor) -> Tensor:
+
+def _moved(inputs: Inputs, samples: int, axis: int, move: _Move) -> Inputs:
+    """The inputs with other samples in some places."""
+
+    def change(tensor: Tensor) -> Tensor:
         if tensor.is_nested or not tensor.dim():
             return tensor
         place = axis if tensor.dim() > 1 and tensor.shape[axis] == samples else 0
-        return tensor.roll(1, place) if tensor.shape[place] == samples else tensor
+        return move(tensor, place) if tensor.shape[place] == samples else tensor
 
-    return mapped(inputs, roll, lambda items: [items[-1], *items[:-1]] if len(items) == samples else items)
+    return mapped(inputs, change, lambda items: change(torch.tensor(items)).tolist())
 
 
-def _follows(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int) -> bool:
-    """Whether the samples lie along an axis: there the last one came first, with all its rows or in each group."""
+def _roll(tensor: Tensor, axis: int) -> Tensor:
+    """The last index first."""
+    return tensor.roll(1, axis)
+
+
+def _repeat_last(tensor: Tensor, axis: int) -> Tensor:
+    """The last index but one in place of the last one, too, so that lengths in order stay in order."""
+    size = tensor.shape[axis]
+    return torch.cat([tensor.narrow(axis, 0, size - 1), tensor.narrow(axis, size - 2, 1)], axis)
+
+
+def _follows(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int, move: _Move) -> bool:
+    """Whether the samples lie along an axis: there they have moved, with all their rows or in each group."""
     one, other = first[axis], second[axis]
     if len(one) % samples:
         return False
-    return is_close(one.roll(len(one) // samples), other) or is_close(one.view(-1, samples).roll(1, 1).flatten(), other)
+    rows, groups = one.view(samples, -1), one.view(-1, samples)
+    return is_close(move(rows, 0).flatten(), other) or is_close(move(groups, 1).flatten(), other)
 
 
-def _is_reordered(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int) -> bool:
+def _is_reordered(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int, move: _Move
+) -> bool:
     """Whether a tensor holds the same samples in another order than the inputs."""
     one, other = first[axis], second[axis]
     is_same = len(one) == samples and is_close(one.sort().values, other.sort().values)
-    return is_same and not _follows(first, second, axis, samples)
+    return is_same and not _follows(first, second, axis, samples, move)

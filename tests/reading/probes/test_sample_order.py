@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import BertConfig, BertForMultipleChoice, XLNetConfig, XLNetModel
 
 from lightning_otrt import RepresentationTransfer, neurons, transport_distance
@@ -130,6 +130,48 @@ def test_samples_that_are_sorted_inside():
         term(sorting, Padded(16, sorts=False), {"rnn": "rnn"}, *inputs)
     with pytest.warns(UserWarning, match=r"teacher layers \['rnn'\] hold the samples in another order"):
         term(plain, Padded(16, sorts=True), {"rnn": "rnn"}, *inputs)
+
+
+class Sorted(nn.Module):
+    """Takes samples that are sorted by length, and puts a layer behind the recurrent one."""
+
+    def __init__(self, width: int, *, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.rnn = nn.LSTM(5, width, batch_first=batch_first)
+        self.layer, self.head = nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        packed, _ = self.rnn(pack_padded_sequence(x, lengths, batch_first=self.batch_first))
+        found = pad_packed_sequence(packed, batch_first=self.batch_first)[0]
+        return self.head(self.layer(found).mean(int(self.batch_first)))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("length", [8, 9])
+def test_sorted_samples_show_their_axis(batch_first: bool, length: int) -> None:
+    """No warning that nothing tells it, although they cannot stand in another order."""
+    lengths = torch.tensor([length, 7, 7, 6, 5, 5, 3, 2])
+    model = Sorted(6, batch_first=batch_first)
+    traced = trace(model, (torch.randn(8, length, 5), lengths))
+    assert not traced.unclear_axes
+    assert not traced.reordered
+    assert {traced.layer(name).batch_axis for name in ("rnn", "layer")} == {0 if batch_first else 1}
+    term(model, Sorted(8, batch_first=batch_first), {"rnn": "rnn"}, torch.randn(8, length, 5), lengths)
+
+
+def test_a_recurrent_layer_tells_its_own_axis() -> None:
+    """Also where no other samples can be tried."""
+
+    class Strict(Sorted):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            assert (lengths.diff() < 0).all()
+            return super().forward(x, lengths)
+
+    inputs = torch.randn(6, 6, 5), torch.arange(6, 0, -1)
+    assert trace(Strict(6, batch_first=True), inputs).unclear_axes == ("layer",)
+    term(Strict(6, batch_first=True), Strict(8, batch_first=True), {"rnn": "rnn"}, *inputs)
 
 
 def test_the_same_order_on_both_sides_is_right():
