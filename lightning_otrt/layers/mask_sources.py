@@ -57,6 +57,7 @@ class TracedMask:
             ``"zeros"``, flags ``"inside"`` of a tuple, flags that an ``"inner"`` module gets, ``"lengths"``, or flags
             of a name of ``"unknown"`` meaning; ``"triangle"`` for a causal mask of an unknown meaning; ``""`` for
             other masks.
+        place: Where ids, NaN and zeros show it: at ``"the start"``, ``"the end"`` or ``"both ends"`` of samples.
     """
 
     source: MaskSource
@@ -69,6 +70,7 @@ class TracedMask:
     is_doubtful: bool = False
     longest: int = 0
     shown_by: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,19 @@ IN_FRONT, BEHIND = WORDS * FIRST.flip(1), WORDS * FIRST
 IN_BETWEEN = WORDS.clone().index_fill_(1, torch.tensor([4]), 0)
 
 
-@pytest.mark.parametrize("items", [IN_FRONT, BEHIND], ids=["in front", "behind"])
-def test_padding_of_an_embedding(items: Tensor) -> None:
+PADDED = {
+    "the start": IN_FRONT,
+    "the end": BEHIND,
+    "both ends": torch.where(torch.arange(SAMPLES)[:, None] < 3, IN_FRONT, BEHIND),
+}
+
+
+@pytest.mark.parametrize("place", PADDED)
+def test_padding_of_an_embedding(place: str) -> None:
+    items = PADDED[place]
     messages = _told(Items(8), Items(12), items)
     assert len(messages) == 2
+    assert all(f"gets its padding_idx at {place} of some samples" in text for text in messages)
     assert all("The embedding 'embed'" in text and "layers ['mix']: their padding is read" in text for text in messages)
     assert _told(Items(8), Items(12), items, mask=None) == []
 
@@ -203,9 +212,9 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         (Kept, (SERIES, FIRST.float()), "The argument 'keep' of the {} may be the padding mask of its layers ['mix']"),
         (InTuple, ((SERIES, FIRST),), "The argument 'batch[1]' of the {} may be the padding mask"),
         (InTuple, ([SERIES, FIRST],), "The argument 'batch[1]' of the {} may be the padding mask"),
-        (FromNan, (NAN_BEHIND,), "The argument 'x' of the {} is NaN at the ends of some samples"),
-        (FromNan, (SERIES * FIRST[..., None],), "The argument 'x' of the {} is 0 at one end of some samples"),
-        (FromNan, (SERIES * FIRST.flip(1)[..., None],), "The argument 'x' of the {} is 0 at one end of some samples"),
+        (FromNan, (NAN_BEHIND,), "The argument 'x' of the {} is NaN at the end of some samples"),
+        (FromNan, (SERIES * FIRST[..., None],), "The argument 'x' of the {} is 0 at the end of some samples"),
+        (FromNan, (SERIES * FIRST.flip(1)[..., None],), "The argument 'x' of the {} is 0 at the start of some samples"),
         (
             Counted,
             (SERIES, FIRST.sum(1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_at_ends", "is_triangle", "padded_images"]
+__all__ = ["is_at_ends", "is_triangle", "padded_images", "place_of"]
 
 
 def is_at_ends(is_padding: Tensor) -> Tensor:
@@ -17,6 +17,18 @@ def is_at_ends(is_padding: Tensor) -> Tensor:
     """
     count = is_padding.sum(1)
     return _end_somewhere(is_padding).all() & (count != count[:1]).any()
+
+
+def place_of(is_padding: Tensor) -> str:
+    """At which ends of samples flags ``(B, T)`` stand, those all over a sample left out. It waits for the device.
+
+    Example:
+        >>> place_of(torch.tensor([[False, True, True], [True, True, True], [False, False, False]]))
+        'the end'
+    """
+    is_part = ~is_padding.all(1)
+    found = bool((is_padding[:, 0] & is_part).any()), bool((is_padding[:, -1] & is_part).any())
+    return {(True, False): "the start", (False, True): "the end"}.get(found, "both ends")
 
 
 def is_triangle(mask: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
 from lightning_otrt.reading.masks.names import is_mask_name, names_other_mask
-from lightning_otrt.reading.masks.padding_shapes import is_at_ends, is_triangle
+from lightning_otrt.reading.masks.padding_shapes import is_at_ends, is_triangle, place_of
 from lightning_otrt.reading.masks.values import as_rows, is_pairwise
 from lightning_otrt.reading.torch_internals import is_in_functional_transform
 from lightning_otrt.reading.traced.calls import Call, is_ids, is_tensor
@@ -166,4 +166,5 @@ def _is_at_one_end(is_padding: Tensor) -> Tensor:
 
 
 def _shown(is_padding: Tensor, source: MaskSource, kind: str) -> TracedMask:
-    return TracedMask(source, tuple(is_padding.shape), padded=int(is_padding.any(1).sum()), shown_by=kind)
+    padded, place = int(is_padding.any(1).sum()), place_of(is_padding)
+    return TracedMask(source, tuple(is_padding.shape), padded=padded, shown_by=kind, place=place)

@@ -45,7 +45,7 @@ _WARNINGS = {
         "of them too, as encoder(rows, attention_mask={mask}.flatten(0, 1)), or pass LayerPair(mask=None)."
     ),
     "ids": (
-        "The embedding {module!r} of the {side} gets its padding_idx at the end of some samples, and no mask was found "
+        "The embedding {module!r} of the {side} gets its padding_idx at {place} of some samples, and no mask was found "
         "for the layers {layers}: their padding is read. Give the network a mask (B, T), such as `ids != padding_idx`, "
         "as an argument and name it with LayerPair(mask=...); mask=None says that padding is to be read."
     ),
@@ -60,12 +60,12 @@ _WARNINGS = {
         "LayerPair(mask=...), or pass mask=None."
     ),
     "nan": (
-        "The argument {mask!r} of the {side} is NaN at the ends of some samples, and no mask was found for the layers "
+        "The argument {mask!r} of the {side} is NaN at {place} of some samples, and no mask was found for the layers "
         "{layers}: their padding is read. Give the network a mask (B, T) as an argument and name it with "
         "LayerPair(mask=...); mask=None says that padding is to be read."
     ),
     "zeros": (
-        "The argument {mask!r} of the {side} is 0 at one end of some samples, as padded series are, and no mask was "
+        "The argument {mask!r} of the {side} is 0 at {place} of some samples, as padded series are, and no mask was "
         "found for the layers {layers}: their padding is read. Give the network a mask (B, T) as an argument and name "
         "it with LayerPair(mask=...); mask=None says that this is meant."
     ),
@@ -116,6 +116,7 @@ def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
             module=mask.source.module or "the network",
             shape=mask.shape,
             empty=mask.empty,
+            place=mask.place,
             true_at=mask.source.true_at,
             other=f"~{name}" if mask.source.true_at == "valid" else name,
         )
