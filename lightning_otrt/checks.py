@@ -13,6 +13,7 @@ __all__ = [
     "check_decay",
     "check_flag",
     "check_module",
+    "check_name",
     "check_number",
     "check_seed",
     "is_int",
@@ -78,6 +79,12 @@ def check_callable(name: str, value: Any, hint: str = "") -> None:
     """Raise a ``TypeError`` unless an argument can be called or is None."""
     if value is not None and not callable(value):
         raise TypeError(_expected(name, "callable", _typed(value), hint))
+
+
+def check_name(name: str, value: Any, hint: str = "") -> None:
+    """Raise a ``TypeError`` unless an argument is a string or None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(_expected(name, "a string or None", _typed(value), hint))
 
 
 def check_module(name: str, value: Any, hint: str = "") -> None:

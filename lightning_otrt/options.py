@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lightning_otrt.checks import check_callable, check_count, check_decay, check_flag, check_number, check_seed
+from lightning_otrt.checks import (
+    check_callable,
+    check_count,
+    check_decay,
+    check_flag,
+    check_name,
+    check_number,
+    check_seed,
+)
 from lightning_otrt.distillation import LogitDistillation, check_distillation
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
@@ -63,6 +71,11 @@ def _check_global_batch(value: Any) -> None:
 #: Checks of single options. The teacher, the layers and the cost are checked where they are used.
 _CHECKS: dict[str, Callable[[Any], object]] = {
     "weight": lambda value: check_number("weight", value, "It is the factor α on the term; 0 switches the term off."),
+    "student_root": lambda value: check_name(
+        "student_root",
+        value,
+        "It names the module of the student whose inputs the teacher gets, too: pass its name, such as 'net'.",
+    ),
     "plan": check_plan,
     "epsilon": check_epsilon,
     "memory": lambda value: check_decay("memory", value, '`plan="static"` keeps one plan from everything seen.'),

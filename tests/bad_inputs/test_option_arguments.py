@@ -69,6 +69,18 @@ ARGUMENTS: list[tuple[str, Callable[[Path], Any], Error, tuple[str, ...]]] = [
     ("cost no function", lambda _: callback(cost=2), TypeError, ("`cost`", "a name or a callable", "int")),
     ("memory of one", lambda _: callback(memory=1.0), ValueError, ("`memory`", "[0, 1)", '`plan="static"` keeps one')),
     ("solve_every zero", lambda _: callback(solve_every=0), ValueError, ("`solve_every`", "positive integer", "0")),
+    (
+        "root a number",
+        lambda _: callback(student_root=3),
+        TypeError,
+        ("`student_root`", "3 of type int", "such as 'net'"),
+    ),
+    (
+        "root a module",
+        lambda _: callback(student_root=nn.Identity()),
+        TypeError,
+        ("`student_root`", "Identity() of type Identity", "pass its name"),
+    ),
     ("grid zero", lambda _: callback(grid=0), ValueError, ("`grid`", "positive integer", "0")),
     ("seed a string", lambda _: callback(seed="1"), TypeError, ("`seed`", "an integer", "'1'")),
     ("strict a string", lambda _: callback(strict="no"), TypeError, ("`strict`", "True or False", "'no'")),
