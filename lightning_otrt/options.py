@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar, get_type_hints
@@ -28,7 +29,7 @@ from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.transport.plans import check_epsilon, check_plan
 
-__all__ = ["FixedOptions", "OPTIONS", "TransferOptions", "as_written", "takes_options_of"]
+__all__ = ["FixedOptions", "OPTIONS", "TransferOptions", "as_written", "check_option_names", "takes_options_of"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -148,6 +149,34 @@ class FixedOptions:
                 if not _is_default(value, parameter.default):
                     arguments.append(f"{option}={as_written(value)}")
         return f"{name}({', '.join(arguments)})"
+
+
+def check_option_names(caller: str, names: Iterable[str]) -> None:
+    """Check the names of the options that a class passes on to ``RepresentationTransfer``.
+
+    Args:
+        caller: Name of the class that the user called.
+        names: Names of the options.
+
+    Raises:
+        TypeError: If there is no such option.
+
+    Example:
+        >>> check_option_names("OTRTCallback", ["wieght"])
+        Traceback (most recent call last):
+            ...
+        TypeError: OTRTCallback got an unexpected keyword argument 'wieght'. Did you mean 'weight'?
+    """
+    known = list(TransferOptions.__annotations__)
+    for name in names:
+        if name in known:
+            continue
+        hint = f". Its options: {known}."
+        if name == "process_group":
+            hint = ": in a Trainer the strategy says which processes share a batch. Leave it out."
+        elif close := difflib.get_close_matches(name, known, 1):
+            hint = f". Did you mean {close[0]!r}?"
+        raise TypeError(f"{caller} got an unexpected keyword argument {name!r}{hint}")
 
 
 def as_written(value: Any) -> str:

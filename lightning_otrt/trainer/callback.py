@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from lightning_otrt.layers.pairs import LayerSpec
-from lightning_otrt.options import TransferOptions, takes_options_of
+from lightning_otrt.options import TransferOptions, check_option_names, takes_options_of
 from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.transfer_callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
@@ -61,4 +61,5 @@ class OTRTCallback(TransferCallback):
         layers: LayerSpec = "auto",
         **options: Unpack[TransferOptions],
     ) -> None:
+        check_option_names(type(self).__name__, options)
         super().__init__(teacher, layers, options)

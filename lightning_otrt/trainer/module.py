@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import Unpack, override
 
 from lightning_otrt.layers.pairs import LayerSpec
-from lightning_otrt.options import TransferOptions, takes_options_of
+from lightning_otrt.options import TransferOptions, check_option_names, takes_options_of
 from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.transfer_callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
@@ -81,6 +81,7 @@ class OTRTModule(pl.LightningModule):
     ) -> OTRTModule:
         """Wrap a module."""
         _check_task(task)
+        check_option_names(cls.__name__, options)
         if _is_copy(task):
             del vars(task)[_CALLBACKS]
         return _wrapped(cls, type(task), ModuleCallback(teacher, layers, options), vars(task))

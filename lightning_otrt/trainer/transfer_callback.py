@@ -304,11 +304,6 @@ class TransferCallback(pl.Callback, ExtraTerm):
 def _transfer_of(
     teacher: TeacherSource | RepresentationTransfer, layers: LayerSpec, options: TransferOptions
 ) -> RepresentationTransfer:
-    if "process_group" in options:
-        raise TypeError(
-            "OTRTCallback and OTRTModule got an unexpected keyword argument 'process_group': in a Trainer the strategy "
-            "says which processes share a batch. Leave it out."
-        )
     if not isinstance(teacher, RepresentationTransfer):
         return RepresentationTransfer(teacher, layers, **options)
     given = [*(["layers"] if layers != "auto" else []), *options]

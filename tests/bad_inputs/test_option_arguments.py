@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from bad_inputs.fits import INF, NAN, Error
 from bad_inputs.messages import assert_message
-from helpers import LAYERS, Net
+from helpers import LAYERS, Net, make_task
 from torch import nn
 
-from lightning_otrt import CosineDecay, LayerPair, LinearWarmup, OTRTCallback
+from lightning_otrt import CosineDecay, LayerPair, LinearWarmup, OTRTCallback, OTRTModule
 
 
 def callback(**options: Any) -> OTRTCallback:
@@ -95,7 +95,24 @@ ARGUMENTS: list[tuple[str, Callable[[Path], Any], Error, tuple[str, ...]]] = [
         ("`teacher_inputs`", "callable", "list"),
     ),
     ("teacher dtype", lambda _: callback(teacher_dtype="int8"), ValueError, ("`teacher_dtype`", "'bf16'", "'int8'")),
-    ("option misspelt", lambda _: callback(wieght=2), TypeError, ("unexpected keyword argument", "wieght")),
+    (
+        "option misspelt",
+        lambda _: callback(wieght=2),
+        TypeError,
+        ("OTRTCallback got an unexpected keyword argument 'wieght'", "Did you mean 'weight'?"),
+    ),
+    (
+        "option misspelt, of the wrapper",
+        lambda _: OTRTModule(make_task(), Net(4), student_rot="net"),
+        TypeError,
+        ("OTRTModule got an unexpected keyword argument 'student_rot'", "Did you mean 'student_root'?"),
+    ),
+    (
+        "option of another name",
+        lambda _: callback(lr=2),
+        TypeError,
+        ("OTRTCallback got an unexpected keyword argument 'lr'", "Its options: ['weight', 'student_root'"),
+    ),
     ("pair weight zero", lambda _: LayerPair("a", "b", 0), ValueError, ("`weight`", "'a' -> 'b'", "positive")),
     (
         "pair weight negative",
