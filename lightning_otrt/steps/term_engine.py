@@ -64,6 +64,13 @@ class PairDistance:
     is_skipped: bool = False
     alignment: Alignment | None = None
 
+    def __repr__(self) -> str:
+        """The value, and the shape of the plan in place of its entries. To read the value waits for the device."""
+        kind = "plan" if self.alignment is None else "rotation"
+        plan = f"no {kind}" if self.plan is None else f"{kind} {tuple(self.plan.shape)}"
+        value = "skipped" if self.is_skipped else f"{float(self.value):.4g}"
+        return f"{type(self).__name__}({self.name!r}, {value}, {plan}, {self.observations} observations)"
+
 
 class TermEngine(ABC):
     """Turns the neurons of all pairs of a call into one differentiable term.

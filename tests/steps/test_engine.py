@@ -51,12 +51,21 @@ def test_term_and_gradient_are_those_of_the_weighted_mean_over_views(cost: str) 
             assert (distance.name, distance.memory, distance.observations) == (name[0], 0.0, 80)
 
 
+@pytest.mark.parametrize(("plan", "shown"), [("exact", "plan"), ("orthogonal", "rotation")])
+def test_a_distance_shows_its_value_and_no_entries(plan: str, shown: str) -> None:
+    engine = make(plan=plan)
+    _, (distance,) = engine.term([[draw()]], 80)
+    size = tuple(distance.plan.shape)
+    assert repr(distance) == f"PairDistance('s0', {float(distance.value):.4g}, {shown} {size}, 40 observations)"
+
+
 def test_a_skipped_pair_has_no_value_and_no_share() -> None:
     engine = make(pairs=2, strict=False)
     pairs = [draw(observations=2), draw(seed=1)]
     with pytest.warns(UserWarning, match="'s0' -> 't0' has 2 observations"):
         term, (skipped, other) = engine.term([pairs], 2)
     assert skipped.plan is None
+    assert repr(skipped) == "PairDistance('s0', skipped, no plan, 2 observations)"
     assert skipped.value.isnan()
     assert skipped.observations == 2
     torch.testing.assert_close(term, other.value / 2)
