@@ -16,6 +16,7 @@ from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.neurons.outputs import select_tensor
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
+from lightning_otrt.reading.traced.arguments import entered_tensor
 
 __all__ = ["GradientNorms", "GradientProbe"]
 
@@ -112,8 +113,7 @@ class GradientProbe:
 
     def _on_input(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            self._record(name, value)
+            self._record(name, entered_tensor(args, kwargs))
 
         return hook
 

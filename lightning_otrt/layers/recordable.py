@@ -106,7 +106,7 @@ def _why_not_called(layer: TracedLayer, trace: Trace) -> str:
 
 def _why_no_tensor(layer: TracedLayer, name: str, select: str | int | None) -> str:
     if name.endswith(INPUT):
-        return "gets no tensor as a positional argument, so ':input' has nothing to record. Name the layer before it."
+        return "gets no tensor as an argument, so ':input' has nothing to record. Name the layer before it."
     keys = [key for key, _ in layer.parts]
     if not keys:
         return f"returns {layer.output_kind}, which holds no tensor to record. Name a layer that returns one."

@@ -47,7 +47,7 @@ from lightning_otrt.reading.torch_internals import (
     is_in_backward,
     is_in_functional_transform,
 )
-from lightning_otrt.reading.traced.arguments import bound_arguments
+from lightning_otrt.reading.traced.arguments import bound_arguments, entered_tensor
 from lightning_otrt.reading.traced.axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
 from lightning_otrt.reading.traced.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
 from lightning_otrt.reading.traced.calls import Call
@@ -224,10 +224,9 @@ class _TraceHooks:
         # A forward that takes a gradient within it runs checkpointed layers once more, which is no second call.
         if is_in_backward():
             return
-        tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
         taken = bound_arguments(module, args, kwargs)
         starts = any(id(value) in self._inputs for key, value in taken.items() if not key.endswith("mask"))
-        self._axes.enter(Call(name, module, taken), tensor, takes_model_input=starts)
+        self._axes.enter(Call(name, module, taken), entered_tensor(args, kwargs), takes_model_input=starts)
         self._has_inner.append(False)
 
     def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -68,13 +68,13 @@ class Odd(nn.Module):
         self.scalar = Gives(lambda x: x.mean())
         self.vector = Gives(lambda x: x.mean(1))
         self.cube = Gives(lambda x: x[:, :, None, None].clone())
-        self.keyword = Gives(lambda x: x)
+        self.listed = Gives(lambda tensors: tensors[0])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.fc(x)))
         for layer in self.stack:
             x = layer(x)
         for name, module in self.named_children():
-            if isinstance(module, Gives) and name != "keyword":
+            if isinstance(module, Gives) and name != "listed":
                 module(x)
-        return self.keyword(x=x)
+        return self.listed([x])

@@ -32,7 +32,7 @@ RESOLVE_ERRORS = [
     ("complex", ["returns complex64 of shape (4, 5)"]),
     ("scalar", ["returns float32 of shape ()", "(batch, neurons, ...)"]),
     ("vector", ["returns float32 of shape (4,)", "(batch, neurons, ...)"]),
-    ("keyword:input", ["gets no tensor as a positional argument"]),
+    ("listed:input", ["gets no tensor as an argument"]),
     ("cube", ["'cube' (Gives) of shape (4, 5, 1, 1) has an ambiguous neuron axis", "`neuron_axis`"]),
     (LayerPair("cube", "cube", neuron_axis=4), ["`neuron_axis` to lie in [-4, 3], but got 4"]),
     (LayerPair("fc", "fc", neuron_axis=0), ["`neuron_axis` 0 is the axis of the samples"]),

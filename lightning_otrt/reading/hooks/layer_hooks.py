@@ -14,6 +14,7 @@ from lightning_otrt.reading.neurons.nested import pad_nested
 from lightning_otrt.reading.neurons.outputs import packed_mask, select_tensor, sequence_output
 from lightning_otrt.reading.neurons.reader import NeuronReader
 from lightning_otrt.reading.torch_internals import is_in_functional_transform
+from lightning_otrt.reading.traced.arguments import entered_tensor
 
 if TYPE_CHECKING:
     from lightning_otrt.reading.hooks.recorder import Recorder
@@ -75,5 +76,4 @@ class ReadInput(_Read):
         """Read the input."""
         if self.leaves_copy(module):
             return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self.read(tensors[0] if tensors else None)  # no `next` with a default, which torch 2.6 does not compile
+        self.read(entered_tensor(args, kwargs))

@@ -20,6 +20,7 @@ from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.neurons.outputs import all_tensors, output_items, sequence_output
 from lightning_otrt.reading.probes.profiles import Inputs, mapped, profile, sums, uneven
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
+from lightning_otrt.reading.traced.arguments import entered_tensor
 from lightning_otrt.reading.traced.token_grid import find_token_grid
 
 __all__ = ["Part", "Probed", "find_places", "is_map"]
@@ -138,26 +139,27 @@ def _run(model: nn.Module, traced: Trace, parts: Sequence[Part], inputs: Inputs,
     modules = named_layers(model)
     target, found = modules[traced.root], {}
 
-    def note(part: Part, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tensor = _tensor(part, module, args, output)
+    def note(part: Part, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tensor = _tensor(part, module, args, kwargs, output)
         if tensor is not None:
             found[part] = _Seen(profile(tensor, 0), _as_maps(traced, part, tensor))
 
     with in_evaluation(target, all_tensors(inputs)), ExitStack() as hooks:
         for part in parts:
             module = modules[part.name.removesuffix(INPUT)]
-            hooks.callback(add_forward_hook(module, functools.partial(note, part)).remove)
+            hooks.callback(add_forward_hook(module, functools.partial(note, part), with_kwargs=True).remove)
         args, kwargs = InputGuard(clones=True).copied(inputs)
         (getattr(target, method) if method else target)(*args, **kwargs)
     return found
 
 
-def _tensor(part: Part, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+def _tensor(part: Part, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
     """The tensor of a part, if it can be looked at."""
     if is_in_backward() or is_in_functional_transform():
         return None
     if part.name.endswith(INPUT):
-        given = [item for item in args if isinstance(item, Tensor)][:1]
+        entered = entered_tensor(args, kwargs)
+        given = [] if entered is None else [entered]
     else:
         items = [(key, item) for key, item in output_items(sequence_output(module, output)) if isinstance(item, Tensor)]
         given = [item for key, item in items if part.select in (None, key) or len(items) == 1]

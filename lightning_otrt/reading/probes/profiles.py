@@ -16,6 +16,7 @@ from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.neurons.outputs import all_tensors, output_items, sequence_output
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
+from lightning_otrt.reading.traced.arguments import entered_tensor
 
 __all__ = ["Inputs", "is_close", "layer_tensors", "mapped", "profile", "profiles", "sums", "uneven"]
 
@@ -31,21 +32,23 @@ def profiles(model: nn.Module, traced: Trace, inputs: Inputs, method: str) -> di
     names = primary_names(modules, traced.root)
     target, found = modules[traced.root], {}
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for key, tensor in layer_tensors(name, module, args, output):
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for key, tensor in layer_tensors(name, module, args, kwargs, output):
             if tensor.dim() > 1 and not tensor.is_nested and tensor.is_floating_point():
                 found[key] = profile(tensor, 0), profile(tensor, 1)
 
     with in_evaluation(target, all_tensors(inputs)), ExitStack() as hooks:
         for name, module in modules.items():
             if names[id(module)] == name and is_inside(name, traced.root):
-                hooks.callback(add_forward_hook(module, functools.partial(note, name)).remove)
+                hooks.callback(add_forward_hook(module, functools.partial(note, name), with_kwargs=True).remove)
         args, kwargs = inputs
         (getattr(target, method) if method else target)(*args, **kwargs)
     return found
 
 
-def layer_tensors(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Iterator[tuple[str, Tensor]]:
+def layer_tensors(
+    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Iterator[tuple[str, Tensor]]:
     """In a forward hook: the tensor that a layer gives, by its name, and the one that entered it, by ``name:input``.
 
     There is none where a layer gives several tensors, runs again in a backward pass, or runs inside a transform.
@@ -55,7 +58,7 @@ def layer_tensors(name: str, module: nn.Module, args: tuple[Any, ...], output: A
     returned = [item for _, item in output_items(sequence_output(module, output)) if isinstance(item, Tensor)]
     if len(returned) == 1:
         yield name, returned[0]
-    entered = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    entered = entered_tensor(args, kwargs)
     if entered is not None:
         yield name + INPUT, entered
 

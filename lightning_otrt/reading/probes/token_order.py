@@ -188,8 +188,8 @@ def _run(
             return None
         return _changed(output, traced.layer(source.name).neuron_axis or 1, source, cells)
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for key, tensor in layer_tensors(name, module, args, output):
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for key, tensor in layer_tensors(name, module, args, kwargs, output):
             if key in watched and tensor.shape == watched[key].tensor.shape:
                 tokens = tensor.detach().transpose(0, watched[key].tensor.batch_axis)
                 found[key] = tokens[:_PROBES].float().clone()
@@ -198,7 +198,7 @@ def _run(
     with in_evaluation(target, all_tensors(inputs)), ExitStack() as hooks:
         hooks.callback(add_forward_hook(modules[source.name], change).remove)
         for name in dict.fromkeys(name.removesuffix(INPUT) for name in watched):
-            hooks.callback(add_forward_hook(modules[name], functools.partial(note, name)).remove)
+            hooks.callback(add_forward_hook(modules[name], functools.partial(note, name), with_kwargs=True).remove)
         (getattr(target, method) if method else target)(*args, **kwargs)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["argument_position", "bound_arguments", "items_by_name", "positions_by_name", "renamed"]
+__all__ = ["argument_position", "bound_arguments", "entered_tensor", "items_by_name", "positions_by_name", "renamed"]
 
 
 def bound_arguments(
@@ -49,6 +49,21 @@ def bound_arguments(
         else:
             found[name] = value
     return found
+
+
+def entered_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What enters a layer, ``"name:input"``: its first positional argument that is a tensor, else its first keyword.
+
+    Keywords have the order of the call.
+
+    Example:
+        >>> import torch
+        >>> x, mask = torch.tensor(1), torch.tensor(2)
+        >>> entered_tensor((None, x), {"mask": mask}), entered_tensor((), {"x": x, "mask": mask})
+        (tensor(1), tensor(1))
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return tensors[0] if tensors else None  # no `next` with a default, which torch 2.6 does not compile
 
 
 def items_by_name(whole: Any) -> dict[str, Any]:

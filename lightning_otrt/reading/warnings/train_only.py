@@ -22,6 +22,7 @@ from lightning_otrt.reading.torch_internals import (
     add_forward_pre_hook,
     is_in_functional_transform,
 )
+from lightning_otrt.reading.traced.arguments import entered_tensor
 from lightning_otrt.reading.traced.module_types import role_of
 
 __all__ = ["FirstInput"]
@@ -104,7 +105,7 @@ class FirstInput:
         is_noise = role_of(module) == "dropout" or _NOISE.search(type(module).__name__) is not None
         if _is_first_layer(module):
             self._is_over, self._name, self._module = True, name, module
-            value = _first_tensor(args, kwargs)
+            value = _comparable(entered_tensor(args, kwargs))
             self._value = None if value is None else value.detach().clone()
         elif is_noise or any(_RUNNING.search(buffer) for buffer, _ in module.named_buffers(recurse=False)):
             self._is_over = True
@@ -116,7 +117,7 @@ class FirstInput:
     def _compare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        before, now = self._value, _first_tensor(args, kwargs)
+        before, now = self._value, _comparable(entered_tensor(args, kwargs))
         self.forget()
         if before is None or now is None or _is_same(before, now.detach()):
             return
@@ -146,9 +147,8 @@ def _is_first_layer(module: nn.Module) -> bool:
     return is_alone or isinstance(module, nn.MultiheadAttention)
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first tensor among the arguments; None where its values cannot be compared."""
-    value = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+def _comparable(value: Tensor | None) -> Tensor | None:
+    """The tensor that entered; None where its values cannot be compared."""
     if (
         value is None
         or is_in_functional_transform()
