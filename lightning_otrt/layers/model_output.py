@@ -82,7 +82,7 @@ def _unused(leaves: list[TracedLayer]) -> set[str]:
 def _output_channels(trace: Trace) -> set[int]:
     """Numbers of channels of the dense outputs whose axis of channels is known."""
     root = trace.layer(trace.root)
-    tensors = [tensor for _, tensor in root.parts] or [root.output]
+    tensors = (root.output, *(tensor for _, tensor in root.parts))
     dense = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) > 2 and tensor.is_floating]
     return {tensor.shape[tensor.neuron_axis] for tensor in dense if tensor.neuron_axis is not None}
 

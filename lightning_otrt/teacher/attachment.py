@@ -286,7 +286,10 @@ class Attachment:
         # Networks that write to their inputs show it here, where the batch can still be restored. This happens twice:
         # after the traces, too, since the teacher has to get what the student gets.
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
-            self._resolve(self.student, name, own_args, own_kwargs)
+            try:
+                self._resolve(self.student, name, own_args, own_kwargs)
+            except Exception as error:
+                raise self.root.explained(error, name) from error
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
             self._teacher_run.first(self.student, own_args, own_kwargs)
         return True

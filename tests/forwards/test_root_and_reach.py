@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import warnings
 
 import lightning.pytorch as L
 import pytest
@@ -87,6 +89,94 @@ def test_a_part_is_not_taken_for_the_whole(name, layers):
     assert not any(module._forward_pre_hooks for module in student.modules())
 
 
+class Parts(nn.Module):
+    """As the networks of timm: a method calls modules that hold others, and code calls the head."""
+
+    def __init__(self, width: int, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.body = stem, nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1))
+        self.head = nn.Linear(width, 3)
+
+    def forward_features(self, x):
+        return self.body(self.stem(x))
+
+    def forward(self, x):
+        return self.head(self.forward_features(x).mean((2, 3)))
+
+
+class Projected(nn.Module):
+    """A normalisation whose layers are of no known type, as in the patch embedding of a ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Conv2d(3, 3, 1), nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.proj(x).flatten(2)).unflatten(2, x.shape[2:])
+
+
+@pytest.mark.parametrize("stem", [lambda: nn.Sequential(nn.BatchNorm2d(3)), Projected])
+@pytest.mark.parametrize("layers", ["auto", "blocks", "penultimate"])
+def test_an_error_inside_of_a_part_names_the_method_that_called_it(stem, layers):
+    task = nn.ModuleDict({"net": Parts(4, stem())})
+    with (
+        RepresentationTransfer(Parts(6, stem()), layers).attached(task),
+        pytest.raises(
+            ValueError, match=r"pass student_root='net:forward_features' .*, or call 'net' itself. What failed: "
+        ),
+    ):
+        task["net"].forward_features(X.expand(-1, 3, -1, -1))
+    transfer = RepresentationTransfer(Parts(6, stem()), {"net.body": "body"}, student_root="net:forward_features")
+    with transfer.attached(task):
+        task["net"].forward_features(X.expand(-1, 3, -1, -1))
+        assert transfer.loss() > 0
+
+
+class Reads(nn.Module):
+    """Takes ids, or embeddings of them that the caller has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) for _ in "ab")
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, ids=None, embeds=None):
+        x = self.embed(ids) if embeds is None else embeds
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("layers", ["auto", "layers.1", {"net.layers.0": "layers.1"}])
+def test_inputs_that_a_part_of_the_root_made(layers):
+    """The teacher would get the student's embeddings."""
+    ids, task = torch.randint(0, 9, (6, 5)), nn.ModuleDict({"net": Reads()})
+    warning = "What enters 'net', .* was made by trained modules that ran before it: 'net.embed'"
+    for root, warns in ((None, True), ("net", False)):
+        transfer = RepresentationTransfer(Reads(), layers, student_root=root)
+        with transfer.attached(task), warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            embeds = task["net"].embed(ids)
+            task["net"](embeds=embeds + 0.1 * torch.randn_like(embeds))
+            transfer.loss()
+        assert [bool(re.search(warning, str(one.message))) for one in found] == [True] * warns
+
+
+@pytest.mark.parametrize("noise", ["none", "leaf", "other"])
+def test_inputs_that_need_a_gradient_and_were_not_made_by_the_student(noise):
+    ids, task = torch.randint(0, 9, (6, 5)), nn.ModuleDict({"net": Reads()})
+    transfer = RepresentationTransfer(Reads(), "auto")
+    with transfer.attached(task):
+        embeds = task["net"].embed(ids).detach()
+        if noise == "leaf":
+            embeds = embeds.requires_grad_() + 0
+        elif noise == "other":
+            embeds = embeds * torch.ones(4, requires_grad=True)
+        task["net"](embeds=embeds)
+        transfer.loss()
+
+
 NAMED = {
     "a method of the network": (*CALLS["a method of the network"], "body", "body"),
     "a trainable augmentation": (*CALLS["a trainable augmentation"], "net.body", "net"),
@@ -100,7 +190,7 @@ def test_a_named_layer_of_a_part_that_gets_what_others_made(name):
     student, transfer = build(), RepresentationTransfer(Net(), {layer: "body"})
     with transfer.attached(student):
         call(student)
-        with pytest.warns(UserWarning, match=f"holds the layers is '{root}', and what enters it was made by trained"):
+        with pytest.warns(UserWarning, match=f"What enters '{root}', .* was made by trained"):
             transfer.loss()
     student, transfer = build(), RepresentationTransfer(Net(), {layer: "body"}, student_root=root)
     with transfer.attached(student):

@@ -85,12 +85,13 @@ def why_outside(root: str, outside: Sequence[str], *, distills: bool = False) ->
 
 
 def why_before(root: str, before: Sequence[str]) -> str:
-    """The warning for trained modules that made what enters a root which was found by the names of layers."""
+    """The warning for trained modules that made what enters the root, before it was called."""
     return (
-        f"The first module that was called and holds the layers is {root!r}, and what enters it was made by trained "
-        f"modules outside of it: {_listed(before)}. The teacher gets that, too, and not the inputs of the student. If "
-        f"you want this, pass student_root={root!r}. If a method is called, such as net.encode(x), pass "
-        "student_root='net:encode'. Otherwise call the module that holds them all."
+        f"What enters {root or 'the student'!r}, the module whose inputs the teacher gets too, was made by trained "
+        f"modules that ran before it: {_listed(before)}. So the teacher gets what these made, and not the inputs of "
+        f"the student. If you want this, pass student_root={root!r}. If a method is called, such as net.encode(x), "
+        "pass student_root='net:encode'. Otherwise call the module that holds them all, with what enters these, such "
+        "as ids in place of embeddings."
     )
 
 

@@ -1,22 +1,17 @@
-"""How much of a student the term reaches, and which trained modules run outside of the root that was found."""
+"""How much of a student lies before the recorded layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.automatic import block_names, penultimate_names
 from lightning_otrt.layers.names import is_inside, named_layers, primary_names
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.hooks.own_hook import OwnHook
-from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
 
-__all__ = ["TrainedForwards", "describe_frozen", "describe_reach", "layers_of_parameters", "leads_to"]
+__all__ = ["describe_frozen", "describe_reach", "layers_of_parameters", "leads_to"]
 
 
 def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair], method: str = "") -> str:
@@ -31,6 +26,7 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
         method: Method of the root that is called in place of its forward.
 
     Example:
+        >>> import torch
         >>> from lightning_otrt.reading.tracer import trace
         >>> net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2))
         >>> describe_reach(net, trace(net, (torch.zeros(3, 4),)), [LayerPair("1", "1")])
@@ -67,6 +63,7 @@ def describe_frozen(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair]
         pairs: The resolved pairs.
 
     Example:
+        >>> import torch
         >>> from lightning_otrt.reading.tracer import trace
         >>> net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
         >>> _ = net[0].requires_grad_(False)
@@ -125,62 +122,3 @@ def leads_to(name: str, layer: str, trace: Trace) -> bool:
     if layer.endswith(INPUT):
         return not is_part and found.order < (recorded.order or 0)
     return is_part or found.order < (recorded.order or 0)
-
-
-class TrainedForwards:
-    """Notes which modules with trained parameters run with gradient, until :meth:`remove`.
-
-    Args:
-        student: The student.
-        is_on: Whether forwards count now.
-    """
-
-    def __init__(self, student: nn.Module, is_on: Callable[[], bool]) -> None:
-        self._is_on = is_on
-        self._modules = named_layers(student)
-        self._ran: dict[str, None] = {}
-        self._handles: list[RemovableHandle] = []
-        seen: set[int] = set()
-        for name, module in self._modules.items():
-            if id(module) not in seen and any(p.requires_grad for p in module.parameters(recurse=False)):
-                self._handles.append(add_forward_pre_hook(module, _Note(self, name)))
-            seen.add(id(module))
-
-    def outside(self, root: str | None) -> list[str]:
-        """Names of those that ran and have trained parameters which ``root`` does not hold; all of them for None."""
-        inside = set() if root is None else {id(parameter) for parameter in self._modules[root].parameters()}
-        return [
-            name
-            for name in self._ran
-            if any(p.requires_grad and id(p) not in inside for p in self._modules[name].parameters(recurse=False))
-        ]
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def note(self, name: str) -> None:
-        """Note that a module runs."""
-        if self._is_on() and torch.is_grad_enabled() and not is_in_backward():
-            self._ran.setdefault(name)
-
-
-class _Note(OwnHook):
-    """Forward pre-hook that notes its module."""
-
-    forwards: TrainedForwards | None = None
-
-    def __init__(self, forwards: TrainedForwards, name: str) -> None:
-        self.forwards, self.name = forwards, name
-
-    @property
-    def is_live(self) -> bool:
-        """Whether it has somewhere to note it."""
-        return self.forwards is not None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note the module."""
-        if not self.leaves_copy(module) and self.forwards is not None:
-            self.forwards.note(self.name)

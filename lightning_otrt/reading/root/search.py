@@ -12,9 +12,10 @@ from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.reading.extra_forwards.eager import EagerCode
 from lightning_otrt.reading.hooks.recorder import Recorder
+from lightning_otrt.reading.root.caller import with_caller
 from lightning_otrt.reading.root.errors import check_initialised, logits_outside, why_before, why_no_view, why_outside
-from lightning_otrt.reading.root.reach import TrainedForwards
 from lightning_otrt.reading.root.root import can_be_root, split_root
+from lightning_otrt.reading.root.trained_forwards import TrainedForwards
 
 __all__ = ["RootSearch"]
 
@@ -41,7 +42,7 @@ class RootSearch:
         self._layers, self._student_root, self._recorder, self._distills = layers, student_root, recorder, distills
         self._student: nn.Module | None = None
         self._trained: TrainedForwards | None = None
-        #: Trained modules that made what entered the root.
+        #: Trained modules that made what entered the root, before it ran.
         self._before: list[str] = []
         self._eager = EagerCode()
 
@@ -89,6 +90,11 @@ class RootSearch:
         check_initialised(name, named_layers(self._student)[name])
         return self._student_root is not None or can_be_root(name, self._layers, self._student, teacher)
 
+    def explained(self, error: Exception, name: str) -> Exception:
+        """What to raise for an error of the choice of layers inside of this module, which may not be the root."""
+        assert self._student is not None
+        return error if self._student_root is not None else with_caller(error, self._student, name)
+
     def found(self, name: str, inputs: Iterable[Tensor]) -> None:
         """Watch this module alone. Call it after the hooks on its layers are in place.
 
@@ -100,8 +106,8 @@ class RootSearch:
         """
         assert self._student is not None
         self.name = name
-        if self._trained is not None and any(tensor.grad_fn is not None for tensor in inputs):
-            self._before = self._trained.outside(name)
+        if self._trained is not None:
+            self._before = self._trained.that_made(inputs)
         self._recorder.watch_roots([(name, named_layers(self._student)[name])], self.method)
 
     def take_problem(self) -> str | None:
@@ -113,12 +119,12 @@ class RootSearch:
         if outside and self._student_root is not None:
             warnings.warn(logits_outside(self._student_root, outside), stacklevel=3)
             return None
-        if not self._distills and not only_words(self._layers):
-            # Named layers may well be those of a part. But then what enters it is no input of the student.
-            if self._before:
-                warnings.warn(why_before(self.name, self._before), stacklevel=3)
-            return None
-        return why_outside(self.name, outside, distills=self._distills) if outside else None
+        # Named layers may well be those of a part.
+        if outside and (self._distills or only_words(self._layers)):
+            return why_outside(self.name, outside, distills=self._distills)
+        if self._before:
+            warnings.warn(why_before(self.name, self._before), stacklevel=3)
+        return None
 
     def why_no_view(self) -> str:
         """Why no forward of the student was recorded."""

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["Flow"]
 
 
-class Flow(TorchDispatchMode):
+class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows tensors through all operations of a forward that runs inside of it.
 
     The names of modules are those that lead to a tensor without a layer with weights between, such as the convolution
@@ -32,7 +32,7 @@ class Flow(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sources: Any = WeakTensorKeyDictionary()  # sets of names by tensor
 
     def enter(self, made: Iterable[Tensor], names: Iterable[str]) -> None:
