@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning_otrt.layers.model_output import output_layers, passes_on
-from lightning_otrt.layers.names import ancestors
+from lightning_otrt.layers.names import ancestors, is_inside
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer
 
@@ -21,6 +21,7 @@ __all__ = [
     "evenly_spaced",
     "input_before_dropout",
     "penultimate_names",
+    "unclear_stacks",
 ]
 
 #: Number of transformer blocks that "blocks" chooses.
@@ -149,6 +150,8 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
         tensor = layer.output
         if tensor is None or tensor.neuron_axis is None or len(tensor.shape) < 3 or layer.name in outputs:
             continue
+        if not any(known[name].has_weights for name in (layer.name, *layer.reached_by)):
+            continue  # what code and pooling make of the inputs is nothing that the network has learned
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
         if after_head or (holds_all and layer.gives_model_output) or _is_turned(layer, known):
@@ -159,6 +162,25 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
         elif trace.batch_size and rows % trace.batch_size == 0:
             of_rows.append(layer)
     return found or of_rows
+
+
+def unclear_stacks(trace: Trace) -> list[list[TracedLayer]]:
+    """The stacks of blocks that are left out because their neuron axis is not known, where others are found.
+
+    What lies inside of a numbered module whose axis is known, such as its gate, is no block.
+    """
+    chosen = block_names(trace)
+    known = {layer.name for layer in trace.recordable() if layer.neuron_axis is not None and layer.name[-1:].isdigit()}
+    unknown = [
+        layer
+        for layer in trace.recordable()
+        if layer.neuron_axis is None and len(layer.output_shape or ()) > 2 and known.isdisjoint(ancestors(layer.name))
+    ]
+    return [
+        stack
+        for stack in (_repeated_blocks(unknown) if chosen else [])
+        if not any(is_inside(name, layer.name) or is_inside(layer.name, name) for name in chosen for layer in stack)
+    ]
 
 
 def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:

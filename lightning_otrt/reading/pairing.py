@@ -38,6 +38,7 @@ from lightning_otrt.reading.warnings.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.reading.warnings.samples import warn_of_other_samples
+from lightning_otrt.reading.warnings.unclear_axes import warn_of_unclear_axes
 
 __all__ = ["Pairing", "check_layers", "pair_layers"]
 
@@ -166,6 +167,7 @@ def pair_layers(
         return match_layers((student_trace, teacher_trace), (student, teacher), runs)
 
     pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
+    warn_of_unclear_axes(layers, student_trace, teacher_trace)
     notes = [fallback_note(layers, student_trace, teacher_trace), output_note(layers, student_trace, teacher_trace)]
     return checked(pairs, notes)
 

@@ -278,6 +278,24 @@ def test_a_checkpoint_that_hides_its_weights_is_not() -> None:
     assert len(reports) == 1
 
 
+class Seasonal(nn.Module):
+    """A moving average of the series, without weights, then layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.average = nn.AvgPool1d(5, 1, 2)
+        self.conv = nn.Sequential(nn.Conv1d(3, width, 3, 2), nn.ReLU())
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x - self.average(2 * x)).mean(2))
+
+
+def test_what_has_no_weights_before_it_is_no_block() -> None:
+    pairs, _ = _pairs(Seasonal(4), Seasonal(6), torch.randn(5, 3, 20))
+    assert pairs == [("conv", "conv")]
+
+
 class Pyramid(nn.Module):
     """Three levels that are added up from the coarsest on, each with its own head."""
 

@@ -7,6 +7,7 @@ around it. ``tracer.py`` runs the forward.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -173,6 +174,12 @@ class TracedAxes:
                 if frame.last_voter is not None:
                     self.guessed[place] = frame.last_voter
             return votes.pop() if len(votes) == 1 else None
+        if has_children(module) and (axes := _axes_of_reshaped(frame, shape)):
+            if len(axes) == 1 or place in self._shown:
+                return self._shown.get(place, axes[0])
+            if frame.last_voter is not None:
+                self.guessed[place] = frame.last_voter
+            return None
         if not has_children(module) and keeps_shape and frame.source is not None:
             axis = frame.source.neuron_axis
             # A layer of unknown type may permute. Its shape shows that, unless another axis has the same size.
@@ -260,6 +267,17 @@ def _votes(frame: Frame, shape: tuple[int, ...]) -> set[int]:
     if votes and _has_distinct_sizes(shape):
         return votes
     return votes | {axis for voted, axis in frame.votes_of_norms if voted == shape}
+
+
+def _axes_of_reshaped(frame: Frame, shape: tuple[int, ...]) -> list[int]:
+    """The axes that may hold the neurons of what the last inner layer made, where code has split or joined its axes.
+
+    So rows of patches ``(B * channels, N, C)`` become ``(B, channels, N, C)``.
+    """
+    voted, axis = next(reversed([*frame.votes_of_norms, *frame.votes]), ((), 0))
+    if not voted or len(voted) == len(shape) or math.prod(voted) != math.prod(shape):
+        return []
+    return [place for place, size in enumerate(shape) if place and size == voted[axis]]
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

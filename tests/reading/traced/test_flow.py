@@ -54,8 +54,10 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.neck, self.boxes, self.classes = (nn.Conv2d(3, 3, 1) for _ in range(4))
-        self.act, self.attention = nn.ReLU(inplace=True), nn.MultiheadAttention(3, 1, batch_first=True)
+        self.stem, self.neck, self.boxes, self.classes = (
+            nn.Conv2d(i, o, 1) for i, o in ((3, 5), (5, 5), (5, 4), (5, 2))
+        )
+        self.act, self.attention = nn.ReLU(inplace=True), nn.MultiheadAttention(5, 1, batch_first=True)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         fine = self.act(self.stem(x) * 2)
@@ -68,7 +70,7 @@ class Heads(nn.Module):
 
 
 def test_layers() -> None:
-    found = trace(Heads(), (torch.randn(2, 3, 4, 4),))
+    found = trace(Heads(), (torch.randn(2, 3, 6, 6),))
     reached = {layer.name: set(layer.reached_by) for layer in found.layers}
     assert reached["stem"] == set()
     assert reached["act"] == {"stem"}
