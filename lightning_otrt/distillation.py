@@ -29,8 +29,8 @@ class LogitDistillation:
 
     Where a sample has several labels, ``activation="sigmoid"`` compares the probabilities of each label instead: the
     same term for each label, with the two classes "yes" and "no", averaged over labels. It also serves a single logit.
-    The softmax is wrong for labels and for a regression. So there is a warning where the gradient of the logits in the
-    first backward pass is none of a softmax; ``activation="softmax"`` says that it is meant.
+    The softmax is wrong for labels and for a regression. So there is a warning if the first backward pass shows
+    that the task's loss is not one of a softmax; ``activation="softmax"`` says that you want it all the same.
 
     Where the classes are others, the teacher's logits are regressed on what enters the student's last linear layer: by
     ridge, on running moments, so that there is nothing to train and no second head. The term is then 1 - R², with the

@@ -27,10 +27,10 @@ from lightning_otrt.teacher.pair_choice import ChoosePairs
 
 __all__ = ["RunState"]
 
-#: Calls after which a pair that never ran is an error, and calls after which it is one that no pair ever ran. Layers
-#: that training skips at random have run by then.
+#: After so many calls it is an error if one pair never ran, and if no pair ever ran. Layers that training skips at
+#: random have run by then.
 PATIENCE, PATIENCE_FOR_ALL = 32, 8
-#: The former at the end of a loop or an epoch.
+#: In place of PATIENCE, at the end of a loop or an epoch.
 FEW_CALLS = 2
 
 _KEYS = ("layers", "pairs", "engine", "leading_weights", "distillation")

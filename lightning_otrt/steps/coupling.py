@@ -43,7 +43,8 @@ Problem: TypeAlias = list[Tensor]
 EARLY_SOLVES = (0, 1, 2, 4, 8)
 #: Decay of the running cost that ``memory="auto"`` chooses, and of the running scale s² of the teacher.
 MEMORY = 0.98
-#: Samples behind a static plan, and updates of its solves, which have to converge: no later solve improves the last.
+#: A static plan is solved until it is based on so many samples. Its solves take more updates than others, since no
+#: later solve corrects the last one.
 STATIC_SAMPLES = 256
 STATIC_ITERATIONS = 200
 

@@ -197,7 +197,7 @@ class LogitRecording:
         return MatchedLogits(found[0][0], [triple for _, triple in found])
 
     def check_task(self) -> None:
-        """Warn once where a softmax is compared, but the gradient of the logits in an earlier call is none of one."""
+        """Warn once if softmaxes are compared, and the gradient of an earlier call shows that the task trains none."""
         left = self._task.take()
         if left is not None and left > UNLIKE_SOFTMAX:
             warnings.warn(

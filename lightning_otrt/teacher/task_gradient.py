@@ -24,8 +24,8 @@ class TaskGradient:
     A softmax stays the same when all logits of a sample rise by one number. So the gradient of a loss of a softmax sums
     to 0 over the classes of each sample: :math:`q - p` for a cross-entropy with any targets p, and likewise with class
     weights, smoothed labels or a focal factor. That of a binary cross-entropy or of a squared error does not. The
-    gradient of the distillation itself sums to 0, too, and can stay in. Where a network returns the logarithm of a
-    softmax, the gradient of that is none of logits, and tells nothing.
+    gradient of the distillation itself sums to 0, too, and can stay in. If a network returns the logarithm of a
+    softmax, the gradient of that need not sum to 0. It tells nothing and is left out.
 
     The sums stay on the device until :meth:`take`.
 

@@ -94,7 +94,7 @@ class EffectChecks:
             return
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         leaves, _ = leaves_of([term])
-        # There are none in a step in which this process skipped the layers and another one ran them.
+        # A process that skipped the layers in this step has no leaves. Then look again in the next step.
         self._are_leaves_checked = bool(leaves)
         trained = {
             parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]

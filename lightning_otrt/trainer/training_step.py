@@ -169,7 +169,10 @@ class _Step(_Patch):
 
 
 def _check_gradient(loss: Tensor, total: Tensor, what: str) -> None:
-    """Without the term torch would refuse the backward pass of such a loss."""
+    """Raise if the loss of the task has no gradient.
+
+    Without the term torch would raise in the backward pass. With it, the term alone would be trained unnoticed.
+    """
     if total.requires_grad and not loss.requires_grad:
         raise MisconfigurationException(
             f"The loss {what} has no gradient, so that the transfer term alone would be trained. Look for `detach`, "

@@ -40,7 +40,7 @@ def move_reference(sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Sums, 
         mean = side + (total / count[..., None])[..., None].to(side.dtype)
         new = torch.where(mean.isfinite(), mean, side)
         moved.append(new)
-        # The step that was made, which is not the one that was wanted by the rounding of the reference.
+        # The shift that was made: the reference is rounded, so it differs a little from the one that was asked for.
         shifts.append((new.to(total.dtype) - side.to(total.dtype)).squeeze(-1))
     count = count[..., None]
     shift_y, shift_x = shifts

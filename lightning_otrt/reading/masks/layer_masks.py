@@ -190,7 +190,7 @@ def named_mask(side: str, trace: Trace, layer: TracedLayer, name: str) -> Traced
 
 
 def _may_tell(mask: TracedMask) -> bool:
-    """Whether a mask may tell padding: one that says the same of each sample which token sees which does not."""
+    """Whether a mask may show padding. A mask (T, T) that is equal for all samples, as a causal one, cannot."""
     return mask.padded > 0 or not mask.source.is_pairwise
 
 

@@ -9,7 +9,7 @@ __all__ = ["is_at_ends", "is_triangle", "padded_images", "place_of"]
 
 
 def is_at_ends(is_padding: Tensor) -> Tensor:
-    """Whether flags ``(B, T)`` stand at the ends of samples alone, or all over them, and not in each alike.
+    """Whether the true flags ``(B, T)`` lie only at the ends of each sample, or fill it, and their number differs.
 
     Example:
         >>> bool(is_at_ends(torch.tensor([[False, True, True], [False, False, False]])))

@@ -40,7 +40,8 @@ class MaskSearch:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = {id(tensor) for tensor in inputs}
-        # What single layers made of sequences that others look at; the tensors are kept, as their ids are.
+        # By id, the outputs of single layers that got a memory: a sequence that a decoder looks at. The tensors
+        # are kept so that their ids are not used again.
         self._of_memory: dict[int, Tensor] = {}
         # The same of sequences that stand beside the first one of a module around, with the names of such modules.
         self._of_others: dict[int, tuple[Tensor, frozenset[str]]] = {}
@@ -79,7 +80,7 @@ class MaskSearch:
                 mask = replace(mask, is_doubtful=is_other and not is_memory and mask.shape is not None)
                 (pairwise if mask.source.is_pairwise else found).append(mask)
         self._has_decoded |= calls[0].looks_at_memory
-        # Last: tokens may see themselves although they are padding, and libraries let padding see everything.
+        # Masks (T, T) are less certain: some libraries let padding see itself, or everything.
         return (*found, *pairwise)
 
     def pass_on(self, call: Call, outputs: Sequence[Tensor], calls: Sequence[Call]) -> None:

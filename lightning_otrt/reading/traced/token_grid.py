@@ -217,8 +217,8 @@ def _gets_images(trace: Trace, layer: TracedLayer, channels: int = 1) -> bool:
 def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_Map]:
     """The maps that the layers give, and those of merged tokens that enter them, in order.
 
-    Where tokens come first, as of a text, a map that has not as many positions is none of theirs: convolutions run over
-    (heads, tokens, width) or over attention, too.
+    If a network gets tokens and no images, a map counts only if it has as many positions as there are tokens: some
+    networks run convolutions over (heads, tokens, width) or over attention.
     """
     found: list[_Map] = []
     #: The numbers of channels that were seen with each number of positions.

@@ -22,7 +22,7 @@ from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 
 __all__ = ["CachedRun"]
 
-#: Changed with every change of what readings are, such as another pooling: what was kept before is none of them.
+#: Raise this number whenever readings change, as with another pooling: entries of older caches are then not used.
 READING = 1
 
 
