@@ -122,6 +122,7 @@ class Trace:
         aliases: ``(other name, name)`` of modules that are registered under several names.
         output_shapes: Shapes of the floating-point tensors that the root returned.
         batch_size: Number of samples, on which inputs and outputs agree.
+        sample_axis: Axis of the samples in the sequences that enter it; None where nothing tells it.
         input_samples: Numbers of samples of its inputs of two or more axes: two towers may have different ones.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.
@@ -143,6 +144,7 @@ class Trace:
     aliases: tuple[tuple[str, str], ...] = ()
     output_shapes: tuple[tuple[int, ...], ...] = ()
     batch_size: int = 0
+    sample_axis: int | None = None
     input_samples: frozenset[int] = frozenset()
     prefix_tokens: int = 0
     arguments: tuple[TracedMask, ...] = ()

@@ -103,12 +103,14 @@ def trace(
     found = replace(found, is_random=is_random(model, found, copies.copied(spare), method))
     axis = find_sample_axis(model, found, copies.copied(spare), method)
     shown = find_neuron_axes(model, found, copies.copied(spare), method)
-    is_declared = axis is None or axis == int(is_sequence_first(named_layers(model)[root]) or False)
+    declared = is_sequence_first(named_layers(model)[root])
+    is_declared = axis is None or axis == int(declared or False)
     if shown or not is_declared:
         own_args, own_kwargs = copies.copied(spare)
         input_axis = None if is_declared else axis
         again, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=input_axis, shown=shown)
         found = replace(again, is_random=found.is_random)
+    found = replace(found, sample_axis=0 if axis is None and declared is False else axis)
     return settle_order(model, found, spare, method, input_axis=axis or 0)
 
 

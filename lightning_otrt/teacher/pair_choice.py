@@ -15,6 +15,7 @@ from lightning_otrt.reading.pairing import Inputs, Pairing, pair_layers
 from lightning_otrt.reading.root.root import find_teacher_root, same_method
 from lightning_otrt.reading.torch_internals import without_earlier_pre_hooks
 from lightning_otrt.reading.traced.arguments import positions_by_name
+from lightning_otrt.reading.warnings.samples import warn_of_other_axes
 from lightning_otrt.reading.warnings.train_only import FirstInput
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.frozen.past_states import PastStates
@@ -69,7 +70,7 @@ def trace_and_pair(
     teacher.past_states.zeros.may_wait = False
     # What is recorded has gone through the pre-hooks of users once.
     with without_earlier_pre_hooks(source, OpenView), first_input.noted(student, root):
-        return pair_layers(
+        pairing = pair_layers(
             layers,
             student,
             root,
@@ -83,3 +84,6 @@ def trace_and_pair(
             plan=plan,
             grid=grid,
         )
+    if not teacher.has_inputs:
+        warn_of_other_axes(pairing.student, pairing.teacher)
+    return pairing

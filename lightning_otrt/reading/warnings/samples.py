@@ -11,7 +11,7 @@ from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace, TracedTensor
 from lightning_otrt.reading.traced.token_grid import has_hidden_grid
 
-__all__ = ["warn_of_other_samples"]
+__all__ = ["warn_of_other_axes", "warn_of_other_samples"]
 
 
 def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
@@ -77,6 +77,27 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
                 "the network.",
                 stacklevel=2,
             )
+
+
+def warn_of_other_axes(student: Trace, teacher: Trace) -> None:
+    """Warn where one network takes ``(B, T, ...)`` and the other one ``(T, B, ...)``, and both get the same inputs.
+
+    Where B and T differ, the batches of the two cannot be matched, which is an error later.
+
+    Args:
+        student: Trace of the student.
+        teacher: Trace of the teacher.
+    """
+    axes = student.sample_axis, teacher.sample_axis
+    if None not in axes and axes[0] != axes[1]:
+        kinds = [trace.layer(trace.root).kind for trace in (student, teacher)]
+        warnings.warn(
+            f"The student ({kinds[0]}) has the samples along axis {axes[0]} of its sequences, and the teacher "
+            f"({kinds[1]}) along axis {axes[1]}, but both get the same inputs. So what "
+            "is a sample for the one is a time for the other, and different ones are matched. Let `teacher_inputs` "
+            "exchange the axes, such as `lambda x: x.transpose(0, 1)`.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
