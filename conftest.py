@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for line, _ in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
     set_threads()
+    # Each time, not once in a process: else it depends on the order of the tests which of them a warning of torch fails.
+    torch.set_warn_always(True)
 
 
 @pytest.fixture(scope="module", autouse=True)

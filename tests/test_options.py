@@ -214,7 +214,7 @@ class TestAttributes:
         x = torch.randn(8, 1, 8, 8)
         with transfer.attached(student):
             student(x)
-            assert float(transfer.loss()) == 0
+            assert transfer.loss().item() == 0
             assert not transfer.distances
             transfer.weight = 2.0
             student(x)

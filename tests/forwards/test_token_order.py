@@ -68,7 +68,7 @@ def value_of(student: nn.Module, teacher: nn.Module, name: str, images: Tensor =
     )
     with transfer.attached(student):
         student(images)
-        return float(transfer.loss())
+        return transfer.loss().item()
 
 
 def pooled(net: nn.Module, module: nn.Module, grid: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
