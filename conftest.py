@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line, _ in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
     set_threads()
-    # Each time, not once in a process: else it depends on the order of the tests which of them a warning of torch fails.
+    # Each time, not once in a process: else the order of the tests decides which of them a warning of torch fails.
     torch.set_warn_always(True)
 
 

@@ -127,16 +127,10 @@ class Attachment:
             raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
         self.teacher.check_against(student)
         check_layers(self.layers, student, self.teacher.module, self._student_root)
-<<<<<<< HEAD
         self._is_compiled = is_compiled(student)
         if self._is_compiled or is_compiled(self.teacher.module):
-            # Code that was compiled before has no hooks in it and would never call ours. Only in this case, since
-            # everything that the process has compiled is compiled anew.
-=======
-        if is_compiled(student) or is_compiled(self.teacher.module):
             # Code that was compiled before has no hooks in it and would never call ours. This throws away all
             # compiled code of the process, so it is done only if one of the two networks is compiled.
->>>>>>> 79ba609 (Plainer words in thirty places)
             torch.compiler.reset()
         # The module in a compiled one: compiled code cannot hold the hooks' student under two names.
         self.student = student = getattr(student, "_orig_mod", student)
