@@ -122,7 +122,8 @@ class Trace:
         aliases: ``(other name, name)`` of modules that are registered under several names.
         output_shapes: Shapes of the floating-point tensors that the root returned.
         batch_size: Number of samples, on which inputs and outputs agree.
-        sample_axis: Axis of the samples in the sequences that enter it; None where nothing tells it.
+        sample_axis: Axis of the samples in the sequences that enter it, where modules inside have a ``batch_first``;
+            else None.
         input_samples: Numbers of samples of its inputs of two or more axes: two towers may have different ones.
         prefix_tokens: Number of class, distillation and register tokens that the model declares.
         arguments: The arguments of the root's forward, as far as they may be masks.

@@ -110,7 +110,8 @@ def trace(
         input_axis = None if is_declared else axis
         again, _ = _trace(model, own_args, own_kwargs, root, method, values, input_axis=input_axis, shown=shown)
         found = replace(again, is_random=found.is_random)
-    found = replace(found, sample_axis=0 if axis is None and declared is False else axis)
+    if declared is not None:  # else the probe alone says it, which a choice of rows may mislead
+        found = replace(found, sample_axis=0 if axis is None and not declared else axis)
     return settle_order(model, found, spare, method, input_axis=axis or 0)
 
 
