@@ -280,11 +280,16 @@ def _is_tokens(layer: TracedLayer) -> bool:
 
 
 def _repeated_blocks(layers: list[TracedLayer]) -> list[list[TracedLayer]]:
-    """The outermost stacks of blocks: containers of one type whose names differ in a number only, in order."""
+    """The outermost stacks of blocks: containers of one type whose names differ in a number only, in order.
+
+    Branches that get the same input, such as those of a spatial pyramid, are no stack.
+    """
     groups: dict[tuple[str, str], list[TracedLayer]] = {}
     for layer in layers:
         if layer.is_container:
-            groups.setdefault((re.sub(r"\d+", "#", layer.name), layer.kind), []).append(layer)
+            group = groups.setdefault((re.sub(r"\d+", "#", layer.name), layer.kind), [])
+            if not (group and layer.reached_by and layer.reached_by == group[-1].reached_by):
+                group.append(layer)
     repeated = [group for group in groups.values() if len(group) > 1]
     holders = tuple(f"{layer.name}." for group in repeated for layer in group)
     outermost = [group for group in repeated if not group[0].name.startswith(holders)]

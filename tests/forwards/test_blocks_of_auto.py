@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_otrt import RepresentationTransfer
+from lightning_otrt.layers.automatic import block_groups
+from lightning_otrt.reading.tracer import trace
 
 IMAGES, WORDS = seeded(0, torch.randn, 6, 3, 32, 32), seeded(1, torch.randint, 3, 50, (6, 12))
 VALID = (torch.arange(12) < torch.tensor([[3], [12], [5], [4], [7], [9]])).float()
@@ -332,3 +335,35 @@ class Pyramid(nn.Module):
 def test_heads_of_several_levels_are_no_blocks(form: Callable[[Tensor], Any]) -> None:
     pairs, _ = _pairs(Pyramid(4, form), Pyramid(6, form), torch.randn(2, 3, 32, 32))
     assert pairs == [("lateral.2", "lateral.2"), ("lateral.1", "lateral.1"), ("lateral.0", "lateral.0")]
+
+
+class Branches(nn.Module):
+    """Four dilated blocks, then branches of a spatial pyramid that get the same map, as in DeepLab."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = [3, *[width] * 4]
+        self.blocks = nn.ModuleList(_branch(i, o, 2 if i == 3 else 1) for i, o in itertools.pairwise(sizes))
+        self.branches = nn.ModuleList(_branch(width, width, 1) for _ in range(4))
+        self.project, self.head = nn.Conv2d(4 * width, width, 1), nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x) if x.shape[1] != 3 else block(x)
+        return self.head(self.project(torch.cat([branch(x) for branch in self.branches], 1)))
+
+
+def _branch(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def test_branches_that_get_the_same_map_are_no_stack() -> None:
+    pairs, _ = _pairs(Branches(4), Branches(6), torch.randn(4, 3, 16, 16))
+    assert pairs == [(f"blocks.{number}", f"blocks.{number}") for number in range(4)]
+
+
+def test_the_pyramid_of_deeplab_is_no_stack() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    net = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5)
+    names = [name for group in block_groups(trace(net, (torch.randn(2, 3, 64, 64),))) for name in group]
+    assert names == ["backbone.relu", "backbone.layer1", "backbone.layer2", "backbone.layer4"]
