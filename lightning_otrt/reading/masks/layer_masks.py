@@ -176,7 +176,10 @@ def named_mask(side: str, trace: Trace, layer: TracedLayer, name: str) -> Traced
     for traced in layer.masks:
         if traced.source.true_at == "unknown":
             source = replace(traced.source, true_at="valid", is_named=True)
-            arguments.setdefault(source.argument, replace(traced, source=source))
+            known = arguments.get(source.argument)
+            # The network may have an argument of that name, too, which was left out.
+            if known is None or known.shape is None:
+                arguments[source.argument] = replace(traced, source=source)
     found = arguments.get(name.removeprefix("~"))
     kind = trace.layer(trace.root).kind
     if found is None:
