@@ -277,6 +277,8 @@ class Attachment:
     def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A module that may be the root starts a forward: choose the pairs if need be, and run the teacher."""
         assert self.student is not None
+        if self.root.serves_another(name, tensors_in((args, kwargs))):
+            return False
         if self.root.name is not None:
             # In containers of their own: the teacher must not change those of the student.
             self._teacher_run(self.student, *self._guard.copied((args, kwargs)))

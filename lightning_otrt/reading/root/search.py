@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.grammar import only_words
@@ -44,12 +45,15 @@ class RootSearch:
         self._trained: TrainedForwards | None = None
         #: Trained modules that made what entered the root, before it ran.
         self._before: list[str] = []
+        #: The parameters that were trained when the student was attached, by id.
+        self._trained_at_start: frozenset[int] = frozenset()
         self._eager = EagerCode()
 
     def start(self, student: nn.Module) -> None:
         """Forget the root, and watch all modules of ``student`` that may be it."""
         modules = named_layers(student)
         self._student, self.name, self._before = student, None, []
+        self._trained_at_start = frozenset(id(each) for each in student.parameters() if each.requires_grad)
         self._forget_trained()
         # A head outside of the root would make features of what is taken for logits.
         if self._distills or self._student_root is None:
@@ -79,6 +83,21 @@ class RootSearch:
             self._eager.hold()
         else:
             self._eager.release()
+
+    def serves_another(self, name: str, inputs: Iterable[Tensor]) -> bool:
+        """Whether this forward only leads a gradient to what made its inputs.
+
+        So does a critic in the step of the generator: ``toggle_optimizer`` has frozen its weights for that step.
+
+        Args:
+            name: Name of the module.
+            inputs: What enters it.
+        """
+        if torch.compiler.is_compiling() or not any(tensor.requires_grad for tensor in inputs):
+            return False
+        assert self._student is not None
+        own = list(named_layers(self._student)[name].parameters())
+        return not any(each.requires_grad for each in own) and any(id(each) in self._trained_at_start for each in own)
 
     def is_possible(self, name: str, teacher: nn.Module) -> bool:
         """Whether the module that starts a forward may be the root.
