@@ -145,10 +145,13 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
     outputs = output_layers(trace)
     leaves = [layer.name for layer in trace.layers if layer.calls and not layer.is_container]
     known = {layer.name: layer for layer in trace.layers}
+    branches = _branches(trace.layers)
     found, of_rows = [], []
     for layer in trace.recordable():
         tensor = layer.output
         if tensor is None or tensor.neuron_axis is None or len(tensor.shape) < 3 or layer.name in outputs:
+            continue
+        if not branches.isdisjoint((layer.name, *ancestors(layer.name))):
             continue
         if not any(known[name].has_weights for name in (layer.name, *layer.reached_by)):
             continue  # what code and pooling make of the inputs is nothing that the network has learned
@@ -181,6 +184,19 @@ def unclear_stacks(trace: Trace) -> list[list[TracedLayer]]:
         for stack in (_repeated_blocks(unknown) if chosen else [])
         if not any(is_inside(name, layer.name) or is_inside(layer.name, name) for name in chosen for layer in stack)
     ]
+
+
+def _branches(layers: Sequence[TracedLayer]) -> set[str]:
+    """Numbered layers of one type that get the same tensor, as in a spatial pyramid: each is a part of a layer."""
+    groups: dict[tuple[str, str, frozenset[str]], list[str]] = {}
+    for layer in layers:
+        if layer.reached_by and layer.calls:
+            groups.setdefault((_pattern(layer), layer.kind, layer.reached_by), []).append(layer.name)
+    return {name for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _pattern(layer: TracedLayer) -> str:
+    return re.sub(r"\d+", "#", layer.name)
 
 
 def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
@@ -280,16 +296,11 @@ def _is_tokens(layer: TracedLayer) -> bool:
 
 
 def _repeated_blocks(layers: list[TracedLayer]) -> list[list[TracedLayer]]:
-    """The outermost stacks of blocks: containers of one type whose names differ in a number only, in order.
-
-    Branches that get the same input, such as those of a spatial pyramid, are no stack.
-    """
+    """The outermost stacks of blocks: containers of one type whose names differ in a number only, in order."""
     groups: dict[tuple[str, str], list[TracedLayer]] = {}
     for layer in layers:
         if layer.is_container:
-            group = groups.setdefault((re.sub(r"\d+", "#", layer.name), layer.kind), [])
-            if not (group and layer.reached_by and layer.reached_by == group[-1].reached_by):
-                group.append(layer)
+            groups.setdefault((_pattern(layer), layer.kind), []).append(layer)
     repeated = [group for group in groups.values() if len(group) > 1]
     holders = tuple(f"{layer.name}." for group in repeated for layer in group)
     outermost = [group for group in repeated if not group[0].name.startswith(holders)]

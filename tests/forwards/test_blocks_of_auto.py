@@ -362,6 +362,25 @@ def test_branches_that_get_the_same_map_are_no_stack() -> None:
     assert pairs == [(f"blocks.{number}", f"blocks.{number}") for number in range(4)]
 
 
+class Sentences(nn.Module):
+    """Convolutions of several widths over the same words, and the largest value of each neuron."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, width)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, size, padding=size // 2) for size in (3, 5, 7))
+        self.head = nn.Linear(3 * width, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).mT
+        return self.head(torch.cat([conv(x).relu().amax(2) for conv in self.convs], 1))
+
+
+def test_one_of_several_convolutions_of_the_same_words_is_no_block() -> None:
+    pairs, _ = _pairs(Sentences(6), Sentences(8), WORDS)
+    assert pairs == [("head:input", "head:input")]
+
+
 def test_the_pyramid_of_deeplab_is_no_stack() -> None:
     torchvision = pytest.importorskip("torchvision")
     net = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5)

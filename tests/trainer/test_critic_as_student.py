@@ -72,9 +72,9 @@ def test_a_frozen_student_behind_what_is_trained(frozen: str) -> None:
     """A frozen network may train prompts before it. Only one that was frozen after the start is of another's step."""
     torch.manual_seed(3)
     student, prompts = critic(5), torch.zeros(6, requires_grad=True)
-    transfer = RepresentationTransfer(critic(7), {"3": "3"})
+    transfer = RepresentationTransfer(critic(7), {"net.3": "3"}, student_root="net")
     student.requires_grad_(frozen != "from the start")
-    with transfer.attached(student):
+    with transfer.attached(nn.ModuleDict({"net": student})):
         student.requires_grad_(frozen == "not at all")
         student(REAL + prompts)
         if frozen == "in this step":
