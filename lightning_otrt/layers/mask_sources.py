@@ -53,11 +53,14 @@ class TracedMask:
         padded_images: Number of samples of which it leaves out edges, read as a mask ``(B, H, W)``.
         is_doubtful: Whether the layer may hold another sequence than the mask.
         longest: The largest of lengths that stand in place of a mask; 1 where they are shares of the longest.
-        shown_by: What shows it where no argument has the name of a mask: ``"ids"`` of an embedding, ``"nan"``,
-            ``"zeros"``, flags ``"inside"`` of a tuple, flags that an ``"inner"`` module gets, ``"lengths"``, or flags
-            of a name of ``"unknown"`` meaning; ``"triangle"`` for a causal mask of an unknown meaning; ``""`` for
+        shown_by: What shows it where no argument has the name of a mask: ``"ids"`` of an embedding, the
+            ``"pad_token"`` of a configuration, ``"labels"`` that are missing, ``"nan"``, ``"zeros"``, flags
+            ``"inside"`` of a tuple, flags that an ``"inner"`` module gets or keeps as an ``"attribute"``,
+            ``"lengths"``, or flags of a name of ``"unknown"`` meaning; ``"triangle"`` for a causal mask of an unknown
+            meaning; ``"length"`` for a mask of another length that is found by the sequence of the layer; ``""`` for
             other masks.
         place: Where ids, NaN and zeros show it: at ``"the start"``, ``"the end"`` or ``"both ends"`` of samples.
+        of_decoder: Whether ids that are used inside of a decoder show it.
     """
 
     source: MaskSource
@@ -71,6 +74,13 @@ class TracedMask:
     longest: int = 0
     shown_by: str = ""
     place: str = ""
+    of_decoder: bool = False
+
+    @property
+    def is_of_target(self) -> bool:
+        """Whether it belongs to the sequence of a decoder."""
+        # Labels beside ids are those of the ids, whatever their name.
+        return self.of_decoder or (self.shown_by != "labels" and self.source.is_of_target)
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,9 @@ def choose_masks(
     misfit: TracedMask | None = None
     unread: TracedMask | None = None
     for mask in found:
+        if mask.shown_by == "length":
+            misfit = misfit or mask
+            continue
         if mask.shape is None:
             sources.append(mask.source)
         if mask.shape is None or (mask.is_doubtful and not mask.padded):

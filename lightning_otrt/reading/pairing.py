@@ -22,6 +22,7 @@ from lightning_otrt.reading.hooks.recorder import Readers
 from lightning_otrt.reading.hooks.views import NeuronCounts
 from lightning_otrt.reading.masks.layer_masks import pair_masks
 from lightning_otrt.reading.masks.warnings import warn_of_one_sided_masks, warn_of_unused_masks
+from lightning_otrt.reading.probes.mask_length import settle_lengths
 from lightning_otrt.reading.probes.mask_owner import settle_masks
 from lightning_otrt.reading.probes.row_choice import settle_rows
 from lightning_otrt.reading.probes.token_order import settle_token_order
@@ -145,7 +146,7 @@ def pair_layers(
     def checked(pairs: tuple[LayerPair, ...], notes: Sequence[str]) -> Pairing:
         student_trace, teacher_trace = traces
         own = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-        for settle in (settle_token_order, settle_rows, settle_masks):
+        for settle in (settle_token_order, settle_rows, settle_masks, settle_lengths):
             student_trace = settle(student, student_trace, own[0], inputs, method)
             teacher_trace = settle(teacher, teacher_trace, own[1], teacher_inputs, teacher_method)
         side = OrderedSide(student, student_trace, inputs, method)

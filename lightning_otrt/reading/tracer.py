@@ -219,7 +219,7 @@ class _TraceHooks:
 
     def enter(self, call: Call) -> None:
         """The call of a method, inside of which all modules run."""
-        self.padding.note(call, is_inner=False)
+        self.padding.note(call)
         self._axes.enter(call, None, takes_model_input=False)
 
     def before_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ class _TraceHooks:
         entered = frame.input
         masks: tuple[TracedMask, ...] = ()
         around = [running.call for running in reversed(self._axes.running)]
-        self.padding.note(frame.call, is_inner=bool(around))
+        self.padding.note(frame.call, around)
         if not has_children(module):
             self._search.pass_on(frame.call, [value for _, value in tensors], around)
         if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):

@@ -197,9 +197,50 @@ class TimeFirstKept(TimeFirst):
         return super().forward(x, keep)
 
 
+class KeptInside(nn.Module):
+    """Finds out itself which positions were padded by zeros."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix, self.head = nn.GRU(5, width, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = x.abs().sum(-1) > 0
+        return self.head((self.mix(x)[0] * keep[..., None]).sum(1) / keep.sum(1, keepdim=True))
+
+
+class KeptTimeFirst(KeptInside):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.mix = nn.GRU(5, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = x.abs().sum(-1) > 0
+        return self.head((self.mix(x)[0] * keep[..., None]).sum(0))
+
+
+class KeptChannelsFirst(KeptInside):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.mix = nn.Conv1d(5, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.mix(x) * (x.abs().sum(1, keepdim=True) > 0)).sum(2))
+
+
+class KeptSingle(KeptInside):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.mix = nn.GRU(1, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.mix(x[..., None])[0] * (x != 0)[..., None]).sum(1))
+
+
 SERIES = seeded(3, torch.randn, SAMPLES, LONGEST, 5)
 SEEN = torch.zeros(SAMPLES, 2, LONGEST, LONGEST).masked_fill(~FIRST[:, None, None], -1e9)
 CAUSAL = torch.full((LONGEST, LONGEST), -1e9).triu(1)
+ZEROS_BEHIND = SERIES * FIRST[..., None]
 NAN_BEHIND = SERIES.masked_fill(~FIRST[..., None], float("nan"))
 SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
 
@@ -215,6 +256,14 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         (FromNan, (NAN_BEHIND,), "The argument 'x' of the {} is NaN at the end of some samples"),
         (FromNan, (SERIES * FIRST[..., None],), "The argument 'x' of the {} is 0 at the end of some samples"),
         (FromNan, (SERIES * FIRST.flip(1)[..., None],), "The argument 'x' of the {} is 0 at the start of some samples"),
+        (
+            KeptInside,
+            (ZEROS_BEHIND,),
+            "The argument 'x' of the {} is 0 at one end of some samples, as padded series are",
+        ),
+        (KeptTimeFirst, (ZEROS_BEHIND.movedim(1, 0),), "The argument 'x' of the {} is 0 at one end of some samples"),
+        (KeptChannelsFirst, (ZEROS_BEHIND.mT,), "The argument 'x' of the {} is 0 at one end of some samples"),
+        (KeptSingle, (ZEROS_BEHIND[..., 0],), "The argument 'x' of the {} is 0 at one end of some samples"),
         (
             Counted,
             (SERIES, FIRST.sum(1)),
@@ -235,6 +284,10 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         "NaN",
         "zeros behind",
         "zeros in front",
+        "zeros that the network finds",
+        "zeros, time first",
+        "zeros, channels first",
+        "zeros of one channel",
         "lengths",
         "bias of scores",
         "bias of scores, causal",
@@ -279,6 +332,23 @@ def test_rows_of_images_with_a_border_are_no_padding() -> None:
 
 def test_a_causal_bias_alone_is_no_padding() -> None:
     assert _told(Biased(8), Biased(12), SERIES, CAUSAL.expand(SAMPLES, 2, -1, -1)) == []
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        SERIES,
+        SERIES * SCATTERED[..., None],
+        SERIES * FIRST[:1, :, None],
+        SERIES * torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]),
+        SERIES.masked_fill(~FIRST[..., None] & (torch.arange(5) > 0), 0.0),
+        ZEROS_BEHIND[[1, 1, 1, 1, 1, 1]],
+    ],
+    ids=["none", "scattered", "all alike", "channels", "some channels", "no padding"],
+)
+def test_zeros_that_are_no_padding(series: Tensor) -> None:
+    assert _told(KeptInside(8), KeptInside(12), series) == []
+    assert _told(KeptChannelsFirst(8), KeptChannelsFirst(12), series.mT) == []
 
 
 def test_numbers_that_are_no_lengths() -> None:

@@ -11,6 +11,7 @@ from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask, choose_ma
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.masks.names import is_mask_name, may_mark_padding
+from lightning_otrt.reading.masks.padded_ids import BY_IDS
 from lightning_otrt.reading.masks.search import holds_lengths
 from lightning_otrt.reading.masks.values import unknown_polarity
 from lightning_otrt.reading.traced.token_grid import find_token_grid
@@ -100,12 +101,20 @@ def with_unread(
 
 
 def _shown_padding(trace: Trace, layer: TracedLayer) -> Iterator[TracedMask]:
-    """Padding that only values show, which may be that of the layer: where the network gets a mask, none is."""
-    if not any(known.shape is not None and is_mask_name(known.source.argument) for known in trace.arguments):
-        for known in trace.shown_padding:
-            # Flags of the source of a decoder are not those of its own sequence.
-            if known.shown_by == "ids" or known.source.is_of_target == layer.looks_at_memory:
-                yield known
+    """Padding that only values show, which may be that of the layer; none of a sequence that has a mask."""
+    given = [known for known in trace.arguments if known.shape is not None and is_mask_name(known.source.argument)]
+    for known in trace.shown_padding:
+        # Flags of the source of a decoder are not those of its own sequence.
+        may_belong = known.shown_by in BY_IDS or known.is_of_target == layer.looks_at_memory
+        if may_belong and not any(_is_of_one_sequence(known, mask) for mask in given):
+            yield known
+
+
+def _is_of_one_sequence(known: TracedMask, mask: TracedMask) -> bool:
+    """Whether a mask that was given is that of a sequence whose padding values show."""
+    if known.shape is None or mask.shape is None or known.is_of_target != mask.is_of_target:
+        return False
+    return mask.shape[1:] == (known.longest,) if holds_lengths(known) else known.shape in (mask.shape, mask.shape[::-1])
 
 
 def _masks_of_rows(trace: Trace, samples: int, tokens: int) -> Iterator[TracedMask]:

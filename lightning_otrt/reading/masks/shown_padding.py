@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_otrt.layers.mask_sources import MaskSource, TracedMask
 from lightning_otrt.reading.masks.names import is_mask_name, names_other_mask
+from lightning_otrt.reading.masks.padded_ids import BY_IDS, padded_ids, padded_labels
 from lightning_otrt.reading.masks.padding_shapes import is_at_ends, is_triangle, place_of
 from lightning_otrt.reading.masks.values import as_rows, is_pairwise
 from lightning_otrt.reading.torch_internals import is_in_functional_transform
-from lightning_otrt.reading.traced.calls import Call, is_ids, is_tensor
+from lightning_otrt.reading.traced.calls import Call, is_tensor
 
-__all__ = ["ShownPadding", "padded_arguments", "padded_ids"]
+__all__ = ["ShownPadding", "padded_arguments"]
 
 #: Numbers up to this one hide a token from others, where they are added to scores.
 _HIDDEN = -1e4
@@ -32,52 +33,29 @@ class ShownPadding:
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], TracedMask] = {}
 
-    def note(self, call: Call, *, is_inner: bool) -> None:
+    def note(self, call: Call, around: Sequence[Call] = ()) -> None:
         """Look at a call.
 
         Args:
             call: The call.
-            is_inner: Whether it is one of a module inside of the network.
+            around: The calls around it, innermost first; none for that of the whole network.
         """
         if is_in_functional_transform():  # which cannot look at values
             return
-        for mask in (*padded_arguments(call, is_inner=is_inner), *filter(None, [padded_ids(call)])):
+        shown = *padded_arguments(call, is_inner=bool(around)), *padded_ids(call, around), *_padded_attributes(call)
+        for mask in shown:
             # Many layers may get one mask.
-            key = (mask.source.argument if mask.shown_by == "inner" else mask.source, mask.shape, mask.shown_by)
+            source = mask.source.argument if mask.shown_by == "inner" else mask.source
+            key = (source, mask.shape, mask.shown_by, mask.is_of_target)
             self._found.setdefault(key, mask)
 
     def found(self) -> tuple[TracedMask, ...]:
         """All that was shown. What the whole network gets comes first."""
-        return tuple(sorted(self._found.values(), key=lambda mask: mask.shown_by in ("inner", "ids")))
-
-
-def padded_ids(call: Call) -> TracedMask | None:
-    """What the ids of an embedding show of padding ``(B, T)``; None where nothing is padded, or it is not certain.
-
-    It is padding where the ``padding_idx`` stands at the ends of samples alone, in one of them at least twice, and more
-    often in some than in others: a token that starts the sequence of each decoder may have the same id. It waits
-    for the device, in the traced forward only.
-
-    Args:
-        call: The call of a layer.
-
-    Example:
-        >>> import torch
-        >>> embed, ids = nn.Embedding(9, 2, padding_idx=0), torch.tensor([[4, 2, 0], [3, 0, 0], [5, 1, 2]])
-        >>> padded_ids(Call("embed", embed, {"input": ids})).padded
-        2
-    """
-    module, ids = call.module, call.sequence
-    if not isinstance(module, nn.Embedding) or module.padding_idx is None or ids is None or not is_ids(ids):
-        return None
-    is_padding = ids == module.padding_idx
-    if not bool(is_at_ends(is_padding) & (is_padding.sum(1) > 1).any()):
-        return None
-    return _shown(is_padding, MaskSource(call.name, "padding_idx", "valid"), "ids")
+        return tuple(sorted(self._found.values(), key=lambda mask: mask.shown_by in ("inner", "attribute", *BY_IDS)))
 
 
 def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask, ...]:
-    """What the arguments of a forward show of padding ``(B, T)``: flags that no name tells, lengths, NaN and zeros.
+    """What the arguments of a forward show of padding ``(B, T)``: labels, flags without a name, lengths, NaN, zeros.
 
     Flags are booleans, floats of 0 and 1, or floats of 0 and minus infinity, that are the same up to some position of
     each sample and different behind it, but not in all samples alike. It waits for the device, in the traced forward
@@ -89,31 +67,46 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> pad = torch.arange(3) >= torch.tensor([[1], [3], [2]])
         >>> call = Call("", nn.Identity(), {"x": torch.ones(3, 3, 8), "pad": pad})
         >>> {mask.source.argument for mask in padded_arguments(call)}
         {'pad'}
     """
-    found = []
+    found = list(padded_labels(call))
     for name, value, kind in _values(call.arguments):
         if value is call.sequence and (is_inner or is_pairwise(value)):  # such as images
             continue
         source = MaskSource(call.name, name, "unknown", call.method)
         is_known = is_mask_name(name) or names_other_mask(name) or name in _TARGETS
         flags = () if is_known else tuple(_flags(value))
-        for rows in flags:
-            if bool(is_at_ends(rows) | is_at_ends(~rows)) and not is_triangle(rows):
-                found.append(_shown(rows, source, "inner" if is_inner else kind))
+        found.extend(_shown(rows, source, "inner" if is_inner else kind) for rows in flags if _may_be_padding(rows))
         if flags or is_inner:
             continue
-        if value.dim() == 3 and value.is_floating_point():
-            for is_padding, shown_by in ((value.isnan().all(2), "nan"), ((value == 0).all(2), "zeros")):
-                is_certain = is_at_ends(is_padding) & _is_at_one_end(is_padding) & (is_padding.sum(1) > 1).any()
-                if bool(is_certain):
-                    found.append(_shown(is_padding, source, shown_by))
+        # Numbers (B, T) beside a sequence may be weights.
+        is_series = value.dim() == 3 or (value.dim() == 2 and value is call.sequence)
+        if is_series and value.is_floating_point():
+            for is_marked, shown_by in ((value.isnan(), "nan"), (value == 0, "zeros")):
+                for is_padding in _positions(is_marked):
+                    is_certain = is_at_ends(is_padding) & _is_at_one_end(is_padding) & (is_padding.sum(1) > 1).any()
+                    if bool(is_certain):
+                        found.append(_shown(is_padding, source, shown_by))
         elif _are_counts(name, value):
             found.append(TracedMask(source, tuple(value.shape), longest=int(value.max()), shown_by="lengths"))
     return tuple(found)
+
+
+def _padded_attributes(call: Call) -> Iterator[TracedMask]:
+    """Flags that a module keeps in a plain attribute, as where a mask is set before the forward."""
+    for name, value in vars(call.module).items():
+        if _is_dense(value) and not names_other_mask(name):
+            source = MaskSource(call.name, name, "unknown", call.method)
+            yield from (_shown(rows, source, "attribute") for rows in _flags(value) if _may_be_padding(rows))
+
+
+def _may_be_padding(rows: Tensor) -> bool:
+    """Whether flags ``(B, T)`` change once in each sample, and not in all alike."""
+    return bool(is_at_ends(rows) | is_at_ends(~rows)) and not is_triangle(rows)
 
 
 def _values(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, str]]:
@@ -150,6 +143,13 @@ def _flags(value: Tensor) -> Iterator[Tensor]:
         yield from (torch.amin(rows, looking), torch.amin(~rows, looking))
     else:
         yield from (rows, rows.T)
+
+
+def _positions(is_marked: Tensor) -> tuple[Tensor, ...]:
+    """At which positions ``(B, T)`` a series (B, T, C), (T, B, C), (B, C, T) or (B, T) is marked in all channels."""
+    if is_marked.dim() == 2:
+        return (is_marked,)
+    return is_marked.all(2), is_marked.all(2).T, is_marked.all(1)
 
 
 def _are_counts(name: str, value: Tensor) -> bool:

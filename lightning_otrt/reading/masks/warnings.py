@@ -49,6 +49,17 @@ _WARNINGS = {
         "for the layers {layers}: their padding is read. Give the network a mask (B, T), such as `ids != padding_idx`, "
         "as an argument and name it with LayerPair(mask=...); mask=None says that padding is to be read."
     ),
+    "pad_token": (
+        "The argument {mask!r} of {module!r} in the {side} holds the pad_token_id of its configuration at {place} of "
+        "some samples, and no mask was found for the layers {layers}: their padding is read. Give the network a mask "
+        "(B, T), such as `ids != pad_token_id`, as an argument and name it with LayerPair(mask=...); mask=None says "
+        "that padding is to be read."
+    ),
+    "labels": (
+        "The argument {mask!r} of the {side} has no labels at an end of some samples, where the ids are all the same, "
+        "as padding is, and no mask was found for the layers {layers}: their padding is read. Give the network a mask "
+        "(B, T) as an argument and name it with LayerPair(mask=...); mask=None says that padding is to be read."
+    ),
     "inside": (
         "The argument {mask!r} of the {side} may be the padding mask of its layers {layers}, whose padding is read: "
         "masks are not looked for in lists and tuples. Give the network the mask as an argument of its own and name it "
@@ -58,6 +69,11 @@ _WARNINGS = {
         "The argument {mask!r} of {module!r} may be the padding mask of the {side} layers {layers}, but its name does "
         "not tell: their padding is read. Give the whole network a mask (B, T) as an argument and name it with "
         "LayerPair(mask=...), or pass mask=None."
+    ),
+    "attribute": (
+        "The attribute {mask!r} of {module!r} in the {side} may be the padding mask of the layers {layers}, whose "
+        "padding is read: masks are taken from arguments alone. Give the whole network a mask (B, T) as an argument "
+        "and name it with LayerPair(mask=...), or pass mask=None."
     ),
     "nan": (
         "The argument {mask!r} of the {side} is NaN at {place} of some samples, and no mask was found for the layers "

@@ -16,7 +16,7 @@ from lightning_otrt.reading.probes.profiles import Inputs, is_close, mapped, pro
 from lightning_otrt.reading.traced.arguments import bound_arguments
 from lightning_otrt.reading.traced.calls import is_ids, is_tensor
 
-__all__ = ["settle_masks"]
+__all__ = ["dependent", "settle_masks"]
 
 
 def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: Inputs, method: str = "") -> Trace:
@@ -51,7 +51,7 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
     if not others or len(owners[0]) < 2:
         return traced
     try:
-        depend = [_dependent(model, traced, given, owner, method) for owner in owners]
+        depend = [dependent(model, traced, given, [owner], method) for owner in owners]
     except Exception:  # the network cannot run again on these inputs: nothing is shown
         return traced
     if not any(depend):
@@ -69,9 +69,18 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
     )
 
 
-def _dependent(model: nn.Module, traced: Trace, inputs: Inputs, changed: Tensor, method: str) -> set[str]:
-    """Names of the layers that change with one input."""
-    rolled = mapped(inputs, lambda tensor: tensor.roll(1, 0) if tensor is changed else tensor.clone())
+def dependent(model: nn.Module, traced: Trace, inputs: Inputs, changed: Sequence[Tensor], method: str) -> set[str]:
+    """Names of the layers that change where some of the inputs are rolled over the samples.
+
+    Args:
+        model: The whole model.
+        traced: The trace of one forward.
+        inputs: Arguments of the root.
+        changed: Those of their tensors that are rolled.
+        method: Method of the root that is called in place of its forward.
+    """
+    ids = {id(tensor) for tensor in changed}
+    rolled = mapped(inputs, lambda tensor: tensor.roll(1, 0) if id(tensor) in ids else tensor.clone())
     runs = InputGuard(clones=True).copied(inputs), rolled
     first, second = (profiles(model, traced, each, method) for each in runs)
     return {name for name in first.keys() & second.keys() if not is_close(first[name][0], second[name][0])}
