@@ -91,6 +91,7 @@ class LayerMasks:
         sources: Where its mask may come from, the nearest first.
         used: The one that the traced forward had, None where there was none.
         misfit: A mask of another length, where none has the length of the layer.
+        absent: The one that the user named, where the network did not get it.
         unread: An argument of the network that may be its mask, where none is found. Its name does not tell what true
             means.
         on_grid: A mask that leaves out tokens of a layer whose tokens are read as a map, which has no padding.
@@ -103,6 +104,7 @@ class LayerMasks:
     sources: tuple[MaskSource, ...] = ()
     used: TracedMask | None = None
     misfit: TracedMask | None = None
+    absent: TracedMask | None = None
     unread: TracedMask | None = None
     on_grid: TracedMask | None = None
     drops_prefix: bool = False

@@ -65,3 +65,20 @@ def test_without_it_padding_is_read_and_told() -> None:
     with pytest.warns(UserWarning, match=r"LayerPair\(mask="):
         _term(0.0)
     assert _term(0.0, mask=None) != pytest.approx(_term(5.0, mask=None), rel=1e-4)
+
+
+def test_a_named_mask_that_the_network_does_not_get_is_told() -> None:
+    student, teacher = (nn.TransformerEncoderLayer(6, 1, width, 0.0, batch_first=True) for width in (8, 12))
+    pair = LayerPair("linear1", "linear1", mask="~src_key_padding_mask")
+    transfer = RepresentationTransfer(teacher, [pair], plan="uniform", memory=0.0)
+    x = torch.randn(4, 7, 6)
+    with transfer.attached(student):
+        with pytest.warns(UserWarning, match="names the mask of .* got None for it in the first batch") as found:
+            student(x)
+        transfer.loss()
+        assert [str(one.message).split(" layers")[0].split()[-1] for one in found] == ["student", "teacher"]
+        # Later batches may have one.
+        student(x.masked_fill(~VALID[..., None], 7.0), src_key_padding_mask=~VALID)
+        first = transfer.loss().item()
+        student(x.masked_fill(~VALID[..., None], -7.0), src_key_padding_mask=~VALID)
+        assert transfer.loss().item() == pytest.approx(first, rel=1e-4)

@@ -83,7 +83,7 @@ def test_the_padding_of_an_encoder_is_none_of_its_decoder(kind: str, start: int)
 
 def test_a_pad_token_without_any_mask() -> None:
     messages = _told(_t5(8), _t5(12), ["encoder.block.1.layer.1"], input_ids=BEHIND, decoder_input_ids=OTHERS)
-    assert all("holds the pad_token_id of its configuration at an end of some samples" in text for text in messages)
+    assert all("holds the pad_token_id of its configuration at the end of some samples" in text for text in messages)
     assert len(messages) == 2
     # A configuration says nothing of the types of tokens, which are 0, too.
     tf = pytest.importorskip("transformers")

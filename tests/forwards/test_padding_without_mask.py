@@ -259,11 +259,11 @@ SCATTERED = seeded(4, torch.rand, SAMPLES, LONGEST) > 0.5
         (
             KeptInside,
             (ZEROS_BEHIND,),
-            "The argument 'x' of the {} is 0 at one end of some samples, as padded series are",
+            "The argument 'x' of the {} is 0 at the end of some samples, as padded series are",
         ),
-        (KeptTimeFirst, (ZEROS_BEHIND.movedim(1, 0),), "The argument 'x' of the {} is 0 at one end of some samples"),
-        (KeptChannelsFirst, (ZEROS_BEHIND.mT,), "The argument 'x' of the {} is 0 at one end of some samples"),
-        (KeptSingle, (ZEROS_BEHIND[..., 0],), "The argument 'x' of the {} is 0 at one end of some samples"),
+        (KeptTimeFirst, (ZEROS_BEHIND.movedim(1, 0),), "The argument 'x' of the {} is 0 at the end of some samples"),
+        (KeptChannelsFirst, (ZEROS_BEHIND.mT,), "The argument 'x' of the {} is 0 at the end of some samples"),
+        (KeptSingle, (ZEROS_BEHIND[..., 0],), "The argument 'x' of the {} is 0 at the end of some samples"),
         (
             Counted,
             (SERIES, FIRST.sum(1)),

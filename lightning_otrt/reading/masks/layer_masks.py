@@ -61,6 +61,8 @@ def layer_masks(
             f"The mask {found[0].source.argument!r} has the shape {found[0].shape}, but the {side} layer {name!r} has "
             f"{tokens} positions of {samples} samples. Name its own mask, or pass mask=None for this side."
         )
+    if mask != "auto" and masks.used is None:
+        return replace(masks, absent=found[0])
     if mask == "auto" and not (layer.has_own_mask and not name.endswith(INPUT)):
         return with_unread(masks, trace, layer, samples, tokens, time_first=tensor.batch_axis == 1)
     return masks

@@ -95,6 +95,10 @@ _WARNINGS = {
         "layers {layers}, so that the mask does not show their padding, which is read. LayerPair(mask=...) names an "
         "argument of shape (B, T); mask=None says that there is no padding."
     ),
+    "absent": (
+        "LayerPair(mask={mask!r}) names the mask of the {side} layers {layers}, but {module} got None for it in the "
+        "first batch. Padding is read until a batch has a mask. Pass it in `forward`, or name another argument."
+    ),
     "unknown": (
         "The argument {mask!r} of the {side} may be the padding mask of its layers {layers}, but its name does not "
         'tell whether it marks valid tokens or padding. It is not used: pass LayerPair(mask="{mask}") if it is true at '
@@ -143,6 +147,8 @@ def _problems(masks: LayerMasks) -> Iterator[tuple[str, TracedMask]]:
     """What is wrong with the masks of one layer: keys of :data:`_WARNINGS`, with the mask."""
     if masks.misfit is not None:
         yield "misfit", masks.misfit
+    if masks.absent is not None:
+        yield "absent", masks.absent
     if masks.flat is not None:
         yield "flat", masks.flat
     if masks.on_map is not None:
