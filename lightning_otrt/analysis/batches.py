@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Inputs", "batch_inputs", "to_device"]
+__all__ = ["Inputs", "batch_inputs", "check_accepted", "to_device"]
 
 #: Positional and keyword arguments of a network.
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -68,3 +69,30 @@ def batch_inputs(batch: Any, inputs: Callable[[Any], Any] | None = None) -> Inpu
         f"arguments, but got {type(batch).__name__}. Pass `inputs=`, a function from a batch to a tensor, a tuple or a "
         "dictionary."
     )
+
+
+def check_accepted(model: nn.Module, inputs: Inputs) -> None:
+    """Check that the forward of a network takes these arguments.
+
+    Raises:
+        TypeError: If it does not, as where a batch is a mapping that holds labels, too.
+
+    Example:
+        >>> check_accepted(nn.Linear(2, 2), ((), {"image": torch.zeros(1, 2)}))
+        Traceback (most recent call last):
+            ...
+        TypeError: Linear.forward(input) does not take ['image'] of the batch: ...
+    """
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # no Python function, such as that of a TorchScript module
+        return
+    args, kwargs = inputs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(signature.parameters)
+        raise TypeError(
+            f"{type(model).__name__}.forward({names}) does not take {list(kwargs) or len(args)} of the batch: {error}. "
+            "Pass `inputs=`, a function from a batch to a tensor, a tuple or a dictionary."
+        ) from None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_otrt.analysis.batches import Inputs, batch_inputs, to_device
+from lightning_otrt.analysis.batches import Inputs, batch_inputs, check_accepted, to_device
 from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.checks import check_count, check_module
@@ -121,6 +121,7 @@ def compare_representations(
         for batch in _batches(dataloader, max_batches, progress):
             own = to_device(batch_inputs(batch, inputs), device)
             if table is None:
+                check_accepted(student, own)
                 runners[1].past_states = PastStates(student, "forward", own[0], own[1], runners[1].source)
             given = own, runners[1].inputs_for(*own)
             if table is None:

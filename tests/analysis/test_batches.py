@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_otrt.analysis.batches import batch_inputs, to_device
+from lightning_otrt import compare_representations
+from lightning_otrt.analysis.batches import batch_inputs, check_accepted, to_device
 
 META = torch.device("meta")
 Pair = namedtuple("Pair", ["x", "y"])
@@ -68,3 +69,15 @@ def test_inputs() -> None:
 def test_batches_without_inputs(batch: Any) -> None:
     with pytest.raises(TypeError, match="Pass `inputs=`"):
         batch_inputs(batch)
+
+
+def test_batches_that_hold_more_than_inputs() -> None:
+    """A mapping with labels: the error says what the network takes."""
+    net, images = nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8)
+    batches = [{"image": images, "label": torch.zeros(2)}]
+    with pytest.raises(TypeError, match=r"Conv2d.forward\(input\) does not take .*'image'.* Pass `inputs=`"):
+        compare_representations(net, nn.Conv2d(3, 5, 3), batches, layers=[""], progress=False)
+    with pytest.raises(TypeError, match="Pass `inputs=`"):
+        check_accepted(net, ((images, images), {}))
+    check_accepted(net, ((images,), {}))
+    check_accepted(torch.jit.trace(net, images), ((), {"image": images}))
