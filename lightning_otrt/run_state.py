@@ -30,7 +30,7 @@ __all__ = ["RunState"]
 #: After so many calls it is an error if one pair never ran, and if no pair ever ran. Layers that training skips at
 #: random have run by then.
 PATIENCE, PATIENCE_FOR_ALL = 32, 8
-#: In place of PATIENCE, at the end of a loop or an epoch.
+#: In place of PATIENCE, at the end of a loop or an epoch, where no layer ran in some calls alone.
 FEW_CALLS = 2
 
 _KEYS = ("layers", "pairs", "engine", "leading_weights", "distillation")
@@ -74,6 +74,8 @@ class RunState:
         self.absent: dict[int, str] = {}
         #: The number of calls in a row in which they did not.
         self._missed: dict[int, int] = {}
+        #: Whether some layer ran in one call and not in the next one: training skips layers at random.
+        self._skips_some = False
         self._paired_for = ""
         self._pairing: Pairing | None = None
         self._saved: dict[str, Any] | None = None
@@ -168,7 +170,7 @@ class RunState:
         if self.engine is None or not never:
             return ""
         if len(never) < len(self.pairs):
-            patience = FEW_CALLS if student is None else PATIENCE
+            patience = PATIENCE if student is not None or self._skips_some else FEW_CALLS
         else:
             # Compiled code may lack the hooks, and then will in each call.
             patience = 1 if student is None or is_compiled(student) else PATIENCE_FOR_ALL
@@ -180,6 +182,8 @@ class RunState:
     def note_absent(self, absent: dict[int, str]) -> None:
         """Note the layers that did not run in a call, by the number of their pair."""
         self.absent = absent
+        if self.engine is not None and self.engine.calls:
+            self._skips_some |= absent.keys() != self._missed.keys()
         self._missed = {index: self._missed.get(index, 0) + 1 for index in absent}
 
     def why_missing(self) -> str:

@@ -225,6 +225,32 @@ def test_a_layer_that_never_runs_is_an_error_at_the_end_of_the_block(layers: tup
     assert not transfer.is_attached
 
 
+class Planned(Skipping):
+    """Blocks that run in the steps that a plan tells."""
+
+    plan = iter(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        runs = next(self.plan) if self.training and torch.is_grad_enabled() else (True,) * 3
+        for block, is_on in zip(self.blocks, runs, strict=True):
+            x = x + block(x) if is_on else x
+        return self.head(x)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_short_block_in_which_layers_are_skipped_at_random(skips: bool) -> None:
+    """The last block never runs: by chance, where the second one ran in some steps alone."""
+    student, transfer = Planned(), RepresentationTransfer(Planned(7), blocks())
+    steps = [(True, not skips or index % 2 == 0, False) for index in range(4)]
+    student.plan = iter(steps)
+    if skips:
+        run(transfer, student, len(steps))
+    else:
+        with pytest.raises(RuntimeError, match=NEVER.replace("second", "blocks.2")):
+            run(transfer, student, len(steps))
+
+
 def test_not_strict_goes_on_with_the_others() -> None:
     student = Never()
     transfer = RepresentationTransfer(Never(7), {"first": "first", "second": "second"}, strict=False, weight=1.0)

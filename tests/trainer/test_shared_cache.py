@@ -203,7 +203,7 @@ def test_killed_once(tmp_path: Path) -> None:
 
 def fill_with_many(folder: str) -> tuple[int, int, int]:
     """Memory of this process after 20 000 samples, after 100 000, and after an epoch of reading them; in MiB."""
-    from teacher.test_folder_store import own_memory
+    from teacher.cache.test_folder_store import own_memory
 
     set_threads()
     teacher, student = net(64, seed=2).float(), net(4, seed=1).float()

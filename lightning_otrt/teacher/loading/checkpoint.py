@@ -24,6 +24,8 @@ _HARMLESS = {
     "num_batches_tracked", "position_ids", "relative_position_index", "attn_mask", "inv_freq", "total_ops",
     "total_params",
 }  # fmt: skip
+#: An entry of all checkpoints of Lightning. Weights alone, as of `torch.save(module.state_dict(), path)`, lack it.
+_VERSION = "pytorch-lightning_version"
 
 
 def imported(path: str) -> Any:
@@ -58,8 +60,12 @@ def from_checkpoint(path: str, model_class: Any, kwargs: Mapping[str, Any]) -> n
         raise FileNotFoundError(f"There is no checkpoint file {os.path.abspath(path)!r} to load the teacher from.")
     try:
         if hasattr(model_class, "load_from_checkpoint"):
-            module: nn.Module = model_class.load_from_checkpoint(path, **{"map_location": "cpu", **kwargs})
-            return module
+            try:
+                module: nn.Module = model_class.load_from_checkpoint(path, **{"map_location": "cpu", **kwargs})
+                return module
+            except KeyError as error:
+                if _VERSION not in error.args:
+                    raise
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, KeyError, SafetensorError) as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition(". ")[0] or repr(error)

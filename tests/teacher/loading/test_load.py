@@ -167,6 +167,14 @@ class TestCheckpoint:
         assert digest(load_teacher(form(path), model_class=Net, width=5)) == digest(saved)
         assert digest(load_teacher((form(path), lambda: Net(5)))) == digest(saved)
 
+    @pytest.mark.parametrize("wrapped", [True, False])
+    def test_weights_alone_of_a_lightning_module(self, wrapped: bool, tmp_path: Path) -> None:
+        path, saved = tmp_path / "teacher.pt", Lit(width=6)
+        torch.save({"state_dict": saved.state_dict()} if wrapped else saved.state_dict(), path)
+        assert digest(load_teacher(path, model_class=Lit, width=6)) == digest(saved)
+        with pytest.raises(ValueError, match="do not fit Lit"):
+            load_teacher(path, model_class=Lit, width=7)
+
     def test_class_by_its_import_path(self, tmp_path: Path) -> None:
         path = tmp_path / "teacher.pt"
         torch.save(Net().state_dict(), path)
