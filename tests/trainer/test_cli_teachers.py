@@ -101,3 +101,25 @@ def test_a_folder_of_hugging_face(tmp_path: Path, model_class: str | None) -> No
     assert type(loaded).__name__ == ("ResNetModel" if model_class is None else "ResNetForImageClassification")
     weight = f"{prefix}embedder.embedder.convolution.weight"
     torch.testing.assert_close(loaded.state_dict()[weight], saved.resnet.embedder.embedder.convolution.weight)
+
+
+@pytest.mark.parametrize(
+    ("class_path", "arguments", "words"),
+    [
+        ("lightning_otrt.load_teacher", {"source": "timm:resnet_18x", "weights": None}, "No timm model is called"),
+        ("lightning_otrt.load_teacher", {"source": "none.ckpt", "model_class": "helpers.Net"}, "no checkpoint file"),
+        ("lightning_otrt.load_teacher", {"source": "resnet18", "wieght": None}, "wieght"),
+        ("helpers.Ned", {}, "cannot be imported"),
+        ("helpers.Net", {"widht": 3}, "widht"),
+        ("timm.create_model", {"model_name": "resnet_18x"}, "resnet_18x"),
+    ],
+)
+def test_the_error_of_a_class_path(
+    tmp_path: Path, class_path: str, arguments: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = {"class_path": class_path, "init_args": arguments}
+    with pytest.raises((SystemExit, ValueError, TypeError, ImportError, FileNotFoundError)) as raised:
+        run(tmp_path, {"teacher": teacher, "layers": LAYERS})
+    shown = f"{raised.value} {capsys.readouterr().err}"
+    assert words in shown
+    assert "No torchvision model and no file is called" not in shown

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.checks import shown
 from lightning_otrt.teacher.loading.checkpoint import ENDINGS, from_checkpoint, imported
+from lightning_otrt.teacher.loading.class_path import check_class_path
 from lightning_otrt.teacher.loading.named import from_folder, from_timm, from_torchvision
 
 __all__ = ["TeacherSource", "load_teacher", "wrong_form"]
@@ -73,6 +74,7 @@ def load_teacher(
             weights = second
     given_weights = None if weights == "DEFAULT" else weights
     if isinstance(source, str) and not _is_stored(source):
+        check_class_path(source)
         _reject(source, model_class=model_class)
         if source.startswith(_TIMM):
             _reject(source, weights=given_weights)
