@@ -46,7 +46,7 @@ ROOMS = {
         "probes",
         "tracer",
         "hooks",
-        "root",
+        "student_root",
         "warnings",
         "chance",
         "closest",

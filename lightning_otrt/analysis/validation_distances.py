@@ -15,7 +15,7 @@ from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.hooks.view_hooks import ViewAroundMethod
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.neurons.positions import match_positions
-from lightning_otrt.reading.root.root import split_root
+from lightning_otrt.reading.student_root.rules import split_root
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.transfer import RepresentationTransfer
 

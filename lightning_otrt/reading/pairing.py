@@ -26,8 +26,8 @@ from lightning_otrt.reading.probes.mask_length import settle_lengths
 from lightning_otrt.reading.probes.mask_owner import settle_masks
 from lightning_otrt.reading.probes.row_choice import settle_rows
 from lightning_otrt.reading.probes.token_order import settle_token_order
-from lightning_otrt.reading.root.reach import describe_reach
-from lightning_otrt.reading.root.root import (
+from lightning_otrt.reading.student_root.reach import describe_reach
+from lightning_otrt.reading.student_root.rules import (
     can_be_root,
     describe_teacher_root,
     same_part,

@@ -24,9 +24,9 @@ from lightning_otrt.reading.hooks.views import (
     trained_views,
 )
 from lightning_otrt.reading.pairing import Pairing, check_layers
-from lightning_otrt.reading.root.gradient_reach import describe_unreached
-from lightning_otrt.reading.root.reach import describe_frozen
-from lightning_otrt.reading.root.search import RootSearch
+from lightning_otrt.reading.student_root.gradient_reach import describe_unreached
+from lightning_otrt.reading.student_root.reach import describe_frozen
+from lightning_otrt.reading.student_root.search import RootSearch
 from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.warnings.first_shapes import FirstShapes
 from lightning_otrt.reading.warnings.train_only import FirstInput

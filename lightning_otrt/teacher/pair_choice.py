@@ -12,7 +12,7 @@ from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.hooks.view_hooks import OpenView
 from lightning_otrt.reading.pairing import Inputs, Pairing, pair_layers
-from lightning_otrt.reading.root.root import find_teacher_root, same_method
+from lightning_otrt.reading.student_root.rules import find_teacher_root, same_method
 from lightning_otrt.reading.torch_internals import without_earlier_pre_hooks
 from lightning_otrt.reading.traced.arguments import positions_by_name
 from lightning_otrt.reading.warnings.samples import warn_of_other_axes

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_otrt.reading.root.gradient_reach import leaves_of
+from lightning_otrt.reading.student_root.gradient_reach import leaves_of
 from lightning_otrt.schedules import Schedule
 
 __all__ = ["EffectChecks"]

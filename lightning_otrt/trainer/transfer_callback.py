@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import OPTIONS, TransferOptions
-from lightning_otrt.reading.root.gradient_reach import have_shared_leaves
+from lightning_otrt.reading.student_root.gradient_reach import have_shared_leaves
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.effect_checks import EffectChecks

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.root.reach import leads_to
+from lightning_otrt.reading.student_root.reach import leads_to
 
 __all__ = ["checksum_before", "stem_checksum"]
 

@@ -9,7 +9,7 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.root.reach import layers_of_parameters
+from lightning_otrt.reading.student_root.reach import layers_of_parameters
 
 __all__ = ["describe_unreached", "have_shared_leaves", "leaves_of"]
 

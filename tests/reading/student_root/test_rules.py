@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import LAYERS, make_task, make_teacher
 
-from lightning_otrt.reading.root.root import can_be_root
+from lightning_otrt.reading.student_root.rules import can_be_root
 
 
 @pytest.mark.parametrize(

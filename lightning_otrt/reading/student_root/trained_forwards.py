@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.reading.hooks.own_hook import OwnHook
-from lightning_otrt.reading.root.gradient_reach import leaves_of
+from lightning_otrt.reading.student_root.gradient_reach import leaves_of
 from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
 
 __all__ = ["TrainedForwards"]

@@ -13,10 +13,16 @@ from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.reading.extra_forwards.eager import EagerCode
 from lightning_otrt.reading.hooks.recorder import Recorder
-from lightning_otrt.reading.root.caller import with_caller
-from lightning_otrt.reading.root.errors import check_initialised, logits_outside, why_before, why_no_view, why_outside
-from lightning_otrt.reading.root.root import can_be_root, split_root
-from lightning_otrt.reading.root.trained_forwards import TrainedForwards
+from lightning_otrt.reading.student_root.caller import with_caller
+from lightning_otrt.reading.student_root.errors import (
+    check_initialised,
+    logits_outside,
+    why_before,
+    why_no_view,
+    why_outside,
+)
+from lightning_otrt.reading.student_root.rules import can_be_root, split_root
+from lightning_otrt.reading.student_root.trained_forwards import TrainedForwards
 
 __all__ = ["RootSearch"]
 
