@@ -33,12 +33,12 @@ class _Read(RecorderHook):
         grid: str | None = None,
     ) -> None:
         self.recorder, self.side, self.key, self.reader, self.grid = recorder, side, key, reader, grid
-        self.mask = StepMask(side, reader, masks)
+        self.mask = StepMask(side, reader, masks) if masks else None
 
     def read(self, value: Any, own_mask: Tensor | None = None) -> None:
         """Add the reading of a layer's value to the current view; a mask of its own comes before the others."""
         recorder, view = self.recorder, self.open_view(self.side)
-        if recorder is None or view is None:
+        if view is None:
             return
         # Those of the teacher are read all the same: what is kept of a sample may serve another run.
         if self.side == "student" and not recorder.reads_pairs and self.key.isdigit():
@@ -52,10 +52,9 @@ class _Read(RecorderHook):
         with uncounted_saved_tensors():
             tensor = select_tensor(value, self.reader.select, where=self.reader.layer)
             if tensor.is_nested:
-                tensor, own_mask = pad_nested(tensor, self.mask.length(view))
-            mask = self.mask(view, tensor) if own_mask is None else own_mask
-            size = None if self.grid is None else view.grids.get(self.grid)
-            reading = self.reader(tensor, mask) if size is None else self.reader(tensor, mask, size)
+                tensor, own_mask = pad_nested(tensor, None if self.mask is None else self.mask.length(view))
+            mask = self.mask(view, tensor) if own_mask is None and self.mask is not None else own_mask
+            reading = self.reader(tensor, mask, None if self.grid is None else view.grids.get(self.grid))
         readings.setdefault(self.key, []).append(reading)
 
 
@@ -64,9 +63,10 @@ class ReadOutput(_Read):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Read the output."""
-        if self.leaves_copy(module):
-            return
-        self.read(sequence_output(module, output), packed_mask(output))
+        if isinstance(output, Tensor):
+            self.read(output)
+        else:
+            self.read(sequence_output(module, output), packed_mask(output))
 
 
 class ReadInput(_Read):
@@ -74,6 +74,4 @@ class ReadInput(_Read):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the input."""
-        if self.leaves_copy(module):
-            return
         self.read(entered_tensor(args, kwargs))

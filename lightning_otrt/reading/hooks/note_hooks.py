@@ -27,8 +27,6 @@ class NoteMask(RecorderHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the mask of this forward."""
-        if self.leaves_copy(module):
-            return
         view = self.open_view(self.side)
         if view is None:
             return
@@ -52,8 +50,6 @@ class NoteGrid(RecorderHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note the size of this forward."""
-        if self.leaves_copy(module):
-            return
         view = self.open_view(self.side)
         if view is None:
             return

@@ -22,18 +22,13 @@ __all__ = ["RecorderHook", "uncounted_saved_tensors"]
 class RecorderHook(OwnHook):
     """A hook that belongs to one recorder."""
 
-    recorder: Recorder | None = None
-
-    @property
-    def is_live(self) -> bool:
-        """Whether it has a recorder."""
-        return self.recorder is not None
+    recorder: Recorder
 
     def open_view(self, side: str) -> View | None:
         """The view that a call in a network of this side fills; None if it belongs to no recorded forward."""
         recorder = self.recorder
         # In the backward pass activation checkpointing runs layers and their hooks again.
-        if recorder is None or recorder.current is None or recorder.nested or is_in_backward():
+        if recorder.current is None or recorder.nested or is_in_backward():
             return None
         return recorder.current if side == "student" or recorder.runs_teacher else None
 

@@ -28,10 +28,7 @@ class OpenView(RecorderHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a view, unless one is open or the forward is no training forward."""
-        if self.leaves_copy(module):
-            return
         recorder = self.recorder
-        assert recorder is not None
         if recorder.enabled and recorder.current is not None:
             recorder.nested += recorder.current.root == self.name
             return
@@ -67,11 +64,9 @@ class CloseView(RecorderHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Close the view of this forward."""
-        if self.leaves_copy(module):
-            return
         recorder = self.recorder
         # Not enabled: a forward inside the recorded one, such as the one that traces the layers.
-        if recorder is None or not recorder.enabled or recorder.current is None or recorder.current.root != self.name:
+        if not recorder.enabled or recorder.current is None or recorder.current.root != self.name:
             return
         if recorder.nested:
             recorder.nested -= 1

@@ -37,7 +37,19 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
         ValueError: If the output has nothing at ``select``.
         TypeError: If it is not one floating-point tensor.
     """
-    if select is not None and not isinstance(output, Tensor):
+    if not isinstance(output, Tensor):
+        output = _tensor_of(output, select, where)
+    if not output.is_floating_point():
+        raise TypeError(
+            f"{where}: expected a floating-point output, but got {describe(output)}. Indices, masks and complex values "
+            "are no activations; choose another layer."
+        )
+    return output
+
+
+def _tensor_of(output: Any, select: str | int | None, where: str) -> Tensor:
+    """The tensor in an output that is none."""
+    if select is not None:
         try:
             output = as_container(output)[select]
         except (KeyError, IndexError, TypeError) as error:
@@ -51,11 +63,6 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
         output = tensors[0]
     if not isinstance(output, Tensor):
         raise TypeError(f"{where}: expected its output to be a tensor, but got {type(output).__name__}.")
-    if not output.is_floating_point():
-        raise TypeError(
-            f"{where}: expected a floating-point output, but got {describe(output)}. Indices, masks and complex values "
-            "are no activations; choose another layer."
-        )
     return output
 
 

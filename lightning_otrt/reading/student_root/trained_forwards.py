@@ -65,17 +65,9 @@ class TrainedForwards:
 class _Note(OwnHook):
     """Forward pre-hook that notes its module."""
 
-    forwards: TrainedForwards | None = None
-
     def __init__(self, forwards: TrainedForwards, name: str) -> None:
         self.forwards, self.name = forwards, name
 
-    @property
-    def is_live(self) -> bool:
-        """Whether it has somewhere to note it."""
-        return self.forwards is not None
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Note the module."""
-        if not self.leaves_copy(module) and self.forwards is not None:
-            self.forwards.note(self.name)
+        self.forwards.note(self.name)

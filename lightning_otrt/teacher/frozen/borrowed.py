@@ -54,7 +54,7 @@ class BorrowedModule:
             module.training = False
         self._changed_modes = self._changed_modes or bool(training)
         if self._changed_modes and self._watch is None:
-            self._watch = add_forward_pre_hook(self.module, TrainedElsewhere(self.module))
+            self._watch = add_forward_pre_hook(self.module, TrainedElsewhere())
 
     def move_to(self, device: torch.device | str) -> None:
         """Move the module to a device, unless it is there."""

@@ -14,26 +14,14 @@ __all__ = ["TrainedElsewhere"]
 
 
 class TrainedElsewhere(OwnHook):
-    """Forward pre-hook of a teacher: warns once of a forward with gradient, which cannot be one of the transfer.
+    """Forward pre-hook of a teacher: warns once of a forward with gradient, which cannot be one of the transfer."""
 
-    Args:
-        module: The teacher.
-    """
-
-    module: nn.Module | None = None
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self) -> None:
         self._has_warned = False
-
-    @property
-    def is_live(self) -> bool:
-        """Whether it has its module."""
-        return self.module is not None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Look at a forward."""
-        if self.leaves_copy(module) or torch.compiler.is_compiling() or self._has_warned:
+        if torch.compiler.is_compiling() or self._has_warned:
             return
         is_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
         if is_trained and not module.training:
