@@ -28,6 +28,7 @@ from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.frozen.past_states import PastStates
+from lightning_otrt.teacher.frozen.teacher_call import TeacherCall
 from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
 from lightning_otrt.transport.tensor_checks import check_finite
 
@@ -122,7 +123,8 @@ def compare_representations(
             own = to_device(batch_inputs(batch, inputs), device)
             if table is None:
                 check_accepted(student, own)
-                runners[1].past_states = PastStates(student, "forward", own[0], own[1], runners[1].source)
+                states = PastStates(student, "forward", own[0], own[1], runners[1].source)
+                runners[1].call = TeacherCall(past_states=states)
             given = own, runners[1].inputs_for(*own)
             if table is None:
                 # This checks the options of the metric before any forward runs.

@@ -13,7 +13,6 @@ from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.hooks.view_hooks import ViewAroundMethod
-from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.neurons.positions import match_positions
 from lightning_otrt.reading.student_root.rules import split_root
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
@@ -102,7 +101,7 @@ class ValidationDistances:
         try:
             with torch.no_grad():
                 teacher_args, teacher_kwargs = teacher.inputs_for(args, kwargs)
-                self._recorder.current = View("")
+                self._recorder.open()
                 # The mask hooks ran before the view was open.
                 self._recorder.note_masks(module, args, kwargs)
                 teacher.run_recorded(self._recorder, teacher_args, teacher_kwargs)
@@ -111,7 +110,7 @@ class ValidationDistances:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        view, self._recorder.current = self._recorder.current, None
+        view = self._recorder.close()
         if view is None or output is None:  # None: the forward raised an error
             return
         try:
@@ -131,4 +130,5 @@ class ValidationDistances:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self.error, self._recorder.current = error, None
+        self.error = error
+        self._recorder.close()

@@ -28,8 +28,7 @@ from lightning_otrt.reading.student_root.gradient_reach import describe_unreache
 from lightning_otrt.reading.student_root.reach import describe_frozen
 from lightning_otrt.reading.student_root.search import RootSearch
 from lightning_otrt.reading.torch_internals import is_compiled
-from lightning_otrt.reading.warnings.first_shapes import FirstShapes
-from lightning_otrt.reading.warnings.train_only import FirstInput
+from lightning_otrt.reading.warnings.first_step import FirstStep
 from lightning_otrt.teacher.cache.sample_cache import SampleCache
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.logit_recording import FEATURES, LogitRecording, MatchedLogits
@@ -90,12 +89,13 @@ class Attachment:
         self._graph_checks = 0
         self._is_compiled = False
         self._is_reach_known = False
-        self._recorder = Recorder(self._on_forward)
+        self._recorder = Recorder(self._on_forward, None if logits is None else logits.read_student)
         #: The module of the student whose inputs the teacher gets too.
         self.root = RootSearch(layers, student_root, self._recorder, distills=logits is not None)
         self._teacher_run = TeacherRun(teacher, self._recorder, grid, cache, strict, agree, logits)
         self._guard = InputGuard()
-        self._first_input, self._first_shapes = FirstInput(), FirstShapes()
+        #: What is compared in the first step; None after it.
+        self._first_step: FirstStep | None = None
 
     @property
     def views(self) -> list[View]:
@@ -149,8 +149,7 @@ class Attachment:
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
         self.root.stop()
-        self._first_input.forget()
-        self._first_shapes.forget()
+        self._forget_first_step()
         self._recorder.remove()
         self._teacher_run.stop()
         if self._logits is not None:
@@ -166,17 +165,14 @@ class Attachment:
             on: Whether forwards are recorded.
             pairs: Whether the layers of the pairs are read, and not the logits alone.
         """
-        self._recorder.enabled, self._recorder.reads_pairs = on, pairs
-        if not on:
-            self._recorder.teacher_output = None
+        self._recorder.switch(on, pairs=pairs)
         self.root.hold_compiled_code(on)
 
     def take(self) -> list[View]:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""
-        if self._first_input.has_warned:  # of other inputs, which explain other shapes
-            self._first_shapes.forget()
-        self._first_input.forget()
-        self._first_shapes.take_warning()
+        if self._first_step is not None:
+            self._first_step.end()
+            self._first_step = None
         return trained_views(self._recorder.take())
 
     @property
@@ -298,6 +294,8 @@ class Attachment:
 
     def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""
+        self._forget_first_step()
+        self._first_step = first_step = FirstStep()
 
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
@@ -310,7 +308,7 @@ class Attachment:
                     (args, kwargs),
                     self.teacher,
                     self._guard,
-                    self._first_input,
+                    first_step.input,
                     method=self.root.method,
                     plan=self.plan,
                     grid=self.grid,
@@ -322,14 +320,16 @@ class Attachment:
 
         self.pairing = self._settle(choose)
         self._counts = self.pairing.neuron_counts()
-        self._recorder.read_output = None if self._logits is None else self._logits.read_student
         self._watch_student(student)
         self.root.found(self.pairing.student.root, tensors_in((args, kwargs)))
         self._teacher_run.watch(self.pairing)
-        if not self.pairing.student.draws_random:  # which has a warning of its own
-            self._first_input.compare_next()
         readers = self._readers.values()
-        self._first_shapes.compare_next(self.pairing.student, ((reader.name, reader.module) for reader in readers))
+        first_step.compare_next(self.pairing.student, ((reader.name, reader.module) for reader in readers))
+
+    def _forget_first_step(self) -> None:
+        if self._first_step is not None:
+            self._first_step.forget()
+        self._first_step = None
 
     def _watch_student(self, student: nn.Module) -> None:
         assert self.pairing is not None

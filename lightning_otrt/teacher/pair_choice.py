@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 from torch import nn
@@ -19,6 +20,7 @@ from lightning_otrt.reading.warnings.samples import warn_of_other_axes
 from lightning_otrt.reading.warnings.train_only import FirstInput
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.frozen.past_states import PastStates
+from lightning_otrt.teacher.frozen.teacher_call import TeacherCall
 
 __all__ = ["ChoosePairs", "trace_and_pair"]
 
@@ -49,7 +51,7 @@ def trace_and_pair(
         student: The student.
         root: Name of its module whose inputs the teacher gets too.
         inputs: Arguments of that module.
-        teacher: The teacher, on the student's device. It is told its root and method, and what it takes of the inputs.
+        teacher: The teacher, on the student's device. It is told how it is called.
         guard: Copies the inputs of the student's trace.
         first_input: Notes what the first layer gets in the trace.
         method: Method of the student's root that is called in place of its forward.
@@ -58,16 +60,17 @@ def trace_and_pair(
         compiled: Whether the student runs in compiled code after this forward.
     """
     module, source = teacher.module, named_layers(student)[root]
-    teacher.root = find_teacher_root(layers, student, root, module)
-    target = named_layers(module)[teacher.root]
-    teacher.method = "" if teacher.has_inputs else same_method(target, method)
-    teacher.past_states = PastStates(source, method or "forward", *inputs, None if compiled else target)
-    teacher.names = positions_by_name(source, method or "forward", target, teacher.method or "forward")
+    teacher_root = find_teacher_root(layers, student, root, module)
+    target = named_layers(module)[teacher_root]
+    teacher_method = "" if teacher.has_inputs else same_method(target, method)
+    names = positions_by_name(source, method or "forward", target, teacher_method or "forward")
+    states = PastStates(source, method or "forward", *inputs, None if compiled else target)
+    teacher.call = TeacherCall(teacher_root, teacher_method, names, states)
     # Each forward gets a copy of its own: both networks may change what they are given.
     own = guard.copied(inputs)
     # Clones, since the trace of the student may write to its inputs.
     given = teacher.inputs_for(*InputGuard(clones=True).copied(inputs))
-    teacher.past_states.zeros.may_wait = False
+    states.zeros.may_wait = False
     # What is recorded has gone through the pre-hooks of users once.
     with without_earlier_pre_hooks(source, OpenView), first_input.noted(student, root):
         pairing = pair_layers(
@@ -79,11 +82,12 @@ def trace_and_pair(
             given,
             known,
             method=method,
-            teacher_root=teacher.root,
-            teacher_method=teacher.method,
+            teacher_root=teacher_root,
+            teacher_method=teacher_method,
             plan=plan,
             grid=grid,
         )
+    teacher.call = replace(teacher.call, draws_random=pairing.teacher.draws_random)
     if not teacher.has_inputs:
         warn_of_other_axes(pairing.student, pairing.teacher)
     return pairing

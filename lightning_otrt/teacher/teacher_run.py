@@ -48,6 +48,8 @@ class TeacherRun:
         self._recorder, self._logits = recorder, logits
         self._cached = None if cache is None else CachedRun(teacher, recorder, cache, strict, agree, self._read_logits)
         self._pairing: Pairing | None = None
+        #: The module whose layers have hooks.
+        self._hooked: nn.Module | None = None
         #: What is recorded of the teacher's layers.
         self.readers: Readers = {}
         #: The modules that hold them, see :func:`~lightning_otrt.teacher.replaced.parents_of`.
@@ -66,7 +68,7 @@ class TeacherRun:
         if self._cached is not None:
             self._cached.close()
         self.teacher.release()
-        self._parameter = None
+        self._parameter = self._hooked = None
 
     def prepare(self, student: nn.Module) -> None:
         """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""
@@ -81,11 +83,11 @@ class TeacherRun:
     def watch(self, pairing: Pairing) -> None:
         """Put hooks on the teacher's layers of these pairs."""
         self._pairing = pairing
-        self.teacher.draws_random = pairing.teacher.draws_random
-        self.readers, logits = pairing.readers("teacher", self.teacher.module, self.grid), self._logits
-        self.parents = parents_of(self.teacher.module, self.readers)
+        self._hooked = module = self.teacher.module
+        self.readers, logits = pairing.readers("teacher", module, self.grid), self._logits
+        self.parents = parents_of(module, self.readers)
         if logits is not None:
-            logits.use_teacher(pairing, self.teacher.module)
+            logits.use_teacher(pairing, module)
         self._recorder.watch_teacher(self.readers, () if logits is None else logits.masks("teacher"))
 
     def __call__(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,7 +99,7 @@ class TeacherRun:
         self._make_ready(student)
         inputs = self.teacher.inputs_for(args, kwargs)
         output = self._run(student, inputs, functools.partial(self.teacher.run_recorded, self._recorder))
-        self._recorder.teacher_output = (output,)
+        self._recorder.keep_output(output)
         self._read_logits(output)
 
     def first(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,9 +125,8 @@ class TeacherRun:
         self._run(student, self.teacher.inputs_for(args, kwargs), run)
 
     def _make_ready(self, student: nn.Module) -> None:
-        hooked = self.teacher.module
         self.prepare(student)
-        if self.teacher.module is not hooked:  # a copy in another type has no hooks yet
+        if self.teacher.module is not self._hooked:  # a copy in another type has no hooks yet
             assert self._pairing is not None
             self.watch(self._pairing)
 

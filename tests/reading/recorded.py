@@ -61,7 +61,7 @@ def watched(net: nn.Module, started: Started | None = None, *, roots: Any = None
     recorder.watch_roots(roots or [("", net)])
     module = net.get_submodule(layer.removesuffix(":input"))
     recorder.watch_student({layer: RecordedLayer(layer, module, reader(layer))})
-    recorder.enabled = True
+    recorder.switch(True)
     return recorder
 
 

@@ -11,7 +11,6 @@ from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.hooks.readers import recorded_layer
 from lightning_otrt.reading.hooks.recorder import Recorder
-from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.masks.layer_masks import layer_masks
 from lightning_otrt.reading.masks.warnings import warn_of_unused_masks
 
@@ -44,11 +43,11 @@ class Observer:
         Raises:
             ValueError: If a layer does not run exactly once.
         """
-        self._recorder.current = view = View("")
+        view = self._recorder.open()
         try:
             run(*args, **kwargs)
         finally:
-            self._recorder.current = None
+            self._recorder.close()
         for name in self.names:
             calls = len(view.student.get(name, ()))
             if calls != 1:

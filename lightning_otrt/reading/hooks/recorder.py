@@ -69,6 +69,7 @@ class Recorder:
     Args:
         on_forward: Called when a candidate for the student's root starts a training forward, with its name and inputs.
             It may install readers, and it runs the teacher. Returns whether the forward is recorded.
+        read_output: Called with what the student's root returned and the view of that forward.
 
     Attributes:
         enabled: Whether the root's hooks open and close views.
@@ -78,20 +79,22 @@ class Recorder:
             traces its layers there.
         runs_teacher: Whether this recorder runs the teacher now. Another one may run the same module.
         reads_pairs: Whether the student's layers of pairs are read, whose keys are numbers.
-        read_output: Called with what the student's root returned and the view of that forward.
         teacher_output: What the teacher returned in the newest forward of the student's root, in a tuple; None where it
             did not run in that forward.
     """
 
-    def __init__(self, on_forward: Callable[[str, tuple[Any, ...], dict[str, Any]], bool]) -> None:
-        self.on_forward = on_forward
+    def __init__(
+        self,
+        on_forward: Callable[[str, tuple[Any, ...], dict[str, Any]], bool],
+        read_output: Callable[[Any, View], None] | None = None,
+    ) -> None:
+        self.on_forward, self.read_output = on_forward, read_output
         self.enabled = False
         self.views: list[View] = []
         self.current: View | None = None
         self.nested = 0
         self.runs_teacher = False
         self.reads_pairs = True
-        self.read_output: Callable[[Any, View], None] | None = None
         self.teacher_output: tuple[Any] | None = None
         self._root_handles: list[RemovableHandle | ViewAroundMethod] = []
         self._student_handles: list[RemovableHandle] = []
@@ -124,6 +127,17 @@ class Recorder:
         """The same for the teacher."""
         self._teacher_handles = self._install(self._teacher_handles, "teacher", readers, masks)
 
+    def switch(self, on: bool, *, pairs: bool = True) -> None:
+        """Record forwards or not.
+
+        Args:
+            on: Whether forwards are recorded.
+            pairs: Whether the student's layers of pairs are read.
+        """
+        self.enabled, self.reads_pairs = on, pairs
+        if not on:
+            self.teacher_output = None
+
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """Open no view inside the block."""
@@ -139,9 +153,46 @@ class Recorder:
             if known is module:
                 note(module, args, kwargs)
 
-    def teacher_running(self) -> _TeacherRunning:
-        """Record the teacher inside the block."""
-        return _TeacherRunning(self)
+    def open(self, root: str = "") -> View:
+        """Let the hooks fill a new view.
+
+        Args:
+            root: Name of the module whose forward it is.
+        """
+        self.current = view = View(root)
+        return view
+
+    def close(self) -> View | None:
+        """The view that the hooks filled, if one was open."""
+        view, self.current = self.current, None
+        return view
+
+    def run_teacher(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        method_of: nn.Module | None = None,
+    ) -> Any:
+        """Run the teacher. What its layers give and its masks go to the current view.
+
+        Args:
+            run: Runs it on ``args`` and ``kwargs``.
+            args: Positional inputs.
+            kwargs: Keyword inputs.
+            method_of: Where a method of a module runs, whose call no hook sees: that module.
+        """
+        self.runs_teacher = True
+        try:
+            if method_of is not None:
+                self.note_masks(method_of, args, dict(kwargs))
+            return run(args, kwargs)
+        finally:
+            self.runs_teacher = False
+
+    def keep_output(self, output: Any) -> None:
+        """Keep what the teacher returned until the next forward, or until the views are taken."""
+        self.teacher_output = (output,)
 
     def take(self) -> list[View]:
         """The finished views since the last call."""
@@ -155,7 +206,7 @@ class Recorder:
         self._remove(self._teacher_handles)
         self._student_masks, self._teacher_masks = [], []
         self.views, self.current, self.enabled = [], None, False
-        self.read_output = self.teacher_output = None
+        self.teacher_output = None
         self.nested, self.runs_teacher = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,16 +255,3 @@ class Recorder:
         for handle in handles:
             handle.remove()
         handles.clear()
-
-
-class _TeacherRunning:
-    """A block in which the teacher is recorded. A class, since torch 2.6 cannot compile a generator here."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def __enter__(self) -> None:
-        self.recorder.runs_teacher = True
-
-    def __exit__(self, *error: object) -> None:
-        self.recorder.runs_teacher = False

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lightning_otrt.reading.hooks.recorder_hook import RecorderHook, uncounted_saved_tensors
-from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.torch_internals import is_in_backward, is_in_functional_transform
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class OpenView(RecorderHook):
                 "        gradients = torch.func.grad(loss_of)(parameters, x)\n\n"
                 "A forward by torch.func.functional_call alone is recorded as usual."
             )
-        recorder.current = View(self.name)
+        recorder.open(self.name)
         recorded = False
         try:
             recorded = recorder.on_forward(self.name, args, kwargs)
@@ -53,7 +52,7 @@ class OpenView(RecorderHook):
             recorder.note_masks(module, args, kwargs)
         finally:
             if not recorded:
-                recorder.current = None
+                recorder.close()
 
 
 class CloseView(RecorderHook):
@@ -71,7 +70,8 @@ class CloseView(RecorderHook):
         if recorder.nested:
             recorder.nested -= 1
             return
-        view, recorder.current = recorder.current, None
+        view = recorder.close()
+        assert view is not None
         if output is None and sys.exc_info()[0] is not None:  # the forward raised
             return
         if recorder.read_output is not None:

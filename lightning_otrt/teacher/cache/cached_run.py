@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -74,8 +75,8 @@ class CachedRun:
         self._settings = {
             "reading": READING,
             "layers": kept,
-            "root": self.teacher.root,
-            "method": self.teacher.method,
+            "root": self.teacher.call.root,
+            "method": self.teacher.call.method,
             **({"more": more} if more else {}),
         }
         try:
@@ -126,13 +127,14 @@ class CachedRun:
     @contextmanager
     def _undone(self, given: list[Tensor]) -> Iterator[None]:
         """Undo what the check of the first batch changes. In it a random teacher draws other numbers than before."""
-        draws_random, self.teacher.draws_random = self.teacher.draws_random, False
+        call = self.teacher.call
+        self.teacher.call = replace(call, draws_random=False)
         try:
             with state_restored(self.teacher.module, given):
                 draw(given)
                 yield
         finally:
-            self.teacher.draws_random = draws_random
+            self.teacher.call = call
 
     def _run(self, inputs: Inputs, size: int) -> dict[str, Tensor]:
         """Run the teacher, and take what its hooks read out of the view."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -20,8 +20,8 @@ from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
 from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.frozen.identity import checksum_before, stem_checksum
 from lightning_otrt.teacher.frozen.map_inputs import map_inputs
-from lightning_otrt.teacher.frozen.past_states import PastStates
 from lightning_otrt.teacher.frozen.separate import check_separate
+from lightning_otrt.teacher.frozen.teacher_call import TeacherCall
 from lightning_otrt.teacher.loading.load import wrong_form
 
 __all__ = ["Teacher"]
@@ -95,16 +95,8 @@ class Teacher:
         self._borrowed: BorrowedModule | None = None
         self._copy: FollowingCopy | None = None
         self._own_dtype = _dtype_of(module)
-        #: Name of the submodule that :meth:`run` runs, ``""`` for the whole.
-        self.root = ""
-        #: Name of its method that is called in place of its forward, ``""`` for the forward.
-        self.method = ""
-        #: Finds states of an earlier forward among the student's inputs.
-        self.past_states = PastStates()
-        #: Whether its forward draws random numbers in evaluation mode.
-        self.draws_random = False
-        #: By which names it takes the positional arguments of the student, see :func:`positions_by_name`.
-        self.names: tuple[str | None, ...] = ()
+        #: How it is called on the inputs of the student; another one when the pairs are chosen.
+        self.call = TeacherCall()
 
     @property
     def module(self) -> nn.Module:
@@ -180,9 +172,9 @@ class Teacher:
                 given = _as_arguments(self._inputs(*args, **kwargs))
             else:
                 if not torch.compiler.is_compiling():
-                    args, kwargs = given = self.past_states.without(args, kwargs)
-                if self.names:
-                    given = renamed(args, kwargs, self.names)
+                    args, kwargs = given = self.call.past_states.without(args, kwargs)
+                if self.call.names:
+                    given = renamed(args, kwargs, self.call.names)
             dtype = self._dtype or self._own_dtype
             if dtype is not None:
                 given = map_inputs(given, functools.partial(_cast, dtype=dtype))
@@ -194,23 +186,19 @@ class Teacher:
         if not torch.compiler.is_compiling():
             borrowed.set_evaluation_mode()
         # Not inference mode: the backward of the transfer term could not save tensors made there.
-        module = self._target(borrowed.module)
-        with torch.no_grad(), self._random_numbers_kept(borrowed.module):
-            return (getattr(module, self.method) if self.method else module)(*args, **kwargs)
+        module, method = self._root_of(borrowed.module), self.call.method
+        # Training draws what it would draw without the teacher.
+        kept = random_numbers_restored(borrowed.module.parameters()) if self.call.draws_random else nullcontext()
+        with torch.no_grad(), kept:
+            return (getattr(module, method) if method else module)(*args, **kwargs)
 
     def run_recorded(self, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The same, with what its layers give and its masks in the current view of the recorder."""
-        with recorder.teacher_running():
-            if self.method:  # whose call no hook sees
-                recorder.note_masks(self._target(self._borrow().module), args, dict(kwargs))
-            return self.run(args, kwargs)
+        method_of = self._root_of(self._borrow().module) if self.call.method else None
+        return recorder.run_teacher(self.run, args, kwargs, method_of)
 
-    def _target(self, module: nn.Module) -> nn.Module:
-        return module.get_submodule(self.root) if self.root else module
-
-    def _random_numbers_kept(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Leave the generators as they are, so that training draws what it would draw without the teacher."""
-        return random_numbers_restored(module.parameters()) if self.draws_random else nullcontext()
+    def _root_of(self, module: nn.Module) -> nn.Module:
+        return module.get_submodule(self.call.root) if self.call.root else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the inputs of the student's root.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import MaskSource
 from lightning_otrt.reading.hooks.recorder import RecordedLayer, Recorder
-from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.neurons.reader import NeuronReader
 
 
@@ -103,10 +102,10 @@ def test_recomputation_in_the_backward_pass_is_not_read_again(net, x) -> None:
     with recorder.switched_off():
         expected = net.first(x)
     [view] = recorder.take()
-    recorder.current = View("")
+    recorder.open()
     y.sum().backward(retain_graph=True)
     assert recorder.current.student == {}
-    recorder.current = None
+    recorder.close()
     torch.testing.assert_close(view.student["first"], [expected], rtol=0, atol=0)
     view.student["first"][0].sum().backward()
     assert net.first.weight.grad is not None
@@ -146,7 +145,7 @@ def test_each_side_is_read_with_its_own_mask() -> None:
     student, teacher = Tokens(), Tokens()
     recorder = Recorder(Started())
     recorder.watch_roots([("", student)])
-    recorder.enabled = True
+    recorder.switch(True)
     source = MaskSource("", "attention_mask", "valid")
     own = RecordedLayer("first", student.first, Masked("s", neuron_axis=2), ((source, student),))
     recorder.watch_student({"s": own})
@@ -156,8 +155,7 @@ def test_each_side_is_read_with_its_own_mask() -> None:
     mask = torch.tensor([[1, 0]] * 5)
 
     def run(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        with recorder.teacher_running():
-            teacher(args[0], attention_mask=mask)
+        recorder.run_teacher(lambda args, kwargs: teacher(*args, **kwargs), args[:1], {"attention_mask": mask})
         teacher(args[0], attention_mask=mask[:, :1])  # a forward that is none of this recorder
         return True
 
@@ -192,7 +190,7 @@ def test_readings_are_left_out_of_the_count_of_activation_checkpointing(x) -> No
     recorder = Recorder(Started())
     recorder.watch_roots([("", net)])
     recorder.watch_student({"first": RecordedLayer("first", net.first, Squared("first", neuron_axis=1))})
-    recorder.enabled = True
+    recorder.switch(True)
     net.checkpointed = True
     y = net(x)
     [view] = recorder.take()

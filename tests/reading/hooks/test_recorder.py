@@ -9,7 +9,6 @@ import torch
 from reading.recorded import KINDS, Net, Outer, Started, handles, reader, watched
 
 from lightning_otrt.reading.hooks.recorder import RecordedLayer
-from lightning_otrt.reading.hooks.views import View
 
 
 @pytest.mark.parametrize("answer", [False, True])
@@ -43,7 +42,7 @@ def test_forwards_that_do_not_count(net, x) -> None:
         assert not recorder.enabled
         net(x)
     assert recorder.enabled
-    recorder.enabled = False
+    recorder.switch(False)
     with recorder.switched_off():
         net(x)
     assert not recorder.enabled
@@ -67,11 +66,14 @@ def test_the_teacher_is_read_only_while_this_recorder_runs_it(net, x) -> None:
     teacher, recorder = Net(), watched(net)
     recorder.watch_teacher({"t": RecordedLayer("first", teacher.first, reader("first"))})
 
+    def run_it(x: torch.Tensor) -> None:
+        assert recorder.runs_teacher
+        teacher(x)
+
     def run(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         teacher(args[0])  # by another recorder
-        with recorder.teacher_running(), torch.no_grad():
-            assert recorder.runs_teacher
-            teacher(args[0])
+        with torch.no_grad():
+            recorder.run_teacher(lambda args, kwargs: run_it(*args), args, kwargs)
         assert not recorder.runs_teacher
         return True
 
@@ -102,7 +104,7 @@ def test_remove_leaves_nothing(net, x) -> None:
     recorder.watch_teacher({"t": RecordedLayer("second", net.second, reader("second"))})
     recorder.nested, recorder.runs_teacher = 2, True
     net(x)
-    recorder.current = View("")
+    recorder.open()
     recorder.remove()
     assert handles(net) == 0
     assert not any(getattr(part, kind) for part in net.modules() for kind in KINDS)
