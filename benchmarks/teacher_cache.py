@@ -173,7 +173,7 @@ def floor_of(pair: Pair) -> tuple[RepresentationTransfer, Given]:
         for inputs, _ in pair.batches:
             student(*inputs.values())
             (view,) = transfer.views
-            readings.append([view.teacher[str(number)][0] for number in range(len(transfer.pairs))])
+            readings.append([view.teacher[number][0] for number in range(len(transfer.pairs))])
             transfer.discard()
     given = Given(readings)
     pairs = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class GradientProbe:
 
         False for code compiled before, which does not call hooks added later.
         """
-        ran = {self._layers[int(key)] for view in views for key in view.student if key.isdigit()}
+        ran = {self._layers[index] for view in views for index in view.student}
         # Where only logits are distilled no layer is read.
         return all(self._edges[name] for name in ran) if ran else any(self._edges.values())
 
@@ -135,8 +136,8 @@ def _recorded(views: Sequence[View]) -> tuple[list[Tensor], list[Tensor]]:
     pairs: list[Tensor] = []
     distilled: list[Tensor] = []
     for view in views:
-        for key, calls in view.student.items():
-            (pairs if key.isdigit() else distilled).extend(calls)
+        pairs.extend(chain.from_iterable(view.student.values()))
+        distilled.extend(view.features)
         if view.logits is not None:
             distilled.append(view.logits)
     readings, logits = ([tensor for tensor in found if tensor.requires_grad] for found in (pairs, distilled))

@@ -116,7 +116,7 @@ class ValidationDistances:
         try:
             with torch.no_grad():
                 for index, (metric, pair) in enumerate(zip(self.metrics, self.transfer.pairs, strict=True)):
-                    calls = view.student.get(str(index), []), view.teacher.get(str(index), [])
+                    calls = view.student.get(index, []), view.teacher.get(index, [])
                     where = f"{pair.student!r} -> {pair.teacher!r}"
                     if [len(side) for side in calls] != [1, 1]:
                         raise ValueError(

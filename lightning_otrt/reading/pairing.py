@@ -66,7 +66,7 @@ class Pairing:
     plans: tuple[str, ...] = ()
 
     def readers(self, side: str, model: nn.Module, grid: int | None) -> Readers:
-        """What to record of one side; the key is the number of the pair.
+        """What to record of one side, by the number of the pair.
 
         Args:
             side: ``"student"`` or ``"teacher"``.
@@ -78,7 +78,7 @@ class Pairing:
         for index, pair in enumerate(self.pairs):
             name, place = (pair.student, 0) if side == "student" else (pair.teacher, 1)
             trace_of_side = self.student if side == "student" else self.teacher
-            found[str(index)] = recorded_layer(
+            found[index] = recorded_layer(
                 side, trace_of_side, modules, name, pair.axes[place], grid, pair.select, pair.masks[place]
             )
         return found

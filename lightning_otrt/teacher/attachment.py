@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.reading.warnings.first_step import FirstStep
 from lightning_otrt.teacher.cache.sample_cache import SampleCache
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
-from lightning_otrt.teacher.logit_recording import FEATURES, LogitRecording, MatchedLogits
+from lightning_otrt.teacher.logit_recording import LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
 from lightning_otrt.teacher.replaced import moved_pairs, parents_of, replaced_layers
 from lightning_otrt.teacher.teacher_run import TeacherRun
@@ -240,7 +239,7 @@ class Attachment:
         """What the term does not train although it lies before the recorded layers; told once, empty for nothing."""
         if self._is_reach_known or self.pairing is None or self.student is None or torch.compiler.is_compiling():
             return ""
-        readings = [reading for view in views for reading in chain.from_iterable(view.student.values())]
+        readings = [reading for view in views for reading in view.readings]
         self._is_reach_known = bool(readings)
         return describe_unreached(self.student, self.pairing.student, self.pairing.pairs, readings)
 
@@ -323,8 +322,10 @@ class Attachment:
         self._watch_student(student)
         self.root.found(self.pairing.student.root, tensors_in((args, kwargs)))
         self._teacher_run.watch(self.pairing)
-        readers = self._readers.values()
-        first_step.compare_next(self.pairing.student, ((reader.name, reader.module) for reader in readers))
+        recorded = [*self._readers.values()]
+        if self._logits is not None and self._logits.features is not None:
+            recorded.append(self._logits.features)
+        first_step.compare_next(self.pairing.student, ((layer.name, layer.module) for layer in recorded))
 
     def _forget_first_step(self) -> None:
         if self._first_step is not None:
@@ -333,8 +334,9 @@ class Attachment:
 
     def _watch_student(self, student: nn.Module) -> None:
         assert self.pairing is not None
-        readers, logits = dict(self.pairing.readers("student", student, self.grid)), self._logits
-        if logits is not None and logits.features is not None:
-            readers[FEATURES] = logits.features
-        self._readers, self._parents = readers, parents_of(student, readers)
-        self._recorder.watch_student(readers, () if logits is None else logits.masks("student"))
+        self._readers, logits = self.pairing.readers("student", student, self.grid), self._logits
+        self._parents = parents_of(student, self._readers)
+        if logits is None:
+            self._recorder.watch_student(self._readers)
+        else:
+            self._recorder.watch_student(self._readers, logits.masks("student"), logits.features)

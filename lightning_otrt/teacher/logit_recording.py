@@ -29,10 +29,7 @@ from lightning_otrt.teacher.logit_makers import LogitMakers
 from lightning_otrt.teacher.task_gradient import UNLIKE_SOFTMAX, TaskGradient
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
 
-__all__ = ["FEATURES", "LogitRecording", "MatchedLogits"]
-
-#: Keys of a view: what the regression reads of the student, and the logits of the teacher with their mask.
-FEATURES, LOGITS, LOGIT_MASK = "features", "logits", "logit mask"
+__all__ = ["LogitRecording", "MatchedLogits"]
 
 
 class MatchedLogits(NamedTuple):
@@ -171,10 +168,7 @@ class LogitRecording:
         logits, mask = self._teacher(output, view.masks)
         if self._pools:
             logits, mask = self._pooled(logits, mask), None
-        view.teacher[LOGITS] = [logits]
-        if mask is not None:
-            # A number, as a cache keeps it.
-            view.teacher[LOGIT_MASK] = [mask.to(logits.dtype)]
+        view.teacher_logits, view.teacher_logit_mask = logits, mask
 
     def matched(self, views: Sequence[View]) -> MatchedLogits:
         """The logits of each view in one form.
@@ -212,13 +206,12 @@ class LogitRecording:
             )
 
     def _of_view(self, view: View) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None]]:
-        student, teachers = view.logits, view.teacher.get(LOGITS, [])
-        if student is None or not teachers:
+        student, teacher = view.logits, view.teacher_logits
+        if student is None or teacher is None:
             raise NoTermError(
                 "No logits were recorded in a forward of the student. Its output is recorded where its root is called "
                 "as a module; code that was compiled before the transfer was attached does not tell it."
             )
-        teacher = teachers[0]
         where = "Distillation of logits"
         shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} as (batch, classes, *positions)"
         if student.shape[0] != teacher.shape[0]:
@@ -235,7 +228,7 @@ class LogitRecording:
                 "always 1. For a binary cross-entropy pass LogitDistillation(activation='sigmoid'); otherwise regress "
                 "the teacher's output on a layer of the student with LogitDistillation(features='name of the layer')."
             )
-        mask = _mask_of(view) if view.logit_mask is None else view.logit_mask
+        mask = view.teacher_logit_mask if view.logit_mask is None else view.logit_mask
         if student.shape != teacher.shape:
             if student.dim() != 4 or teacher.dim() != 4:
                 raise ValueError(
@@ -250,7 +243,7 @@ class LogitRecording:
         return False, (student, teacher, mask)
 
     def _regressed(self, view: View, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, None]:
-        calls = view.student.get(FEATURES, [])
+        calls = view.features
         if self.features is None:
             raise ValueError(
                 f"The student has {student.shape[1]} classes and the teacher {teacher.shape[1]}, so that the teacher's "
@@ -264,7 +257,7 @@ class LogitRecording:
                 "LogitDistillation(features='name')."
             )
         if not self._pools:
-            teacher = self._pooled(teacher, _mask_of(view))
+            teacher = self._pooled(teacher, view.teacher_logit_mask)
         y, x = match_positions(calls[0], teacher, f"{self.features.name!r} -> the teacher's logits")
         is_free = len(x) > 1 and self.option.activation != "sigmoid"
         return y, logit_neurons(x, class_axis=0) if is_free else x, None
@@ -309,12 +302,6 @@ def _named_masks(pairing: Pairing, place: int) -> list[str]:
 def _reads_padding(pairing: Pairing, place: int) -> bool:
     """Whether the pairs say that there is no padding on one side, or that it is to be read."""
     return bool(pairing.pairs) and all(pair.masks[place] is None for pair in pairing.pairs)
-
-
-def _mask_of(view: View) -> Tensor | None:
-    """The mask of the teacher's logits."""
-    masks = view.teacher.get(LOGIT_MASK)
-    return masks[0] != 0 if masks else None
 
 
 def _classes(trace: Trace, select: str | int | None, option: LogitDistillation) -> int | None:

@@ -15,7 +15,7 @@ __all__ = ["moved_pairs", "parents_of", "replaced_layers"]
 
 def parents_of(model: nn.Module, readers: Readers) -> dict[int, tuple[nn.Module, str]]:
     """For each pair the module that holds its layer, and the layer's name there; without those that none holds."""
-    wanted = {id(recorded.module): int(key) for key, recorded in readers.items() if key.isdigit()}
+    wanted = {id(recorded.module): index for index, recorded in readers.items()}
     found: dict[int, tuple[nn.Module, str]] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
@@ -27,9 +27,7 @@ def parents_of(model: nn.Module, readers: Readers) -> dict[int, tuple[nn.Module,
 def moved_pairs(parents: Mapping[int, tuple[nn.Module, str]], readers: Readers) -> list[int]:
     """Numbers of the pairs whose layer is no longer where it was; cheap, for each step."""
     return [
-        index
-        for index, (parent, name) in parents.items()
-        if parent._modules.get(name) is not readers[str(index)].module
+        index for index, (parent, name) in parents.items() if parent._modules.get(name) is not readers[index].module
     ]
 
 
@@ -48,7 +46,7 @@ def replaced_layers(side: str, model: nn.Module, readers: Readers, suspects: Ite
     modules = named_layers(model)
     found = []
     for index in suspects:
-        recorded = readers[str(index)]
+        recorded = readers[index]
         name = recorded.name.removesuffix(INPUT)
         if name not in modules:
             raise ValueError(

@@ -66,7 +66,7 @@ def test_the_distillation_of_logits_is_a_part_of_its_own(features):
     of_task = torch.autograd.grad(task, layers, retain_graph=True)
     of_both = torch.autograd.grad(total, layers, retain_graph=True)
     assert norms.task.tolist() == pytest.approx([float(grad.norm()) for grad in of_task], rel=1e-5)
-    logits = views[0].logits if features is None else views[0].student["features"][0]
+    logits = views[0].logits if features is None else views[0].features[0]
     (flow,) = torch.autograd.grad(total, logits, retain_graph=True)
     parts = torch.autograd.grad(logits, layers, flow, retain_graph=True, allow_unused=True)
     parts = [torch.zeros(()) if part is None else part for part in parts]
@@ -115,7 +115,7 @@ def test_keeps_no_activation():
     probe = GradientProbe(net, [LayerPair("body", "body")])
     with probe.watching():
         loss = net(torch.randn(2, 4)).sum()
-    assert probe.has_outputs([View("", {"0": [torch.zeros(2, 3)]})])
+    assert probe.has_outputs([View("", {0: [torch.zeros(2, 3)]})])
     assert net.outputs[0]() is None
     assert [norm.tolist() for norm in probe.split(loss, [])] == [[pytest.approx(math.sqrt(6))], [0.0], [0.0]]
     probe.remove()
@@ -125,7 +125,7 @@ def test_keeps_no_activation():
 def test_sees_only_what_runs_with_gradient_inside_the_block():
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     probe = GradientProbe(net, [LayerPair("0", "0"), LayerPair("1:input", "0")])
-    views = [View("", {"0": [torch.zeros(2, 3)], "1": [torch.zeros(2, 3)]})]
+    views = [View("", {0: [torch.zeros(2, 3)], 1: [torch.zeros(2, 3)]})]
     net(torch.randn(2, 4))
     with probe.watching(), torch.no_grad():
         net(torch.randn(2, 4))

@@ -338,7 +338,7 @@ def train_apart(build: str) -> tuple[list[list[bool]], list[float], list[float]]
         for step in range(12):
             torch.manual_seed(100 * dist.get_rank() + step)
             output = model(*draw())
-            ran.append([str(index) in transfer.views[0].student for index in range(3)])
+            ran.append([index in transfer.views[0].student for index in range(3)])
             task = (output if isinstance(output, Tensor) else output.last_hidden_state).square().mean()
             loss = transfer.loss()
             (task + loss).backward()

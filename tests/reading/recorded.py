@@ -60,7 +60,7 @@ def watched(net: nn.Module, started: Started | None = None, *, roots: Any = None
     recorder = Recorder(started or Started())
     recorder.watch_roots(roots or [("", net)])
     module = net.get_submodule(layer.removesuffix(":input"))
-    recorder.watch_student({layer: RecordedLayer(layer, module, reader(layer))})
+    recorder.watch_student({0: RecordedLayer(layer, module, reader(layer))})
     recorder.switch(True)
     return recorder
 

@@ -39,7 +39,7 @@ def test_readers_of_each_side_have_its_own_axis_and_selector(x: Tensor) -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1))
     pairing = pair_layers("0", net, "", ((x,), {}), net, ((x,), {}), known=(pair,))
     assert pairing.pairs == (pair,)
-    axes = [pairing.readers(side, net, 4)["0"][2].neuron_axis for side in ("student", "teacher")]
+    axes = [pairing.readers(side, net, 4)[0][2].neuron_axis for side in ("student", "teacher")]
     assert axes == [1, -1]
 
 

@@ -23,16 +23,27 @@ __all__ = ["ReadInput", "ReadOutput"]
 
 
 class _Read(RecorderHook):
+    """Reads a layer.
+
+    Args:
+        recorder: Its recorder.
+        side: ``"student"`` or ``"teacher"``.
+        index: The number of the pair; None for the layer on which logits are regressed.
+        reader: Reads the layer.
+        masks: Where its padding masks may come from, the nearest first, with the modules that get them.
+        grid: Key of the rows and columns of its tokens in a view, where they have some.
+    """
+
     def __init__(
         self,
         recorder: Recorder,
         side: str,
-        key: str,
+        index: int | None,
         reader: NeuronReader,
         masks: Sequence[tuple[MaskSource, nn.Module]] = (),
         grid: str | None = None,
     ) -> None:
-        self.recorder, self.side, self.key, self.reader, self.grid = recorder, side, key, reader, grid
+        self.recorder, self.side, self.index, self.reader, self.grid = recorder, side, index, reader, grid
         self.mask = StepMask(side, reader, masks) if masks else None
 
     def read(self, value: Any, own_mask: Tensor | None = None) -> None:
@@ -41,21 +52,24 @@ class _Read(RecorderHook):
         if view is None:
             return
         # Those of the teacher are read all the same: what is kept of a sample may serve another run.
-        if self.side == "student" and not recorder.reads_pairs and self.key.isdigit():
+        if self.side == "student" and not recorder.reads_pairs and self.index is not None:
             return
         if is_in_functional_transform():
             raise RuntimeError(
                 f"The {self.reader.layer} runs inside a transform of torch.func (vmap, jvp, grad, ...) of the network, "
                 "and its tensors cannot leave it. Name a layer that the network calls outside of the transform."
             )
-        readings = view.student if self.side == "student" else view.teacher
         with uncounted_saved_tensors():
             tensor = select_tensor(value, self.reader.select, where=self.reader.layer)
             if tensor.is_nested:
                 tensor, own_mask = pad_nested(tensor, None if self.mask is None else self.mask.length(view))
             mask = self.mask(view, tensor) if own_mask is None and self.mask is not None else own_mask
             reading = self.reader(tensor, mask, None if self.grid is None else view.grids.get(self.grid))
-        readings.setdefault(self.key, []).append(reading)
+        if self.index is None:
+            view.features.append(reading)
+        else:
+            readings = view.student if self.side == "student" else view.teacher
+            readings.setdefault(self.index, []).append(reading)
 
 
 class ReadOutput(_Read):

@@ -33,7 +33,10 @@ class Observer:
         self.side, self.names = side, tuple(layers)
         self._recorder = Recorder(lambda *_: False)
         self._recorder.watch_student(
-            {name: recorded_layer(side, trace, modules, name, axis, grid) for name, axis in layers.items()}
+            {
+                index: recorded_layer(side, trace, modules, name, axis, grid)
+                for index, (name, axis) in enumerate(layers.items())
+            }
         )
         warn_of_unused_masks(side, {name: layer_masks(side, trace, name, axis) for name, axis in layers.items()})
 
@@ -48,14 +51,14 @@ class Observer:
             run(*args, **kwargs)
         finally:
             self._recorder.close()
-        for name in self.names:
-            calls = len(view.student.get(name, ()))
+        for index, name in enumerate(self.names):
+            calls = len(view.student.get(index, ()))
             if calls != 1:
                 raise ValueError(
                     f"The {self.side} layer {name!r} ran {calls} times in this forward, but once in the first one. A "
                     "representation is one call; leave the layer out, or name its parent."
                 )
-        return {name: calls[0] for name, calls in view.student.items()}
+        return {self.names[index]: calls[0] for index, calls in view.student.items()}
 
     def remove(self) -> None:
         """Remove the hooks."""

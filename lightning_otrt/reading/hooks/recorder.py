@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -59,8 +59,8 @@ class RecordedLayer(NamedTuple):
     patches: PatchMap | None = None
 
 
-#: What to record of one network, by key.
-Readers: TypeAlias = Mapping[str, RecordedLayer]
+#: What to record of one network, by the number of the pair.
+Readers: TypeAlias = Mapping[int, RecordedLayer]
 
 
 class Recorder:
@@ -78,7 +78,7 @@ class Recorder:
         nested: Number of running forwards of the root inside the recorded one. Another recorder of the same student
             traces its layers there.
         runs_teacher: Whether this recorder runs the teacher now. Another one may run the same module.
-        reads_pairs: Whether the student's layers of pairs are read, whose keys are numbers.
+        reads_pairs: Whether the student's layers of pairs are read.
         teacher_output: What the teacher returned in the newest forward of the student's root, in a tuple; None where it
             did not run in that forward.
     """
@@ -119,13 +119,22 @@ class Recorder:
             # `always_call`: a view left open by an exception would keep the next forward from being recorded.
             self._root_handles.append(add_forward_hook(module, CloseView(self, name), always_call=True))
 
-    def watch_student(self, readers: Readers, masks: Masks = ()) -> None:
-        """Record these layers of the student, and note these masks beside those of the layers."""
-        self._student_handles = self._install(self._student_handles, "student", readers, masks)
+    def watch_student(self, readers: Readers, masks: Masks = (), features: RecordedLayer | None = None) -> None:
+        """Record these layers of the student.
+
+        Args:
+            readers: The layers of the pairs.
+            masks: What is noted beside the masks of the layers.
+            features: The layer on which the teacher's logits are regressed.
+        """
+        layers: list[tuple[int | None, RecordedLayer]] = [*readers.items()]
+        if features is not None:
+            layers.append((None, features))
+        self._install(self._student_handles, "student", layers, masks)
 
     def watch_teacher(self, readers: Readers, masks: Masks = ()) -> None:
         """The same for the teacher."""
-        self._teacher_handles = self._install(self._teacher_handles, "teacher", readers, masks)
+        self._install(self._teacher_handles, "teacher", list(readers.items()), masks)
 
     def switch(self, on: bool, *, pairs: bool = True) -> None:
         """Record forwards or not.
@@ -223,10 +232,14 @@ class Recorder:
         return {**self.__dict__, **handles, **lost}
 
     def _install(
-        self, handles: list[RemovableHandle], side: str, readers: Readers, masks: Masks
-    ) -> list[RemovableHandle]:
+        self,
+        handles: list[RemovableHandle],
+        side: str,
+        layers: Sequence[tuple[int | None, RecordedLayer]],
+        masks: Masks,
+    ) -> None:
         self._remove(handles)
-        sources = dict([*masks, *(mask for layer in readers.values() for mask in layer.masks)])
+        sources = dict([*masks, *(mask for _, layer in layers for mask in layer.masks)])
         notes = [(module, NoteMask(self, side, source, module)) for source, module in sources.items()]
         if side == "student":
             self._student_masks = notes
@@ -237,18 +250,17 @@ class Recorder:
             if note.source.method != "forward":  # the root's: noted where its view is opened
                 continue
             handles.append(add_forward_pre_hook(module, note, with_kwargs=True))
-        for patches in dict.fromkeys(layer.patches for layer in readers.values()):
+        for patches in dict.fromkeys(layer.patches for _, layer in layers):
             if patches is not None:
                 note_grid = NoteGrid(self, side, patches)
                 handles.append(add_forward_hook(patches.module, note_grid))
-        for key, (name, module, reader, own_masks, patches) in readers.items():
+        for index, (name, module, reader, own_masks, patches) in layers:
             grid = None if patches is None else grid_key(side, patches)
             if name.endswith(INPUT):
-                hook = ReadInput(self, side, key, reader, own_masks, grid)
+                hook = ReadInput(self, side, index, reader, own_masks, grid)
                 handles.append(add_forward_pre_hook(module, hook, with_kwargs=True))
             else:
-                handles.append(add_forward_hook(module, ReadOutput(self, side, key, reader, own_masks, grid)))
-        return handles
+                handles.append(add_forward_hook(module, ReadOutput(self, side, index, reader, own_masks, grid)))
 
     @staticmethod
     def _remove(handles: list[Any]) -> None:

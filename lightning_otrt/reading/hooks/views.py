@@ -29,36 +29,45 @@ __all__ = [
 
 @dataclass
 class View:
-    """What was recorded in one forward of the student: readings ``(B, C, *positions)`` by key, in order of the calls.
+    """What was recorded in one forward of the student: readings ``(B, C, *positions)``, in order of the calls.
 
     Attributes:
         root: Name of the module whose forward it was.
-        student: Readings of the student, part of the autograd graph.
-        teacher: Readings of the teacher, without graph.
+        student: Readings of the student by the number of the pair, part of the autograd graph.
+        teacher: Readings of the teacher by the number of the pair, without graph.
+        features: Readings of the student's layer on which the teacher's logits are regressed.
         masks: The padding masks of the forward by the key of their source: ``(B, T)``, true where a token is valid;
             None where the argument was not given.
         grids: Rows and columns of the maps from which tokens come, by side and layer.
-        logits: The student's logits ``(B, K, *positions)``, where they are distilled. Those of the teacher are one of
-            its readings.
+        logits: The student's logits ``(B, K, *positions)``, where they are distilled.
         logit_mask: The mask ``(B, T)`` of the student's logits.
+        teacher_logits: The same of the teacher; for a regression pooled as its other readings are.
+        teacher_logit_mask: The mask of the teacher's logits.
         output: The tensor that the student returned and ``logits`` is a copy of, the axis of its classes, and its
             version at that time, None in compiled code.
     """
 
     root: str
-    student: dict[str, list[Tensor]] = field(default_factory=dict)
-    teacher: dict[str, list[Tensor]] = field(default_factory=dict)
+    student: dict[int, list[Tensor]] = field(default_factory=dict)
+    teacher: dict[int, list[Tensor]] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
     masks: dict[str, Tensor | None] = field(default_factory=dict)
     grids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     logits: Tensor | None = None
     logit_mask: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    teacher_logit_mask: Tensor | None = None
     output: tuple[Tensor, int, int | None] | None = None
 
     @property
     def recorded(self) -> list[Tensor]:
         """All that was recorded of the student."""
-        readings = list(chain.from_iterable(self.student.values()))
-        return readings if self.logits is None else [*readings, self.logits]
+        return [*self.readings, *([] if self.logits is None else [self.logits])]
+
+    @property
+    def readings(self) -> list[Tensor]:
+        """All readings of layers of the student."""
+        return [*chain.from_iterable(self.student.values()), *self.features]
 
     @property
     def has_gradient(self) -> bool:
@@ -132,7 +141,7 @@ def matched_neurons(
     """The neurons of each view and pair.
 
     Args:
-        views: What was recorded; the key of a pair is its number.
+        views: What was recorded.
         pairs: The pairs.
         counts: The neurons of each pair.
         device: Device of the student.
@@ -202,7 +211,7 @@ def why_absent(layers: Iterable[str]) -> str:
 def _only_call(index: int, pair: LayerPair, view: View, side: str) -> Tensor | None:
     """The reading of one side of a pair, None if its layer did not run."""
     readings, name = (view.student, pair.student) if side == "student" else (view.teacher, pair.teacher)
-    calls = readings.get(f"{index}", [])
+    calls = readings.get(index, [])
     # Another transfer may trace this student inside the recorded forward; those readings have no gradient.
     calls = [reading for reading in calls if reading.requires_grad] or calls
     if len(calls) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_otrt.random_numbers import draw
 from lightning_otrt.reading.extra_forwards.evaluation import state_restored
 from lightning_otrt.reading.hooks.recorder import Readers, Recorder
+from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.neurons.outputs import all_tensors
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.teacher.cache.fingerprint import fingerprint
@@ -25,6 +26,8 @@ __all__ = ["CachedRun"]
 
 #: Raise this number whenever readings change, as with another pooling: entries of older caches are then not used.
 READING = 1
+#: How the logits of the teacher and their mask are called beside the layers, ``"number of the pair.call"``.
+_LOGITS, _LOGIT_MASK = "logits.0", "logit mask.0"
 
 
 class CachedRun:
@@ -71,7 +74,10 @@ class CachedRun:
             ValueError: If the teacher cannot be cached, here or on another process, and ``strict``.
         """
         self._off, self._compared, problem = False, self.cache.epoch, ""
-        kept = [(key, layer.name, layer.reader, [mask for mask, _ in layer.masks]) for key, layer in readers.items()]
+        kept = [
+            (str(index), layer.name, layer.reader, [mask for mask, _ in layer.masks])
+            for index, layer in readers.items()
+        ]
         self._settings = {
             "reading": READING,
             "layers": kept,
@@ -122,7 +128,7 @@ class CachedRun:
 
         given = list(all_tensors((inputs[0], dict(inputs[1]))))
         tensors = self.cache.tensors(inputs, self._run, verify, lambda: self._undone(given))
-        self.recorder.current.teacher = _as_readings(tensors)
+        _put(tensors, self.recorder.current)
 
     @contextmanager
     def _undone(self, given: list[Tensor]) -> Iterator[None]:
@@ -140,10 +146,11 @@ class CachedRun:
         """Run the teacher, and take what its hooks read out of the view."""
         view = self.recorder.current
         assert view is not None
-        view.teacher = {}
+        _forget(view)
         self._run_whole(inputs)
-        readings, view.teacher = view.teacher, {}
-        return _as_tensors(readings, size)
+        tensors = _as_tensors(view, size)
+        _forget(view)
+        return tensors
 
     def _run_whole(self, inputs: Inputs) -> None:
         self._read(self.teacher.run_recorded(self.recorder, *inputs))
@@ -176,7 +183,7 @@ class CachedRun:
         self._off = True
         warnings.warn(f"{message} It runs on all samples, because of strict=False.", stacklevel=2)
         assert self.recorder.current is not None
-        self.recorder.current.teacher = {}
+        _forget(self.recorder.current)
         self._run_whole(inputs)
 
 
@@ -192,21 +199,38 @@ def _batch_size(pairing: Pairing, inputs: Inputs) -> int:
     return next((size for size in sizes if size in entered), pairing.teacher.batch_size)
 
 
-def _as_tensors(readings: Mapping[str, Sequence[Tensor]], size: int) -> dict[str, Tensor]:
-    """One tensor ``(samples, rows of a sample, ...)`` for each call of each layer; of all rows where size is 0."""
+def _forget(view: View) -> None:
+    """Take out of a view what was read of the teacher."""
+    view.teacher, view.teacher_logits, view.teacher_logit_mask = {}, None, None
+
+
+def _as_tensors(view: View, size: int) -> dict[str, Tensor]:
+    """What was read of the teacher: one tensor ``(samples, rows of a sample, ...)`` for each call of each layer.
+
+    Of all rows where size is 0. A mask is one of numbers, as a cache keeps them.
+    """
+    named = {f"{index}.{call}": one for index, calls in view.teacher.items() for call, one in enumerate(calls)}
+    if view.teacher_logits is not None:
+        named[_LOGITS] = view.teacher_logits
+        if view.teacher_logit_mask is not None:
+            named[_LOGIT_MASK] = view.teacher_logit_mask.to(view.teacher_logits.dtype)
     found = {}
-    for key, calls in readings.items():
-        for number, reading in enumerate(calls):
-            rows = len(reading)
-            if size and rows % size:
-                raise CannotCacheError(f"a layer gives {rows} rows for {size} samples, which belong to no single one")
-            found[f"{key}.{number}"] = reading.reshape(size or 1, rows // (size or 1), *reading.shape[1:])
+    for name, reading in named.items():
+        rows = len(reading)
+        if size and rows % size:
+            raise CannotCacheError(f"a layer gives {rows} rows for {size} samples, which belong to no single one")
+        found[name] = reading.reshape(size or 1, rows // (size or 1), *reading.shape[1:])
     return found
 
 
-def _as_readings(tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """The readings of :func:`_as_tensors`."""
-    found: dict[str, list[Tensor]] = {}
+def _put(tensors: Mapping[str, Tensor], view: View) -> None:
+    """Fill a view with the tensors of :func:`_as_tensors`."""
+    _forget(view)
     for name, tensor in tensors.items():
-        found.setdefault(name.rpartition(".")[0], []).append(tensor.flatten(0, 1))
-    return found
+        reading = tensor.flatten(0, 1)
+        if name == _LOGITS:
+            view.teacher_logits = reading
+        elif name == _LOGIT_MASK:
+            view.teacher_logit_mask = reading != 0
+        else:
+            view.teacher.setdefault(int(name.partition(".")[0]), []).append(reading)

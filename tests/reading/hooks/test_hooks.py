@@ -27,7 +27,7 @@ def test_each_forward_is_a_view_with_what_the_layer_gave(net, x) -> None:
     assert [view.root for view in views] == ["", ""]
     assert recorder.take() == []
     for view, output in zip(views, outputs, strict=True):
-        [reading] = view.student["first"]
+        [reading] = view.student[0]
         torch.testing.assert_close(reading, output, rtol=0, atol=0)  # not what the next layer made of it in place
         assert reading.requires_grad
         assert view.has_gradient
@@ -43,7 +43,7 @@ def test_the_input_of_a_layer(net, x) -> None:
     expected = net.first(x)
     net(x)
     [view] = recorder.take()
-    torch.testing.assert_close(view.student["second:input"], [expected], rtol=0, atol=0)
+    torch.testing.assert_close(view.student[0], [expected], rtol=0, atol=0)
 
 
 def test_the_input_by_name(x) -> None:
@@ -59,7 +59,7 @@ def test_the_input_by_name(x) -> None:
     recorder = watched(net, layer="inner:input")
     net(x)
     [view] = recorder.take()
-    torch.testing.assert_close(view.student["inner:input"], [x.tanh()], rtol=0, atol=0)
+    torch.testing.assert_close(view.student[0], [x.tanh()], rtol=0, atol=0)
     assert not view.has_gradient
 
 
@@ -92,7 +92,7 @@ def test_a_root_inside_itself_is_left_out(x) -> None:
     assert len(started.calls) == len(views) == 2
     assert recorder.nested == 0
     for view in views:
-        torch.testing.assert_close(view.student["first"], [net.first(x)], rtol=0, atol=0)
+        torch.testing.assert_close(view.student[0], [net.first(x)], rtol=0, atol=0)
 
 
 def test_recomputation_in_the_backward_pass_is_not_read_again(net, x) -> None:
@@ -106,8 +106,8 @@ def test_recomputation_in_the_backward_pass_is_not_read_again(net, x) -> None:
     y.sum().backward(retain_graph=True)
     assert recorder.current.student == {}
     recorder.close()
-    torch.testing.assert_close(view.student["first"], [expected], rtol=0, atol=0)
-    view.student["first"][0].sum().backward()
+    torch.testing.assert_close(view.student[0], [expected], rtol=0, atol=0)
+    view.student[0][0].sum().backward()
     assert net.first.weight.grad is not None
 
 
@@ -148,10 +148,10 @@ def test_each_side_is_read_with_its_own_mask() -> None:
     recorder.switch(True)
     source = MaskSource("", "attention_mask", "valid")
     own = RecordedLayer("first", student.first, Masked("s", neuron_axis=2), ((source, student),))
-    recorder.watch_student({"s": own})
+    recorder.watch_student({0: own})
     padding = replace(source, true_at="padding", is_named=True)
     others = RecordedLayer("first", teacher.first, Masked("t", neuron_axis=2), ((padding, teacher),))
-    recorder.watch_teacher({"t": others})
+    recorder.watch_teacher({0: others})
     mask = torch.tensor([[1, 0]] * 5)
 
     def run(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -189,12 +189,12 @@ def test_readings_are_left_out_of_the_count_of_activation_checkpointing(x) -> No
 
     recorder = Recorder(Started())
     recorder.watch_roots([("", net)])
-    recorder.watch_student({"first": RecordedLayer("first", net.first, Squared("first", neuron_axis=1))})
+    recorder.watch_student({0: RecordedLayer("first", net.first, Squared("first", neuron_axis=1))})
     recorder.switch(True)
     net.checkpointed = True
     y = net(x)
     [view] = recorder.take()
-    (y.sum() + view.student["first"][0].sum()).backward()
+    (y.sum() + view.student[0][0].sum()).backward()
     expected = Net()
     expected.load_state_dict(net.state_dict())
     z = expected.first(x)

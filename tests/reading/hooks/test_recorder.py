@@ -58,13 +58,13 @@ def test_only_the_outermost_root_opens_a_view(x) -> None:
     outer.net(x)
     views = recorder.take()
     assert [view.root for view in views] == ["", "net"]
-    assert [len(view.student["net.first"]) for view in views] == [3, 1]
+    assert [len(view.student[0]) for view in views] == [3, 1]
     assert [name for name, *_ in started.calls] == ["", "net"]
 
 
 def test_the_teacher_is_read_only_while_this_recorder_runs_it(net, x) -> None:
     teacher, recorder = Net(), watched(net)
-    recorder.watch_teacher({"t": RecordedLayer("first", teacher.first, reader("first"))})
+    recorder.watch_teacher({0: RecordedLayer("first", teacher.first, reader("first"))})
 
     def run_it(x: torch.Tensor) -> None:
         assert recorder.runs_teacher
@@ -81,27 +81,27 @@ def test_the_teacher_is_read_only_while_this_recorder_runs_it(net, x) -> None:
     net(x)
     teacher(x)
     [view] = recorder.take()
-    assert len(view.teacher["t"]) == 1
-    assert not view.teacher["t"][0].requires_grad
-    torch.testing.assert_close(view.teacher["t"][0], teacher.first(x).detach(), rtol=0, atol=0)
+    assert len(view.teacher[0]) == 1
+    assert not view.teacher[0][0].requires_grad
+    torch.testing.assert_close(view.teacher[0][0], teacher.first(x).detach(), rtol=0, atol=0)
 
 
 def test_watching_again_replaces_the_hooks(net, x) -> None:
     recorder = watched(net)
     before = handles(net)
     recorder.watch_roots([("", net)])
-    recorder.watch_student({"first": RecordedLayer("first", net.first, reader("first"))})
-    recorder.watch_teacher({"t": RecordedLayer("first", net.first, reader("first"))})
+    recorder.watch_student({0: RecordedLayer("first", net.first, reader("first"))})
+    recorder.watch_teacher({0: RecordedLayer("first", net.first, reader("first"))})
     recorder.watch_teacher({})
     assert handles(net) == before == 3
     net(x)
     [view] = recorder.take()
-    assert len(view.student["first"]) == 1
+    assert len(view.student[0]) == 1
 
 
 def test_remove_leaves_nothing(net, x) -> None:
     recorder = watched(net)
-    recorder.watch_teacher({"t": RecordedLayer("second", net.second, reader("second"))})
+    recorder.watch_teacher({0: RecordedLayer("second", net.second, reader("second"))})
     recorder.nested, recorder.runs_teacher = 2, True
     net(x)
     recorder.open()

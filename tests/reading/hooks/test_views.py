@@ -21,8 +21,8 @@ COUNTS = [NeuronCounts(3, 7, (torch.float32, torch.float32)), NeuronCounts(3, 7,
 
 
 def recorded(*students: list[Tensor]) -> View:
-    teacher = {str(index): [torch.ones(5, 7)] for index in range(len(students))}
-    return View("", {str(index): readings for index, readings in enumerate(students)}, teacher)
+    teacher = {index: [torch.ones(5, 7)] for index in range(len(students))}
+    return View("", {index: readings for index, readings in enumerate(students)}, teacher)
 
 
 def reading(trained: bool = True) -> Tensor:
@@ -32,10 +32,10 @@ def reading(trained: bool = True) -> Tensor:
 def test_gradient_of_a_view() -> None:
     view = View("")
     assert not view.has_gradient
-    view.student = {"a": [torch.zeros(1)], "b": [torch.zeros(1), torch.zeros(1, requires_grad=True)]}
+    view.student = {0: [torch.zeros(1)], 1: [torch.zeros(1), torch.zeros(1, requires_grad=True)]}
     assert view.has_gradient
-    view.student["b"].pop()
-    view.teacher = {"t": [torch.zeros(1, requires_grad=True)]}
+    view.student[1].pop()
+    view.teacher = {0: [torch.zeros(1, requires_grad=True)]}
     assert not view.has_gradient
 
 
@@ -59,12 +59,12 @@ def test_neurons_of_each_view_and_pair() -> None:
     assert (constant, absent) == (["b"], {})
     assert {(tuple(y.shape), tuple(x.shape)) for view in matched for y, x in view} == {((3, 5), (7, 5))}
     assert [len(view) for view in matched] == [2, 2]
-    assert torch.equal(matched[1][0][0], views[1].student["0"][0].T)
+    assert torch.equal(matched[1][0][0], views[1].student[0][0].T)
 
 
 def test_a_reading_without_gradient_beside_one_with_is_from_a_trace() -> None:
     view = recorded([reading(False), reading()])
-    assert torch.equal(matched_neurons([view], PAIRS[:1], COUNTS).neurons[0][0][0], view.student["0"][1].T)
+    assert torch.equal(matched_neurons([view], PAIRS[:1], COUNTS).neurons[0][0][0], view.student[0][1].T)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_a_layer_that_did_not_run_has_no_observations() -> None:
     ("view", "layer"),
     [
         (View(""), "student layer 'a'"),
-        (View("", {}, {"0": [torch.ones(5, 7)]}), "student layer 'a'"),
-        (View("", {"0": [reading()]}), "teacher layer 'x'"),
+        (View("", {}, {0: [torch.ones(5, 7)]}), "student layer 'a'"),
+        (View("", {0: [reading()]}), "teacher layer 'x'"),
     ],
 )
 def test_which_layer_did_not_run(view: View, layer: str) -> None:
