@@ -11,7 +11,7 @@ from lightning_otrt.checks import is_int, shown
 from lightning_otrt.layers.automatic import adds_nothing, classification_head
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.resolve import select_layers
-from lightning_otrt.layers.trace import Trace, TracedLayer
+from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer
 
 __all__ = ["LayerChoice", "choose_layers", "comparable_layers"]
 
@@ -20,7 +20,6 @@ LayerChoice: TypeAlias = str | int | Sequence[str | int]
 
 #: A network seldom has more blocks than this; more layers are parts of blocks.
 _AT_MOST = 40
-_LINEAR = ("linear", "pointwise", "conv")
 
 
 def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ...]:
@@ -135,7 +134,7 @@ def _representatives(names: list[str], usable: dict[str, TracedLayer], known: di
     last: str | None = None
     for name in names:
         layer = known[name]
-        starts = layer.is_container or layer.role in _LINEAR or "Embedding" in layer.kind
+        starts = layer.is_container or layer.role in LINEAR or "Embedding" in layer.kind
         if starts and last is not None:
             yield last
             last = None
@@ -167,4 +166,4 @@ def _is_opened(layer: TracedLayer, usable: dict[str, TracedLayer], known: dict[s
 
 
 def _linear_maps(block: TracedLayer, layers: list[TracedLayer]) -> int:
-    return sum(layer.role in _LINEAR and layer.name.startswith(f"{block.name}.") for layer in layers)
+    return sum(layer.role in LINEAR and layer.name.startswith(f"{block.name}.") for layer in layers)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from lightning_otrt.layers.names import ancestors
-from lightning_otrt.layers.trace import Trace, TracedLayer
+from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer
 
 __all__ = ["assumed_output", "output_layers", "passes_on"]
 
-_LINEAR = ("linear", "pointwise", "conv")
 #: What may stand between the last linear map and the output of the model.
 _PASSING = ("pool", "dropout", "passive")
 #: A rectified output of more channels is a representation: networks without a head end like that.
@@ -45,7 +44,7 @@ def output_layers(trace: Trace) -> set[str]:
     unused = _unused(leaves)
     found: set[str] = set()
     for layer in leaves:
-        if layer.role not in _LINEAR or layer.output is None or len(layer.output.shape) < 3:
+        if layer.role not in LINEAR or layer.output is None or len(layer.output.shape) < 3:
             continue
         axis = layer.output.neuron_axis
         is_output = axis is not None and layer.output.shape[axis] in channels
@@ -99,12 +98,12 @@ def assumed_output(trace: Trace) -> tuple[str, ...]:
         return ()
     leaves = sorted(_leaves(_ran(trace)), key=lambda layer: layer.order or 0, reverse=True)
     last = next((layer for layer in leaves if not passes_on(layer)), None)
-    if last is None or last.role not in _LINEAR:
+    if last is None or last.role not in LINEAR:
         return ()
     return tuple(
         layer.name
         for layer in leaves
-        if layer is last or (layer.role in _LINEAR and layer.input_from == last.input_from is not None)
+        if layer is last or (layer.role in LINEAR and layer.input_from == last.input_from is not None)
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lightning_otrt.layers.names import is_inside
-from lightning_otrt.layers.trace import Trace, TracedLayer
+from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer
 
 __all__ = ["end_of_loop", "feeds_itself", "repeated_parts"]
 
 #: Roles of layers with weights. Activations are shared by many layers, which says nothing.
-_WITH_WEIGHTS = ("linear", "pointwise", "conv", "recurrent")
+_WITH_WEIGHTS = (*LINEAR, "recurrent")
 
 
 def repeated_parts(trace: Trace) -> list[TracedLayer]:

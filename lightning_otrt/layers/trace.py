@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.pairs import INPUT
 
-__all__ = ["Trace", "TracedLayer", "TracedTensor"]
+__all__ = ["LINEAR", "Trace", "TracedLayer", "TracedTensor"]
+
+#: Roles of linear maps, see :class:`TracedLayer`.
+LINEAR = ("linear", "pointwise", "conv")
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ from collections.abc import Collection
 
 from lightning_otrt.layers.automatic import classification_head, input_before_dropout
 from lightning_otrt.layers.model_output import output_layers
-from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.layers.trace import LINEAR, Trace, TracedTensor
 
 __all__ = ["head_input", "logit_key", "other_head", "traced_class_axis", "traced_logits"]
 
 #: Keys under which libraries return logits: Hugging Face, and the segmentation networks of torchvision.
 _KEYS = ("logits", "out")
-_LINEAR = ("linear", "pointwise", "conv")
 
 
 def logit_key(keys: Collection[str | int]) -> str | int | None:
@@ -48,7 +47,7 @@ def traced_class_axis(trace: Trace, logits: TracedTensor) -> int | None:
         trace: One forward of the model.
         logits: Its logits.
     """
-    ran = (layer for layer in trace.layers if layer.role in _LINEAR and layer.order is not None and layer.output)
+    ran = (layer for layer in trace.layers if layer.role in LINEAR and layer.order is not None and layer.output)
     last = max(ran, key=lambda layer: layer.order or 0, default=None)
     if logits.neuron_axis is not None or len(logits.shape) < 4 or last is None or last.output is None:
         return logits.neuron_axis
@@ -87,7 +86,7 @@ def head_input(trace: Trace, logits: TracedTensor) -> str | None:
         head = classification_head(trace)
         return None if head is None else input_before_dropout(trace, head)
     made = output_layers(trace)
-    heads = [layer for layer in trace.layers if layer.name in made and layer.role in _LINEAR and layer.calls == 1]
+    heads = [layer for layer in trace.layers if layer.name in made and layer.role in LINEAR and layer.calls == 1]
     if not heads:
         return None
     # One head for each tensor of the output, as where a segmentation network has an auxiliary one.

@@ -1,4 +1,4 @@
-"""The only uses of private parts of torch on this floor: what torch has no public function for.
+"""The only uses of private parts of torch by `reading/` and `teacher/`: what torch has no public function for.
 
 ``tests/reading/test_torch_internals.py`` fails where a new version of torch changes one of them.
 """
@@ -18,12 +18,15 @@ __all__ = [
     "add_forward_hook",
     "add_forward_pre_hook",
     "all_buffers",
+    "child_of",
     "forward_hook_tables",
     "has_freed_graph",
     "is_compiled",
     "is_in_backward",
     "is_in_functional_transform",
     "remove_hook",
+    "unwrapped",
+    "version_of",
     "without_earlier_pre_hooks",
     "without_parametrization_cache",
 ]
@@ -58,6 +61,25 @@ def without_earlier_pre_hooks(module: nn.Module, kind: type) -> Iterator[None]:
         others = dict(hooks)
         hooks.clear()
         hooks.update({**taken, **others})
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that every write to a tensor raises, but for writes to its ``data``; 0 for inference tensors.
+
+    These have none.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of one that ``torch.compile`` returned; any other module itself."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+def child_of(module: nn.Module, name: str) -> nn.Module | None:
+    """The child of a module that is registered under a name; None if there is none."""
+    return module._modules.get(name)
 
 
 def all_buffers(module: nn.Module) -> dict[str, Tensor | None]:

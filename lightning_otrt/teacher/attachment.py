@@ -26,7 +26,7 @@ from lightning_otrt.reading.pairing import Pairing, check_layers
 from lightning_otrt.reading.student_root.gradient_reach import describe_unreached
 from lightning_otrt.reading.student_root.reach import describe_frozen
 from lightning_otrt.reading.student_root.search import RootSearch
-from lightning_otrt.reading.torch_internals import is_compiled
+from lightning_otrt.reading.torch_internals import is_compiled, unwrapped
 from lightning_otrt.reading.warnings.first_step import FirstStep
 from lightning_otrt.teacher.cache.sample_cache import SampleCache
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
@@ -132,7 +132,7 @@ class Attachment:
             # compiled code of the process, so it is done only if one of the two networks is compiled.
             torch.compiler.reset()
         # The module in a compiled one: compiled code cannot hold the hooks' student under two names.
-        self.student = student = getattr(student, "_orig_mod", student)
+        self.student = student = unwrapped(student)
         self._teacher_run.start(student)
         self._guard = InputGuard()
         self._graph_checks = GRAPH_CHECKS

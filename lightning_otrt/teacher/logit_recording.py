@@ -25,6 +25,7 @@ from lightning_otrt.reading.masks.warnings import warn_of_unused_masks
 from lightning_otrt.reading.neurons.positions import match_positions
 from lightning_otrt.reading.neurons.reader import NeuronReader
 from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.torch_internals import version_of
 from lightning_otrt.teacher.logit_makers import LogitMakers
 from lightning_otrt.teacher.task_gradient import UNLIKE_SOFTMAX, TaskGradient
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
@@ -139,7 +140,7 @@ class LogitRecording:
         """Keep the student's logits in a view."""
         if self._student is not None:
             tensor, axis = self._student.returned(output)
-            view.output = tensor, axis, None if torch.compiler.is_compiling() else tensor._version
+            view.output = tensor, axis, None if torch.compiler.is_compiling() else version_of(tensor)
             view.logits, view.logit_mask = self._student(output, view.masks)
             traced, self._traced = self._traced, None
             makers, self._makers = self._makers, None
@@ -187,7 +188,7 @@ class LogitRecording:
         if not found[0][0] and self.option.activation is None and not self._is_matched:
             outputs = [view.output for view in views if view.output is not None]
             # Code that writes to the logits in place has a gradient of its own.
-            self._task.watch([(it, axis) for it, axis, version in outputs if version in (None, it._version)])
+            self._task.watch([(it, axis) for it, axis, version in outputs if version in (None, version_of(it))])
         return MatchedLogits(found[0][0], [triple for _, triple in found])
 
     def check_task(self) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.reading.hooks.recorder import Readers
+from lightning_otrt.reading.torch_internals import child_of
 
 __all__ = ["moved_pairs", "parents_of", "replaced_layers"]
 
@@ -26,9 +27,7 @@ def parents_of(model: nn.Module, readers: Readers) -> dict[int, tuple[nn.Module,
 
 def moved_pairs(parents: Mapping[int, tuple[nn.Module, str]], readers: Readers) -> list[int]:
     """Numbers of the pairs whose layer is no longer where it was; cheap, for each step."""
-    return [
-        index for index, (parent, name) in parents.items() if parent._modules.get(name) is not readers[index].module
-    ]
+    return [index for index, (parent, name) in parents.items() if child_of(parent, name) is not readers[index].module]
 
 
 def replaced_layers(side: str, model: nn.Module, readers: Readers, suspects: Iterable[int]) -> list[str]:

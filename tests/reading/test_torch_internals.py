@@ -12,10 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_otrt.reading.torch_internals import (
     all_buffers,
+    child_of,
     has_freed_graph,
     is_compiled,
     is_in_backward,
     is_in_functional_transform,
+    unwrapped,
+    version_of,
     without_earlier_pre_hooks,
 )
 
@@ -54,6 +57,32 @@ def test_is_in_functional_transform() -> None:
     torch.func.vmap(function)(torch.ones(2, 2))
     function(torch.ones(2))
     assert seen == [False, True, True, False]
+
+
+def test_version_of() -> None:
+    x = torch.zeros(2)
+    before = version_of(x)
+    _ = x + 1
+    assert version_of(x) == before
+    x.add_(1)
+    x.view(1, 2).mul_(2)
+    assert version_of(x) == before + 2
+    x.data.zero_()
+    assert version_of(x) == before + 2
+    with torch.inference_mode():
+        assert version_of(torch.zeros(2).add_(1)) == 0
+
+
+def test_unwrapped() -> None:
+    net = nn.Linear(2, 2)
+    assert unwrapped(torch.compile(net, backend="eager")) is net
+    assert unwrapped(net) is net
+
+
+def test_child_of() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    assert child_of(net, "0") is net[0]
+    assert child_of(net, "1") is None
 
 
 def test_without_earlier_pre_hooks() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.reading.torch_internals import version_of
+
 __all__ = ["InputGuard", "tensors_in"]
 
 #: Values that no forward can change.
@@ -57,11 +59,11 @@ class InputGuard:
             inputs: What the student got, in any containers.
         """
         tensors = [tensor for tensor in tensors_in(inputs) if not tensor.is_inference()]
-        saved = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+        saved = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in tensors]
         try:
             yield self.copied(inputs)
         finally:
-            changed = [(tensor, value) for tensor, version, value in saved if tensor._version != version]
+            changed = [(tensor, value) for tensor, version, value in saved if version_of(tensor) != version]
             if changed:
                 self.clones = True
                 with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.random_numbers import Generator, generator_state, is_generator, set_generator_state
 from lightning_otrt.reading.extra_forwards.plain_values import BYTES, keep_array, keep_bytes, slots
-from lightning_otrt.reading.torch_internals import all_buffers, forward_hook_tables
+from lightning_otrt.reading.torch_internals import all_buffers, forward_hook_tables, version_of
 
 __all__ = ["PlainState"]
 
@@ -177,10 +177,10 @@ class PlainState:
     def _keep_tensor(self, tensor: Tensor) -> None:
         if tensor.is_inference() or tensor.is_meta:
             return
-        version, saved = tensor._version, tensor.detach().clone()
+        version, saved = version_of(tensor), tensor.detach().clone()
 
         def undo() -> None:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 tensor.data.copy_(saved)  # a leaf that requires a gradient takes no other write in place
 
         self._undo.append(undo)

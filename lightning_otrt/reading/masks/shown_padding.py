@@ -88,7 +88,7 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
         if is_series and value.is_floating_point():
             for is_marked, shown_by in ((value.isnan(), "nan"), (value == 0, "zeros")):
                 for is_padding in _positions(is_marked):
-                    is_certain = is_at_ends(is_padding) & _is_at_one_end(is_padding) & (is_padding.sum(1) > 1).any()
+                    is_certain = is_at_ends(is_padding) & _at_same_end(is_padding) & (is_padding.sum(1) > 1).any()
                     if bool(is_certain):
                         found.append(_shown(is_padding, source, shown_by))
         elif _are_counts(name, value):
@@ -160,7 +160,7 @@ def _are_counts(name: str, value: Tensor) -> bool:
     return not is_other and bool((value > 0).all() & (value != value[0]).any())
 
 
-def _is_at_one_end(is_padding: Tensor) -> Tensor:
+def _at_same_end(is_padding: Tensor) -> Tensor:
     """Whether it stands in front in all samples, or behind in all. Images read row by row have zeros on both sides."""
     return ~(is_padding[:, 0].any() & is_padding[:, -1].any())
 

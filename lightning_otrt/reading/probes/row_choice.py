@@ -11,8 +11,8 @@ from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
-from lightning_otrt.reading.probes.profiles import Inputs, is_close, profiles
-from lightning_otrt.reading.probes.sample_order import rolled
+from lightning_otrt.reading.probes.profiles import Inputs, profiles
+from lightning_otrt.reading.probes.sample_order import follows, roll, rolled
 
 __all__ = ["settle_rows"]
 
@@ -62,9 +62,4 @@ def _may_be_chosen(name: str, traced: Trace, modules: dict[str, nn.Module]) -> b
 
 def _follow(first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor] | None, samples: int) -> bool:
     """Whether the rows of a rolled batch are the rolled rows, with samples or positions outermost."""
-    if first is None or second is None:
-        return False
-    one, other = first[0], second[0]
-    if is_close(one.roll(len(one) // samples), other):
-        return True
-    return len(one) > samples and is_close(one.view(-1, samples).roll(1, 1).flatten(), other)
+    return first is not None and second is not None and follows(first, second, 0, samples, roll)

@@ -16,7 +16,7 @@ from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.neurons.outputs import all_tensors
 from lightning_otrt.reading.probes.profiles import Inputs, is_close, mapped, profiles
 
-__all__ = ["rolled", "settle_order"]
+__all__ = ["follows", "roll", "rolled", "settle_order"]
 
 #: Puts indices along an axis into other places.
 _Move: TypeAlias = Callable[[Tensor, int], Tensor]
@@ -56,7 +56,7 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
         unclear or has_lengths or may_transpose or any(layer.role == "recurrent" for layer in traced.layers)
     ):
         return traced
-    for move in (_roll, _repeat_last):
+    for move in (roll, _repeat_last):
         try:
             changed = _moved(inputs, traced.batch_size, input_axis, move)
             first, second = (profiles(model, traced, each, method) for each in (InputGuard().copied(inputs), changed))
@@ -74,7 +74,7 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
             name = layer.name + suffix
             if tensor is None or name not in first or name not in second:
                 continue
-            axes = [axis for axis in (0, 1) if _follows(first[name], second[name], axis, traced.batch_size, move)]
+            axes = [axis for axis in (0, 1) if follows(first[name], second[name], axis, traced.batch_size, move)]
             if _is_unclear(tensor, traced) and axes != [0, 1]:
                 still += [] if axes else [name]
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0] if axes else tensor.batch_axis)
@@ -111,7 +111,7 @@ def _is_unclear(tensor: TracedTensor | None, traced: Trace) -> bool:
 
 def rolled(inputs: Inputs, samples: int, axis: int) -> Inputs:
     """The inputs with the last sample first; a list of one number for each sample counts as a tensor."""
-    return _moved(inputs, samples, axis, _roll)
+    return _moved(inputs, samples, axis, roll)
 
 
 def _moved(inputs: Inputs, samples: int, axis: int, move: _Move) -> Inputs:
@@ -126,7 +126,7 @@ def _moved(inputs: Inputs, samples: int, axis: int, move: _Move) -> Inputs:
     return mapped(inputs, change, lambda items: change(torch.tensor(items)).tolist())
 
 
-def _roll(tensor: Tensor, axis: int) -> Tensor:
+def roll(tensor: Tensor, axis: int) -> Tensor:
     """The last index first."""
     return tensor.roll(1, axis)
 
@@ -137,7 +137,7 @@ def _repeat_last(tensor: Tensor, axis: int) -> Tensor:
     return torch.cat([tensor.narrow(axis, 0, size - 1), tensor.narrow(axis, size - 2, 1)], axis)
 
 
-def _follows(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int, move: _Move) -> bool:
+def follows(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], axis: int, samples: int, move: _Move) -> bool:
     """Whether the samples lie along an axis: there they have moved, with all their rows or in each group."""
     one, other = first[axis], second[axis]
     if len(one) % samples:
@@ -152,4 +152,4 @@ def _is_reordered(
     """Whether a tensor holds the same samples in another order than the inputs."""
     one, other = first[axis], second[axis]
     is_same = len(one) == samples and is_close(one.sort().values, other.sort().values)
-    return is_same and not _follows(first, second, axis, samples, move)
+    return is_same and not follows(first, second, axis, samples, move)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.reading.torch_internals import unwrapped
 from lightning_otrt.teacher.cache.sample_hash import SampleHash
 
 __all__ = ["fingerprint"]
@@ -42,7 +43,7 @@ def fingerprint(module: nn.Module, **settings: Any) -> str:
         >>> fingerprint(net, layers=("0",), grid=4) == before
         False
     """
-    module = getattr(module, "_orig_mod", module)  # compiled or not, it is the same teacher
+    module = unwrapped(module)  # compiled or not, it is the same teacher
     own = {**dict(chain(module.named_parameters(), module.named_buffers())), **_tensor_attributes(module)}
     if unset := [name for name, tensor in own.items() if tensor.is_meta]:
         raise ValueError(

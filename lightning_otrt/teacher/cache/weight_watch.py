@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.reading.torch_internals import version_of
 from lightning_otrt.teacher.host_copy import HostCopy
 
 __all__ = ["WeightWatch"]
@@ -88,9 +89,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _state(tensors: dict[str, Tensor]) -> list[Any]:
-    return [
-        (id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors.values()
-    ]
+    return [(id(tensor), version_of(tensor), tensor.data_ptr()) for tensor in tensors.values()]
 
 
 def _sum(tensor: Tensor) -> Tensor:

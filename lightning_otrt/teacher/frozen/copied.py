@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.reading.torch_internals import unwrapped, version_of
+
 __all__ = ["FollowingCopy", "has_dtype"]
 
 
@@ -32,7 +34,7 @@ class FollowingCopy:
     """
 
     def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
-        self.source = getattr(source, "_orig_mod", source)  # hooks on a compiled module would compile it again
+        self.source = unwrapped(source)  # hooks on a compiled module would compile it again
         self.dtype = dtype
         self.module = _deep_copy(self.source).to(dtype)
         self._seen = _values(self.source)
@@ -71,10 +73,9 @@ def _values(module: nn.Module) -> list[Any]:
     for tensor in _tensors(module):
         if tensor.device.type != "cpu":
             return [None]
-        version = 0 if tensor.is_inference() else tensor._version
         plain = tensor.numel() and tensor.layout is torch.strided and not tensor.is_quantized
         value = tensor.detach()[tuple(size // 2 for size in tensor.shape)].item() if plain else 0
-        found.append((id(tensor), version, value))
+        found.append((id(tensor), version_of(tensor), value))
     return found
 
 

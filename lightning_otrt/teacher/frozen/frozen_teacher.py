@@ -15,6 +15,7 @@ from lightning_otrt.checks import shown
 from lightning_otrt.random_numbers import random_numbers_restored
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.torch_internals import unwrapped
 from lightning_otrt.reading.traced.arguments import renamed
 from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
 from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
@@ -79,7 +80,7 @@ class Teacher:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise wrong_form(module)
-        if getattr(getattr(module, "_orig_mod", module).forward, "__module__", "") in _NO_FORWARD:
+        if getattr(unwrapped(module).forward, "__module__", "") in _NO_FORWARD:
             raise TypeError(
                 f"The {role} {type(module).__name__} has no `forward` and cannot run. Define one, or pass the network "
                 "inside it."
@@ -106,8 +107,7 @@ class Teacher:
     @property
     def source(self) -> nn.Module:
         """The user's own module, whose values the one that runs has; without what compiled it."""
-        source: nn.Module = getattr(self._own, "_orig_mod", self._own)
-        return source
+        return unwrapped(self._own)
 
     @property
     def has_inputs(self) -> bool:

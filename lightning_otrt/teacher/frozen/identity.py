@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.student_root.reach import leads_to
+from lightning_otrt.reading.torch_internals import unwrapped
 
 __all__ = ["checksum_before", "stem_checksum"]
 
@@ -31,7 +32,7 @@ def stem_checksum(module: nn.Module) -> str:
         >>> stem_checksum(net) == before
         True
     """
-    module = getattr(module, "_orig_mod", module)  # compiled or not, it is the same teacher
+    module = unwrapped(module)  # compiled or not, it is the same teacher
     first = next(module.parameters(), None)
     return f"{type(module).__name__}-{_checksum([] if first is None else [first])}"
 
