@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.distillation import LogitDistillation, as_distillation
-from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels
+from lightning_otrt.layers.pairs import LayerOptions, LayerPair, LayerSpec, pair_labels
 from lightning_otrt.options import as_written
 from lightning_otrt.reading.hooks.views import NoTermError
 from lightning_otrt.reading.pairing import Pairing
@@ -23,6 +23,7 @@ from lightning_otrt.schedules import Schedule, factor_at
 from lightning_otrt.steps.distillation_term import Distillation
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
+from lightning_otrt.teacher.cache.cached_run import CacheUse
 from lightning_otrt.teacher.cache.options import TeacherCache
 from lightning_otrt.teacher.cache.sample_cache import SampleCache
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
@@ -171,9 +172,9 @@ class RepresentationTransfer(RecordedStudent):
         self._run = RunState(layers, settings, global_batch, process_group, self.teacher.checksum_before, state)
         #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
         self.cache = SampleCache.of(teacher_cache)
-        self._attachment = Attachment(
-            self.teacher, layers, student_root, grid, self._settle, self.cache, strict, self._run.agree, logits, plan
-        )
+        cache = None if self.cache is None else CacheUse(self.cache, strict, self._run.agree)
+        chosen = LayerOptions(layers, student_root, grid, plan)
+        self._attachment = Attachment(self.teacher, chosen, self._settle, cache, logits)
         self._warned: set[str] = set()
 
     @property

@@ -24,6 +24,7 @@ from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.hooks.observer import Observer
 from lightning_otrt.reading.neurons.positions import can_be_compared, has_one_position, match_positions
 from lightning_otrt.reading.probes.token_order import settle_token_order
+from lightning_otrt.reading.traced.network_call import NetworkCall
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
@@ -160,7 +161,7 @@ class _Table:
             LayerPair(row, column, neuron_axis=(layers[0][row], layers[1][column])) for row, column in product(*layers)
         ]
         student, teacher = (
-            OrderedSide(runner.module, seen, inputs)
+            OrderedSide(NetworkCall(runner.module, inputs), seen)
             for runner, seen, inputs in zip(runners, traces, given, strict=True)
         )
         warn_of_other_orders(crossed, student, teacher, grid)

@@ -9,7 +9,16 @@ from typing import Any, TypeAlias
 
 from lightning_otrt.checks import is_int, shown
 
-__all__ = ["INPUT", "LayerPair", "LayerSpec", "check_options", "pair_labels", "pairs_from_state", "pairs_to_state"]
+__all__ = [
+    "INPUT",
+    "LayerOptions",
+    "LayerPair",
+    "LayerSpec",
+    "check_options",
+    "pair_labels",
+    "pairs_from_state",
+    "pairs_to_state",
+]
 
 #: Suffix of a name that stands for what enters the layer.
 INPUT = ":input"
@@ -82,6 +91,23 @@ class LayerPair:
 
 #: What ``layers=`` accepts; a list may mix all of these forms.
 LayerSpec: TypeAlias = int | str | LayerPair | Mapping[Any, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a user passed about the layers that are matched.
+
+    Args:
+        layers: See ``RepresentationTransfer``.
+        student_root: See ``RepresentationTransfer``.
+        grid: Positions kept along each axis of a feature map.
+        plan: Kind of plan; ``"auto"`` is chosen with the pairs.
+    """
+
+    layers: LayerSpec
+    student_root: str | None = None
+    grid: int | None = None
+    plan: str = ""
 
 
 def check_options(weight: Any, neuron_axis: Any, select: Any, mask: Any, where: str) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_otrt.layers.comparable import comparable_layers
 from lightning_otrt.layers.order import match_in_order
@@ -18,14 +17,11 @@ from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.hooks.observer import Observer
 from lightning_otrt.reading.neurons.pooling import pool
 from lightning_otrt.reading.neurons.positions import can_be_compared, match_positions
-from lightning_otrt.reading.probes.profiles import Inputs
 from lightning_otrt.reading.probes.token_order import settle_token_order
+from lightning_otrt.reading.traced.network_call import NetworkCall
 from lightning_otrt.transport.distance import transport_distance
 
 __all__ = ["match_layers"]
-
-#: A module, the method that is called in place of its forward, and the arguments.
-Run: TypeAlias = tuple[nn.Module, str, Inputs]
 
 #: Positions along each axis of a map at which layers are compared.
 _GRID = 4
@@ -33,8 +29,7 @@ _GRID = 4
 
 def match_layers(
     traces: tuple[Trace, Trace],
-    models: tuple[nn.Module, nn.Module],
-    runs: tuple[Run, Run],
+    calls: tuple[NetworkCall, NetworkCall],
 ) -> list[tuple[str, str]]:
     """The blocks of the student with those layers of the teacher that are closest to them on one batch, in order.
 
@@ -43,8 +38,7 @@ def match_layers(
 
     Args:
         traces: Traces of student and teacher.
-        models: The two networks.
-        runs: What to run of each.
+        calls: What to run of each.
 
     Raises:
         ValueError: If no student layer can be compared with a teacher layer, or the batch has a single sample.
@@ -53,12 +47,12 @@ def match_layers(
     candidates = [name for name in comparable_layers(teacher) if _positions(teacher, name) > 1]
     layers = select_layers(["blocks"], student, "student"), select_layers(candidates, teacher, "teacher")
     settled = [
-        settle_token_order(model, trace, chosen, inputs, method)
-        for model, trace, chosen, (_, method, inputs) in zip(models, traces, layers, runs, strict=True)
+        settle_token_order(call.model, trace, chosen, call.inputs, call.method)
+        for call, trace, chosen in zip(calls, traces, layers, strict=True)
     ]
     readings = [
-        _readings(side, model, trace, chosen, run)
-        for side, model, trace, chosen, run in zip(("student", "teacher"), models, settled, layers, runs, strict=True)
+        _readings(side, call, trace, chosen)
+        for side, call, trace, chosen in zip(("student", "teacher"), calls, settled, layers, strict=True)
     ]
     ys, xs = _at_same_positions(*readings)
     if min(map(len, [*ys, *xs]), default=MIN_SAMPLES) < MIN_SAMPLES:
@@ -80,19 +74,13 @@ def match_layers(
     return [(names[0][row], names[1][column]) for row, column in pairs]
 
 
-def _readings(
-    side: str,
-    model: nn.Module,
-    trace: Trace,
-    layers: Mapping[str, int],
-    run: Run,
-) -> list[Tensor]:
+def _readings(side: str, call: NetworkCall, trace: Trace, layers: Mapping[str, int]) -> list[Tensor]:
     """Readings of the layers in the order of ``layers``."""
-    module, method, (args, kwargs) = run
-    observer = Observer(side, model, trace, layers, _GRID)
+    module, (args, kwargs) = call.module, call.inputs
+    observer = Observer(side, call.model, trace, layers, _GRID)
     try:
         with in_evaluation(module):
-            found = observer(getattr(module, method) if method else module, tuple(args), kwargs)
+            found = observer(getattr(module, call.method) if call.method else module, tuple(args), kwargs)
     finally:
         observer.remove()
     return [found[name] for name in layers]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from lightning_otrt.layers.streams import choose_plans
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
-from lightning_otrt.reading.hooks.readers import recorded_layer
+from lightning_otrt.reading.hooks.readers import TracedRead, recorded_layer
 from lightning_otrt.reading.hooks.recorder import Readers
 from lightning_otrt.reading.hooks.views import NeuronCounts
 from lightning_otrt.reading.masks.layer_masks import pair_masks
@@ -34,6 +33,7 @@ from lightning_otrt.reading.student_root.rules import (
     split_root,
     warn_of_whole_teacher,
 )
+from lightning_otrt.reading.traced.network_call import NetworkCall
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.warnings.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
@@ -42,9 +42,6 @@ from lightning_otrt.reading.warnings.samples import warn_of_other_samples
 from lightning_otrt.reading.warnings.unclear_axes import warn_of_unclear_axes
 
 __all__ = ["Pairing", "check_layers", "pair_layers"]
-
-#: Positional and keyword arguments of a forward.
-Inputs: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,8 @@ class Pairing:
         for index, pair in enumerate(self.pairs):
             name, place = (pair.student, 0) if side == "student" else (pair.teacher, 1)
             trace_of_side = self.student if side == "student" else self.teacher
-            found[index] = recorded_layer(
-                side, trace_of_side, modules, name, pair.axes[place], grid, pair.select, pair.masks[place]
-            )
+            read = TracedRead(side, trace_of_side, name, pair.axes[place], pair.select, pair.masks[place])
+            found[index] = recorded_layer(read, modules, grid)
         return found
 
     def neuron_counts(self) -> list[NeuronCounts]:
@@ -104,16 +100,10 @@ def _neuron_counts(pairing: Pairing, pair: LayerPair) -> NeuronCounts:
 
 def pair_layers(
     layers: LayerSpec,
-    student: nn.Module,
-    root: str,
-    inputs: Inputs,
-    teacher: nn.Module,
-    teacher_inputs: Inputs,
+    student: NetworkCall,
+    teacher: NetworkCall,
     known: tuple[LayerPair, ...] | None = None,
     *,
-    method: str = "",
-    teacher_root: str = "",
-    teacher_method: str = "",
     plan: str = "",
     grid: int | None = None,
 ) -> Pairing:
@@ -121,15 +111,9 @@ def pair_layers(
 
     Args:
         layers: What the user passed.
-        student: The student.
-        root: Name of its submodule that gets ``inputs``.
-        inputs: Arguments of that submodule.
-        teacher: The teacher.
-        teacher_inputs: Its arguments.
+        student: What runs of the student.
+        teacher: What runs of the teacher.
         known: Pairs that were resolved earlier for both networks, to be used instead of a new choice.
-        method: Method of the student's root that is called in place of its forward.
-        teacher_root: Name of the teacher's submodule that runs, ``""`` for all of it.
-        teacher_method: Method of the teacher's root that is called in place of its forward.
         plan: Kind of plan; ``"auto"`` chooses one for each pair.
         grid: See :func:`~lightning_otrt.reading.neurons.reader.neurons`.
 
@@ -138,50 +122,41 @@ def pair_layers(
         RuntimeError: If the teacher fails on its inputs.
     """
     looks = plan == "auto"
-    student_trace = trace(student, *inputs, root=root, method=method, values=looks)
-    teacher_trace = _trace_teacher(teacher, teacher_inputs, student, root, teacher_root, teacher_method, values=looks)
-    traces = student_trace, teacher_trace
-    runs_part = describe_teacher_root(root, teacher_root, teacher_method)
-
-    def checked(pairs: tuple[LayerPair, ...], notes: Sequence[str]) -> Pairing:
-        student_trace, teacher_trace = traces
-        own = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-        for settle in (settle_token_order, settle_rows, settle_masks, settle_lengths):
-            student_trace = settle(student, student_trace, own[0], inputs, method)
-            teacher_trace = settle(teacher, teacher_trace, own[1], teacher_inputs, teacher_method)
-        side = OrderedSide(student, student_trace, inputs, method)
-        other = OrderedSide(teacher, teacher_trace, teacher_inputs, teacher_method)
-        warn_of_other_orders(pairs, side, other, grid)
-        plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
-        told = "\n".join(filter(None, [*notes, describe_reach(student, student_trace, pairs, method), runs_part]))
-        warn_of_whole_teacher(same_part(student, root, teacher), pairs, root, teacher_trace)
-        return _checked(Pairing(pairs, student_trace, teacher_trace, told, plans))
-
+    traces = _trace(student, values=looks), _trace_teacher(teacher, student, values=looks)
     if known is not None:
-        return checked(known, ())
+        pairs, notes = known, []
+    else:
+        pairs = resolve_layers(layers, *traces, lambda: match_layers(traces, (student, teacher)))
+        warn_of_unclear_axes(layers, *traces)
+        notes = [fallback_note(layers, *traces), output_note(layers, *traces)]
+    student_trace = _settled(traces[0], student, [pair.student for pair in pairs])
+    teacher_trace = _settled(traces[1], teacher, [pair.teacher for pair in pairs])
+    warn_of_other_orders(pairs, OrderedSide(student, student_trace), OrderedSide(teacher, teacher_trace), grid)
+    plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
+    notes.append(describe_reach(student.model, student_trace, pairs, student.method))
+    notes.append(describe_teacher_root(student.root, teacher.root, teacher.method))
+    part = same_part(student.model, student.root, teacher.model)
+    warn_of_whole_teacher(part, pairs, student.root, teacher_trace)
+    pairing = Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)), plans)
+    _warn_of_pairing(pairing)
+    return pairing
 
-    def find_matches() -> list[tuple[str, str]]:
-        runs = (
-            (named_layers(student)[root], method, inputs),
-            (named_layers(teacher)[teacher_root], teacher_method, teacher_inputs),
-        )
-        return match_layers((student_trace, teacher_trace), (student, teacher), runs)
 
-    pairs = resolve_layers(layers, student_trace, teacher_trace, find_matches)
-    warn_of_unclear_axes(layers, student_trace, teacher_trace)
-    notes = [fallback_note(layers, student_trace, teacher_trace), output_note(layers, student_trace, teacher_trace)]
-    return checked(pairs, notes)
+def _settled(traced: Trace, call: NetworkCall, names: Sequence[str]) -> Trace:
+    """The trace without what further forwards show not to be as it seems."""
+    for settle in (settle_token_order, settle_rows, settle_masks, settle_lengths):
+        traced = settle(call.model, traced, names, call.inputs, call.method)
+    return traced
 
 
-def _checked(pairing: Pairing) -> Pairing:
-    """The pairing, after warnings where padding is not left out or samples do not match."""
+def _warn_of_pairing(pairing: Pairing) -> None:
+    """Warn where padding is not left out or samples do not match."""
     masks = [pair_masks(pair, pairing.student, pairing.teacher) for pair in pairing.pairs]
     warn_of_unused_masks("student", {pair.student: found[0] for pair, found in zip(pairing.pairs, masks, strict=True)})
     warn_of_unused_masks("teacher", {pair.teacher: found[1] for pair, found in zip(pairing.pairs, masks, strict=True)})
     warn_of_one_sided_masks(pairing.pairs, masks, pairing.student, pairing.teacher)
     warn_of_added_tokens(pairing.pairs, pairing.student, pairing.teacher)
     warn_of_other_samples(pairing.pairs, pairing.student, pairing.teacher)
-    return pairing
 
 
 def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root: str | None) -> None:
@@ -224,13 +199,15 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
             raise
 
 
-def _trace_teacher(
-    teacher: nn.Module, inputs: Inputs, student: nn.Module, root: str, teacher_root: str, method: str, *, values: bool
-) -> Trace:
+def _trace(call: NetworkCall, *, values: bool) -> Trace:
+    return trace(call.model, *call.inputs, root=call.root, method=call.method, values=values)
+
+
+def _trace_teacher(call: NetworkCall, student: NetworkCall, *, values: bool) -> Trace:
     try:
-        return trace(teacher, *inputs, root=teacher_root, method=method, values=values)
+        return _trace(call, values=values)
     except Exception as error:
-        failed = teacher_failed(error, teacher, inputs, student, root)
+        failed = teacher_failed(error, call.model, call.inputs, student.model, student.root)
         if failed is error:
             raise
         raise failed from error

@@ -37,7 +37,6 @@ from lightning_otrt.reading.neurons.outputs import (
     tensors_of_samples,
 )
 from lightning_otrt.reading.probes.neuron_axis import find_neuron_axes
-from lightning_otrt.reading.probes.profiles import Inputs
 from lightning_otrt.reading.probes.random_outputs import is_random
 from lightning_otrt.reading.probes.sample_order import settle_order
 from lightning_otrt.reading.probes.time_major import find_sample_axis
@@ -47,7 +46,7 @@ from lightning_otrt.reading.torch_internals import (
     is_in_backward,
     is_in_functional_transform,
 )
-from lightning_otrt.reading.traced.arguments import bound_arguments, entered_tensor
+from lightning_otrt.reading.traced.arguments import Inputs, bound_arguments, entered_tensor
 from lightning_otrt.reading.traced.axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
 from lightning_otrt.reading.traced.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
 from lightning_otrt.reading.traced.calls import Call

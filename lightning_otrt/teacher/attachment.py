@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.layers.pairs import LayerOptions, LayerPair
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard, tensors_in
 from lightning_otrt.reading.hooks.recorder import Readers, Recorder
 from lightning_otrt.reading.hooks.views import (
@@ -27,8 +27,9 @@ from lightning_otrt.reading.student_root.gradient_reach import describe_unreache
 from lightning_otrt.reading.student_root.reach import describe_frozen
 from lightning_otrt.reading.student_root.search import RootSearch
 from lightning_otrt.reading.torch_internals import is_compiled, unwrapped
+from lightning_otrt.reading.traced.network_call import NetworkCall
 from lightning_otrt.reading.warnings.first_step import FirstStep
-from lightning_otrt.teacher.cache.sample_cache import SampleCache
+from lightning_otrt.teacher.cache.cached_run import CacheUse
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
@@ -49,34 +50,22 @@ class Attachment:
 
     Args:
         teacher: The teacher.
-        layers: What the user passed as ``layers``.
-        student_root: What the user passed as ``student_root``.
-        grid: Positions kept along each axis of a feature map.
+        options: What the user passed about layers.
         settle: Called on the first forward with a function that chooses the pairs. It returns the pairs to record.
         cache: Where readings of the teacher are kept; None: it runs on each batch.
-        strict: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
-        agree: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
         logits: Reads the logits of both networks, where they are distilled.
-        plan: Kind of plan; ``"auto"`` is chosen with the pairs.
     """
 
     def __init__(
         self,
         teacher: Teacher,
-        layers: LayerSpec,
-        student_root: str | None,
-        grid: int | None,
+        options: LayerOptions,
         settle: Callable[[ChoosePairs], Pairing],
-        cache: SampleCache | None,
-        strict: bool,
-        agree: Callable[[str], str],
+        cache: CacheUse | None = None,
         logits: LogitRecording | None = None,
-        plan: str = "",
     ) -> None:
         self.teacher = teacher
-        self.plan = plan
-        self.layers, self.grid = layers, grid
-        self._student_root, self._settle = student_root, settle
+        self._options, self._settle = options, settle
         self._logits = logits
         #: The attached student.
         self.student: nn.Module | None = None
@@ -90,8 +79,8 @@ class Attachment:
         self._is_reach_known = False
         self._recorder = Recorder(self._on_forward, None if logits is None else logits.read_student)
         #: The module of the student whose inputs the teacher gets too.
-        self.root = RootSearch(layers, student_root, self._recorder, distills=logits is not None)
-        self._teacher_run = TeacherRun(teacher, self._recorder, grid, cache, strict, agree, logits)
+        self.root = RootSearch(options.layers, options.student_root, self._recorder, distills=logits is not None)
+        self._teacher_run = TeacherRun(teacher, self._recorder, options.grid, cache, logits)
         self._guard = InputGuard()
         #: What is compared in the first step; None after it.
         self._first_step: FirstStep | None = None
@@ -125,7 +114,7 @@ class Attachment:
         if not isinstance(student, nn.Module):
             raise TypeError(f"Expected the student to be a torch.nn.Module, but got {type(student).__name__}.")
         self.teacher.check_against(student)
-        check_layers(self.layers, student, self.teacher.module, self._student_root)
+        check_layers(self._options.layers, student, self.teacher.module, self._options.student_root)
         self._is_compiled = is_compiled(student)
         if self._is_compiled or is_compiled(self.teacher.module):
             # Code that was compiled before has no hooks in it and would never call ours. This throws away all
@@ -293,6 +282,7 @@ class Attachment:
 
     def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""
+        call = NetworkCall(student, (args, kwargs), root, self.root.method)
         self._forget_first_step()
         self._first_step = first_step = FirstStep()
 
@@ -300,17 +290,12 @@ class Attachment:
             with self._recorder.switched_off():
                 self._teacher_run.prepare(student)
                 pairing = trace_and_pair(
-                    self.layers,
+                    self._options,
                     known,
-                    student,
-                    root,
-                    (args, kwargs),
+                    call,
                     self.teacher,
                     self._guard,
                     first_step.input,
-                    method=self.root.method,
-                    plan=self.plan,
-                    grid=self.grid,
                     compiled=self._is_compiled,
                 )
                 if self._logits is not None:
@@ -334,7 +319,7 @@ class Attachment:
 
     def _watch_student(self, student: nn.Module) -> None:
         assert self.pairing is not None
-        self._readers, logits = self.pairing.readers("student", student, self.grid), self._logits
+        self._readers, logits = self.pairing.readers("student", student, self._options.grid), self._logits
         self._parents = parents_of(student, self._readers)
         if logits is None:
             self._recorder.watch_student(self._readers)

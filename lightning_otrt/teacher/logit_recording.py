@@ -18,7 +18,7 @@ from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.layers.traced_logits import head_input, other_head, traced_class_axis, traced_logits
 from lightning_otrt.reading.hooks.logit_reader import LogitReader, logit_masks, logit_reader
-from lightning_otrt.reading.hooks.readers import recorded_layer
+from lightning_otrt.reading.hooks.readers import TracedRead, recorded_layer
 from lightning_otrt.reading.hooks.recorder import RecordedLayer
 from lightning_otrt.reading.hooks.views import NoTermError, View
 from lightning_otrt.reading.masks.warnings import warn_of_unused_masks
@@ -284,7 +284,7 @@ class LogitRecording:
                 )
             name = inside
         axis = chosen_axis("student", trace, name, None, recorded_tensor("student", trace, name, None))
-        return recorded_layer("student", trace, modules, name, axis, self.grid)
+        return recorded_layer(TracedRead("student", trace, name, axis), modules, self.grid)
 
     def _described(self, counts: Sequence[int | None]) -> str:
         if self.features is not None:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lightning_otrt.reading.hooks.recorder import Readers, Recorder
-from lightning_otrt.reading.pairing import Inputs, Pairing
+from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
-from lightning_otrt.teacher.cache.cached_run import CachedRun
-from lightning_otrt.teacher.cache.sample_cache import SampleCache
+from lightning_otrt.teacher.cache.cached_run import CachedRun, CacheUse
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording
 from lightning_otrt.teacher.replaced import parents_of
@@ -29,8 +29,6 @@ class TeacherRun:
         recorder: Its hooks read the teacher's layers, into the view of the student's forward.
         grid: Positions kept along each axis of a feature map.
         cache: Where readings of the teacher are kept; None: it runs on each batch.
-        strict: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
-        agree: See :class:`~lightning_otrt.teacher.cache.cached_run.CachedRun`.
         logits: Reads the logits of both networks, where they are distilled.
     """
 
@@ -39,14 +37,12 @@ class TeacherRun:
         teacher: Teacher,
         recorder: Recorder,
         grid: int | None,
-        cache: SampleCache | None,
-        strict: bool,
-        agree: Callable[[str], str],
+        cache: CacheUse | None,
         logits: LogitRecording | None,
     ) -> None:
         self.teacher, self.grid = teacher, grid
         self._recorder, self._logits = recorder, logits
-        self._cached = None if cache is None else CachedRun(teacher, recorder, cache, strict, agree, self._read_logits)
+        self._cached = None if cache is None else CachedRun(teacher, recorder, cache, self._read_logits)
         self._pairing: Pairing | None = None
         #: The module whose layers have hooks.
         self._hooked: nn.Module | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.pairing import check_layers, pair_layers
+from lightning_otrt.reading.traced.network_call import NetworkCall
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def x() -> Tensor:
 
 def test_pairs_traces_readers_and_table(x: Tensor) -> None:
     task, teacher = make_task(), make_teacher()
-    pairing = pair_layers(LAYERS, task, "net", ((x,), {}), teacher, ((x,), {}))
+    pairing = pair_layers(LAYERS, NetworkCall(task, ((x,), {}), "net"), NetworkCall(teacher, ((x,), {})))
     assert [(pair.student, pair.teacher, pair.weight) for pair in pairing.pairs] == [
         ("net.block1", "block1", 0.5),
         ("net.block2", "block2", 0.5),
@@ -26,10 +27,10 @@ def test_pairs_traces_readers_and_table(x: Tensor) -> None:
     assert (pairing.student.root, pairing.teacher.root) == ("net", "")
     readers = pairing.readers("teacher", teacher, grid=2)
     assert {key: (name, module is teacher.get_submodule(name)) for key, (name, module, *_) in readers.items()} == {
-        "0": ("block1", True),
-        "1": ("block2", True),
+        0: ("block1", True),
+        1: ("block2", True),
     }
-    assert readers["1"][2](torch.randn(4, 12, 8, 8)).shape == (4, 12, 2, 2)
+    assert readers[1][2](torch.randn(4, 12, 8, 8)).shape == (4, 12, 2, 2)
     assert pairing.table().startswith("root: 'net'; 8 of 10 trained tensors lie before the recorded layers\nstudent")
     assert pairing.table().count("\n") == 3
 
@@ -37,7 +38,7 @@ def test_pairs_traces_readers_and_table(x: Tensor) -> None:
 def test_readers_of_each_side_have_its_own_axis_and_selector(x: Tensor) -> None:
     pair = LayerPair("0", "0", neuron_axis=(1, -1), select="hidden")
     net = nn.Sequential(nn.Conv2d(1, 2, 1))
-    pairing = pair_layers("0", net, "", ((x,), {}), net, ((x,), {}), known=(pair,))
+    pairing = pair_layers("0", NetworkCall(net, ((x,), {})), NetworkCall(net, ((x,), {})), known=(pair,))
     assert pairing.pairs == (pair,)
     axes = [pairing.readers(side, net, 4)[0][2].neuron_axis for side in ("student", "teacher")]
     assert axes == [1, -1]
@@ -45,7 +46,7 @@ def test_readers_of_each_side_have_its_own_axis_and_selector(x: Tensor) -> None:
 
 def test_a_teacher_that_fails_is_named_with_its_inputs(x: Tensor) -> None:
     with pytest.raises(RuntimeError) as raised:
-        pair_layers("auto", make_task(), "net", ((x,), {}), nn.Linear(3, 3), ((x,), {}))
+        pair_layers("auto", NetworkCall(make_task(), ((x,), {}), "net"), NetworkCall(nn.Linear(3, 3), ((x,), {})))
     words = "The teacher (Linear) failed on (float32 (4, 1, 8, 8)), from the inputs of 'net' of the student (Task)."
     assert words in str(raised.value)
     assert "`teacher_inputs`" in str(raised.value)

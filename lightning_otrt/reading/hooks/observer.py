@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.trace import Trace
-from lightning_otrt.reading.hooks.readers import recorded_layer
+from lightning_otrt.reading.hooks.readers import TracedRead, recorded_layer
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.masks.layer_masks import layer_masks
 from lightning_otrt.reading.masks.warnings import warn_of_unused_masks
@@ -34,7 +34,7 @@ class Observer:
         self._recorder = Recorder(lambda *_: False)
         self._recorder.watch_student(
             {
-                index: recorded_layer(side, trace, modules, name, axis, grid)
+                index: recorded_layer(TracedRead(side, trace, name, axis), modules, grid)
                 for index, (name, axis) in enumerate(layers.items())
             }
         )

@@ -5,72 +5,77 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_otrt.layers.mask_sources import LayerMasks
 from lightning_otrt.layers.pairs import INPUT
-from lightning_otrt.layers.trace import Trace
+from lightning_otrt.layers.trace import Trace, TracedTensor
 from lightning_otrt.reading.hooks.recorder import PatchMap, RecordedLayer
 from lightning_otrt.reading.masks.layer_masks import layer_masks
 from lightning_otrt.reading.neurons.reader import NeuronReader
 from lightning_otrt.reading.traced.token_grid import TokenGrid, find_token_grid
 
-__all__ = ["layer_reader", "recorded_layer"]
+__all__ = ["TracedRead", "layer_reader", "recorded_layer", "token_layout"]
 
 
-def recorded_layer(
-    side: str,
-    trace: Trace,
-    modules: Mapping[str, nn.Module],
-    name: str,
-    axis: int | None,
-    grid: int | None,
-    select: str | int | None = None,
-    mask: str | None = "auto",
-) -> RecordedLayer:
-    """What to record of one layer: its module, its reader, and the modules that get its padding mask.
-
-    Args:
-        side: See :func:`layer_reader`.
-        trace: See :func:`layer_reader`.
-        modules: All modules of the network by name.
-        name: See :func:`layer_reader`.
-        axis: See :func:`layer_reader`.
-        grid: See :func:`layer_reader`.
-        select: See :func:`layer_reader`.
-        mask: See :class:`~lightning_otrt.layers.pairs.LayerPair`.
-    """
-    masks = layer_masks(side, trace, name, axis, select, mask)
-    layout = _token_layout(trace, name, axis, select, masks)
-    reader = layer_reader(side, trace, name, axis, grid, select, masks)
-    sources = tuple((source, modules[source.module]) for source in masks.sources)
-    return RecordedLayer(name, modules[name.removesuffix(INPUT)], reader, sources, _patches(trace, modules, layout))
-
-
-def layer_reader(
-    side: str,
-    trace: Trace,
-    name: str,
-    axis: int | None,
-    grid: int | None,
-    select: str | int | None = None,
-    masks: LayerMasks = LayerMasks(),  # noqa: B008
-) -> NeuronReader:
-    """The reader of one layer.
+@dataclass(frozen=True)
+class TracedRead:
+    """Which tensor of a traced network is read.
 
     Args:
         side: ``"student"`` or ``"teacher"``, for errors.
-        trace: Trace of its network.
+        trace: Trace of the network.
         name: ``"name"`` or ``"name:input"``.
         axis: Axis of the neurons.
-        grid: See :func:`~lightning_otrt.reading.neurons.reader.neurons`.
         select: Key or index of the tensor, where the layer gives several.
-        masks: Its padding masks.
+        mask: See :class:`~lightning_otrt.layers.pairs.LayerPair`.
     """
-    tensor = trace.tensor(name, select)
-    where = f"{side} layer {name!r}"
-    layout = _token_layout(trace, name, axis, select, masks)
+
+    side: str
+    trace: Trace
+    name: str
+    axis: int | None
+    select: str | int | None = None
+    mask: str | None = "auto"
+
+    @property
+    def tensor(self) -> TracedTensor | None:
+        """The tensor in the trace."""
+        return self.trace.tensor(self.name, self.select)
+
+    @property
+    def where(self) -> str:
+        """How errors name the layer."""
+        return f"{self.side} layer {self.name!r}"
+
+
+def recorded_layer(read: TracedRead, modules: Mapping[str, nn.Module], grid: int | None) -> RecordedLayer:
+    """What to record of one layer: its module, its reader, and the modules that get its padding mask.
+
+    Args:
+        read: What is read.
+        modules: All modules of the network by name.
+        grid: See :func:`~lightning_otrt.reading.neurons.reader.neurons`.
+    """
+    masks = layer_masks(read.side, read.trace, read.name, read.axis, read.select, read.mask)
+    layout = token_layout(read, masks)
+    sources = tuple((source, modules[source.module]) for source in masks.sources)
+    module = modules[read.name.removesuffix(INPUT)]
+    patches = _patches(read.trace, modules, layout)
+    return RecordedLayer(read.name, module, layer_reader(read, layout, grid), sources, patches)
+
+
+def layer_reader(read: TracedRead, layout: TokenGrid, grid: int | None) -> NeuronReader:
+    """The reader of one layer. It warns of tokens whose order is not known.
+
+    Args:
+        read: What is read.
+        layout: How its tokens lie, see :func:`token_layout`.
+        grid: See :func:`~lightning_otrt.reading.neurons.reader.neurons`.
+    """
+    tensor, where = read.tensor, read.where
     if layout.part_of is not None and tensor is not None:
         warnings.warn(
             f"The {where} has {tensor.shape[1 - tensor.batch_axis] - layout.prefix} tokens, but the patches before it "
@@ -106,22 +111,27 @@ def layer_reader(
         )
     return NeuronReader(
         layer=where,
-        neuron_axis=axis,
+        neuron_axis=read.axis,
         batch_axis=0 if tensor is None else tensor.batch_axis,
         grid=grid,
         prefix_tokens=layout.prefix,
         token_grid=layout.size,
-        select=None if name.endswith(INPUT) else select,
+        select=None if read.name.endswith(INPUT) else read.select,
     )
 
 
-def _token_layout(trace: Trace, name: str, axis: int | None, select: str | int | None, masks: LayerMasks) -> TokenGrid:
-    """How the tokens of a layer lie; none of it for layers of other shapes."""
-    tensor = trace.tensor(name, select)
+def token_layout(read: TracedRead, masks: LayerMasks) -> TokenGrid:
+    """How the tokens of a layer lie; none of it for layers of other shapes.
+
+    Args:
+        read: What is read.
+        masks: Its padding masks.
+    """
+    tensor = read.tensor
     if masks.used is not None:  # a grid has no padding
-        return TokenGrid(trace.prefix_tokens if masks.drops_prefix else 0)
-    if tensor is not None and len(tensor.shape) == 3 and axis in (2, -1):
-        return find_token_grid(trace, trace.layer(name), tensor)
+        return TokenGrid(read.trace.prefix_tokens if masks.drops_prefix else 0)
+    if tensor is not None and len(tensor.shape) == 3 and read.axis in (2, -1):
+        return find_token_grid(read.trace, read.trace.layer(read.name), tensor)
     return TokenGrid()
 
 

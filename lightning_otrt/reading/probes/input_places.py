@@ -18,9 +18,9 @@ from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.neurons.outputs import all_tensors, output_items, sequence_output
-from lightning_otrt.reading.probes.profiles import Inputs, mapped, profile, sums, uneven
+from lightning_otrt.reading.probes.profiles import mapped, profile, sums, uneven
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
-from lightning_otrt.reading.traced.arguments import entered_tensor
+from lightning_otrt.reading.traced.arguments import Inputs, entered_tensor
 from lightning_otrt.reading.traced.token_grid import find_token_grid
 
 __all__ = ["Part", "Probed", "find_places", "is_map"]

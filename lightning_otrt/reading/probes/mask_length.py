@@ -17,8 +17,7 @@ from lightning_otrt.reading.masks.names import may_mark_padding
 from lightning_otrt.reading.masks.padding_shapes import is_at_ends
 from lightning_otrt.reading.masks.values import as_rows
 from lightning_otrt.reading.probes.mask_owner import dependent
-from lightning_otrt.reading.probes.profiles import Inputs
-from lightning_otrt.reading.traced.arguments import bound_arguments
+from lightning_otrt.reading.traced.arguments import Inputs, bound_arguments
 from lightning_otrt.reading.traced.calls import is_tensor
 
 __all__ = ["settle_lengths"]

@@ -12,8 +12,8 @@ from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
-from lightning_otrt.reading.probes.profiles import Inputs, is_close, mapped, profiles
-from lightning_otrt.reading.traced.arguments import bound_arguments
+from lightning_otrt.reading.probes.profiles import is_close, mapped, profiles
+from lightning_otrt.reading.traced.arguments import Inputs, bound_arguments
 from lightning_otrt.reading.traced.calls import is_ids, is_tensor
 
 __all__ = ["dependent", "settle_masks"]

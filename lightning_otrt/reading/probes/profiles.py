@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,10 @@ from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.neurons.outputs import all_tensors, output_items, sequence_output
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
-from lightning_otrt.reading.traced.arguments import entered_tensor
+from lightning_otrt.reading.traced.arguments import Inputs, entered_tensor
 
-__all__ = ["Inputs", "is_close", "layer_tensors", "mapped", "profile", "profiles", "sums", "uneven"]
+__all__ = ["is_close", "layer_tensors", "mapped", "profile", "profiles", "sums", "uneven"]
 
-#: Positional and keyword arguments of a forward.
-Inputs: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
 #: Sums of activations may differ so much, relative to the largest, where samples are in other places of a batch.
 _TOLERANCE = 1e-3
 

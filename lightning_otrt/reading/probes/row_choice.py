@@ -11,8 +11,9 @@ from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
-from lightning_otrt.reading.probes.profiles import Inputs, profiles
+from lightning_otrt.reading.probes.profiles import profiles
 from lightning_otrt.reading.probes.sample_order import follows, roll, rolled
+from lightning_otrt.reading.traced.arguments import Inputs
 
 __all__ = ["settle_rows"]
 

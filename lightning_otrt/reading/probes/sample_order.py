@@ -14,7 +14,8 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.neurons.outputs import all_tensors
-from lightning_otrt.reading.probes.profiles import Inputs, is_close, mapped, profiles
+from lightning_otrt.reading.probes.profiles import is_close, mapped, profiles
+from lightning_otrt.reading.traced.arguments import Inputs
 
 __all__ = ["follows", "roll", "rolled", "settle_order"]
 

@@ -10,7 +10,8 @@ from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.neurons.outputs import all_tensors
-from lightning_otrt.reading.probes.profiles import Inputs, is_close, mapped, profiles
+from lightning_otrt.reading.probes.profiles import is_close, mapped, profiles
+from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.reading.traced.batch_facts import is_sequence_first
 
 __all__ = ["find_sample_axis"]

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-__all__ = ["argument_position", "bound_arguments", "entered_tensor", "items_by_name", "positions_by_name", "renamed"]
+__all__ = [
+    "Inputs",
+    "argument_position",
+    "bound_arguments",
+    "entered_tensor",
+    "items_by_name",
+    "positions_by_name",
+    "renamed",
+]
+
+#: Positional and keyword arguments of a forward.
+Inputs: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 def bound_arguments(

@@ -12,18 +12,16 @@ from torch import nn
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.probes.input_places import Part, Probed, find_places, is_map
-from lightning_otrt.reading.probes.profiles import Inputs
+from lightning_otrt.reading.traced.network_call import NetworkCall
 
 __all__ = ["OrderedSide", "warn_of_other_orders"]
 
 
 class OrderedSide(NamedTuple):
-    """A network with its trace and the arguments of its root; ``method`` runs in place of the root's forward."""
+    """A network that is called, with its trace."""
 
-    model: nn.Module
+    call: NetworkCall
     trace: Trace
-    inputs: Inputs
-    method: str = ""
 
 
 def warn_of_other_orders(
@@ -44,14 +42,21 @@ def warn_of_other_orders(
         grid: Positions that are kept along each axis; the order of those of a map matters from 2 on.
     """
     sides = student, teacher
-    if any(_is_sharded(side.model) for side in sides):
+    if any(_is_sharded(side.call.model) for side in sides):
         return
     own = [tuple(map(_part, (pair, pair), (0, 1))) for pair in pairs]
     rows = [parts for parts in own if _may_differ_in_rows(sides, parts)]
     wide = [parts for parts in own if grid != 1 and all(map(_is_map, sides, parts))]
     maps = [parts for parts in wide if parts in rows or _have_samples(sides, parts)]
     seen = [
-        find_places(side.model, side.trace, [each[place] for each in rows], [each[place] for each in maps], *side[2:])
+        find_places(
+            side.call.model,
+            side.trace,
+            [each[place] for each in rows],
+            [each[place] for each in maps],
+            side.call.inputs,
+            side.call.method,
+        )
         for place, side in enumerate(sides)
     ]
     found: dict[str, list[str]] = {"rows": [], "maps": []}

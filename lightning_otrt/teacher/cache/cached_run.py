@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,18 +16,33 @@ from lightning_otrt.reading.hooks.recorder import Readers, Recorder
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.neurons.outputs import all_tensors
 from lightning_otrt.reading.pairing import Pairing
+from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.cache.fingerprint import fingerprint
 from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
-from lightning_otrt.teacher.cache.samples import Inputs
 from lightning_otrt.teacher.cache.weight_watch import WeightWatch
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 
-__all__ = ["CachedRun"]
+__all__ = ["CacheUse", "CachedRun"]
 
 #: Raise this number whenever readings change, as with another pooling: entries of older caches are then not used.
 READING = 1
 #: How the logits of the teacher and their mask are called beside the layers, ``"number of the pair.call"``.
 _LOGITS, _LOGIT_MASK = "logits.0", "logit mask.0"
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """How a cache is used.
+
+    Args:
+        cache: Where readings are kept.
+        strict: Raise where they cannot be; else warn once, and run the teacher on all samples.
+        agree: Makes the problem of one process that of all. A collective where processes train together.
+    """
+
+    cache: SampleCache
+    strict: bool
+    agree: Callable[[str], str]
 
 
 class CachedRun:
@@ -38,23 +53,13 @@ class CachedRun:
     Args:
         teacher: The teacher.
         recorder: The recorder whose hooks are on it.
-        cache: Where readings are kept.
-        strict: Raise where they cannot be; else warn once, and run the teacher on all samples.
-        agree: Makes the problem of one process that of all. A collective where processes train together.
+        use: The cache.
         read: Called with what the teacher returned, after each run. It may add readings to the current view.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        recorder: Recorder,
-        cache: SampleCache,
-        strict: bool,
-        agree: Callable[[str], str],
-        read: Callable[[Any], None],
-    ) -> None:
-        self.teacher, self.recorder, self.cache = teacher, recorder, cache
-        self._strict, self._agree, self._read = strict, agree, read
+    def __init__(self, teacher: Teacher, recorder: Recorder, use: CacheUse, read: Callable[[Any], None]) -> None:
+        self.teacher, self.recorder, self.cache = teacher, recorder, use.cache
+        self._strict, self._agree, self._read = use.strict, use.agree, read
         self._watch: WeightWatch | None = None
         self._settings: dict[str, Any] = {}
         self._known = ""

@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.cache.numerics import Numerics
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.teacher.cache.per_sample import Run, cloned, tolerance, why_not_per_sample
 from lightning_otrt.teacher.cache.sample_hash import SampleHash, check_dense
-from lightning_otrt.teacher.cache.samples import Inputs, leaves, select_samples
+from lightning_otrt.teacher.cache.samples import leaves, select_samples
 from lightning_otrt.teacher.cache.store import Found, SampleStore
 from lightning_otrt.teacher.host_copy import HostCopy
 

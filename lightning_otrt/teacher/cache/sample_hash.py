@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_otrt.teacher.cache.samples import Inputs, batch_size_of, is_per_sample, leaves, shown_path
+from lightning_otrt.reading.traced.arguments import Inputs
+from lightning_otrt.teacher.cache.samples import batch_size_of, is_per_sample, leaves, shown_path
 
 __all__ = ["SampleHash", "check_dense"]
 

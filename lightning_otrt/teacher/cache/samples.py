@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.frozen.map_inputs import map_inputs
 
-__all__ = ["Inputs", "batch_size_of", "is_per_sample", "leaves", "select_samples", "shown_path"]
-
-#: Positional and keyword arguments of a forward.
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+__all__ = ["batch_size_of", "is_per_sample", "leaves", "select_samples", "shown_path"]
 
 #: Types whose `repr` shows the whole value.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, slice, torch.dtype, torch.device)

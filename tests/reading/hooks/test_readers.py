@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from lightning_otrt.layers.mask_sources import LayerMasks
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
-from lightning_otrt.reading.hooks.readers import layer_reader
+from lightning_otrt.reading.hooks.readers import TracedRead, layer_reader, token_layout
+from lightning_otrt.reading.neurons.reader import NeuronReader
+
+
+def reader_of(*read: Any, **options: Any) -> NeuronReader:
+    found = TracedRead(*read, **options)
+    return layer_reader(found, token_layout(found, LayerMasks()), 4)
 
 
 def tokens(count: int, patches: tuple[int, int] | None, declared: int = 0, batch_axis: int = 0) -> Trace:
@@ -42,7 +51,7 @@ def test_tokens_of_patches(
     grid: tuple[int, int] | None,
     batch_axis: int,
 ) -> None:
-    reader = layer_reader("student", tokens(count, patches, declared, batch_axis), "layer", 2, 4)
+    reader = reader_of("student", tokens(count, patches, declared, batch_axis), "layer", 2)
     assert (reader.prefix_tokens, reader.token_grid, reader.batch_axis) == (prefix, grid, batch_axis)
     assert (reader.neuron_axis, reader.grid, reader.layer) == (2, 4, "student layer 'layer'")
 
@@ -51,7 +60,7 @@ def test_tokens_of_patches(
 def test_a_part_of_the_patches_is_a_sequence(declared: int) -> None:
     """16 of the 64 patches of a masked autoencoder are no 4 x 4 grid."""
     with pytest.warns(UserWarning, match=r"16 tokens, but the patches before it are a grid of 8 x 8"):
-        reader = layer_reader("student", tokens(16 + declared, (8, 8), declared), "layer", 2, 4)
+        reader = reader_of("student", tokens(16 + declared, (8, 8), declared), "layer", 2)
     assert (reader.prefix_tokens, reader.token_grid) == (declared, None)
 
 
@@ -64,13 +73,13 @@ def test_patches_of_another_tower_are_no_grid() -> None:
         TracedLayer("text", order=3, calls=1, is_container=True, takes_model_input=True),
         TracedLayer("text.layer", order=2, calls=1, output=tensor),
     )
-    assert layer_reader("student", Trace(layers, batch_size=2), "text.layer", 2, 4).token_grid is None
+    assert reader_of("student", Trace(layers, batch_size=2), "text.layer", 2).token_grid is None
 
 
 def test_channels_first_sequences_have_no_token_grid() -> None:
-    assert layer_reader("student", tokens(16, (4, 4)), "layer", 1, 4).token_grid is None
+    assert reader_of("student", tokens(16, (4, 4)), "layer", 1).token_grid is None
 
 
 def test_the_input_of_a_layer_is_not_selected_from() -> None:
-    assert layer_reader("teacher", tokens(16, None), "layer", 2, 4, select="hidden").select == "hidden"
-    assert layer_reader("teacher", tokens(16, None), "layer:input", 2, 4, select="hidden").select is None
+    assert reader_of("teacher", tokens(16, None), "layer", 2, select="hidden").select == "hidden"
+    assert reader_of("teacher", tokens(16, None), "layer:input", 2, select="hidden").select is None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.reading.hooks.readers import layer_reader
+from lightning_otrt.layers.mask_sources import LayerMasks
+from lightning_otrt.reading.hooks.readers import TracedRead, layer_reader, token_layout
 from lightning_otrt.reading.traced.token_grid import TokenGrid, find_token_grid, has_hidden_grid
 from lightning_otrt.reading.tracer import trace
 
@@ -113,8 +114,9 @@ def test_several_tokens_in_front(name: str, shape: tuple[int, ...]) -> None:
 def test_several_tokens_of_other_names_may_stand_anywhere(in_front: bool) -> None:
     model = WithTokens("prompts", (4, 6), in_front=in_front)
     assert grid_of(model, "linear", IMAGES) == TokenGrid(0, more_than=(4, 6))
+    read = TracedRead("student", trace(model, (IMAGES,)), "linear", 2)
     with pytest.warns(UserWarning, match="'linear' has 28 tokens, 4 more than the grid of 4 x 6 patches before it"):
-        reader = layer_reader("student", trace(model, (IMAGES,)), "linear", 2, 4)
+        reader = layer_reader(read, token_layout(read, LayerMasks()), 4)
     assert (reader.prefix_tokens, reader.token_grid) == (0, None)
 
 
