@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.reading.extra_forwards.plain_values import slot_names
 from lightning_otrt.reading.torch_internals import version_of
 
 __all__ = ["InputGuard", "tensors_in"]
@@ -123,17 +124,10 @@ def _new_copy(value: Any, clones: bool, known: dict[int, tuple[Any, Any]]) -> An
         # In the dictionary itself: a graph of PyTorch Geometric, or a frozen dataclass, has attributes of its own.
         for key, item in list(vars(own).items()):
             vars(own)[key] = _copied(item, clones, known)
-    for key in _slots(type(own)):
+    for key in slot_names(type(own)):
         if hasattr(own, key):
             object.__setattr__(own, key, _copied(getattr(own, key), clones, known))
     return own
-
-
-def _slots(kind: type) -> list[str]:
-    """Names of attributes outside of ``__dict__``."""
-    found = [getattr(base, "__slots__", ()) for base in kind.__mro__ if base.__module__ != "builtins"]
-    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
-    return [name for name in names if not name.startswith("__")]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

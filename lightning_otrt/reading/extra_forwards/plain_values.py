@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BYTES", "keep_array", "keep_bytes", "slots"]
+__all__ = ["BYTES", "keep_array", "keep_bytes", "slot_names", "slots"]
 
 #: Arrays of the standard library.
 BYTES = (bytearray, array.array)
@@ -38,6 +38,20 @@ def keep_bytes(value: bytearray | array.array[Any]) -> Callable[[], None]:
             value[:] = saved
 
     return undo
+
+
+def slot_names(kind: type) -> list[str]:
+    """The names of attributes that are kept outside of ``__dict__``. Compiled code can ask for them.
+
+    Example:
+        >>> class Point:
+        ...     __slots__ = ("x", "__weakref__")
+        >>> slot_names(Point)
+        ['x']
+    """
+    found = [getattr(base, "__slots__", ()) for base in kind.__mro__ if base.__module__ != "builtins"]
+    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    return [name for name in names if not name.startswith("__")]
 
 
 def slots(value: object) -> Iterator[MemberDescriptorType]:

@@ -8,14 +8,18 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from lightning_otrt.reading.extra_forwards.plain_values import slot_names
+
 __all__ = [
     "Inputs",
     "argument_position",
     "bound_arguments",
     "entered_tensor",
     "items_by_name",
+    "positional_names",
     "positions_by_name",
     "renamed",
+    "signature_of",
 ]
 
 #: Positional and keyword arguments of a forward.
@@ -45,11 +49,12 @@ def bound_arguments(
     found: dict[str, Any] = {}
     for whole in (*args, *kwargs.values()):
         found.update(items_by_name(whole))
+    signature = signature_of(module, method)
     try:
-        signature = inspect.signature(getattr(module, method))
-        bound = signature.bind_partial(*args, **kwargs)
-    except (TypeError, ValueError, AttributeError):  # the last one for methods of script modules
-        # No readable signature, or arguments that do not fit it: the call itself then says what is wrong.
+        bound = None if signature is None else signature.bind_partial(*args, **kwargs)
+    except TypeError:  # arguments that do not fit: the call itself then says what is wrong
+        bound = None
+    if signature is None or bound is None:
         return {**found, **{str(place): value for place, value in enumerate(args)}, **kwargs}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
@@ -91,8 +96,30 @@ def items_by_name(whole: Any) -> dict[str, Any]:
         return dict(zip(getattr(whole, "_fields", ()), whole, strict=False))
     if isinstance(whole, (Tensor, nn.Module, type, list)) or callable(whole):
         return {}
-    slots = [name for kind in type(whole).__mro__ for name in getattr(kind, "__slots__", ())]
-    return {**{name: getattr(whole, name) for name in slots if hasattr(whole, name)}, **getattr(whole, "__dict__", {})}
+    names = slot_names(type(whole))
+    return {**{name: getattr(whole, name) for name in names if hasattr(whole, name)}, **getattr(whole, "__dict__", {})}
+
+
+def signature_of(module: nn.Module, method: str = "forward") -> inspect.Signature | None:
+    """The signature of a module's method; None where it cannot be read, as for some methods of script modules."""
+    try:
+        return inspect.signature(getattr(module, method))
+    except (TypeError, ValueError, AttributeError):
+        return None
+
+
+def positional_names(module: nn.Module, method: str = "forward") -> list[str]:
+    """The names of the arguments that a module's method takes by position, without those of ``*args``.
+
+    Example:
+        >>> from torch import nn
+        >>> positional_names(nn.Bilinear(2, 2, 2))
+        ['input1', 'input2']
+    """
+    signature = signature_of(module, method)
+    parameters = () if signature is None else signature.parameters.values()
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def argument_position(module: nn.Module, name: str, method: str = "forward") -> int | None:
@@ -103,12 +130,7 @@ def argument_position(module: nn.Module, name: str, method: str = "forward") -> 
         >>> argument_position(nn.MultiheadAttention(4, 2), "key_padding_mask")
         3
     """
-    try:
-        parameters = list(inspect.signature(getattr(module, method)).parameters.values())
-    except (TypeError, ValueError, AttributeError):
-        return None
-    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [parameter.name for parameter in parameters if parameter.kind in positional]
+    names = positional_names(module, method)
     return names.index(name) if name in names else None
 
 
@@ -131,7 +153,7 @@ def positions_by_name(
         >>> positions_by_name(nn.Bilinear(2, 2, 2), "forward", nn.Bilinear(3, 3, 3))
         ()
     """
-    own, other = _positional(source, method), _positional(target, target_method)
+    own, other = _names_for_both_ways(source, method), _names_for_both_ways(target, target_method)
     places = {name: place for place, name in enumerate(other)}
     moved = [place for place, name in enumerate(own) if places.get(name, place) != place]
     if not moved:
@@ -163,11 +185,10 @@ def renamed(
     return tuple(same), found
 
 
-def _positional(module: nn.Module, method: str) -> list[str]:
-    try:
-        parameters = inspect.signature(getattr(module, method)).parameters.values()
-    except (TypeError, ValueError, AttributeError):
-        return []
+def _names_for_both_ways(module: nn.Module, method: str) -> list[str]:
+    """The arguments that can be given by position and by name. None where ``*args`` takes any number of them."""
+    signature = signature_of(module, method)
+    parameters = [] if signature is None else list(signature.parameters.values())
     if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return []
     return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import OF_TARGET
+from lightning_otrt.reading.traced.arguments import signature_of
 
 __all__ = ["Call", "argument_names", "is_ids", "is_tensor", "takes_any"]
 
@@ -88,10 +89,10 @@ def _signature(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 def takes_any(call: Call) -> bool:
     """Whether a later batch may have arguments that neither the signature nor this call shows."""
-    try:
-        parameters = inspect.signature(getattr(call.module, call.method)).parameters.values()
-    except (TypeError, ValueError, AttributeError):
+    signature = signature_of(call.module, call.method)
+    if signature is None:
         return False
+    parameters = signature.parameters.values()
     names = {parameter.name for parameter in parameters}
     is_mapping = len(names) == 1 and isinstance(call.arguments.get(next(iter(names))), Mapping)
     return is_mapping or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.reading.extra_forwards.input_guard import tensors_in
 from lightning_otrt.reading.neurons.outputs import describe
+from lightning_otrt.reading.traced.arguments import positional_names
 from lightning_otrt.reading.traced.states import StateShapes
 from lightning_otrt.teacher.frozen.map_inputs import map_inputs
 from lightning_otrt.teacher.frozen.zero_states import ZeroStates, zeros_for
@@ -53,7 +53,7 @@ class PastStates:
         teacher: nn.Module | None = None,
     ) -> None:
         self._where = "the student" if root is None else f"{type(root).__name__}.{method} of the student"
-        self._names = () if root is None else _positional(root, method)
+        self._names = [] if root is None else positional_names(root, method)
         self._shapes = StateShapes() if root is None else StateShapes.of(root)
         self._of_teacher = None if teacher is None else StateShapes.of(teacher)
         #: Whose ``may_wait`` says whether values are looked at in the step itself.
@@ -151,12 +151,3 @@ def _answer(value: Any, question: str) -> bool:
 
 def _without_empty(value: Any) -> Any:
     return None if _is_filled(value) is False else value
-
-
-def _positional(module: nn.Module, method: str) -> tuple[str, ...]:
-    try:
-        parameters = inspect.signature(getattr(module, method)).parameters.values()
-    except (TypeError, ValueError, AttributeError):
-        return ()
-    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
