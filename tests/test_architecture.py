@@ -38,6 +38,7 @@ BELOW = {
 #: The rooms of a floor, in the order in which they build on each other. Single files between them count as rooms.
 ROOMS = {
     "reading": [
+        "containers",
         "torch_internals",
         "extra_forwards",
         "neurons",

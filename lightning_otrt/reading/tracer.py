@@ -21,20 +21,18 @@ from lightning_otrt.layers.names import child_names, is_inside, named_layers, pr
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.random_numbers import random_state
+from lightning_otrt.reading.containers import all_tensors, as_container, tensors_of_samples
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.extra_forwards.own_gradients import own_gradients_explained
 from lightning_otrt.reading.masks.search import MaskSearch
 from lightning_otrt.reading.masks.shown_padding import ShownPadding
 from lightning_otrt.reading.neurons.outputs import (
-    all_tensors,
-    as_container,
     describe,
     output_items,
     packed_mask,
     returned_tensors,
     sequence_output,
-    tensors_of_samples,
 )
 from lightning_otrt.reading.probes.neuron_axis import find_neuron_axes
 from lightning_otrt.reading.probes.random_outputs import is_random

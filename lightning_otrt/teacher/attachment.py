@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lightning_otrt.layers.pairs import LayerOptions, LayerPair
-from lightning_otrt.reading.extra_forwards.input_guard import InputGuard, tensors_in
+from lightning_otrt.reading.containers import tensors_in
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.hooks.recorder import Readers, Recorder
 from lightning_otrt.reading.hooks.views import (
     ConstantTermError,

@@ -5,24 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_otrt.reading.containers import CONSTANT, tensors_in
 from lightning_otrt.reading.extra_forwards.plain_values import slot_names
 from lightning_otrt.reading.torch_internals import version_of
 
-__all__ = ["InputGuard", "tensors_in"]
-
-#: Values that no forward can change.
-_CONSTANT = (
-    *(nn.Module, str, bytes, int, float, complex, bool, type(None), torch.device, torch.dtype, torch.Generator, type),
-    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType),
-)
+__all__ = ["InputGuard"]
 
 
 class InputGuard:
@@ -82,7 +76,7 @@ class InputGuard:
 
 def _copied(value: Any, clones: bool, known: dict[int, tuple[Any, Any]]) -> Any:
     """A copy of containers and objects at all depths. ``known`` holds each original with its copy, by identity."""
-    if (isinstance(value, Tensor) and not clones) or isinstance(value, _CONSTANT):
+    if (isinstance(value, Tensor) and not clones) or isinstance(value, CONSTANT):
         return value
     if torch.compiler.is_compiling() and type(value) in (Tensor, tuple, list, dict):
         # Compiled code would be compiled again in each step, since the identities of the arguments are others.
@@ -128,26 +122,3 @@ def _new_copy(value: Any, clones: bool, known: dict[int, tuple[Any, Any]]) -> An
         if hasattr(own, key):
             object.__setattr__(own, key, _copied(getattr(own, key), clones, known))
     return own
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers and in the attributes of data objects, each once."""
-    return _tensors(value, set())
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors in nested containers and in the attributes of data objects, each once."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item, seen)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item, seen)
-    elif not isinstance(value, _CONSTANT) and hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            yield from _tensors(item, seen)

@@ -12,10 +12,11 @@ from lightning_otrt.layers.mask_sources import LayerMasks, MaskSource, choose_ma
 from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.layers.traced_logits import logit_key, traced_class_axis, traced_logits
+from lightning_otrt.reading.containers import as_container
 from lightning_otrt.reading.hooks.note_hooks import mask_key
 from lightning_otrt.reading.masks.layer_masks import flat_mask, named_mask, with_unread
 from lightning_otrt.reading.masks.values import fit_mask
-from lightning_otrt.reading.neurons.outputs import as_container, describe, output_items
+from lightning_otrt.reading.neurons.outputs import describe, output_items
 from lightning_otrt.reading.neurons.pooling import widened, widened_copy
 
 __all__ = ["LogitReader", "logit_masks", "logit_reader", "select_logits"]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from lightning_otrt.reading.containers import all_tensors, as_container, values_of
+
 __all__ = [
-    "all_tensors",
-    "as_container",
     "describe",
     "output_items",
     "packed_mask",
     "returned_tensors",
     "select_tensor",
     "sequence_output",
-    "tensors_of_samples",
 ]
 
 
@@ -57,26 +54,12 @@ def _tensor_of(output: Any, select: str | int | None, where: str) -> Tensor:
     container = as_container(output)
     if isinstance(container, (Mapping, tuple, list)):
         # Sizes and caches beside the tensor are no second choice.
-        tensors = [item for item in _values(container) if isinstance(item, Tensor)]
+        tensors = [item for item in values_of(container) if isinstance(item, Tensor)]
         if isinstance(container, Mapping) or len(tensors) != 1:
             raise TypeError(f"{where}: its output is not one tensor but {describe(output)}. Choose one with `select=`.")
         output = tensors[0]
     if not isinstance(output, Tensor):
         raise TypeError(f"{where}: expected its output to be a tensor, but got {type(output).__name__}.")
-    return output
-
-
-def as_container(output: Any) -> Any:
-    """The attributes of a dataclass or a namespace by name; any other output as it is.
-
-    Example:
-        >>> as_container(SimpleNamespace(logits=2)), as_container("text")
-        ({'logits': 2}, 'text')
-    """
-    if isinstance(output, SimpleNamespace):
-        return dict(vars(output))
-    if is_dataclass(output) and not isinstance(output, (type, Mapping, Tensor, nn.Module)):
-        return {item.name: getattr(output, item.name, None) for item in fields(output)}
     return output
 
 
@@ -119,29 +102,6 @@ def output_items(output: Any) -> list[tuple[str | int, Any]]:
     return [(0, output)]
 
 
-def all_tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings, tuples, lists, dataclasses and namespaces, in order."""
-    value = as_container(value)
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for item in _values(value):
-            yield from all_tensors(item)
-
-
-def tensors_of_samples(value: Any) -> list[Tensor]:
-    """The tensors of :func:`all_tensors` by which samples are counted: of a packed sequence one with an entry for each.
-
-    Its data has all steps of all samples along one axis.
-    """
-    value = as_container(value)
-    if isinstance(value, PackedSequence):
-        return [value.data.new_empty(int(value.batch_sizes[0]))]
-    if isinstance(value, (Mapping, tuple, list)):
-        return [tensor for item in _values(value) for tensor in tensors_of_samples(item)]
-    return [value] if isinstance(value, Tensor) else []
-
-
 def returned_tensors(output: Any) -> list[Tensor]:
     """All tensors in what a network returns; in the attributes of objects of other types, where it has no others."""
     found = list(all_tensors(output))
@@ -177,7 +137,3 @@ def _describe_item(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return "None" if value is None else type(value).__name__
-
-
-def _values(container: Any) -> Iterator[Any]:
-    return iter(container.values() if isinstance(container, Mapping) else container)

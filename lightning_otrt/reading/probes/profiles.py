@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_otrt.layers.names import is_inside, named_layers, primary_names
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
-from lightning_otrt.reading.neurons.outputs import all_tensors, output_items, sequence_output
+from lightning_otrt.reading.neurons.outputs import output_items, sequence_output
 from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
 from lightning_otrt.reading.traced.arguments import Inputs, entered_tensor
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.random_numbers import draw
+from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.extra_forwards.evaluation import state_restored
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
-from lightning_otrt.reading.neurons.outputs import all_tensors
 from lightning_otrt.reading.probes.profiles import is_close, profiles
 from lightning_otrt.reading.traced.arguments import Inputs
 

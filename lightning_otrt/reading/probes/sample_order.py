@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
+from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
-from lightning_otrt.reading.neurons.outputs import all_tensors
 from lightning_otrt.reading.probes.profiles import is_close, mapped, profiles
 from lightning_otrt.reading.traced.arguments import Inputs
 

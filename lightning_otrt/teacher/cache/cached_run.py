@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_otrt.random_numbers import draw
+from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.extra_forwards.evaluation import state_restored
 from lightning_otrt.reading.hooks.recorder import Readers, Recorder
 from lightning_otrt.reading.hooks.views import View
-from lightning_otrt.reading.neurons.outputs import all_tensors
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.cache.fingerprint import fingerprint

@@ -8,10 +8,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_otrt.reading.containers import map_inputs
 from lightning_otrt.reading.neurons.pooling import widened
 from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.cache.samples import select_samples
-from lightning_otrt.teacher.frozen.map_inputs import map_inputs
 
 __all__ = ["Run", "cloned", "tolerance", "why_not_per_sample"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_otrt.reading.containers import map_inputs
 from lightning_otrt.reading.traced.arguments import Inputs
-from lightning_otrt.teacher.frozen.map_inputs import map_inputs
 
 __all__ = ["batch_size_of", "is_per_sample", "leaves", "select_samples", "shown_path"]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.checks import shown
 from lightning_otrt.random_numbers import random_numbers_restored
+from lightning_otrt.reading.containers import map_inputs
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import unwrapped
@@ -20,7 +21,6 @@ from lightning_otrt.reading.traced.arguments import renamed
 from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
 from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.frozen.identity import checksum_before, stem_checksum
-from lightning_otrt.teacher.frozen.map_inputs import map_inputs
 from lightning_otrt.teacher.frozen.separate import check_separate
 from lightning_otrt.teacher.frozen.teacher_call import TeacherCall
 from lightning_otrt.teacher.loading.load import wrong_form

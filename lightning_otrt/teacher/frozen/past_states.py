@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_otrt.reading.extra_forwards.input_guard import tensors_in
+from lightning_otrt.reading.containers import map_inputs, tensors_in
 from lightning_otrt.reading.neurons.outputs import describe
 from lightning_otrt.reading.traced.arguments import positional_names
 from lightning_otrt.reading.traced.states import StateShapes
-from lightning_otrt.teacher.frozen.map_inputs import map_inputs
 from lightning_otrt.teacher.frozen.zero_states import ZeroStates, zeros_for
 
 __all__ = ["PastStates"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lightning_otrt import neurons
-from lightning_otrt.reading.neurons.outputs import all_tensors, describe, output_items, returned_tensors, select_tensor
+from lightning_otrt.reading.containers import all_tensors
+from lightning_otrt.reading.neurons.outputs import describe, output_items, returned_tensors, select_tensor
 
 
 class Opaque:
