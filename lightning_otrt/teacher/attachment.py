@@ -34,7 +34,7 @@ from lightning_otrt.teacher.cache.cached_run import CacheUse
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
-from lightning_otrt.teacher.replaced import moved_pairs, parents_of, replaced_layers
+from lightning_otrt.teacher.replaced import Places, moved_pairs, places_of, replaced_layers
 from lightning_otrt.teacher.teacher_run import TeacherRun
 
 __all__ = ["Attachment"]
@@ -74,7 +74,7 @@ class Attachment:
         self.pairing: Pairing | None = None
         self._counts: list[NeuronCounts] = []
         self._readers: Readers = {}
-        self._parents: dict[int, tuple[nn.Module, str]] = {}
+        self._places: Places = {}
         self._graph_checks = 0
         self._is_compiled = False
         self._is_reach_known = False
@@ -143,7 +143,7 @@ class Attachment:
         self._teacher_run.stop()
         if self._logits is not None:
             self._logits.forget_modules()
-        self.student, self._readers, self._parents = None, {}, {}
+        self.student, self._readers, self._places = None, {}, {}
 
     def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
@@ -200,11 +200,10 @@ class Attachment:
             if not frozen:
                 raise
             raise NoTermError(frozen) from None
-        if not torch.compiler.is_compiling():
-            run = self._teacher_run
-            moved = *moved_pairs(self._parents, self._readers), *moved_pairs(run.parents, run.readers)
-            if suspects := {*matched.absent, *moved}:
-                self._follow_replaced(sorted(suspects))
+        if torch.compiler.is_compiling():
+            return matched
+        if suspects := {*matched.absent, *moved_pairs(self._places, self._teacher_run.places)}:
+            self._follow_replaced(sorted(suspects))
         return matched
 
     def _follow_replaced(self, suspects: Iterable[int]) -> None:
@@ -321,7 +320,7 @@ class Attachment:
     def _watch_student(self, student: nn.Module) -> None:
         assert self.pairing is not None
         self._readers, logits = self.pairing.readers("student", student, self._options.grid), self._logits
-        self._parents = parents_of(student, self._readers)
+        self._places = places_of(student, self._readers)
         if logits is None:
             self._recorder.watch_student(self._readers)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
@@ -11,23 +12,42 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.reading.hooks.recorder import Readers
 from lightning_otrt.reading.torch_internals import child_of
 
-__all__ = ["moved_pairs", "parents_of", "replaced_layers"]
+__all__ = ["Places", "moved_pairs", "places_of", "replaced_layers"]
 
 
-def parents_of(model: nn.Module, readers: Readers) -> dict[int, tuple[nn.Module, str]]:
-    """For each pair the module that holds its layer, and the layer's name there; without those that none holds."""
+class Place(NamedTuple):
+    """Where a recorded module is.
+
+    Attributes:
+        parent: The module that holds it.
+        name: Its name there.
+        module: The recorded module.
+    """
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+
+
+#: The places of recorded modules by the number of the pair.
+Places: TypeAlias = Mapping[int, Place]
+
+
+def places_of(model: nn.Module, readers: Readers) -> Places:
+    """For each pair where its layer is; without those that no module holds."""
     wanted = {id(recorded.module): index for index, recorded in readers.items()}
-    found: dict[int, tuple[nn.Module, str]] = {}
+    found: dict[int, Place] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
             if id(child) in wanted:
-                found[wanted[id(child)]] = parent, name
+                found[wanted[id(child)]] = Place(parent, name, child)
     return found
 
 
-def moved_pairs(parents: Mapping[int, tuple[nn.Module, str]], readers: Readers) -> list[int]:
+def moved_pairs(*sides: Places) -> set[int]:
     """Numbers of the pairs whose layer is no longer where it was; cheap, for each step."""
-    return [index for index, (parent, name) in parents.items() if child_of(parent, name) is not readers[index].module]
+    places = (item for side in sides for item in side.items())
+    return {index for index, (parent, name, module) in places if child_of(parent, name) is not module}
 
 
 def replaced_layers(side: str, model: nn.Module, readers: Readers, suspects: Iterable[int]) -> list[str]:

@@ -16,7 +16,7 @@ from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
 from lightning_otrt.teacher.cache.cached_run import CachedRun, CacheUse
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording
-from lightning_otrt.teacher.replaced import parents_of
+from lightning_otrt.teacher.replaced import Places, places_of
 
 __all__ = ["TeacherRun"]
 
@@ -48,8 +48,8 @@ class TeacherRun:
         self._hooked: nn.Module | None = None
         #: What is recorded of the teacher's layers.
         self.readers: Readers = {}
-        #: The modules that hold them, see :func:`~lightning_otrt.teacher.replaced.parents_of`.
-        self.parents: dict[int, tuple[nn.Module, str]] = {}
+        #: Where they are.
+        self.places: Places = {}
         #: The student's first parameter of floating point, and its type when the student was attached.
         self._parameter: nn.Parameter | None = None
         self._attached_dtype: torch.dtype | None = None
@@ -81,7 +81,7 @@ class TeacherRun:
         self._pairing = pairing
         self._hooked = module = self.teacher.module
         self.readers, logits = pairing.readers("teacher", module, self.grid), self._logits
-        self.parents = parents_of(module, self.readers)
+        self.places = places_of(module, self.readers)
         if logits is not None:
             logits.use_teacher(pairing, module)
         self._recorder.watch_teacher(self.readers, () if logits is None else logits.masks("teacher"))
