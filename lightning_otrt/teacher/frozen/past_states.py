@@ -73,8 +73,11 @@ class PastStates:
         """
         self.zeros.check_earlier()
         named = list(self._named(args, kwargs))
+        suspects = [(name, value) for name, value in named if self._may_be_state(name, value)]
+        if not suspects:
+            return args, dict(kwargs)
         new: set[int] = set()
-        for name, value in named:
+        for name, value in suspects:
             others = [tensor for other, item in named if other != name for tensor in tensors_in(item)]
             if not self._is_state(name, value, others):
                 continue
@@ -95,7 +98,7 @@ class PastStates:
             args, kwargs = map_inputs(
                 (args, kwargs), lambda tensor: zeros_for(tensor, *shapes) if id(tensor) in new else tensor
             )
-        if not any(_is_filled(value) is False for _, value in named):
+        if not any(_is_filled(value) is False for _, value in suspects):
             return args, dict(kwargs)
         return tuple(map(_without_empty, args)), {name: _without_empty(value) for name, value in kwargs.items()}
 
@@ -108,9 +111,13 @@ class PastStates:
             else:
                 yield name, value
 
-    def _is_state(self, name: str, value: Any, others: list[Tensor]) -> bool:
+    def _may_be_state(self, name: str, value: Any) -> bool:
+        """Whether to look closer: not where a tensor has another name than states have and no module is recurrent."""
         if value is None:
             return False
+        return not isinstance(value, Tensor) or name in _NAMES or _is_named(name) or self._shapes.has_any
+
+    def _is_state(self, name: str, value: Any, others: list[Tensor]) -> bool:
         if (is_filled := _is_filled(value)) is not None:
             return is_filled
         if name in _NAMES:
@@ -118,7 +125,7 @@ class PastStates:
         floats = _floats(value)
         if not floats:
             return False
-        is_named = not (_WORDS.isdisjoint(name.lower().split("_")) or name.endswith(_SEQUENCES))
+        is_named = _is_named(name)
         is_plain = isinstance(value, Tensor)
         if self._shapes.are_states(floats, others):
             return True
@@ -126,6 +133,11 @@ class PastStates:
             return True
         is_new = self._first is not None and name not in self._first
         return is_named and bool(others) and (is_new or not is_plain)
+
+
+def _is_named(name: str) -> bool:
+    """Whether an argument is called as states are."""
+    return not (_WORDS.isdisjoint(name.lower().split("_")) or name.endswith(_SEQUENCES))
 
 
 def _floats(value: Any) -> list[Tensor]:
