@@ -93,7 +93,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, tuple, list)):
-        for item in values_of(value):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item, seen)
     elif not isinstance(value, CONSTANT) and hasattr(value, "__dict__"):
         for item in vars(value).values():

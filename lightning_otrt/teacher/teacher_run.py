@@ -44,8 +44,6 @@ class TeacherRun:
         self._recorder, self._logits = recorder, logits
         self._cached = None if cache is None else CachedRun(teacher, recorder, cache, self._read_logits)
         self._pairing: Pairing | None = None
-        #: The module whose layers have hooks.
-        self._hooked: nn.Module | None = None
         #: What is recorded of the teacher's layers.
         self.readers: Readers = {}
         #: Where they are.
@@ -64,7 +62,7 @@ class TeacherRun:
         if self._cached is not None:
             self._cached.close()
         self.teacher.release()
-        self._parameter = self._hooked = None
+        self._parameter = None
 
     def prepare(self, student: nn.Module) -> None:
         """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""
@@ -79,7 +77,7 @@ class TeacherRun:
     def watch(self, pairing: Pairing) -> None:
         """Put hooks on the teacher's layers of these pairs."""
         self._pairing = pairing
-        self._hooked = module = self.teacher.module
+        module = self.teacher.module
         self.readers, logits = pairing.readers("teacher", module, self.grid), self._logits
         self.places = places_of(module, self.readers)
         if logits is not None:
@@ -121,8 +119,9 @@ class TeacherRun:
         self._run(student, self.teacher.inputs_for(args, kwargs), run)
 
     def _make_ready(self, student: nn.Module) -> None:
+        hooked = self.teacher.module
         self.prepare(student)
-        if self.teacher.module is not self._hooked:  # a copy in another type has no hooks yet
+        if self.teacher.module is not hooked:  # a copy in another type has no hooks yet
             assert self._pairing is not None
             self.watch(self._pairing)
 
