@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ class Attachment:
         """What the term does not train although it lies before the recorded layers; told once, empty for nothing."""
         if self._is_reach_known or self.pairing is None or self.student is None or torch.compiler.is_compiling():
             return ""
-        readings = [reading for view in views for reading in view.readings]
+        readings = [*chain.from_iterable(calls for view in views for calls in (*view.student.values(), view.features))]
         self._is_reach_known = bool(readings)
         return describe_unreached(self.student, self.pairing.student, self.pairing.pairs, readings)
 

@@ -62,12 +62,8 @@ class View:
     @property
     def recorded(self) -> list[Tensor]:
         """All that was recorded of the student."""
-        return [*self.readings, *([] if self.logits is None else [self.logits])]
-
-    @property
-    def readings(self) -> list[Tensor]:
-        """All readings of layers of the student."""
-        return [*chain.from_iterable(self.student.values()), *self.features]
+        readings = [*chain.from_iterable(self.student.values()), *self.features]
+        return readings if self.logits is None else [*readings, self.logits]
 
     @property
     def has_gradient(self) -> bool:
