@@ -131,7 +131,7 @@ def adds_nothing(layer: TracedLayer) -> bool:
     if layer.takes_model_input and not layer.role and not layer.is_container and layer.input and layer.output:
         return layer.input.shape == layer.output.shape
     if layer.role == "pool" and layer.input is not None and layer.output is not None:
-        return math.prod(layer.output.positions) >= math.prod(layer.input.shape[2:])
+        return layer.output.position_count >= math.prod(layer.input.shape[2:])
     return layer.role == "dropout" or layer.kind == "Identity"
 
 
@@ -277,7 +277,7 @@ def _is_before_stride(
     """
     if block.input is None or block.output is None or block.input.neuron_axis is None:
         return False
-    size = math.prod(block.input.positions)
+    size = block.input.position_count
     if size != _size(inner) or size == _size(block):
         return False
     prefix = f"{block.name}."
@@ -288,7 +288,7 @@ def _is_before_stride(
 
 
 def _size(layer: TracedLayer) -> int:
-    return math.prod(layer.output.positions) if layer.output else 0
+    return layer.output.position_count if layer.output else 0
 
 
 def _is_tokens(layer: TracedLayer) -> bool:

@@ -74,10 +74,5 @@ def _partners(own: list[str], other: list[str], student: Trace, teacher: Trace) 
 def _by_size(names: list[str], trace: Trace) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for name in names:
-        found.setdefault(_size(name, trace), []).append(name)
+        found.setdefault(trace.position_count(name), []).append(name)
     return found
-
-
-def _size(name: str, trace: Trace) -> int:
-    tensor = trace.tensor(name)
-    return math.prod(tensor.positions) if tensor is not None else 0

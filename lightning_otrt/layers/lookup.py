@@ -7,15 +7,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
-from lightning_otrt.layers.names import unwrapped_name
+from lightning_otrt.layers.names import listed, unwrapped_name
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 
 __all__ = ["LayerNames", "check_names", "pair_up", "reject_duplicates"]
 
 #: Names that an error lists before it says how many more there are.
-_MOST_LISTED = 20
+_listed = partial(listed, at_most=20)
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,3 @@ def _matcher(name: str) -> Callable[[str], bool]:
         return len(names) == len(parts) and all(map(fnmatchcase, names, parts))
 
     return matches
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_MOST_LISTED])) or "none"
-    return f"{shown} and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else shown

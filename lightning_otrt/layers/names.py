@@ -14,6 +14,7 @@ __all__ = [
     "has_layers",
     "is_inside",
     "join_names",
+    "listed",
     "named_layers",
     "named_tensors",
     "primary_names",
@@ -34,6 +35,17 @@ _WRAPPERS = {
     "base_model": {"PeftModel"},
     "model": {"BaseTuner"},
 }
+
+
+def listed(names: Sequence[str], at_most: int) -> str:
+    """Names in the words of a message, and how many are left out.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2), listed([], 2)
+        ("'a', 'b' and 1 more", 'none')
+    """
+    shown = ", ".join(map(repr, names[:at_most])) or "none"
+    return f"{shown} and {len(names) - at_most} more" if len(names) > at_most else shown
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

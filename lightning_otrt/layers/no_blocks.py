@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from lightning_otrt.layers.automatic import (
@@ -51,7 +50,7 @@ def why_no_blocks(trace: Trace, side: str) -> str:
     if inner_hint(trace, side):  # which says what to pass
         return "its layers are those of a network inside of it."
     repeats = _repeats(trace, side)
-    tokens = _outermost([layer for layer in block_candidates(trace) if math.prod(_positions(layer)) > 1])
+    tokens = _outermost([each for each in block_candidates(trace) if each.output and each.output.position_count > 1])
     if repeats:
         others = f" Layers that run once and have positions or tokens: {_last_names(tokens)}." if tokens else ""
         return repeats + others
@@ -122,7 +121,3 @@ def _outermost(layers: Sequence[TracedLayer]) -> list[TracedLayer]:
 
 def _last_names(layers: Sequence[TracedLayer]) -> list[str]:
     return [layer.name for layer in layers[-_SHOWN:]]
-
-
-def _positions(layer: TracedLayer) -> tuple[int, ...]:
-    return layer.output.positions if layer.output else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from lightning_otrt.layers.mask_sources import TracedMask
@@ -39,6 +40,11 @@ class TracedTensor:
     def positions(self) -> tuple[int, ...]:
         """Sizes of the axes that are neither samples nor neurons."""
         return tuple(n for axis, n in enumerate(self.shape) if axis not in (self.batch_axis, self.neuron_axis))
+
+    @property
+    def position_count(self) -> int:
+        """The number of positions; 1 for a vector."""
+        return math.prod(self.positions)
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,11 @@ class Trace:
         if select is not None and layer.parts:
             return dict(layer.parts).get(select)
         return layer.output
+
+    def position_count(self, name: str) -> int:
+        """The number of positions of what a recording of ``name`` reads; 0 where that is not one tensor."""
+        tensor = self.tensor(name)
+        return 0 if tensor is None else tensor.position_count
 
     def recordable(self) -> tuple[TracedLayer, ...]:
         """The layers that an index counts, in order of completion.

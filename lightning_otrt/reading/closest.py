@@ -44,7 +44,7 @@ def match_layers(
         ValueError: If no student layer can be compared with a teacher layer, or the batch has a single sample.
     """
     student, teacher = traces
-    candidates = [name for name in comparable_layers(teacher) if _positions(teacher, name) > 1]
+    candidates = [name for name in comparable_layers(teacher) if teacher.position_count(name) > 1]
     layers = select_layers(["blocks"], student, "student"), select_layers(candidates, teacher, "teacher")
     settled = [
         settle_token_order(call.model, trace, chosen, call.inputs, call.method)
@@ -104,8 +104,3 @@ def _at_same_positions(student: list[Tensor], teacher: list[Tensor]) -> tuple[li
         sizes[reading.dim()] = tuple(map(min, sizes.get(reading.dim(), own), own))
     pooled = [[pool(reading, sizes[reading.dim()]) for reading in side] for side in (student, teacher)]
     return pooled[0], pooled[1]
-
-
-def _positions(trace: Trace, name: str) -> int:
-    tensor = trace.tensor(name)
-    return math.prod(tensor.positions) if tensor is not None else 0

@@ -140,7 +140,7 @@ def flat_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
 def _map_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:
     """The mask, or the lengths, of an input from which a map ``(B, C, F, T)`` may come, where some of it is padding."""
     samples = tensor.shape[0]
-    if len(tensor.shape) < 4 or not trace.is_sample_count(samples) or math.prod(tensor.positions) < 2:
+    if len(tensor.shape) < 4 or not trace.is_sample_count(samples) or tensor.position_count < 2:
         return None
     entered = [shape for layer in trace.layers if _is_input(layer, trace) for shape in layer.input_shapes]
     shapes = [shape for shape in entered if len(shape) > 2 and shape[0] == samples]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
+from lightning_otrt.layers.names import listed
 from lightning_otrt.layers.pairs import LayerSpec
 
 __all__ = ["check_initialised", "logits_outside", "why_before", "why_no_view", "why_outside"]
 
-_SHOWN = 5
+_listed = partial(listed, at_most=5)
 #: Such code cannot be found from the student.
 _COMPILED_BEFORE = (
     " If a function that was compiled and ran before calls it, call `torch.compiler.reset()` before the student is "
@@ -102,8 +104,3 @@ def logits_outside(root: str, outside: Sequence[str]) -> str:
         "of the others makes the logits, name the module that holds them all as `student_root`, or leave out "
         "`distillation`."
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_SHOWN]))
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -134,7 +134,7 @@ def _of_frames(trace: Trace, before: list[TracedLayer], tokens: int) -> TokenGri
             continue
         count, rest = divmod(tensor.shape[0], trace.batch_size)
         for prefix in dict.fromkeys((trace.prefix_tokens, 0)):
-            patches = math.prod(tensor.positions)
+            patches = tensor.position_count
             if not rest and count > 1 and count * patches == tokens - prefix:
                 # With one patch in each frame both orders are the same.
                 return TokenGrid(prefix, frames=(count, *tensor.positions) if patches > 1 else None)
@@ -233,7 +233,7 @@ def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_M
         is_conv = layer.role in ("conv", "pointwise")
         is_map = len(tensor.shape) == 4 or (len(tensor.shape) == 5 and is_conv)
         if is_map and tensor.neuron_axis is not None and trace.is_sample_count(tensor.shape[0]):
-            cells = math.prod(tensor.positions)
+            cells = tensor.position_count
             if not (gets_images or found) and had_tokens and cells not in channels:
                 continue
             found.append(_Map(tensor.positions, layer.name, is_conv))

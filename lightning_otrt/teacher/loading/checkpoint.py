@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_otrt.checks import shown
+from lightning_otrt.layers.names import listed
 
 __all__ = ["ENDINGS", "from_checkpoint", "imported"]
 
@@ -98,10 +99,5 @@ def _load_state(module: nn.Module, state: Any, complaint: str) -> None:
             "LightningModule that was saved, or take the prefix off."
         )
         raise ValueError(
-            f"{complaint}. Missing: {_first(missing)}. Unexpected: {_first(unexpected)}.{hint if prefix else ''}"
+            f"{complaint}. Missing: {listed(missing, 5)}. Unexpected: {listed(unexpected, 5)}.{hint if prefix else ''}"
         )
-
-
-def _first(keys: list[str]) -> str:
-    shown = ", ".join(map(repr, keys[:5])) or "none"
-    return f"{shown} and {len(keys) - 5} more" if len(keys) > 5 else shown
