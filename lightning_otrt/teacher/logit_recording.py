@@ -17,7 +17,7 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.layers.traced_logits import head_input, other_head, traced_class_axis, traced_logits
-from lightning_otrt.reading.hooks.logit_reader import LogitReader, logit_masks, logit_reader
+from lightning_otrt.reading.hooks.logit_reader import LogitReader, TracedLogits, logit_masks, logit_reader
 from lightning_otrt.reading.hooks.readers import TracedRead, recorded_layer
 from lightning_otrt.reading.hooks.recorder import RecordedLayer
 from lightning_otrt.reading.hooks.views import NoTermError, View
@@ -79,9 +79,10 @@ class LogitRecording:
             ValueError: If the layer that the user named for a regression does not exist or cannot be read.
         """
         self.forget_modules()
-        self._student = self._reader("student", pairing, student)
+        self._student = self._reader(pairing, 0, student)
         self.use_teacher(pairing, teacher)
-        traced = traced_logits(pairing.student, self.option.selects[0])
+        sides = [self._traced_logits(pairing, place) for place in (0, 1)]
+        traced = sides[0].tensor
         if (other := other_head(pairing.student, self.option.selects[0])) is not None:
             warnings.warn(
                 "The first item of what the student returns is taken for its logits, but no linear layer made it, and "
@@ -92,13 +93,10 @@ class LogitRecording:
         self._traced = None if traced is None else traced.shape
         self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
         counts = []
-        for place, (side, trace, select) in enumerate(
-            zip(("student", "teacher"), (pairing.student, pairing.teacher), self.option.selects, strict=True)
-        ):
+        for place, of in enumerate(sides):
             if not _reads_padding(pairing, place):
-                masks = logit_masks(side, trace, select, _named_masks(pairing, place))
-                warn_of_unused_masks(side, {"logits": masks})
-            counts.append(_classes(trace, select, self.option))
+                warn_of_unused_masks(of.side, {"logits": logit_masks(of)})
+            counts.append(_classes(of, self.option))
         differ = None not in counts and counts[0] != counts[1]
         self._pools = differ or self.option.features is not None
         recorded = [pair.student for pair in pairing.pairs if not pair.student.endswith(INPUT)]
@@ -108,13 +106,15 @@ class LogitRecording:
 
     def use_teacher(self, pairing: Pairing, teacher: nn.Module) -> None:
         """Read from this module, where the teacher runs as another copy than before."""
-        self._teacher = self._reader("teacher", pairing, teacher)
+        self._teacher = self._reader(pairing, 1, teacher)
 
-    def _reader(self, side: str, pairing: Pairing, model: nn.Module) -> LogitReader:
-        modules, place = named_layers(model), 0 if side == "student" else 1
-        trace = (pairing.student, pairing.teacher)[place]
-        kind, named = type(modules[trace.root]).__name__, _named_masks(pairing, place)
-        return logit_reader(side, trace, modules, kind, self.option.selects[place], self.option.class_axis, named)
+    def _reader(self, pairing: Pairing, place: int, model: nn.Module) -> LogitReader:
+        return logit_reader(self._traced_logits(pairing, place), named_layers(model), self.option.class_axis)
+
+    def _traced_logits(self, pairing: Pairing, place: int) -> TracedLogits:
+        """Those of one side: of the student, 0, or of the teacher, 1."""
+        side, trace = (("student", pairing.student), ("teacher", pairing.teacher))[place]
+        return TracedLogits(side, trace, self.option.selects[place], _named_masks(pairing, place))
 
     def forget_modules(self) -> None:
         """Let go of the modules of both networks. :meth:`settle` finds them again."""
@@ -294,10 +294,10 @@ class LogitRecording:
         return f"Distillation: T² KL of {count} {classes} at temperature {self.option.temperature:g}"
 
 
-def _named_masks(pairing: Pairing, place: int) -> list[str]:
+def _named_masks(pairing: Pairing, place: int) -> tuple[str, ...]:
     """What the pairs name as masks of one side."""
     named = (pair.masks[place] for pair in pairing.pairs)
-    return list(dict.fromkeys(name for name in named if name not in (None, "auto")))
+    return tuple(dict.fromkeys(name for name in named if name not in (None, "auto")))
 
 
 def _reads_padding(pairing: Pairing, place: int) -> bool:
@@ -305,12 +305,12 @@ def _reads_padding(pairing: Pairing, place: int) -> bool:
     return bool(pairing.pairs) and all(pair.masks[place] is None for pair in pairing.pairs)
 
 
-def _classes(trace: Trace, select: str | int | None, option: LogitDistillation) -> int | None:
+def _classes(of: TracedLogits, option: LogitDistillation) -> int | None:
     """The number of classes of a traced network, None where the trace does not show it."""
-    logits = traced_logits(trace, select)
+    logits = of.tensor
     if logits is None or len(logits.shape) < 2:
         return None
-    axis = option.class_axis if option.class_axis is not None else traced_class_axis(trace, logits)
+    axis = option.class_axis if option.class_axis is not None else traced_class_axis(of.trace, logits)
     if axis is None:
         axis = 1 if len(logits.shape) != 3 else None
     return None if axis is None or not -len(logits.shape) <= axis < len(logits.shape) else logits.shape[axis]

@@ -48,11 +48,11 @@ class _Read(RecorderHook):
 
     def read(self, value: Any, own_mask: Tensor | None = None) -> None:
         """Add the reading of a layer's value to the current view; a mask of its own comes before the others."""
-        recorder, view = self.recorder, self.open_view(self.side)
+        view = self.open_view(self.side)
         if view is None:
             return
         # Those of the teacher are read all the same: what is kept of a sample may serve another run.
-        if self.side == "student" and not recorder.reads_pairs and self.index is not None:
+        if self.side == "student" and not self.recorder.reads_pairs and self.index is not None:
             return
         if is_in_functional_transform():
             raise RuntimeError(

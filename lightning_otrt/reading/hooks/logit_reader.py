@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import LayerMasks, MaskSource, choose_masks
 from lightning_otrt.layers.model_output import output_layers
-from lightning_otrt.layers.trace import Trace
+from lightning_otrt.layers.trace import Trace, TracedTensor
 from lightning_otrt.layers.traced_logits import logit_key, traced_class_axis, traced_logits
 from lightning_otrt.reading.containers import as_container
 from lightning_otrt.reading.hooks.note_hooks import mask_key
@@ -19,7 +19,7 @@ from lightning_otrt.reading.masks.values import fit_mask
 from lightning_otrt.reading.neurons.outputs import describe, output_items
 from lightning_otrt.reading.neurons.pooling import widened, widened_copy
 
-__all__ = ["LogitReader", "logit_masks", "logit_reader", "select_logits"]
+__all__ = ["LogitReader", "TracedLogits", "logit_masks", "logit_reader", "select_logits"]
 
 
 def select_logits(output: Any, select: str | int | None, where: str) -> Tensor:
@@ -155,8 +155,9 @@ def class_axis(logits: Tensor, given: int | None, where: str) -> int:
     return axis % count
 
 
-def logit_masks(side: str, trace: Trace, select: str | int | None, named: Sequence[str] = ()) -> LayerMasks:
-    """The padding masks of the logits of tokens; none for others.
+@dataclass(frozen=True)
+class TracedLogits:
+    """The logits of a network that was traced.
 
     Args:
         side: ``"student"`` or ``"teacher"``, for errors.
@@ -164,7 +165,21 @@ def logit_masks(side: str, trace: Trace, select: str | int | None, named: Sequen
         select: Key or index of the logits, where the user gave one.
         named: What the user named as masks of matched layers.
     """
-    logits = traced_logits(trace, select)
+
+    side: str
+    trace: Trace
+    select: str | int | None = None
+    named: tuple[str, ...] = ()
+
+    @property
+    def tensor(self) -> TracedTensor | None:
+        """The logits in the trace; None where it does not show them."""
+        return traced_logits(self.trace, self.select)
+
+
+def logit_masks(of: TracedLogits) -> LayerMasks:
+    """The padding masks of the logits of tokens; none for others."""
+    trace, logits = of.trace, of.tensor
     if logits is not None and len(logits.shape) == 2:
         return LayerMasks(flat=flat_mask(trace, logits))
     if logits is None or len(logits.shape) != 3 or logits.neuron_axis is None:
@@ -176,42 +191,30 @@ def logit_masks(side: str, trace: Trace, select: str | int | None, named: Sequen
     found = tuple(dict.fromkeys((*first.masks, *trace.layer(trace.root).masks)))
     # What a network with an encoder and a decoder returns are tokens of the decoder.
     found = tuple(mask for mask in found if mask.source.is_of_target) or found
-    found = (*(named_mask(side, trace, first, name) for name in named), *found)
+    found = (*(named_mask(of.side, trace, first, name) for name in of.named), *found)
     samples, time_first = logits.shape[logits.batch_axis], logits.batch_axis == 1
     (tokens,) = logits.positions
     masks = choose_masks(found, samples, tokens, 0, time_first=time_first)
     return with_unread(masks, trace, first, samples, tokens, time_first=time_first)
 
 
-def logit_reader(
-    side: str,
-    trace: Trace,
-    modules: Mapping[str, nn.Module],
-    kind: str,
-    select: str | int | None,
-    axis: int | None,
-    named: Sequence[str] = (),
-) -> LogitReader:
-    """The reader of a network that was traced.
+def logit_reader(of: TracedLogits, modules: Mapping[str, nn.Module], axis: int | None) -> LogitReader:
+    """The reader of the logits of a network.
 
     Args:
-        side: ``"student"`` or ``"teacher"``.
-        trace: One forward of it.
-        modules: All its modules by name.
-        kind: Name of its type.
-        select: Key or index of the logits, where the user gave one.
+        of: The logits.
+        modules: All modules of the network by name.
         axis: Axis of the classes, where the user gave one.
-        named: See :func:`logit_masks`.
     """
-    logits, masks = traced_logits(trace, select), logit_masks(side, trace, select, named)
+    trace, logits, masks = of.trace, of.tensor, logit_masks(of)
     root = f", module {trace.root!r}" if trace.root else ""
     known = None if logits is None or len(logits.shape) == 2 else traced_class_axis(trace, logits)
     if known == 1 and logits is not None and len(logits.shape) > 3:
         known = None  # as without a trace
     return LogitReader(
-        side=side,
-        where=f"{side} ({kind}{root})",
-        select=select,
+        side=of.side,
+        where=f"{of.side} ({type(modules[trace.root]).__name__}{root})",
+        select=of.select,
         class_axis=known if axis is None else axis,
         batch_axis=0 if logits is None else logits.batch_axis,
         masks=tuple((source, modules[source.module]) for source in masks.sources if source.true_at != "unknown"),
