@@ -185,10 +185,10 @@ class Teacher:
         borrowed = self._borrow()
         if not torch.compiler.is_compiling():
             borrowed.set_evaluation_mode()
-        # Not inference mode: the backward of the transfer term could not save tensors made there.
         module, method = self._root_of(borrowed.module), self.call.method
         # Training draws what it would draw without the teacher.
         kept = random_numbers_restored(borrowed.module.parameters()) if self.call.draws_random else nullcontext()
+        # Not inference mode: the backward of the transfer term could not save tensors made there.
         with torch.no_grad(), kept:
             return (getattr(module, method) if method else module)(*args, **kwargs)
 

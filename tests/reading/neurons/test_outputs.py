@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lightning_otrt import neurons
-from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.neurons.outputs import describe, output_items, returned_tensors, select_tensor
 
 
@@ -123,14 +122,11 @@ def test_describe(value: Any, words: str) -> None:
     assert describe(value) == words
 
 
-def test_items_and_tensors() -> None:
+def test_items() -> None:
     assert output_items(X)[0] == (0, X)
     assert [key for key, _ in output_items((X, Z))] == [0, 1]
     assert [key for key, _ in output_items({"x": X})] == ["x"]
-    found = list(all_tensors(({"x": [X, None]}, "text", (Z,), Opaque(X))))
-    assert [tensor is expected for tensor, expected in zip(found, (X, Z), strict=True)] == [True, True]
     assert [key for key, _ in output_items(Output(X))] == ["logits", "loss"]
-    assert next(all_tensors([SimpleNamespace(x={"y": X})])) is X
 
 
 @pytest.mark.parametrize("output", [X, (X,), {"x": X}, Output(X), Slots([X]), Opaque(X), [Opaque(X)]])
