@@ -143,7 +143,7 @@ def pair_layers(
 
 
 def _settled(traced: Trace, call: NetworkCall, names: Sequence[str]) -> Trace:
-    """The trace without what further forwards show not to be as it seems."""
+    """The trace, corrected by what further forwards of the network show."""
     for settle in (settle_token_order, settle_rows, settle_masks, settle_lengths):
         traced = settle(call.model, traced, names, call.inputs, call.method)
     return traced

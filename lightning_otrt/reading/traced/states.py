@@ -23,11 +23,6 @@ class StateShapes:
     layers: frozenset[tuple[int, int]] = frozenset()
     cells: frozenset[int] = frozenset()
 
-    @property
-    def has_any(self) -> bool:
-        """Whether the network has recurrent modules."""
-        return bool(self.layers or self.cells)
-
     @classmethod
     def of(cls, module: nn.Module) -> StateShapes:
         """Those of all recurrent modules inside of a module.

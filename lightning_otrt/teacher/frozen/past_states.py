@@ -54,6 +54,7 @@ class PastStates:
         self._where = "the student" if root is None else f"{type(root).__name__}.{method} of the student"
         self._names = [] if root is None else positional_names(root, method)
         self._shapes = StateShapes() if root is None else StateShapes.of(root)
+        self._is_recurrent = bool(self._shapes.layers or self._shapes.cells)
         self._of_teacher = None if teacher is None else StateShapes.of(teacher)
         #: Whose ``may_wait`` says whether values are looked at in the step itself.
         self.zeros = ZeroStates(may_wait=True)
@@ -115,7 +116,7 @@ class PastStates:
         """Whether to look closer: not where a tensor has another name than states have and no module is recurrent."""
         if value is None:
             return False
-        return not isinstance(value, Tensor) or name in _NAMES or _is_named(name) or self._shapes.has_any
+        return not isinstance(value, Tensor) or name in _NAMES or _is_named(name) or self._is_recurrent
 
     def _is_state(self, name: str, value: Any, others: list[Tensor]) -> bool:
         if (is_filled := _is_filled(value)) is not None:
