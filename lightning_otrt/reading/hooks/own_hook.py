@@ -27,7 +27,7 @@ class OwnHook:
 
 
 class _HookOfCopy:
-    """Takes itself off the copy of a module in the first forward of that."""
+    """Stands in place of a hook on a copy of its module, and takes itself off in the first forward of the copy."""
 
     def __call__(self, module: nn.Module, *inputs_and_output: Any) -> None:
         if not torch.compiler.is_compiling():

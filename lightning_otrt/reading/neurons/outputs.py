@@ -45,7 +45,7 @@ def select_tensor(output: Any, select: str | int | None, where: str) -> Tensor:
 
 
 def _tensor_of(output: Any, select: str | int | None, where: str) -> Tensor:
-    """The tensor in an output that is none."""
+    """The one tensor in an output that holds it."""
     if select is not None:
         try:
             output = as_container(output)[select]

@@ -186,7 +186,7 @@ def renamed(
 
 
 def _names_for_both_ways(module: nn.Module, method: str) -> list[str]:
-    """The arguments that can be given by position and by name. None where ``*args`` takes any number of them."""
+    """The arguments that can be given by position and by name; no names if there are ``*args``."""
     signature = signature_of(module, method)
     parameters = [] if signature is None else list(signature.parameters.values())
     if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):

@@ -36,7 +36,7 @@ class FirstStep:
         self._shapes.compare_next(trace, modules)
 
     def end(self) -> None:
-        """Remove the hooks, and warn of other shapes unless other inputs, which were warned of, explain them."""
+        """Remove the hooks. Warn of other shapes, unless a warning of other inputs explains them."""
         if self.input.has_warned:
             self._shapes.forget()
         self.input.forget()

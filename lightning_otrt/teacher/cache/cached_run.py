@@ -26,7 +26,7 @@ __all__ = ["CacheUse", "CachedRun"]
 
 #: Raise this number whenever readings change, as with another pooling: entries of older caches are then not used.
 READING = 1
-#: How the logits of the teacher and their mask are called beside the layers, ``"number of the pair.call"``.
+#: Names of the teacher's logits and of their mask in the cache. Those of layers are ``"pair.call"``, two numbers.
 _LOGITS, _LOGIT_MASK = "logits.0", "logit mask.0"
 
 

@@ -113,7 +113,7 @@ class PastStates:
                 yield name, value
 
     def _may_be_state(self, name: str, value: Any) -> bool:
-        """Whether to look closer: not where a tensor has another name than states have and no module is recurrent."""
+        """Whether to look closer. A tensor with an ordinary name can only be a state of a recurrent network."""
         if value is None:
             return False
         return not isinstance(value, Tensor) or name in _NAMES or _is_named(name) or self._is_recurrent
