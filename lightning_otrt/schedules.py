@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_otrt.checks import check_count, check_number
+from lightning_otrt.checks import check_count, check_number, constructor_call
 
 __all__ = ["CosineDecay", "LinearWarmup", "Schedule", "factor_at"]
 
@@ -42,6 +42,10 @@ class LinearWarmup:
         """The factor at a step."""
         return min(1.0, (step + 1) / self.steps)
 
+    def __repr__(self) -> str:
+        """The constructor call; defaults are left out."""
+        return constructor_call(self)
+
 
 @dataclass(frozen=True)
 class CosineDecay:
@@ -75,6 +79,10 @@ class CosineDecay:
         """The factor at a step."""
         progress = min(step, self.steps) / self.steps
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def __repr__(self) -> str:
+        """The constructor call; defaults are left out."""
+        return constructor_call(self)
 
 
 def factor_at(step: int, schedule: Schedule | None) -> float:

@@ -20,6 +20,7 @@ from lightning_otrt.reading.student_root.gradient_reach import have_shared_leave
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.effect_checks import EffectChecks
+from lightning_otrt.trainer.lightning_internals import batch_number
 from lightning_otrt.trainer.strategies import shared_batch, student_dtype
 from lightning_otrt.trainer.training_step import ExtraTerm, add_term, remove_term
 from lightning_otrt.transfer import RepresentationTransfer
@@ -66,7 +67,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         self._module: pl.LightningModule | None = None
         self._trainer: pl.Trainer | None = None
         self._resumed = False
-        self._batch: tuple[int, int] | None = None
+        self._batch: int | None = None
         self._again = False
         self._effect = EffectChecks()
 
@@ -200,8 +201,8 @@ class TransferCallback(pl.Callback, ExtraTerm):
         self._attach()  # finders that come before this callback train before its `on_fit_start`
         trainer = self._trainer
         self.transfer.step = trainer.global_step
-        batch = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
-        self._again, self._batch = batch == self._batch, batch
+        batch = batch_number(trainer)
+        self._again, self._batch = batch is not None and batch == self._batch, batch
         self._effect.start_step(self.transfer.is_active)
         with self.transfer.recording():
             yield

@@ -26,7 +26,7 @@ from processes import run_processes
 from trainer.monitored import column, fit, read, repeated, rows, shard
 
 from lightning_otrt import NeuronTransportDistance, OTRTCallback, OTRTModule
-from lightning_otrt.trainer.monitor import OTRTMonitor, logged_step
+from lightning_otrt.trainer.monitor import OTRTMonitor
 
 
 class TestTraining:
@@ -189,15 +189,6 @@ class TestCompiled:
         assert ("otrt/gradient_share" in metrics) == (not said), said
 
 
-def test_the_step_of_lightning():
-    """Lightning has no public name for the step that it logs at; without the private one there is `global_step`."""
-    task = make_task()
-    trainer = fit(task, OTRTCallback(make_teacher(), LAYERS), max_epochs=1, accumulate_grad_batches=2)
-    assert trainer.fit_loop.epoch_loop._batches_that_stepped == logged_step(trainer) == 4
-    del trainer.fit_loop.epoch_loop.__dict__["_batches_that_stepped"]
-    assert logged_step(trainer) == trainer.global_step == 4
-
-
 class TestWiring:
     def test_no_transfer_to_look_at(self):
         with pytest.raises(MisconfigurationException, match="found no representation transfer"):
@@ -246,3 +237,7 @@ class TestWiring:
 
     def test_copies(self):
         assert copy.deepcopy(OTRTMonitor(3)).every_n_steps == 3
+
+    def test_repr(self):
+        assert repr(OTRTMonitor()) == "OTRTMonitor()"
+        assert repr(OTRTMonitor(3, gradients=False)) == "OTRTMonitor(every_n_steps=3, gradients=False)"
