@@ -24,7 +24,6 @@ class OTRTMonitor(pl.Callback):
     It finds the :class:`OTRTCallback` of the Trainer, or the callback of a wrapped module, by itself. With k =
     ``every_n_steps`` it logs at every k-th batch, for each pair, by the name of its student layer:
 
-    - ``otrt/distance/<layer>``: the distance on the batch;
     - ``otrt/off_identity/<layer>``: the share of the plan's mass off its diagonal, if both layers have one width: how
       many neurons are not matched to the neuron of the same index;
     - ``otrt/marginal_error/<layer>``: how far the plan is from the teacher's masses (L1, of a total of 1);

@@ -92,7 +92,7 @@ class TestFigures:
         )
         client, run = logger.experiment, logger.run_id
         names = set(client.get_run(run).data.metrics)
-        assert {"otrt/distance/net.block1", "otrt/net.headinput-2", "val/otrt/net.block2-block1-2"} <= names
+        assert {"otrt/distance/net.block1", "otrt/distance/net.headinput-2", "val/otrt/net.block2-block1-2"} <= names
         assert len(client.get_metric_history(run, "otrt/gradient_share")) == 15, "not the first, which finds the layers"
         for name in ("net.block1", "net.block2-block1-2", "net.head:input-2"):
             files = client.list_artifacts(run, f"otrt/plan/{name}")

@@ -40,8 +40,8 @@ def test_two_callbacks_add_up_and_log_under_names_of_their_own():
         "train/otrt-2",
         "otrt/weight",
         "otrt/weight-2",
-        "otrt/net.block1",
-        "otrt/net.block2-2",
+        "otrt/distance/net.block1",
+        "otrt/distance/net.block2-2",
     }
     assert seen.bar == ["train/otrt", "train/otrt-2"]
     one = OTRTCallback(
