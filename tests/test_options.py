@@ -216,7 +216,7 @@ class TestAttributes:
         callback = OTRTCallback(make_teacher())
         with pytest.raises(AttributeError, match="'OTRTCallback' object has no attribute 'wieght'"):
             _ = callback.wieght
-        assert not hasattr(callback, "current_weight")
+        assert not hasattr(callback, "current_weights")
         callback.mine = 1
         assert not hasattr(callback.transfer, "mine")
 

@@ -45,7 +45,8 @@ class OTRTModule(pl.LightningModule):
     configuration that is saved is that of the wrapper.
 
     Returns:
-        The wrapped module; ``wrapped.otrt`` is its :class:`RepresentationTransfer`.
+        The wrapped module; ``wrapped.otrt`` is its :class:`RepresentationTransfer`. In a Trainer its callback is the
+        :class:`TransferCallback` among ``trainer.callbacks``.
 
     Raises:
         TypeError: If ``task`` is no LightningModule of the ``lightning`` package, or an argument is of the wrong type.

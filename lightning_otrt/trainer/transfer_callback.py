@@ -23,9 +23,11 @@ __all__ = ["TransferCallback"]
 
 
 class TransferCallback(pl.Callback):
-    """What :class:`OTRTCallback` and the callback inside :class:`OTRTModule` share: the transfer in a Trainer.
+    """Base of :class:`OTRTCallback` and of the callback of a wrapped module: the transfer in a Trainer.
 
-    Options of the transfer can be read here, and ``weight`` and ``schedule`` can be set.
+    So ``[each for each in trainer.callbacks if isinstance(each, TransferCallback)]`` finds both. ``callback.transfer``
+    is the :class:`RepresentationTransfer`. Its options can be read on the callback, too, and ``weight`` and
+    ``schedule`` can be set there.
 
     Args:
         teacher: A teacher, or a :class:`RepresentationTransfer` with layers and options of its own.
@@ -35,6 +37,14 @@ class TransferCallback(pl.Callback):
     Raises:
         TypeError: If there are layers or options for a :class:`RepresentationTransfer`.
         ValueError: If that has a process group.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from torch import nn
+        >>> from lightning_otrt import OTRTModule, TransferCallback
+        >>> wrapped = OTRTModule(BoringModel(), nn.Linear(32, 2), {"layer": ""})
+        >>> [each.transfer for each in wrapped.configure_callbacks() if isinstance(each, TransferCallback)]
+        [RepresentationTransfer(Linear(...), {'layer': ''})]
     """
 
     #: The transfer, with the resolved pairs and the distances of the last step.
