@@ -107,7 +107,7 @@ def run(problem: Problem, *, seeds: int, steps: int, teacher_steps: int) -> Foun
             student = build(student_widths, few, seed).train()
             batches = DataLoader(few, settings["batch_size"], shuffle=True, generator=torch.Generator().manual_seed(0))
             suggestion = suggest_weight(
-                student, RepresentationTransfer(teacher, **options), batches, loss_fn=F.cross_entropy, fraction=1.0
+                student, RepresentationTransfer(teacher, **options), batches, loss_fn=F.cross_entropy, ratio=1.0
             )
             by_weight = {0.0: plain}
             for weight in WEIGHTS:

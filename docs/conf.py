@@ -32,4 +32,7 @@ napoleon_use_rtype = False
 # Every name of this package that a page refers to has to be there; those of others are shown without a link, since an
 # inventory of them would be a download.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(collections|torch|torchmetrics)\..*|MisconfigurationException")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|torch|torchmetrics)\..*|MisconfigurationException"),
+    (r"py:class", r"lightning_otrt\..*\.Alignment"),  # the type of a field that users need not read
+]

@@ -9,14 +9,16 @@ from lightning_otrt.analysis.plot_plans import plot_cost, plot_plan
 from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
 from lightning_otrt.distillation import LogitDistillation
 from lightning_otrt.fixed_views import FixedViews
-from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.reading.neurons.reader import neurons
-from lightning_otrt.schedules import CosineDecay, LinearWarmup
+from lightning_otrt.schedules import CosineDecay, LinearWarmup, Schedule
+from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.cache.options import TeacherCache
-from lightning_otrt.teacher.loading.load import load_teacher
+from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
 from lightning_otrt.trainer.callback import OTRTCallback
 from lightning_otrt.trainer.module import OTRTModule
 from lightning_otrt.trainer.monitor import OTRTMonitor
+from lightning_otrt.trainer.transfer_callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
 from lightning_otrt.transport.distance import TransportResult, transport_distance
 
@@ -26,15 +28,20 @@ __all__ = [
     "CosineDecay",
     "FixedViews",
     "LayerPair",
+    "LayerSpec",
     "LinearWarmup",
     "LogitDistillation",
     "NeuronTransportDistance",
     "OTRTCallback",
     "OTRTModule",
     "OTRTMonitor",
+    "PairDistance",
     "RepresentationComparison",
     "RepresentationTransfer",
+    "Schedule",
     "TeacherCache",
+    "TeacherSource",
+    "TransferCallback",
     "TransportResult",
     "WeightSuggestion",
     "compare_representations",

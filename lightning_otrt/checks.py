@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_name",
     "check_number",
     "check_seed",
+    "constructor_call",
     "is_int",
     "shown",
 ]
@@ -115,6 +117,24 @@ def shown(value: Any) -> str:
     text = repr(value)
     name = type(value).__name__
     return text if len(text) <= _LONGEST else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def constructor_call(value: Any) -> str:
+    """The call that made an object, for its ``repr``. The arguments are its attributes; defaults are left out.
+
+    Example:
+        >>> from lightning_otrt.schedules import CosineDecay
+        >>> constructor_call(CosineDecay(100)), constructor_call(CosineDecay(100, final=0.5))
+        ('CosineDecay(100)', 'CosineDecay(100, final=0.5)')
+    """
+    arguments = []
+    for name, parameter in inspect.signature(type(value)).parameters.items():
+        given = getattr(value, name)
+        if parameter.default is inspect.Parameter.empty:
+            arguments.append(repr(given))
+        elif given != parameter.default:
+            arguments.append(f"{name}={given!r}")
+    return f"{type(value).__name__}({', '.join(arguments)})"
 
 
 def _typed(value: Any) -> str:

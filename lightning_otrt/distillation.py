@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_otrt.checks import check_number, is_int, shown
+from lightning_otrt.checks import check_number, constructor_call, is_int, shown
 
 __all__ = ["LogitDistillation", "as_distillation", "check_distillation"]
 
@@ -98,8 +98,7 @@ class LogitDistillation:
 
     def __repr__(self) -> str:
         """The constructor call, with the fields that differ from their defaults."""
-        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
-        return f"LogitDistillation({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
+        return constructor_call(self)
 
 
 def as_distillation(value: float | LogitDistillation) -> LogitDistillation:

@@ -87,7 +87,9 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
         "grid", value, "It is the number of positions along each axis of a feature map; None keeps all.", optional=True
     ),
     "schedule": lambda value: check_callable(
-        "schedule", value, "It maps the step to a factor on `weight`: pass LinearWarmup(steps) or a function."
+        "schedule",
+        value,
+        "It maps the step to a factor on the weights of both terms: pass LinearWarmup(steps) or a function.",
     ),
     "distillation": check_distillation,
     "teacher_inputs": lambda value: check_callable(

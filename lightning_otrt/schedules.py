@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_otrt.checks import check_count, check_number
+from lightning_otrt.checks import check_count, check_number, constructor_call
 
 __all__ = ["CosineDecay", "LinearWarmup", "Schedule", "factor_at"]
 
-#: From the number of completed optimizer steps to a factor on the weight.
+#: From the number of completed optimizer steps to a factor on the weights of both terms.
 Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class LinearWarmup:
-    """A factor on the weight that rises linearly from ``1 / steps`` at the first step to 1.
+    """A factor on the weights of both terms that rises linearly from ``1 / steps`` at the first step to 1.
 
     Steps are those of the optimizer: ``trainer.global_step``, or calls of :meth:`RepresentationTransfer.loss`.
 
@@ -42,10 +42,14 @@ class LinearWarmup:
         """The factor at a step."""
         return min(1.0, (step + 1) / self.steps)
 
+    def __repr__(self) -> str:
+        """The constructor call; defaults are left out."""
+        return constructor_call(self)
+
 
 @dataclass(frozen=True)
 class CosineDecay:
-    """A factor on the weight that falls from 1 to ``final`` along half a cosine.
+    """A factor on the weights of both terms that falls from 1 to ``final`` along half a cosine.
 
     Steps are those of the optimizer: ``trainer.global_step``, or calls of :meth:`RepresentationTransfer.loss`.
 
@@ -68,7 +72,7 @@ class CosineDecay:
 
     def __post_init__(self) -> None:
         _check_steps(self, self.steps, "`final` is reached")
-        hint = "In CosineDecay it is the factor on `weight` after the last step: pass 0 to end without the term."
+        hint = "In CosineDecay it is the factor on the weights of both terms after the last step: 0 ends without them."
         check_number("final", self.final, hint)
 
     def __call__(self, step: int) -> float:
@@ -76,13 +80,17 @@ class CosineDecay:
         progress = min(step, self.steps) / self.steps
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def __repr__(self) -> str:
+        """The constructor call; defaults are left out."""
+        return constructor_call(self)
+
 
 def factor_at(step: int, schedule: Schedule | None) -> float:
-    """The factor on the weight at a step.
+    """The factor on the weights of both terms at a step.
 
     Args:
         step: Number of completed optimizer steps.
-        schedule: From the step to a factor on the weight; None: always the full weight.
+        schedule: From the step to a factor; None: always the full weights.
 
     Raises:
         ValueError: If the schedule gives anything but a finite number that is not negative.
@@ -91,8 +99,8 @@ def factor_at(step: int, schedule: Schedule | None) -> float:
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor < 0:
         raise ValueError(
             f"Expected `schedule` to give a finite number that is not negative, but {schedule!r} gave {factor!r} at "
-            f"step {step}. A schedule maps the step to a factor on `weight`: return a float, 0 for a step without "
-            "the term."
+            f"step {step}. A schedule maps the step to a factor on `weight` and on the weight of `distillation`: "
+            "return a float, 0 for a step without them."
         )
     return float(factor)
 

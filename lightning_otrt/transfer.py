@@ -159,8 +159,9 @@ class RepresentationTransfer(RecordedStudent):
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
         self.distances: list[PairDistance] = []  #: The distances of the last call of :meth:`loss`.
-        #: The unweighted terms of the last call of :meth:`loss`, detached; None where that had none.
+        #: The unweighted transport term of the last call of :meth:`loss`, detached; None if it had none.
         self.transport_value: Tensor | None = None
+        #: The unweighted distillation of logits of that call, likewise.
         self.distillation_value: Tensor | None = None
         names = ("plan", "epsilon", "memory", "solve_every", "seed", "strict")
         settings = {"cost": self.ground_cost, **{name: getattr(self, name) for name in names}}
@@ -193,15 +194,6 @@ class RepresentationTransfer(RecordedStudent):
         return self._run.engine
 
     @property
-    def current_weight(self) -> float:
-        """The weight of the transport term at the current step.
-
-        Raises:
-            ValueError: If the schedule gives anything but a finite number that is not negative.
-        """
-        return self.current_weights.transport
-
-    @property
     def cuda_graphs(self) -> bool:
         """Whether steps of one process on a CUDA device are captured as graphs, which saves most launches.
 
@@ -220,7 +212,11 @@ class RepresentationTransfer(RecordedStudent):
 
     @property
     def current_weights(self) -> Weights:
-        """The weights of both terms at the current step; see :attr:`current_weight`."""
+        """The weights of both terms at the current step, a named tuple ``(transport, distillation)``.
+
+        Raises:
+            ValueError: If the schedule gives anything but a finite number that is not negative.
+        """
         factor = factor_at(self.step, self.schedule)
         return Weights(self.weight * factor, self._distills * factor)
 

@@ -180,6 +180,18 @@ class TestAttributes:
         for each in make(**{name: value}):
             assert getattr(each, name) == value
 
+    def test_a_callback_has_the_options_and_the_transfer_alone(self):
+        callback = OTRTCallback(make_teacher())
+        own = {name for name in dir(callback) if not name.startswith("_")} - {*dir(pl.Callback)}
+        assert own == {"transfer"}
+        for name in ("pairs", "distances", "cache", "loss", "discard"):
+            with pytest.raises(
+                AttributeError, match=rf"no attribute '{name}'. Its transfer has it: `callback.transfer"
+            ):
+                getattr(callback, name)
+        with pytest.raises(AttributeError, match="no attribute 'wieght'$"):
+            callback.wieght  # noqa: B018
+
     @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("weight", "schedule")])
     def test_a_fixed_option_cannot_be_set(self, name):
         value = VALUES.get(name, [None])[0]
@@ -204,7 +216,7 @@ class TestAttributes:
         callback = OTRTCallback(make_teacher())
         with pytest.raises(AttributeError, match="'OTRTCallback' object has no attribute 'wieght'"):
             _ = callback.wieght
-        assert not hasattr(callback, "current_weight")
+        assert not hasattr(callback, "current_weights")
         callback.mine = 1
         assert not hasattr(callback.transfer, "mine")
 

@@ -50,7 +50,9 @@ def test_steps(schedule, steps, error, got):
     ("final", "error"), [("0", TypeError), (None, TypeError), (-0.1, ValueError), (math.inf, ValueError)]
 )
 def test_final(final, error):
-    with pytest.raises(error, match=r"`final` to be .*, but got .*In CosineDecay it is the factor on `weight` after"):
+    with pytest.raises(
+        error, match=r"`final` to be .*, but got .*In CosineDecay it is the factor on the weights of both terms after"
+    ):
         CosineDecay(3, final=final)
 
 

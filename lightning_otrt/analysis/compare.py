@@ -71,9 +71,9 @@ def compare_representations(
         teacher: A module or whatever else :func:`~lightning_otrt.load_teacher` takes; it may be the student.
         dataloader: Batches. The input is the batch itself if it is a tensor, the first element of a tuple or list; a
             mapping gives keyword arguments.
-        layers: ``"auto"`` (blocks and the blocks inside them, see
-            :func:`~lightning_otrt.layers.comparable.comparable_layers`), ``"all"`` (every layer that can be recorded),
-            or names, globs, ``"re:..."``, indices, ``"name:input"``, ``"blocks"`` and ``"penultimate"``, one or a list.
+        layers: ``"auto"`` (blocks, and the blocks inside them as long as there are at most 40 layers), ``"all"``
+            (every layer that can be recorded), or names, globs, ``"re:..."``, indices, ``"name:input"``, ``"blocks"``
+            and ``"penultimate"``, one or a list.
         teacher_layers: The same for the teacher. None applies ``layers`` to both.
         cost: ``"correlation"``, ``"euclidean"`` or ``"sqeuclidean"``. Only the correlation does not depend on the
             scale of the activations, so that distances of different layers can be compared.

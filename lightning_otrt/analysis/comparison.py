@@ -79,7 +79,7 @@ class RepresentationComparison:
     def relative(self) -> Tensor:
         """:attr:`distances` over :attr:`chance`, ``(S, T)``: 0 for the same layer, 1 for layers that share nothing.
 
-        See ``relative_to_chance`` in ``reading/chance.py``. Pairing and closest layers use it.
+        Where both are zero, as for layers that do not depend on the sample, it is 1. Pairing and closest layers use it.
         """
         return relative_to_chance(self.distances, self.chance)
 
@@ -88,7 +88,7 @@ class RepresentationComparison:
         """The pairs ``(student layer, teacher layer)`` of least total :attr:`relative` distance, in order.
 
         Each layer is used once, and :attr:`pooled` pairs come last. Every layer of the side with fewer layers gets a
-        partner, where one exists; see :func:`lightning_otrt.layers.order.match_in_order`.
+        partner, where one exists.
         """
         return tuple((self.student_layers[i], self.teacher_layers[j]) for i, j in match_in_order(self._ranked))
 
@@ -107,10 +107,9 @@ class RepresentationComparison:
         highest = self.relative.nan_to_num(nan=0.0).max() + 1
         return self.relative + self.pooled * highest
 
-    @property
     def plans(self) -> dict[tuple[str, str], Tensor]:
-        """The transport plans ``(N, M)`` of the pairs in :attr:`pairing`. They are solved at each access."""
-        return {pair: self.transport(*pair).plan for pair in self.pairing}
+        """The plans (or rotations) ``(N, M)`` of the pairs in :attr:`pairing`. They are solved at each call."""
+        return {pair: self.transport(*pair).matrix for pair in self.pairing}
 
     def transport(self, student_layer: str, teacher_layer: str) -> TransportResult:
         """Plan, cost and diagnostics of two layers, in float64. They are computed at each call, to save memory.

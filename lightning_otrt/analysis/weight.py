@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from lightning_otrt.analysis.task_loss import find_task_loss
 from lightning_otrt.checks import check_count, check_module
 from lightning_otrt.distillation import as_distillation
 from lightning_otrt.reading.extra_forwards.evaluation import state_restored
+from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.transfer import RepresentationTransfer
+
+if TYPE_CHECKING:
+    from lightning_otrt.trainer.transfer_callback import TransferCallback
 
 __all__ = ["WeightSuggestion", "suggest_weight"]
 
@@ -29,7 +33,7 @@ class WeightSuggestion:
 
     Attributes:
         weight: The suggested weight α.
-        fraction: Norm of the gradient of the weighted term over that of the task, at this weight.
+        ratio: Norm of the gradient of the weighted term over that of the task, at this weight.
         task_norms: Norm of the gradient of the task by student layer, the mean over batches.
         transfer_norms: The same for the term at a weight of 1.
         batches: Number of batches seen.
@@ -44,7 +48,7 @@ class WeightSuggestion:
     """
 
     weight: float
-    fraction: float
+    ratio: float
     task_norms: Mapping[str, float]
     transfer_norms: Mapping[str, float]
     batches: int
@@ -53,30 +57,30 @@ class WeightSuggestion:
     def __str__(self) -> str:
         """The weight, and the layers as a table."""
         width = max(13, *map(len, self.task_norms))
-        lines = [f"weight {self.weight:.3g}: the transfer term has {self.fraction:g} times the gradient of the task"]
+        lines = [f"weight {self.weight:.3g}: the transfer term has {self.ratio:g} times the gradient of the task"]
         heading = f"  {'student layer'.ljust(width)}  {'task':>9}  {'transfer':>9}  {'ratio':>9}"
         lines.append(f"{heading}  {'distillation':>12}" if self.distillation_norms else heading)
         for name, task in self.task_norms.items():
             own = self.weight * self.transfer_norms[name]
-            ratio = own / task if task else math.inf
-            line = f"  {name.ljust(width)}  {task:9.3g}  {own:9.3g}  {ratio:9.3g}"
+            here = own / task if task else math.inf
+            line = f"  {name.ljust(width)}  {task:9.3g}  {own:9.3g}  {here:9.3g}"
             lines.append(f"{line}  {self.distillation_norms[name]:12.3g}" if self.distillation_norms else line)
         return "\n".join(lines)
 
 
 def suggest_weight(
     student: nn.Module,
-    transfer: Any,
+    transfer: RepresentationTransfer | TransferCallback | TeacherSource,
     dataloader: Iterable[Any],
     *,
     task_loss: Callable[[Any], Tensor] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    fraction: float = 1.5,
-    batches: int = 4,
+    ratio: float = 1.5,
+    max_batches: int = 4,
 ) -> WeightSuggestion:
-    r"""The weight at which the gradient of the transfer term is a given fraction of that of the task.
+    r"""The weight at which the gradients of the transfer term and of the task have a given ratio.
 
-    .. math:: \alpha = \text{fraction} \cdot
+    .. math:: \alpha = \text{ratio} \cdot
         \frac{\overline{\|\partial L_{task} / \partial h\|}}{\overline{\|\partial \Omega / \partial h\|}}
 
     with h the outputs of all recorded student layers together, and means over batches. The best weights of feature
@@ -97,9 +101,9 @@ def suggest_weight(
         task_loss: Function from a batch, on the student's device, to the loss of the task. It calls the student. If
             None, ``loss_fn`` is needed, or a LightningModule whose ``training_step`` runs without a Trainer.
         loss_fn: Called as ``loss_fn(student(x), y)`` for batches ``(x, y)``, instead of ``task_loss``.
-        fraction: Wanted ratio of the norms, 1 for two equal parts. On three pairs of networks and two recipes 1.5 came
+        ratio: Wanted ratio of the norms, 1 for two equal parts. On three pairs of networks and two recipes 1.5 came
             closest to the best weight (``benchmarks/weight.py``); the best ratios were between 0.5 and 3.
-        batches: Number of batches to average over.
+        max_batches: Number of batches to average over, if there are as many.
 
     Returns:
         The weight, with the norms at each layer. It prints as a table.
@@ -120,13 +124,12 @@ def suggest_weight(
         >>> suggestion = suggest_weight(student, transfer, data, loss_fn=nn.functional.cross_entropy)
         >>> transfer.weight = suggestion.weight
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < math.inf:
-        raise ValueError(f"Expected argument `fraction` to be positive and finite, but got {fraction!r}.")
-    check_count("batches", batches)
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+        raise ValueError(f"Expected argument `ratio` to be positive and finite, but got {ratio!r}.")
+    check_count("max_batches", max_batches)
     check_module("student", student)
-    transfer = getattr(transfer, "transfer", transfer)  # a callback holds its transfer
-    if not isinstance(transfer, RepresentationTransfer):
-        transfer = RepresentationTransfer(transfer)
+    given: Any = getattr(transfer, "transfer", transfer)  # a callback holds its transfer
+    transfer = given if isinstance(given, RepresentationTransfer) else RepresentationTransfer(given)
     loss_of = find_task_loss(student, task_loss, loss_fn)
     device = next((tensor.device for tensor in (*student.parameters(), *student.buffers())), torch.device("cpu"))
     norms: list[GradientNorms] = []
@@ -136,7 +139,7 @@ def suggest_weight(
         stack.enter_context(_at_weight_one(transfer))
         stack.enter_context(transfer.attached(student))
         probe: GradientProbe | None = None
-        for batch in islice(dataloader, batches):
+        for batch in islice(dataloader, max_batches):
             batch = to_device(batch, device)
             if probe is None:
                 # The first forward chooses the layers, so hooks on them come after it, and it is run again.
@@ -150,11 +153,11 @@ def suggest_weight(
             norms.append(probe.split(task + transfer.loss().to(task.device), views))
         if probe is None:
             raise ValueError("Expected argument `dataloader` to give at least one batch, but it is empty.")
-    return _suggestion(probe.names, norms, fraction, distills=as_distillation(transfer.distillation).weight > 0)
+    return _suggestion(probe.names, norms, ratio, distills=as_distillation(transfer.distillation).weight > 0)
 
 
 def _suggestion(
-    names: Sequence[str], norms: Sequence[GradientNorms], fraction: float, *, distills: bool
+    names: Sequence[str], norms: Sequence[GradientNorms], ratio: float, *, distills: bool
 ) -> WeightSuggestion:
     """The weight for the norms at each layer of each batch."""
     table = torch.stack([torch.stack(parts) for parts in norms]).cpu().double()
@@ -173,8 +176,8 @@ def _suggestion(
         )
     by_layer = table.mean(0).tolist()
     return WeightSuggestion(
-        weight=fraction * task / own,
-        fraction=float(fraction),
+        weight=ratio * task / own,
+        ratio=float(ratio),
         task_norms=dict(zip(names, by_layer[0], strict=True)),
         transfer_norms=dict(zip(names, by_layer[1], strict=True)),
         batches=len(norms),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any, TypeAlias
 
-from lightning_otrt.checks import is_int, shown
+from lightning_otrt.checks import constructor_call, is_int, shown
 
 __all__ = [
     "INPUT",
@@ -71,12 +71,7 @@ class LayerPair:
 
     def __repr__(self) -> str:
         """The constructor call, with the fields that differ from their defaults."""
-        changed = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)[2:]
-            if getattr(self, field.name) != field.default
-        ]
-        return f"LayerPair({', '.join([repr(self.student), repr(self.teacher), *changed])})"
+        return constructor_call(self)
 
     @property
     def axes(self) -> tuple[int | None, int | None]:

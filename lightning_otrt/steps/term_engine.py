@@ -54,6 +54,11 @@ class PairDistance:
         is_skipped: Whether the pair is left out of the term of this call: its layers did not run, or there are too few
             observations.
         alignment: The orthogonal coupling behind it, None for a transport plan.
+
+    Example:
+        >>> from lightning_otrt import PairDistance
+        >>> PairDistance("layer4", torch.tensor(0.5), torch.eye(4) / 4, memory=0.0, observations=64)
+        PairDistance('layer4', 0.5, plan (4, 4), 64 observations)
     """
 
     name: str

@@ -20,7 +20,8 @@ class OTRTCallback(TransferCallback):
 
     The module's ``training_step`` is wrapped during ``fit``. After it, also if it failed or was interrupted, no hook
     is left on module or teacher. The term is logged as ``train/otrt`` (unweighted), ``otrt/weight`` and
-    ``otrt/<student layer>``; the distillation of logits, where there is one, as ``train/distillation`` (unweighted).
+    ``otrt/distance/<student layer>``; the distillation of logits, if there is one, as ``train/distillation``
+    (unweighted).
 
     With automatic optimization the term joins the loss that ``training_step`` returns; with manual optimization the
     loss of the first ``manual_backward`` after a forward.
@@ -51,7 +52,7 @@ class OTRTCallback(TransferCallback):
         ... )
         >>> trainer.fit(BoringModel(), DataLoader(RandomDataset(32, 64), batch_size=16))
         >>> sorted(name for name in trainer.callback_metrics if "otrt" in name)
-        ['otrt/layer', 'otrt/weight', 'train/otrt']
+        ['otrt/distance/layer', 'otrt/weight', 'train/otrt']
     """
 
     @takes_options_of(RepresentationTransfer, without=("process_group",))

@@ -20,39 +20,21 @@ class EffectChecks:
     """Counts the training steps of one fit and their terms. Its errors and warnings say why a term has no effect."""
 
     def __init__(self) -> None:
-        self._is_step_ours = False
         self._all = self._active = self._skipped = self._terms = 0
         self._are_leaves_checked = False
 
-    def start_batch(self) -> None:
-        """Before Lightning calls the training step."""
-        self._is_step_ours = False
-
-    def start_step(self, is_active: bool) -> None:
+    def count_step(self, is_active: bool) -> None:
         """The training step that adds the term runs.
 
         Args:
             is_active: Whether some term has a weight in it.
         """
-        self._is_step_ours = True
         self._all += 1
         self._active += is_active
 
     def skip(self, is_active: bool) -> None:
         """A step has no loss on purpose."""
         self._skipped += is_active
-
-    def check_batch(self, module: pl.LightningModule) -> None:
-        """After Lightning called the training step.
-
-        Raises:
-            MisconfigurationException: If it was not the one that adds the term.
-        """
-        if not self._is_step_ours:
-            raise MisconfigurationException(
-                f"The `training_step` of {type(module).__name__} was replaced after the fit began, so that the "
-                "transfer term is not added any more. Replace it before `trainer.fit`, or call the one that was there."
-            )
 
     def check_epoch(self, module: pl.LightningModule) -> None:
         """At the end of an epoch. A single step without a term may be that of a GAN's critic.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +15,7 @@ from typing_extensions import Unpack, override
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.options import TransferOptions, check_option_names, takes_options_of
 from lightning_otrt.teacher.loading.load import TeacherSource
+from lightning_otrt.trainer.lightning_internals import is_being_spawned
 from lightning_otrt.trainer.transfer_callback import TransferCallback
 from lightning_otrt.transfer import RepresentationTransfer
 
@@ -45,7 +45,8 @@ class OTRTModule(pl.LightningModule):
     configuration that is saved is that of the wrapper.
 
     Returns:
-        The wrapped module; ``wrapped.otrt`` is its :class:`RepresentationTransfer`.
+        The wrapped module; ``wrapped.otrt`` is its :class:`RepresentationTransfer`. In a Trainer its callback is the
+        :class:`TransferCallback` among ``trainer.callbacks``.
 
     Raises:
         TypeError: If ``task`` is no LightningModule of the ``lightning`` package, or an argument is of the wrong type.
@@ -107,7 +108,7 @@ class OTRTModule(pl.LightningModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A plain module of the task's class; the wrapped one on its way to a process that goes on training."""
-        if _is_being_spawned():
+        if is_being_spawned():
             return _wrapped, (_wrapper_of(self), _task_type_of(self), self._otrt_callback, {}), self.__dict__
         return object.__new__, (_task_type_of(self),), self.__dict__
 
@@ -167,11 +168,6 @@ def _task_type_of(wrapped: OTRTModule) -> type[pl.LightningModule]:
 
 def _wrapper_of(wrapped: OTRTModule) -> Any:
     return type(wrapped).__bases__[0]
-
-
-def _is_being_spawned() -> bool:
-    """Whether an object is being pickled for a new process, as by ``strategy="ddp_spawn"``, and not to be saved."""
-    return get_spawning_popen() is not None
 
 
 def _check_task(task: Any) -> None:

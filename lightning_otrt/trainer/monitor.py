@@ -10,11 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_otrt.checks import check_count
+from lightning_otrt.checks import check_count, constructor_call
+from lightning_otrt.trainer.lightning_internals import batches_before, logged_step
 from lightning_otrt.trainer.monitored_transfer import MonitoredTransfer
 from lightning_otrt.trainer.transfer_callback import TransferCallback
 
-__all__ = ["OTRTMonitor", "logged_step"]
+__all__ = ["OTRTMonitor"]
 
 
 class OTRTMonitor(pl.Callback):
@@ -23,7 +24,6 @@ class OTRTMonitor(pl.Callback):
     It finds the :class:`OTRTCallback` of the Trainer, or the callback of a wrapped module, by itself. With k =
     ``every_n_steps`` it logs at every k-th batch, for each pair, by the name of its student layer:
 
-    - ``otrt/distance/<layer>``: the distance on the batch;
     - ``otrt/off_identity/<layer>``: the share of the plan's mass off its diagonal, if both layers have one width: how
       many neurons are not matched to the neuron of the same index;
     - ``otrt/marginal_error/<layer>``: how far the plan is from the teacher's masses (L1, of a total of 1);
@@ -67,6 +67,8 @@ class OTRTMonitor(pl.Callback):
         >>> from lightning_otrt import OTRTCallback, OTRTMonitor
         >>> transfer = OTRTCallback(nn.Linear(32, 2), layers={"layer": ""})
         >>> trainer = L.Trainer(callbacks=[transfer, OTRTMonitor(every_n_steps=100)], accelerator="cpu", logger=False)
+        >>> trainer.callbacks[1]
+        OTRTMonitor(every_n_steps=100)
     """
 
     def __init__(
@@ -84,6 +86,14 @@ class OTRTMonitor(pl.Callback):
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.gradients, self.validation, self.figures = gradients, validation, figures
         self._monitored: list[MonitoredTransfer] = []
+        #: Whether figures can be drawn in this fit, as far as is known.
+        self._draws = True
+        self._is_due = False
+
+    @override
+    def __repr__(self) -> str:
+        """The constructor call, with the arguments that differ from their defaults."""
+        return constructor_call(self)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -97,6 +107,7 @@ class OTRTMonitor(pl.Callback):
                 "module is not wrapped by OTRTModule. Add OTRTCallback(teacher, ...) to `callbacks`, or remove the "
                 "monitor."
             )
+        self._draws = True
         self._monitored = [
             MonitoredTransfer(callback.transfer, f"-{number}" if number > 1 else "")
             for number, callback in enumerate(found, 1)
@@ -107,12 +118,13 @@ class OTRTMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure this step if it is due, or if it is the first one, which some warnings are about."""
-        has_validation = trainer.enable_validation
+        every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        self._is_due = (batches_before(trainer) + 1) % every == 0
+        validation = self.validation and trainer.enable_validation
         for monitored in self._monitored:
-            if self._is_due(trainer) or not monitored.has_started:
+            if self._is_due or not monitored.has_started:
                 # Not in `setup`: the term of the transfer has to be added before.
-                gradients, validation = self.gradients and self._is_due(trainer), self.validation and has_validation
-                monitored.start(pl_module, gradients=gradients, validation=validation)
+                monitored.start(pl_module, gradients=self.gradients and self._is_due, validation=validation)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -127,7 +139,7 @@ class OTRTMonitor(pl.Callback):
         """Log the values of the step."""
         for monitored in self._monitored:
             monitored.stop(pl_module)
-            if self._is_due(trainer):
+            if self._is_due:
                 self._log(trainer, monitored.values())
 
     @override
@@ -147,9 +159,9 @@ class OTRTMonitor(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the plans."""
-        if self.figures and trainer.is_global_zero and trainer.loggers and self._is_due_epoch(trainer):
+        if self.figures and self._draws and trainer.is_global_zero and trainer.loggers and self._is_due_epoch(trainer):
             for monitored in self._monitored:
-                self.figures = self.figures and monitored.draw(trainer.loggers, logged_step(trainer))
+                self._draws = self._draws and monitored.draw(trainer.loggers, logged_step(trainer))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -168,10 +180,6 @@ class OTRTMonitor(pl.Callback):
             monitored.close_validation(compute=False)
         self._monitored = []
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
-
     def _is_due_epoch(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
@@ -180,9 +188,3 @@ class OTRTMonitor(pl.Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=logged_step(trainer))
-
-
-def logged_step(trainer: pl.Trainer) -> int:
-    """The step at which the Trainer logs this batch, so that both are in one row of a CSV file."""
-    # Lightning has no public name for it. It differs from `global_step` with several optimizers.
-    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))

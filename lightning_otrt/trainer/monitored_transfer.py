@@ -132,7 +132,6 @@ class MonitoredTransfer(ExtraTerm):
         for label, distance in zip(self.transfer.labels, self.transfer.distances, strict=False):
             if distance.plan is None or distance.is_skipped:
                 continue
-            found[f"otrt/distance/{label}"] = distance.value
             if distance.alignment is not None:
                 found[f"otrt/directions/{label}"] = distance.alignment.directions
                 continue

@@ -108,6 +108,8 @@ class _Step(_Patch):
         #: Whether a backward pass of this step had the terms, and whether one was of other parameters, under manual
         #: optimization.
         self.is_added = self.is_left_out = False
+        #: How errors name the loss of an automatic step.
+        self._returned = f"returned by the training_step of {type(module).__name__}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.is_added = self.is_left_out = False
@@ -119,38 +121,54 @@ class _Step(_Patch):
             if not self.module.automatic_optimization:
                 self._check_manual()
                 return output
-            return self._add(output)
+            return self.with_terms(output, self._returned) if isinstance(output, Tensor) else self._add(output)
         finally:
             # Whatever came back: what is kept holds its graph, and would be taken for a part of the next step.
             for term in self.terms:
                 term.discard()
 
-    def total(self, without: Sequence[ExtraTerm] = ()) -> Tensor | None:
-        """The sum of all terms but some."""
+    def with_terms(self, loss: Tensor, what: str, without: Sequence[ExtraTerm] = ()) -> Tensor:
+        """A loss plus all terms but some; the loss itself if there are none.
+
+        Without a term torch would raise in the backward pass of a loss without gradient. With it, the term alone would
+        be trained unnoticed. So this raises.
+
+        Args:
+            loss: The loss of the task.
+            what: How the error names it.
+            without: Terms that are left out.
+        """
         found = [term.term(position) for position, term in enumerate(self.terms) if term not in without]
         present = [value for value in found if value is not None]
-        return sum(present[1:], present[0]) if present else None
+        if not present:
+            return loss
+        total = sum(present[1:], present[0])
+        if total.requires_grad and not loss.requires_grad:
+            raise MisconfigurationException(
+                f"The loss {what} has no gradient, so that the transfer term alone would be trained. Look for "
+                "`detach`, `item` or `no_grad` on its way. To train on the transfer term alone, use "
+                "`torch.zeros((), requires_grad=True)` as the loss."
+            )
+        return loss + total.to(loss.device)
 
     def _add(self, output: Any) -> Any:
-        """The output of an automatic step with all terms in its loss."""
+        """The output of an automatic step, other than a tensor, with all terms in its loss."""
         if output is None:
             for term in self.terms:
                 term.skip()
             return None
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = output.get("loss") if isinstance(output, Mapping) else None
         if isinstance(loss, Tensor):
-            total = self.total()
-            if total is None:
-                return output
-            _check_gradient(loss, total, f"returned by the training_step of {type(self.module).__name__}")
-            loss = loss + total.to(loss.device)
-            return _with_loss(output, loss) if isinstance(output, Mapping) else loss
+            total = self.with_terms(loss, self._returned)
+            return output if total is loss else _with_loss(output, total)
         if isinstance(output, Mapping) and loss is None:
             return output  # Lightning's own error says that there has to be a loss
         if any(term.has_term() for term in self.terms):
-            where = f"a {type(output).__name__} whose 'loss' is " if isinstance(output, Mapping) else ""
+            where, found = "", output
+            if isinstance(output, Mapping):
+                where, found = f"a {type(output).__name__} whose 'loss' is ", loss
             raise MisconfigurationException(
-                f"The training_step of {type(self.module).__name__} returned {where}a {type(loss).__name__}, to which "
+                f"The training_step of {type(self.module).__name__} returned {where}a {type(found).__name__}, to which "
                 "no transfer term can be added. Return the loss as a tensor, a mapping with the key 'loss', or None to "
                 "skip the step; or use manual optimization with `self.manual_backward(loss)`."
             )
@@ -165,19 +183,6 @@ class _Step(_Patch):
             "`self.manual_backward(loss)` after the student ran, so the transfer term was never added. Call "
             "`self.manual_backward(loss)` instead of `loss.backward()`; run forwards that are not trained on inside "
             "`torch.no_grad()` or `transfer.paused()`."
-        )
-
-
-def _check_gradient(loss: Tensor, total: Tensor, what: str) -> None:
-    """Raise if the loss of the task has no gradient.
-
-    Without the term torch would raise in the backward pass. With it, the term alone would be trained unnoticed.
-    """
-    if total.requires_grad and not loss.requires_grad:
-        raise MisconfigurationException(
-            f"The loss {what} has no gradient, so that the transfer term alone would be trained. Look for `detach`, "
-            "`item` or `no_grad` on its way. To train on the transfer term alone, use "
-            "`torch.zeros((), requires_grad=True)` as the loss."
         )
 
 
@@ -209,11 +214,9 @@ class _ManualBackward(_Patch):
         left_out = [term for term in pending if not term.belongs_to(loss)]
         self.step.is_left_out = self.step.is_left_out or bool(left_out)
         if len(left_out) < len(pending):
-            total = self.step.total(without=left_out)
-            if total is not None:
-                _check_gradient(loss, total, "passed to `self.manual_backward`")
-                loss = loss + total.to(loss.device)
-                self.step.is_added = True
+            total = self.step.with_terms(loss, "passed to `self.manual_backward`", without=left_out)
+            self.step.is_added = self.step.is_added or total is not loss
+            loss = total
         with explained:
             self.inner(loss, *args, **kwargs)
 

@@ -30,12 +30,11 @@ __all__ = ["TransportResult", "transport_distance"]
 
 @dataclass(frozen=True, eq=False)
 class TransportResult:
-    """A transport distance with the plan behind it.
+    """A transport distance with the plan behind it, :attr:`plan`, or with the :attr:`rotation`.
 
     Attributes:
         value: ⟨P, M⟩, a scalar or ``(B,)``; differentiable with respect to the student neurons.
-        plan: P, ``(N, M)`` or ``(B, N, M)``; a constant. Of an orthogonal coupling it is the matrix from centred
-            teacher neurons to targets.
+        matrix: The plan or the rotation, ``(N, M)`` or ``(B, N, M)``; a constant.
         cost: M, of the same shape; a constant. Of an orthogonal coupling it is 1 - r.
         marginal_error: L1 distance of the teacher's masses to 1/M, of a total mass of 1. The student's are exact up to
             rounding for the plans solved here.
@@ -56,7 +55,7 @@ class TransportResult:
     """
 
     value: Tensor
-    plan: Tensor
+    matrix: Tensor
     cost: Tensor
     marginal_error: Tensor
     student_marginal_error: Tensor
@@ -69,7 +68,31 @@ class TransportResult:
         value = self.value.detach()
         shown = f"{float(value):.4g}" if value.dim() == 0 else f"{tuple(value.shape)} values, mean {value.mean():.4g}"
         kind = "rotation" if self.singular_values is not None else "plan"
-        return f"{type(self).__name__}({shown}, {kind} {tuple(self.plan.shape)})"
+        return f"{type(self).__name__}({shown}, {kind} {tuple(self.matrix.shape)})"
+
+    @property
+    def plan(self) -> Tensor:
+        """The transport plan P, ``(N, M)`` or ``(B, N, M)``.
+
+        Raises:
+            AttributeError: If an orthogonal coupling is behind the distance.
+        """
+        if self.singular_values is not None:
+            raise AttributeError("An orthogonal coupling has no transport plan: use `rotation`, or `matrix` for both.")
+        return self.matrix
+
+    @property
+    def rotation(self) -> Tensor:
+        """The matrix Q from centred teacher neurons to the targets of the student's, for an orthogonal coupling.
+
+        Its entries may be negative.
+
+        Raises:
+            AttributeError: If a transport plan is behind the distance.
+        """
+        if self.singular_values is None:
+            raise AttributeError("A transport plan is no rotation: use `plan`, or `matrix` for both.")
+        return self.matrix
 
     @classmethod
     def of(cls, value: Tensor, plan: Plan | Alignment, cost: Tensor) -> TransportResult:
@@ -80,7 +103,7 @@ class TransportResult:
         numbers = diagnose(plan.matrix)
         return cls(
             value=value,
-            plan=plan.matrix,
+            matrix=plan.matrix,
             cost=cost,
             marginal_error=numbers.teacher_error,
             student_marginal_error=numbers.student_error,

@@ -67,8 +67,8 @@ def test_prints_a_table(result: RepresentationComparison) -> None:
 
 
 def test_plans(result: RepresentationComparison) -> None:
-    assert list(result.plans) == [("a", "x"), ("b", "z")]
-    assert result.plans["b", "z"].argmax(1).tolist() == [1, 2, 0]
+    assert list(result.plans()) == [("a", "x"), ("b", "z")]
+    assert result.plans()["b", "z"].argmax(1).tolist() == [1, 2, 0]
     found = result.transport("a", "y")
     assert found.plan.dtype == torch.float64
     assert float(found.value) == pytest.approx(0, abs=1e-9)
@@ -88,7 +88,7 @@ def test_nothing_can_be_compared() -> None:
     nan = torch.full((1, 2), math.nan)
     nothing = RepresentationComparison(nan, nan, torch.zeros(1, 2).bool(), ("a",), ("x", "y"), 8, {})
     assert nothing.pairing == ()
-    assert nothing.closest == nothing.plans == nothing.as_layers() == {}
+    assert nothing.closest == nothing.plans() == nothing.as_layers() == {}
 
 
 def test_plot(result: RepresentationComparison) -> None:

@@ -16,11 +16,11 @@ from lightning_otrt import LinearWarmup, OTRTCallback, RepresentationTransfer
 from lightning_otrt.analysis.weight import suggest_weight
 
 
-def test_gradients_have_the_fraction_at_the_weight():
+def test_gradients_have_the_ratio_at_the_weight():
     student, teacher = make_task().net, make_teacher()
     batch = next(iter(loader(batch_size=32)))
     suggestion = suggest_weight(
-        student, RepresentationTransfer(teacher, NET_LAYERS), [batch], loss_fn=F.cross_entropy, fraction=0.5
+        student, RepresentationTransfer(teacher, NET_LAYERS), [batch], loss_fn=F.cross_entropy, ratio=0.5
     )
     task, own = norms_by_hand(student, RepresentationTransfer(teacher, NET_LAYERS, weight=suggestion.weight), batch)
     assert math.hypot(*own) / math.hypot(*task) == pytest.approx(0.5, rel=1e-3)
@@ -84,15 +84,15 @@ def test_under_no_grad():
 
 
 def test_more_batches_than_there_are():
-    assert suggest_weight(make_task(), make_teacher(), islice(loader(), 2), batches=9).batches == 2
+    assert suggest_weight(make_task(), make_teacher(), islice(loader(), 2), max_batches=9).batches == 2
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fraction": 0}, ValueError, "`fraction` to be positive"),
-        ({"fraction": True}, ValueError, "`fraction` to be positive"),
-        ({"batches": 0}, ValueError, "`batches` to be a positive integer"),
+        ({"ratio": 0}, ValueError, "`ratio` to be positive"),
+        ({"ratio": True}, ValueError, "`ratio` to be positive"),
+        ({"max_batches": 0}, ValueError, "`max_batches` to be a positive integer"),
         ({"task_loss": lambda batch: 1.0}, TypeError, "`task_loss` to return a scalar loss with gradient"),
     ],
 )

@@ -77,7 +77,7 @@ def compiled_task() -> Task:
 
 def check_two_to_one(seen: Seen) -> None:
     check_all(seen)
-    parts = [seen.logged[-1][f"otrt/net.block1-{teacher}"] for teacher in ("block1", "block2")]
+    parts = [seen.logged[-1][f"otrt/distance/net.block1-{teacher}"] for teacher in ("block1", "block2")]
     assert sum(parts) / 2 == pytest.approx(seen.terms[-1])
 
 

@@ -169,7 +169,7 @@ class TestLogs:
         callback, seen = make_callback(weight=weight, distillation=0.5), Seen()
         fitted([callback, seen])
         assert len(seen.values) == 4
-        layers = {"otrt/net.block1", "otrt/net.block2", "train/otrt"} if weight else set()
+        layers = {"otrt/distance/net.block1", "otrt/distance/net.block2", "train/otrt"} if weight else set()
         assert set(seen.values[0]) == {"train/distillation", "otrt/weight"} | layers
         assert "train/distillation" in seen.bar
 

@@ -21,6 +21,7 @@ from trainer.fits import make_callback
 from transformers import DistilBertConfig, DistilBertModel
 
 from lightning_otrt import OTRTCallback, OTRTModule
+from lightning_otrt.trainer.transfer_term import TransferTerm
 
 
 class InSetup(Task):
@@ -85,17 +86,17 @@ FINDERS: dict[str, Callable[[], pl.Callback]] = {
 
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("first", [False, True])
-def test_finders_train_with_the_term(finder: str, first: bool, tmp_path: Path) -> None:
+def test_finders_train_with_the_term(finder: str, first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where they come before the callback, so that they train before its ``on_fit_start``."""
     callback, counts = make_callback(), []
-    step = callback.term
+    step = TransferTerm.term
 
-    def counted(position: int) -> Tensor | None:
-        term = step(position)
+    def counted(self: TransferTerm, position: int) -> Tensor | None:
+        term = step(self, position)
         counts.append(float(term.detach()))
         return term
 
-    callback.term = counted
+    monkeypatch.setattr(TransferTerm, "term", counted)
     callbacks = [FINDERS[finder](), callback]
     trainer = make_trainer(callbacks=callbacks if first else callbacks[::-1], default_root_dir=tmp_path)
     task = InSetup()

@@ -17,7 +17,8 @@ from helpers import (
 from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
-from torch import Tensor
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainer.fits import Seen, fitted, make_callback
 
@@ -38,10 +39,28 @@ def test_logged_values_are_the_unweighted_term():
     for (weighted, layers), values in zip(terms, seen.values, strict=True):
         assert values["train/otrt"] == pytest.approx(weighted / 3, rel=1e-6)
         assert values["train/otrt"] == pytest.approx(sum(layers) / 2, rel=1e-6)
-        assert [values["otrt/net.block1"], values["otrt/net.block2"]] == layers
+        assert [values["otrt/distance/net.block1"], values["otrt/distance/net.block2"]] == layers
         assert values["otrt/weight"] == 3.0
     assert len({values["train/otrt"] for values in seen.values}) == 4
     assert seen.bar == ["train/otrt"]
+
+
+def test_names_of_layers_do_not_meet_other_names():
+    """A layer may be called `weight` or `gradient_share`."""
+
+    class Odd(BoringModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = self.layer, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight(x)
+
+    seen = Seen()
+    callback = make_callback(nn.Linear(32, 2), layers={"weight": ""}, weight=3.0)
+    make_trainer(callbacks=[callback, seen]).fit(Odd(), DataLoader(RandomDataset(32, 64), batch_size=16))
+    assert seen.values[-1]["otrt/weight"] == 3.0
+    assert 0 < seen.values[-1]["otrt/distance/weight"] < 2
 
 
 class Unsized(Task):

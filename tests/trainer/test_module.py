@@ -295,4 +295,4 @@ def test_monitors_of_lightning_work(tmp_path: Path):
     trainer.logger.save()
     (metrics,) = tmp_path.rglob("metrics.csv")
     header = metrics.read_text().splitlines()[0].split(",")
-    assert {"train/otrt", "otrt/weight", "otrt/net.block1", "otrt/net.block2"} <= set(header)
+    assert {"train/otrt", "otrt/weight", "otrt/distance/net.block1", "otrt/distance/net.block2"} <= set(header)

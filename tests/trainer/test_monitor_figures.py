@@ -20,9 +20,9 @@ from lightning_otrt.trainer.monitor import OTRTMonitor
 
 
 class TestFigures:
-    def run(self, logger, plan="sinkhorn"):
+    def run(self, logger, plan="sinkhorn", monitor=None):
         callback = OTRTCallback(make_teacher(), LAYERS, plan=plan, weight=1.0)
-        return fit(make_task(), callback, OTRTMonitor(1), logger=logger, max_epochs=2)
+        return fit(make_task(), callback, monitor or OTRTMonitor(1), logger=logger, max_epochs=2)
 
     def test_tensorboard(self, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -92,7 +92,7 @@ class TestFigures:
         )
         client, run = logger.experiment, logger.run_id
         names = set(client.get_run(run).data.metrics)
-        assert {"otrt/distance/net.block1", "otrt/net.headinput-2", "val/otrt/net.block2-block1-2"} <= names
+        assert {"otrt/distance/net.block1", "otrt/distance/net.headinput-2", "val/otrt/net.block2-block1-2"} <= names
         assert len(client.get_metric_history(run, "otrt/gradient_share")) == 15, "not the first, which finds the layers"
         for name in ("net.block1", "net.block2-block1-2", "net.head:input-2"):
             files = client.list_artifacts(run, f"otrt/plan/{name}")
@@ -102,6 +102,12 @@ class TestFigures:
         def missing():
             raise ModuleNotFoundError("Figures need matplotlib: pip install matplotlib.")
 
-        monkeypatch.setattr("lightning_otrt.analysis.plot_style.pyplot", missing)
-        with pytest.warns(UserWarning, match=r"draws no plans\. Figures need matplotlib"):
-            self.run(CSVLogger(tmp_path))
+        monitor = OTRTMonitor(1)
+        with monkeypatch.context() as patch:
+            patch.setattr("lightning_otrt.analysis.plot_style.pyplot", missing)
+            with pytest.warns(UserWarning, match=r"draws no plans\. Figures need matplotlib"):
+                self.run(CSVLogger(tmp_path / "first"), monitor=monitor)
+        assert monitor.figures, "an argument of the constructor stays as it is"
+        self.run(second := CSVLogger(tmp_path / "second"), monitor=monitor)
+        assert not [*tmp_path.glob("first/**/*.png")]
+        assert len([*Path(second.log_dir).rglob("*.png")]) == 2 * len(LAYERS)

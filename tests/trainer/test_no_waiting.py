@@ -243,7 +243,7 @@ def test_copies_are_counted() -> None:
 
 #: Functions on the path of each step, in which a read of a value is planted.
 PLACES = [
-    "trainer.transfer_callback.TransferCallback._log",
+    "trainer.transfer_term.TransferTerm._log",
     "transport.correlation.CorrelationCost.value",
     "reading.neurons.reader.pool",
     "reading.hooks.views.match_positions",
@@ -259,7 +259,7 @@ PLACES = [
     "steps.coupling.sinkhorn_plan",
     "transport.moments.norms",
     "transport.correlation.product",
-    "trainer.transfer_callback.TransferCallback.discard",
+    "trainer.transfer_term.TransferTerm.discard",
 ]
 
 

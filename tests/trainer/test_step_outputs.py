@@ -200,7 +200,7 @@ class Silent(pl.Callback):
     """Takes the forwards away before the loss does, as a loop that goes round `training_step` would."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        pl_module.training_step.total = lambda: None
+        pl_module.training_step.with_terms = lambda loss, what: loss
 
 
 def test_an_epoch_without_any_term_is_an_error() -> None:

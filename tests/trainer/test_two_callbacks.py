@@ -8,13 +8,16 @@ from helpers import (
     LAYERS,
     differ,
     hooks,
+    loader,
+    make_task,
     make_teacher,
+    make_trainer,
     weights,
 )
 from torch import nn
 from trainer.fits import Seen, fitted, make_callback
 
-from lightning_otrt import OTRTCallback
+from lightning_otrt import OTRTCallback, OTRTModule, TransferCallback
 
 
 @pytest.mark.parametrize("layers", ["auto", LAYERS])
@@ -40,8 +43,8 @@ def test_two_callbacks_add_up_and_log_under_names_of_their_own():
         "train/otrt-2",
         "otrt/weight",
         "otrt/weight-2",
-        "otrt/net.block1",
-        "otrt/net.block2-2",
+        "otrt/distance/net.block1",
+        "otrt/distance/net.block2-2",
     }
     assert seen.bar == ["train/otrt", "train/otrt-2"]
     one = OTRTCallback(
@@ -85,3 +88,12 @@ def test_teachers_of_one_architecture_on_the_same_layers():
     for twin in (make_teacher(), other_head):  # the head, which comes after the layers, is in no key
         with pytest.raises(RuntimeError, match="more than one stateful callback"):
             fitted([make_callback(), make_callback(twin, weight=1.0)])
+
+
+def test_isinstance_finds_the_callback_of_a_wrapped_module_too():
+    """They are two classes: of callbacks of one class Lightning keeps that of the module alone."""
+    wrapped = OTRTModule(make_task(), make_teacher(), layers=LAYERS, weight=1.0)
+    trainer = make_trainer(callbacks=[make_callback(layers={"net.block1": "block1"})])
+    trainer.fit(wrapped, loader())
+    found = [each.transfer for each in trainer.callbacks if isinstance(each, TransferCallback)]
+    assert found == [trainer.callbacks[0].transfer, wrapped.otrt]

@@ -34,7 +34,7 @@ def test_gradient_is_that_of_the_value_with_the_targets_held(widths: tuple[int, 
     result = transport_distance(student, teacher, cost=cost, plan=plan)
 
     def omega(y: Tensor) -> Tensor:
-        y, z = (side - side.mean(1, keepdim=True) for side in (y, result.plan @ teacher))
+        y, z = (side - side.mean(1, keepdim=True) for side in (y, result.rotation @ teacher))
         if cost == "correlation":
             y, z = (side / side.norm(dim=1, keepdim=True) for side in (y, z))
         return 1 - (y / y.norm() * z / z.norm()).sum()
@@ -95,7 +95,7 @@ def test_batch_is_the_loop(plan: str) -> None:
         expected = transport_distance(single, teacher[index], plan=plan, seed=4)
         expected.value.backward()
         torch.testing.assert_close(result.value[index], expected.value, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(result.plan[index], expected.plan, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(result.rotation[index], expected.rotation, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(result.singular_values[index], expected.singular_values, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(student.grad[index], single.grad, rtol=1e-8, atol=1e-10)
 
@@ -140,7 +140,7 @@ def test_metric_is_the_distance_of_all_observations(widths: tuple[int, int], cos
     expected = transport_distance(student, teacher, cost=cost, plan=plan, seed=2)
     torch.testing.assert_close(metric.compute(), expected.value, rtol=1e-8, atol=1e-10)
     found = metric.transport()
-    for name in ("plan", "cost", "singular_values"):
+    for name in ("matrix", "cost", "singular_values"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-8)
     for again in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
         assert torch.equal(again.set_dtype(torch.float32).compute(), metric.compute().float())
@@ -148,3 +148,13 @@ def test_metric_is_the_distance_of_all_observations(widths: tuple[int, int], cos
     metric.update(student[:, :2], teacher[:, :2])
     with pytest.warns(UserWarning, match="2 observations"):
         assert metric.compute().isnan()
+
+
+def test_a_rotation_is_no_plan() -> None:
+    student, teacher = draw(6, 50), draw(9, 50, seed=1)
+    coupled, planned = transport_distance(student, teacher, plan="orthogonal"), transport_distance(student, teacher)
+    assert torch.equal(coupled.rotation, coupled.matrix)
+    assert torch.equal(planned.plan, planned.matrix)
+    assert (hasattr(coupled, "plan"), hasattr(planned, "rotation")) == (False, False)
+    with pytest.raises(AttributeError, match="no transport plan: use `rotation`"):
+        _ = coupled.plan

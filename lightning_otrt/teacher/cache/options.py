@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_otrt.checks import shown
+from lightning_otrt.checks import constructor_call, shown
 from lightning_otrt.teacher.cache.folder_store import FolderStore
 from lightning_otrt.teacher.cache.free_memory import half_of_free_memory
 from lightning_otrt.teacher.cache.store import SampleStore, parse_dtype, parse_size
@@ -42,7 +42,7 @@ class TeacherCache:
         >>> from lightning_otrt import RepresentationTransfer, TeacherCache
         >>> from torch import nn
         >>> RepresentationTransfer(nn.Linear(2, 2), teacher_cache=TeacherCache(limit="4GB", dtype="bfloat16"))
-        RepresentationTransfer(Linear(...), teacher_cache=TeacherCache(folder=None, limit='4GB', dtype='bfloat16'))
+        RepresentationTransfer(Linear(...), teacher_cache=TeacherCache(limit='4GB', dtype='bfloat16'))
     """
 
     folder: str | None = None
@@ -56,6 +56,10 @@ class TeacherCache:
         if self.limit is not None:
             parse_size(self.limit)
         parse_dtype(self.dtype)
+
+    def __repr__(self) -> str:
+        """The constructor call, with the fields that differ from their defaults."""
+        return constructor_call(self)
 
     @property
     def path(self) -> Path | None:
@@ -82,7 +86,7 @@ def parse_cache(value: Any) -> TeacherCache | None:
 
     Example:
         >>> parse_cache("4GB"), parse_cache("outputs/teacher").folder, parse_cache(None)
-        (TeacherCache(folder=None, limit='4GB', dtype='float32'), 'outputs/teacher', None)
+        (TeacherCache(limit='4GB'), 'outputs/teacher', None)
     """
     if value is None or isinstance(value, TeacherCache):
         return value

@@ -109,6 +109,11 @@ class Teacher:
         """The user's own module, whose values the one that runs has; without what compiled it."""
         return unwrapped(self._own)
 
+    def __repr__(self) -> str:
+        """The network, and the type that it was told to run in."""
+        dtype = "" if self._given_dtype is None else f", dtype={self._given_dtype}"
+        return f"{type(self).__name__}({type(self.source).__name__}(...){dtype})"
+
     @property
     def has_inputs(self) -> bool:
         """Whether the user makes its inputs, which are those of its forward."""
