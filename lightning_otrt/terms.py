@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,22 +11,11 @@ from lightning_otrt.reading.hooks.views import NoTermError, View
 from lightning_otrt.run_state import RunState
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
+from lightning_otrt.weights import Weights
 
-__all__ = ["CallTerms", "Weights", "make_terms"]
+__all__ = ["CallTerms", "make_terms"]
 
 _ELSEWHERE = "Another process of the global batch could form no transfer term."
-
-
-class Weights(NamedTuple):
-    """The weights of both terms in a call.
-
-    Attributes:
-        transport: α, that of the transport of neurons.
-        distillation: That of the logits.
-    """
-
-    transport: float
-    distillation: float
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lightning_otrt.distillation import LogitDistillation, as_distillation
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels
-from lightning_otrt.options import as_written
+from lightning_otrt.options import FixedOptions, as_written
 from lightning_otrt.reading.hooks.views import NoTermError
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.recording import RecordedStudent
 from lightning_otrt.run_state import RunState
-from lightning_otrt.schedules import Schedule, factor_at
+from lightning_otrt.schedules import Schedule
 from lightning_otrt.steps.distillation_term import Distillation
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
@@ -29,16 +29,17 @@ from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording
 from lightning_otrt.teacher.pair_choice import ChoosePairs
-from lightning_otrt.terms import Weights, make_terms
+from lightning_otrt.terms import make_terms
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.plans import check_plan_and_cost
+from lightning_otrt.weights import StepWeights, Weights
 
 __all__ = ["RepresentationTransfer"]
 
 log = logging.getLogger(__name__)
 
 
-class RepresentationTransfer(RecordedStudent):
+class RepresentationTransfer(RecordedStudent, FixedOptions):
     r"""Optimal transport between the neurons of a frozen teacher and those of a student, as a term of the loss.
 
     While it is attached, each training forward of the student records the neurons of the chosen layers and runs the
@@ -151,8 +152,6 @@ class RepresentationTransfer(RecordedStudent):
         check_plan_and_cost(plan, self.ground_cost)
         self._teacher_text = as_written(teacher)
         self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
-        #: Step that the schedule sees; :meth:`loss` advances it.
-        self.step = 0
         #: Calls between two reads of the flags for values that are not finite.
         self.check_every = 50
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
@@ -164,16 +163,16 @@ class RepresentationTransfer(RecordedStudent):
         names = ("plan", "epsilon", "memory", "solve_every", "seed", "strict")
         settings = {"cost": self.ground_cost, **{name: getattr(self, name) for name in names}}
         option = as_distillation(distillation)
-        self._distills = option.weight
         state, logits = None, None
-        if self._distills:
+        if option.weight:
             state, logits = Distillation(option.temperature, strict=strict), LogitRecording(option, grid)
         self._run = RunState(layers, settings, global_batch, process_group, self.teacher.checksum_before, state)
         #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
         self.cache = SampleCache.of(teacher_cache)
-        self._attachment = Attachment(
+        attachment = Attachment(
             self.teacher, layers, student_root, grid, self._settle, self.cache, strict, self._run.agree, logits, plan
         )
+        super().__init__(attachment, StepWeights(Weights(weight, option.weight), schedule))
         self._warned: set[str] = set()
 
     @property
@@ -198,7 +197,27 @@ class RepresentationTransfer(RecordedStudent):
         Raises:
             ValueError: If the schedule gives anything but a finite number that is not negative.
         """
-        return self.current_weights.transport
+        return self._weights.now().transport
+
+    @property
+    def current_weights(self) -> Weights:
+        """The weights of both terms at the current step; see :attr:`current_weight`."""
+        return self._weights.now()
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether some term has a weight, whatever the schedule."""
+        return any(self._weights.full)
+
+    @property
+    def step(self) -> int:
+        """The step that the schedule sees; :meth:`loss` advances it."""
+        return self._weights.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._weights.step = value
+        self._switch()
 
     @property
     def cuda_graphs(self) -> bool:
@@ -212,16 +231,10 @@ class RepresentationTransfer(RecordedStudent):
     def cuda_graphs(self, value: bool) -> None:
         self._run.uses_graphs = value
 
-    @property
-    def has_weight(self) -> bool:
-        """Whether some term has a weight, whatever the schedule."""
-        return self.weight > 0 or self._distills > 0
-
-    @property
-    def current_weights(self) -> Weights:
-        """The weights of both terms at the current step; see :attr:`current_weight`."""
-        factor = factor_at(self.step, self.schedule)
-        return Weights(self.weight * factor, self._distills * factor)
+    def detach(self) -> None:
+        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
+        super().detach()
+        self._run.forget_graphs()
 
     @contextmanager
     def attached(self, student: nn.Module) -> Iterator[RepresentationTransfer]:
@@ -264,15 +277,13 @@ class RepresentationTransfer(RecordedStudent):
                 no layer in any of 8, or the term does not depend on the student's parameters.
             ValueError: On the first call, if a value is not finite or there are too few observations.
         """
-        if (student := self.student) is None:
+        if (student := self._attachment.student) is None:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._was_asked = True
         self._attachment.check_task()
-        weights = self.current_weights
-        views = self._attachment.take()
+        weights, views = self._weights.now(), self._attachment.take()
         if not reevaluation:
             self.step += 1
-        self._open_or_close()
         self.transport_value = self.distillation_value = None
         if not any(weights):
             return self._zero()
@@ -299,11 +310,6 @@ class RepresentationTransfer(RecordedStudent):
         if self._run.calls % self.check_every == 0:
             self.check_finite()
         return terms.total
-
-    def detach(self) -> None:
-        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
-        super().detach()
-        self._run.forget_graphs()
 
     def check_layers(self) -> None:
         """Raise a RuntimeError, or warn unless ``strict``, if a layer never ran. Call it at the end of a loop."""
@@ -366,6 +372,11 @@ class RepresentationTransfer(RecordedStudent):
         notes = "\n".join(filter(None, (pairing.table(), self._attachment.note)))
         report(f"Representation transfer from {names[0]} to {names[1]}:\n{notes}")
         return pairing
+
+    def _option_changed(self) -> None:
+        """The weight or the schedule was set."""
+        self._weights.set(Weights(self.weight, self._weights.full.distillation), self.schedule)
+        self._switch()
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self._attachment.device)

@@ -29,9 +29,10 @@ BELOW = {
     "teacher": {"reading", "distillation"},
     "options": {"teacher", "schedules"},
     "run_state": {"steps", "teacher"},
-    "terms": {"run_state"},
-    "recording": {"options", "terms"},
-    "transfer": {"recording"},
+    "weights": {"schedules"},
+    "terms": {"run_state", "weights"},
+    "recording": {"teacher", "weights"},
+    "transfer": {"options", "recording", "terms"},
     "analysis": {"transfer"},
     "trainer": {"analysis"},
 }
