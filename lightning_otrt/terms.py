@@ -60,10 +60,10 @@ def make_terms(
         logits = attachment.logits(views) if weights.distillation else None
     except NoTermError as error:
         problem = error
-    if not strict and run.ranks is not None:
+    if not strict and (ranks := run.processes.of_batch) is not None:
         device = attachment.device or torch.device("cpu")
         # Else the other processes would wait for this one in the exchange of the term.
-        if run.ranks.any(problem is not None, device):
+        if ranks.any(problem is not None, device):
             problem = problem or NoTermError(_ELSEWHERE)
     if problem is not None:
         raise problem
@@ -72,7 +72,7 @@ def make_terms(
     distances: list[PairDistance] = []
     if matched is not None:
         assert run.engine is not None
-        run.note_absent(matched.absent)
+        run.missed.note(matched.absent, is_first=run.engine.calls == 0)
         samples = sum(view.samples for view in views)
         transport, distances = run.engine.term(
             matched.neurons, samples, absent=matched.absent, reevaluation=reevaluation
@@ -81,7 +81,7 @@ def make_terms(
     if logits is not None:
         assert run.distillation is not None
         distillation = run.distillation.term(
-            logits.views, run.ranks, is_regression=logits.is_regression, reevaluation=reevaluation
+            logits.views, run.processes.of_batch, is_regression=logits.is_regression, reevaluation=reevaluation
         )
         if distillation is not None:
             terms.append(weights.distillation * distillation.to(terms[0].device if terms else distillation.device))

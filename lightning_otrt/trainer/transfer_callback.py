@@ -108,7 +108,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
                 "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
             )
         transfer = self.transfer
-        transfer.set_processes(*shared_batch(trainer, strict=transfer.strict))
+        transfer.run_state.processes.set(*shared_batch(trainer, strict=transfer.strict))
         transfer.teacher.follow(student_dtype(trainer))
         self._trainer, self._module = trainer, pl_module
         self._batch = None
@@ -189,7 +189,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         if self._module is not None:
             remove_term(self._module, self)
         self.transfer.detach()
-        self.transfer.forget_processes()
+        self.transfer.run_state.forget_processes()
         self._module = self._trainer = None
         self._resumed = False
 
