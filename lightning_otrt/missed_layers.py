@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -10,13 +11,25 @@ from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.reading.hooks.views import why_absent
 from lightning_otrt.reading.torch_internals import is_compiled
 
-__all__ = ["MissedLayers"]
+__all__ = ["Missed", "MissedLayers"]
 
 #: After so many calls it is an error if one pair never ran, and if no pair ever ran. Layers that training skips at
 #: random have run by then.
 PATIENCE, PATIENCE_FOR_ALL = 32, 8
 #: In place of PATIENCE, at the end of a loop or an epoch, where no layer ran in some calls alone.
 FEW_CALLS = 2
+
+
+class Missed(NamedTuple):
+    """What to say of layers that did not run; empty where there is nothing to say, or not yet.
+
+    Attributes:
+        error: Of layers that never ran.
+        warning: Of layers that ran before, and then did not for long.
+    """
+
+    error: str = ""
+    warning: str = ""
 
 
 class MissedLayers:
@@ -44,10 +57,10 @@ class MissedLayers:
             self._skips_some |= absent.keys() != self._calls.keys()
         self._calls = {index: self._calls.get(index, 0) + 1 for index in absent}
 
-    def why_never(
+    def report(
         self, never: Sequence[int], pairs: Sequence[LayerPair], calls: int, student: nn.Module | None = None
-    ) -> str:
-        """Why layers that never ran are an error now; empty if they are not, or not yet.
+    ) -> Missed:
+        """What to say now.
 
         Args:
             never: The pairs that never ran on any process.
@@ -55,6 +68,11 @@ class MissedLayers:
             calls: The number of calls so far.
             student: The student in a call. None at the end of a loop, when there is less to wait for.
         """
+        if not never and not self._absent:
+            return Missed()
+        return Missed(self._never(never, pairs, calls, student), self._lately(never))
+
+    def _never(self, never: Sequence[int], pairs: Sequence[LayerPair], calls: int, student: nn.Module | None) -> str:
         if not never:
             return ""
         if len(never) < len(pairs):
@@ -66,12 +84,7 @@ class MissedLayers:
             return ""
         return why_absent([self._absent.get(index, f"student layer {pairs[index].student!r}") for index in never])
 
-    def why_lately(self, never: Collection[int]) -> str:
-        """What to say of layers that ran before, and then did not for long; empty where there are none.
-
-        Args:
-            never: See :meth:`why_never`.
-        """
+    def _lately(self, never: Collection[int]) -> str:
         layers = [
             self._absent[index] for index, count in self._calls.items() if count >= PATIENCE and index not in never
         ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_otrt.layers.names import has_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels, pairs_from_state, pairs_to_state
-from lightning_otrt.missed_layers import MissedLayers
+from lightning_otrt.missed_layers import Missed, MissedLayers
 from lightning_otrt.processes import Processes
 from lightning_otrt.reading.extra_forwards.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
 from lightning_otrt.reading.pairing import Pairing
@@ -105,15 +105,11 @@ class RunState:
             report(BATCH_NORM_NOTE)
         return self._pairing
 
-    def why_absent(self, student: nn.Module | None = None) -> str:
-        """Why layers that never ran are an error now; see :meth:`MissedLayers.why_never`."""
+    def look_for_missed(self, student: nn.Module | None = None) -> Missed:
+        """What to say of layers that did not run; see :meth:`MissedLayers.report`."""
         if self.engine is None:
-            return ""
-        return self.missed.why_never(self.engine.absent_pairs(), self.pairs, self.engine.calls, student)
-
-    def why_missing(self) -> str:
-        """What to say of layers that ran before; see :meth:`MissedLayers.why_lately`."""
-        return "" if self.engine is None else self.missed.why_lately(self.engine.absent_pairs())
+            return Missed()
+        return self.missed.report(self.engine.absent_pairs(), self.pairs, self.engine.calls, student)
 
     def take_bad_calls(self, distances: Sequence[PairDistance]) -> tuple[int, str]:
         """Number of calls since the last read whose value was not finite. Waits for the device.

@@ -38,16 +38,17 @@ class CallTerms:
 
 
 def make_terms(
-    views: list[View], weights: Weights, attachment: Attachment, run: RunState, *, strict: bool, reevaluation: bool
+    attachment: Attachment, run: RunState, views: list[View], samples: int, weights: Weights, reevaluation: bool
 ) -> CallTerms:
     """The terms of one call. Where processes share a batch they all come here.
 
     Args:
+        attachment: What recorded the forwards.
+        run: The plans and statistics of the run. If its settings are not ``strict``, processes tell each other whether
+            they have a term before they exchange sums.
         views: The recorded forwards.
+        samples: The number of samples in them.
         weights: The weights, not both of them 0.
-        attachment: What recorded them.
-        run: The plans and statistics of the run.
-        strict: Whether a step without a term is an error. If not, processes tell each other before they exchange sums.
         reevaluation: See :meth:`RepresentationTransfer.loss`.
 
     Raises:
@@ -60,7 +61,7 @@ def make_terms(
         logits = attachment.logits(views) if weights.distillation else None
     except NoTermError as error:
         problem = error
-    if not strict and (ranks := run.processes.of_batch) is not None:
+    if not run.settings.strict and (ranks := run.processes.of_batch) is not None:
         device = attachment.device or torch.device("cpu")
         # Else the other processes would wait for this one in the exchange of the term.
         if ranks.any(problem is not None, device):
@@ -73,7 +74,6 @@ def make_terms(
     if matched is not None:
         assert run.engine is not None
         run.missed.note(matched.absent, is_first=run.engine.calls == 0)
-        samples = sum(view.samples for view in views)
         transport, distances = run.engine.term(
             matched.neurons, samples, absent=matched.absent, reevaluation=reevaluation
         )

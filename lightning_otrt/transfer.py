@@ -159,6 +159,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
         self.distances: list[PairDistance] = []  #: The distances of the last call of :meth:`loss`.
+        self.samples = 0  #: Number of samples in the forwards of the last call of :meth:`loss`.
         #: The unweighted terms of the last call of :meth:`loss`, detached; None where that had none.
         self.transport_value: Tensor | None = None
         self.distillation_value: Tensor | None = None
@@ -288,6 +289,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         weights, views = self._weights.now(), self._attachment.take()
         if not reevaluation:
             self.step += 1
+        self.samples = sum(view.samples for view in views)
         self.transport_value = self.distillation_value = None
         if not any(weights):
             return self._zero()
@@ -295,9 +297,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
             self._notices.fail(RuntimeError(problem), otherwise=problem, key="root")
         self.distances = []
         try:
-            terms = make_terms(
-                views, weights, self._attachment, self.run_state, strict=self.strict, reevaluation=reevaluation
-            )
+            terms = make_terms(self._attachment, self.run_state, views, self.samples, weights, reevaluation)
         except NoTermError as error:
             self._give_up(str(error))
             return self._zero()
@@ -308,10 +308,11 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
             self._notices.warn(message, key="constant")
         self.transport_value, self.distillation_value = terms.transport, terms.distillation
         self.distances = terms.distances
-        if reason := self.run_state.why_absent(student):
-            self._give_up(reason)
-        if missing := self.run_state.why_missing():
-            self._notices.warn(missing, key="missing")
+        missed = self.run_state.look_for_missed(student)
+        if missed.error:
+            self._give_up(missed.error)
+        if missed.warning:
+            self._notices.warn(missed.warning, key="missing")
         if self.run_state.calls % self.check_every == 0:
             self.check_finite()
         return terms.total
@@ -319,8 +320,8 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
     def check_layers(self) -> None:
         """Raise a RuntimeError, or warn unless ``strict``, if a layer never ran. Call it at the end of a loop."""
         self._attachment.check_task()
-        if reason := self.run_state.why_absent():
-            self._give_up(reason)
+        if missed := self.run_state.look_for_missed().error:
+            self._give_up(missed)
 
     def check_finite(self) -> int:
         """Read how many values were not finite, and warn once. This waits for the device.

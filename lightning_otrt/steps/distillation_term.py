@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import Notices
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
@@ -40,9 +41,8 @@ class Distillation:
     """
 
     def __init__(self, temperature: float, *, strict: bool = True) -> None:
-        self.temperature, self.strict = temperature, strict
+        self.temperature, self._notices = temperature, Notices(strict=strict)
         self._regression = Regression(standardised=False, ridge=RIDGE)
-        self._has_warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -179,11 +179,10 @@ class Distillation:
         if fewest >= needed or ranks is not None:
             return True
         message = f"The regression of the teacher's logits has {fewest} observations, and needs at least {needed}"
-        if self.calls == 0 and self.strict:
-            raise ValueError(f"{message}. Use a larger batch.")
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(f"{message}: it is skipped for such batches. Use drop_last=True.", stacklevel=3)
+        skipped = f"{message}: it is skipped for such batches. Use drop_last=True."
+        if self.calls == 0:
+            self._notices.fail(ValueError(f"{message}. Use a larger batch."), otherwise=skipped, key="few")
+        self._notices.warn(skipped, key="few")
         return False
 
     def state_dict(self) -> dict[str, Any]:

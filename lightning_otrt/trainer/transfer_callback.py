@@ -230,7 +230,6 @@ class TransferCallback(pl.Callback, ExtraTerm):
         if not any(weights):
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
-        samples = transfer.recorded_samples
         loss = transfer.loss(reevaluation=self._again)
         layers = {
             f"otrt/{label}": distance.value
@@ -240,6 +239,7 @@ class TransferCallback(pl.Callback, ExtraTerm):
         values = {"train/otrt": transfer.transport_value if layers else None}
         values["train/distillation"] = transfer.distillation_value
         terms = {name: value for name, value in values.items() if value is not None}
+        samples = transfer.samples
         self._log(position, {"otrt/weight": weights.transport, **layers}, samples)
         if terms:
             self._log(position, terms, samples, prog_bar=True)
