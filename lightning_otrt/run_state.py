@@ -73,7 +73,7 @@ class RunState:
         """Number of calls that had a term."""
         return max(each.calls for each in (self.engine, self.distillation) if each is not None)
 
-    def settle(
+    def choose_pairs(
         self, student: nn.Module, choose: ChoosePairs, device: torch.device | None, report: Callable[[str], None]
     ) -> Pairing:
         """Choose the pairs, or take those that this run has already, and make the engine for them.

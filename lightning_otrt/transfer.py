@@ -173,7 +173,16 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
         self.cache = SampleCache.of(teacher_cache)
         attachment = Attachment(
-            self.teacher, layers, student_root, grid, self._settle, self.cache, strict, processes.agree, logits, plan
+            self.teacher,
+            layers,
+            student_root,
+            grid,
+            self._choose_pairs,
+            self.cache,
+            strict,
+            processes.agree,
+            logits,
+            plan,
         )
         super().__init__(attachment, StepWeights(Weights(weight, option.weight), schedule))
         self._notices = Notices(strict=strict)
@@ -360,12 +369,12 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         self.step = 0
         self.run_state.reset()
 
-    def _settle(self, choose: ChoosePairs) -> Pairing:
+    def _choose_pairs(self, choose: ChoosePairs) -> Pairing:
         """The pairs of this run, chosen in the first forward of the student and reported as a table."""
         student = self.student
         assert student is not None
         report = self.report or log.info
-        pairing = self.run_state.settle(student, choose, self._attachment.device, report)
+        pairing = self.run_state.choose_pairs(student, choose, self._attachment.device, report)
         names = type(self.teacher.module).__name__, type(student).__name__
         notes = "\n".join(filter(None, (pairing.table(), self._attachment.note)))
         report(f"Representation transfer from {names[0]} to {names[1]}:\n{notes}")

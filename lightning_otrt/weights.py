@@ -36,23 +36,15 @@ class StepWeights:
     """
 
     def __init__(self, full: Weights, schedule: Schedule | None) -> None:
-        self._step = 0
+        #: The step that the schedule sees.
+        self.step = 0
         self.set(full, schedule)
 
     def set(self, full: Weights, schedule: Schedule | None) -> None:
         """Go on with other weights, or with another schedule."""
         self.full, self._schedule = full, schedule
-        self._now: Weights | None = None
-
-    @property
-    def step(self) -> int:
-        """The step that the schedule sees."""
-        return self._step
-
-    @step.setter
-    def step(self, value: int) -> None:
-        if value != self._step:
-            self._step, self._now = value, None
+        #: The last step that was asked for, and its weights.
+        self._known: tuple[int, Weights] | None = None
 
     def now(self) -> Weights:
         """The weights at this step.
@@ -60,7 +52,7 @@ class StepWeights:
         Raises:
             ValueError: If the schedule gives anything but a finite number that is not negative.
         """
-        if self._now is None:
-            factor = factor_at(self._step, self._schedule)
-            self._now = Weights(self.full.transport * factor, self.full.distillation * factor)
-        return self._now
+        if self._known is None or self._known[0] != self.step:
+            factor = factor_at(self.step, self._schedule)
+            self._known = self.step, Weights(self.full.transport * factor, self.full.distillation * factor)
+        return self._known[1]

@@ -25,7 +25,7 @@ __all__ = ["Distillation"]
 LogitViews: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor | None]]
 
 #: Least decay of the moments behind the regression, and its ridge.
-MEMORY, RIDGE = 0.95, 1e-2
+LEAST_MEMORY, RIDGE = 0.95, 1e-2
 
 
 class Distillation:
@@ -222,7 +222,7 @@ def _decay(observations: float, neurons: int) -> float:
         >>> _decay(64, 128), _decay(16, 1024)
         (0.95, 0.99609375)
     """
-    return max(MEMORY, 1 - observations / (4 * neurons))
+    return max(LEAST_MEMORY, 1 - observations / (4 * neurons))
 
 
 def _unlike_logits(values: Tensor, mask: Tensor | None) -> str:
