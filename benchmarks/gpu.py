@@ -30,6 +30,7 @@ from benchmarks.problems import CLOUDS, COSTS, SHAPES, neurons
 from benchmarks.steps import STAGES, Steps, TermAlone, engine_step
 from benchmarks.timing import Quartiles, wall_clock
 from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.sinkhorn import sinkhorn_plan
 
@@ -71,14 +72,15 @@ def _calls(
         y.grad = None
         value = engine.term([[(y, x)]], shape[2])[0]
         value.backward()
-    plan = engine.pairs[0].plan
+    plan = engine.states[0].plan
     assert plan is not None
     assert y.grad is not None
     return value.detach().cpu().double(), y.grad.cpu().double(), plan.matrix.cpu().double()
 
 
 def _engine(cost: str, memory: float = 0.0, solve_every: int = 1) -> TransportEngine:
-    return TransportEngine([("s", "t")], [1.0], get_cost(cost), "sinkhorn", 0.01, memory, solve_every, 0)
+    settings = TermSettings(get_cost(cost), memory=memory, solve_every=solve_every)
+    return TransportEngine([("s", "t")], [1.0], settings)
 
 
 def count(device: str, shape: tuple[int, int, int]) -> list[dict[str, Any]]:

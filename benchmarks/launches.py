@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.transport.named_costs import get_cost
 
 COSTS = ("correlation", "euclidean", "sqeuclidean")
@@ -58,7 +59,8 @@ def count(cost: str, memory: float, pairs: int, *, solve: bool) -> int:
     rows, columns, observations = SHAPE
     names = [(f"student {index}", f"teacher {index}") for index in range(pairs)]
     every = 1 if solve else 10**9
-    engine = TransportEngine(names, [1 / pairs] * pairs, get_cost(cost), "sinkhorn", 0.01, memory, every, 0)
+    settings = TermSettings(get_cost(cost), memory=memory, solve_every=every)
+    engine = TransportEngine(names, [1 / pairs] * pairs, settings)
     no_warnings = patch("lightning_otrt.steps.coupling.inspect_plan", lambda *arguments: ())
     # The checks of the first batch wait for the device.
     with FakeTensorMode(), patch.object(engine, "_inspect", lambda batches: None), no_warnings:

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.problems import EPSILON, Problem
 from lightning_otrt import transport_distance
 from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.transport.diagnostics import diagnose
 
 #: What a method returns: its value and the gradient for the student neurons.
@@ -55,9 +56,7 @@ class Tuned:
 
 def ours(problem: Problem, epsilon: float = EPSILON) -> tuple[Solve, TransportEngine]:
     """A cold solve in a training step: no plan, no potentials, no statistics."""
-    engine = TransportEngine(
-        [("student", "teacher")], [1.0], problem.rule, "sinkhorn", epsilon, memory=0.0, solve_every=10, seed=0
-    )
+    engine = TransportEngine([("student", "teacher")], [1.0], TermSettings(problem.rule, epsilon=epsilon))
 
     def solve() -> tuple[Tensor, Tensor]:
         engine.reset()
@@ -72,7 +71,7 @@ def tune_ours(problem: Problem) -> Tuned:
     for epsilon in (0.01, 0.0075, 0.005, 0.003):
         solve, engine = ours(problem, epsilon)
         value, gradient = solve()
-        plan = engine.pairs[0].plan
+        plan = engine.states[0].plan
         assert plan is not None
         marginal = diagnose(plan.matrix).teacher_error.item()
         cosine, error = problem.cosine(gradient, epsilon), problem.error(value)

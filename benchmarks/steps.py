@@ -14,6 +14,7 @@ from benchmarks.problems import neurons
 from lightning_otrt import LayerPair, RepresentationTransfer
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.pair_state import PairState
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.transport.named_costs import get_cost
 
 #: Outputs of the four stages and what enters the head.
@@ -37,16 +38,14 @@ def engine_step(
     """
     y, x = (side.to(device) for side in neurons(shape, "independent"))
     y.requires_grad_()
-    engine = TransportEngine(
-        [("student", "teacher")], [1.0], get_cost(cost), plan, 0.01, memory, 1 if solve else 10**9, 0
-    )
-
+    settings = TermSettings(get_cost(cost), plan, memory=memory, solve_every=1 if solve else 10**9)
+    engine = TransportEngine([("student", "teacher")], [1.0], settings)
     engine.graphs.is_enabled = graphs
 
     def step() -> None:
         y.grad = None
         if cold:
-            engine.pairs = [PairState()]
+            engine.states = [PairState()]
         engine.term([[(y, x)]], shape[2])[0].backward()
         # The first calls would solve.
         engine.calls = 9

@@ -46,7 +46,8 @@ def measure(shape: tuple[int, int, int], cloud: str, cost: str, seconds: float) 
     }
     taken = rounds(functions, seconds=seconds, least=5)
     cold()
-    plan = engine.pairs[0].plan
+    states = engine.states if hasattr(engine, "states") else engine.pairs  # their name in older versions
+    plan = states[0].plan
     assert plan is not None
     return {
         "milliseconds": {name: 1e3 * Quartiles.of(times).median for name, times in taken.items()},

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from enum import Enum
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar, get_type_hints
 
@@ -103,7 +104,7 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
 
 
 class FixedOptions:
-    """Base of ``RepresentationTransfer``: its arguments are attributes, and ``repr`` is the constructor call.
+    """Base of ``RepresentationTransfer``: its arguments are properties, and ``repr`` is the constructor call.
 
     Options are checked where they are set. Most of them can be set only once, by the constructor.
     """
@@ -111,27 +112,6 @@ class FixedOptions:
     layers: Any
     #: The teacher as the user wrote it.
     _teacher_text: str
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute.
-
-        Raises:
-            AttributeError: If it is an option that cannot change any more.
-            TypeError: If it is an option and of the wrong type.
-            ValueError: If it is an option and out of range.
-        """
-        is_known = name in vars(self)
-        if is_known and name in OPTIONS and name not in CHANGEABLE:
-            raise AttributeError(
-                f"`{name}` of a {type(self).__name__} cannot be changed, since layers, plans and statistics follow "
-                f"from it. Make a new one with the other `{name}`. Only {' and '.join(map(repr, CHANGEABLE))} can be "
-                "set at any time."
-            )
-        if name in _CHECKS:
-            _CHECKS[name](value)
-        super().__setattr__(name, value)
-        if is_known and name in CHANGEABLE:
-            self._option_changed()
 
     def _option_changed(self) -> None:
         """An option was set again."""
@@ -151,6 +131,32 @@ class FixedOptions:
                 if not _is_default(value, parameter.default):
                     arguments.append(f"{option}={as_written(value)}")
         return f"{name}({', '.join(arguments)})"
+
+
+def _option(name: str) -> property:
+    """The property of an option, which checks what is set."""
+    attribute, check = f"_{name}", _CHECKS.get(name)
+
+    def set_option(transfer: FixedOptions, value: Any) -> None:
+        is_new = attribute not in vars(transfer)
+        if not is_new and name not in CHANGEABLE:
+            raise AttributeError(
+                f"`{name}` of a {type(transfer).__name__} cannot be changed, since layers, plans and statistics follow "
+                f"from it. Make a new one with the other `{name}`. Only {' and '.join(map(repr, CHANGEABLE))} can be "
+                "set at any time."
+            )
+        if check is not None:
+            check(value)
+        vars(transfer)[attribute] = value
+        if not is_new:
+            transfer._option_changed()
+
+    text = "It may be set at any time." if name in CHANGEABLE else "It cannot be changed."
+    return property(attrgetter(attribute), set_option, doc=f"The argument ``{name}``. {text}")
+
+
+for _name in OPTIONS:
+    setattr(FixedOptions, _name, _option(_name))
 
 
 def check_option_names(caller: str, names: Iterable[str]) -> None:

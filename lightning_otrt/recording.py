@@ -8,31 +8,34 @@ from typing import Any
 
 from torch import nn
 
-from lightning_otrt.options import FixedOptions
 from lightning_otrt.reading.hooks.views import View, trained_views
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.teacher.attachment import Attachment
-from lightning_otrt.terms import Weights
+from lightning_otrt.weights import StepWeights
 
 __all__ = ["RecordedStudent"]
 
 
-class RecordedStudent(FixedOptions):
-    """Base of ``RepresentationTransfer``: attaches to a student, and records its forwards where they count."""
+class RecordedStudent:
+    """Base of ``RepresentationTransfer``: attaches to a student, and records its forwards where they count.
 
-    _attachment: Attachment
-    _is_recording = _is_choosing = False
-    _was_asked = False
+    Args:
+        attachment: The hooks, which are switched on and off here.
+        weights: The weights of both terms. They are not asked for where nothing is recorded anyway.
+    """
 
-    @property
-    def current_weights(self) -> Weights:
-        """The weights of both terms at the current step."""
-        raise NotImplementedError
+    def __init__(self, attachment: Attachment, weights: StepWeights) -> None:
+        self._attachment, self._weights = attachment, weights
+        self._is_recording = self._is_choosing = False
+        #: What the hooks were last told: whether to record, whether to read the pairs, and whether there were any yet.
+        self._switches: tuple[bool, bool, bool] | None = None
+        #: Whether the term of the attached student was asked for.
+        self._was_asked = False
 
     @property
     def is_active(self) -> bool:
         """Whether some term counts at the current step, so that forwards are recorded and the teacher runs."""
-        return any(self.current_weights)
+        return any(self._weights.now())
 
     @property
     def student(self) -> nn.Module | None:
@@ -40,14 +43,34 @@ class RecordedStudent(FixedOptions):
         return self._attachment.student
 
     @property
-    def views(self) -> list[View]:
-        """The forwards recorded since the last call of :meth:`loss`. The list grows with each of them."""
-        return self._attachment.views
+    def is_attached(self) -> bool:
+        """Whether a student is attached."""
+        return self._attachment.student is not None
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether a forward of the attached student has chosen the pairs of layers."""
+        return self._attachment.has_root
 
     @property
     def pairing(self) -> Pairing | None:
         """The resolved pairs with the traces of both networks; None before the first forward."""
         return self._attachment.pairing
+
+    @property
+    def views(self) -> list[View]:
+        """The forwards recorded since the last call of :meth:`loss`. The list grows with each of them."""
+        return self._attachment.views
+
+    @property
+    def has_views(self) -> bool:
+        """Whether a forward with gradient was recorded that :meth:`loss` has not taken yet."""
+        return any(view.has_gradient or view.is_empty for view in self._attachment.views)
+
+    @property
+    def recorded_samples(self) -> int:
+        """Number of samples in the forwards that :meth:`loss` would take."""
+        return sum(view.samples for view in trained_views(self._attachment.views))
 
     @property
     def teacher_output(self) -> Any:
@@ -57,21 +80,6 @@ class RecordedStudent(FixedOptions):
             RuntimeError: If it did not run in the newest forward, as where all weights are 0, and in validation.
         """
         return self._attachment.teacher_output
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether a student is attached."""
-        return self.student is not None
-
-    @property
-    def has_views(self) -> bool:
-        """Whether a forward with gradient was recorded that :meth:`loss` has not taken yet."""
-        return any(view.has_gradient or view.is_empty for view in self.views)
-
-    @property
-    def recorded_samples(self) -> int:
-        """Number of samples in the forwards that :meth:`loss` would take."""
-        return sum(view.samples for view in trained_views(self.views))
 
     def attach(self, student: nn.Module) -> None:
         """Put hooks on ``student``. They record inside :meth:`recording`.
@@ -86,6 +94,7 @@ class RecordedStudent(FixedOptions):
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
         self._attachment.detach()
+        self._switches = None
 
     def recording(self) -> AbstractContextManager[None]:
         """Record the forwards inside the block. Outside of it the hooks do nothing."""
@@ -95,42 +104,45 @@ class RecordedStudent(FixedOptions):
         """Leave forwards inside the block out of the term, such as the inner steps of an attack."""
         return self._switched(False)
 
-    @property
-    def has_chosen(self) -> bool:
-        """Whether a forward of the attached student has chosen the pairs of layers."""
-        return self._attachment.has_root
-
     @contextmanager
     def choosing(self) -> Iterator[None]:
         """Let a forward inside the block choose the pairs where all weights are 0, too. Such a forward is not kept."""
         self._is_choosing = True
-        self._open_or_close()
+        self._switch()
         try:
             yield
         finally:
             self._is_choosing = False
-            self._open_or_close()
+            self._switch()
             if not self.is_active:
                 self.discard()
-
-    @contextmanager
-    def _switched(self, on: bool) -> Iterator[None]:
-        before, self._is_recording = self._is_recording, on
-        self._open_or_close()
-        try:
-            yield
-        finally:
-            self._is_recording = before
-            self._open_or_close()
-
-    def _option_changed(self) -> None:
-        self._open_or_close()
-
-    def _open_or_close(self) -> None:
-        # Where both weights are 0 nothing is recorded, and the teacher does not run.
-        weights, chooses = self.current_weights, self._is_choosing and not self.has_chosen
-        self._attachment.record(self._is_recording and (any(weights) or chooses), pairs=weights.transport > 0)
 
     def discard(self) -> None:
         """Forget what was recorded since the last call of :meth:`loss`."""
         self._attachment.take()
+
+    @contextmanager
+    def _switched(self, on: bool) -> Iterator[None]:
+        before, self._is_recording = self._is_recording, on
+        self._switch()
+        try:
+            yield
+        finally:
+            self._is_recording = before
+            self._switch()
+
+    def _switch(self) -> None:
+        """Switch the hooks on or off, where that changes anything."""
+        has_chosen = self._attachment.has_root
+        on, pairs = False, True
+        if self._is_recording:
+            # Where both weights are 0 nothing is recorded, and the teacher does not run.
+            weights = self._weights.now()
+            on, pairs = any(weights) or (self._is_choosing and not has_chosen), weights.transport > 0
+        if self._switches != (on, pairs, has_chosen):
+            self._switches = on, pairs, has_chosen
+            self._attachment.record(on, pairs=pairs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the hooks were told: those of a copy record what they have recorded in the original, or not."""
+        return {**vars(self), "_switches": None}

@@ -11,27 +11,22 @@ import torch
 from torch import nn
 
 from lightning_otrt.layers.names import has_layers
-from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pairs_from_state, pairs_to_state
+from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels, pairs_from_state, pairs_to_state
+from lightning_otrt.missed_layers import Missed, MissedLayers
+from lightning_otrt.processes import Processes
 from lightning_otrt.reading.extra_forwards.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
-from lightning_otrt.reading.hooks.views import why_absent
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.reading.torch_internals import is_compiled
 from lightning_otrt.steps.distillation_term import Distillation
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.last_student import LastStudent
-from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.steps.settings import TermSettings
+from lightning_otrt.steps.step_graphs import StepGraphs
 from lightning_otrt.steps.term_engine import PairDistance, TermEngine
 from lightning_otrt.teacher.pair_choice import ChoosePairs
 
 __all__ = ["RunState"]
-
-#: After so many calls it is an error if one pair never ran, and if no pair ever ran. Layers that training skips at
-#: random have run by then.
-PATIENCE, PATIENCE_FOR_ALL = 32, 8
-#: In place of PATIENCE, at the end of a loop or an epoch, where no layer ran in some calls alone.
-FEW_CALLS = 2
 
 _KEYS = ("layers", "pairs", "engine", "leading_weights", "distillation")
 
@@ -44,9 +39,8 @@ class RunState:
 
     Args:
         layers: What the user passed as ``layers``.
-        settings: Keyword arguments of the engine, other than its pairs.
-        global_batch: What the user passed as ``global_batch``.
-        process_group: The processes of the global batch; None: all of torch.distributed.
+        settings: The settings of the engine.
+        processes: The processes of the run.
         identify: Gives a checksum of the teacher's weights that lead to the layers of a pairing.
         distillation: The term of the logits, where they are distilled.
     """
@@ -54,28 +48,21 @@ class RunState:
     def __init__(
         self,
         layers: LayerSpec,
-        settings: Mapping[str, Any],
-        global_batch: bool | None,
-        process_group: Any | None,
+        settings: TermSettings,
+        processes: Processes,
         identify: Callable[[Pairing], str],
         distillation: Distillation | None = None,
     ) -> None:
-        self.layers, self.settings, self._identify = layers, settings, identify
-        self.global_batch, self.process_group = global_batch, process_group
-        #: Whether the processes of torch.distributed each see a part of the batch and take all steps together. None:
-        #: not known, as outside of a Trainer. Then only a global batch communicates.
-        self.shares_batch: bool | None = None
+        self.layers, self.settings, self.processes, self._identify = layers, settings, processes, identify
         #: The resolved pairs, empty before the first forward.
         self.pairs: tuple[LayerPair, ...] = ()
+        #: The names under which they are logged.
+        self.labels: tuple[str, ...] = ()
         self.engine: TermEngine | None = None
-        self._uses_graphs = True
+        #: The captured calls of the engine.
+        self.graphs = StepGraphs()
         self.distillation = distillation
-        #: The layers that did not run in the last call, by the number of their pair.
-        self.absent: dict[int, str] = {}
-        #: The number of calls in a row in which they did not.
-        self._missed: dict[int, int] = {}
-        #: Whether some layer ran in one call and not in the next one: training skips layers at random.
-        self._skips_some = False
+        self.missed = MissedLayers()
         self._paired_for = ""
         self._pairing: Pairing | None = None
         self._saved: dict[str, Any] | None = None
@@ -86,49 +73,7 @@ class RunState:
         """Number of calls that had a term."""
         return max(each.calls for each in (self.engine, self.distillation) if each is not None)
 
-    @property
-    def uses_graphs(self) -> bool:
-        """Whether calls on a CUDA device are captured as graphs."""
-        return self._uses_graphs if self.engine is None else self.engine.graphs.is_enabled
-
-    @uses_graphs.setter
-    def uses_graphs(self, value: bool) -> None:
-        self._uses_graphs = value
-        if self.engine is not None:
-            self.engine.graphs.is_enabled = value
-        if not value:
-            self.forget_graphs()
-
-    def forget_graphs(self) -> None:
-        """Free the memory of captured calls."""
-        if self.engine is not None:
-            self.engine.graphs.forget()
-
-    @property
-    def ranks(self) -> Ranks | None:
-        """The processes of the global batch, None for this one alone."""
-        if self.global_batch is False or self.shares_batch is False:
-            return None
-        return Ranks.world(self.process_group)
-
-    @property
-    def _everyone(self) -> Ranks | None:
-        """The processes that take all steps together, None for this one alone."""
-        return self.ranks or (Ranks.world(self.process_group) if self.shares_batch else None)
-
-    def agree(self, problem: str) -> str:
-        """A problem of some process, on all of them; ``""`` if there is none. A collective.
-
-        Args:
-            problem: That of this process, ``""`` for none.
-        """
-        everyone = self._everyone
-        if everyone is None:
-            return problem
-        others = enumerate(everyone.gather(problem))
-        return problem or next((f"on process {rank}, {other}" for rank, other in others if other), "")
-
-    def settle(
+    def choose_pairs(
         self, student: nn.Module, choose: ChoosePairs, device: torch.device | None, report: Callable[[str], None]
     ) -> Pairing:
         """Choose the pairs, or take those that this run has already, and make the engine for them.
@@ -146,8 +91,8 @@ class RunState:
             pairings.append(choose(known))
             return pairings[0].pairs, pairings[0].plans
 
-        self.pairs, plans = choice_of_first(self._everyone, repr(self.layers), choose_here)
-        self._paired_for = repr(self.layers)
+        self.pairs, plans = choice_of_first(self.processes.in_step, repr(self.layers), choose_here)
+        self.labels, self._paired_for = pair_labels(self.pairs), repr(self.layers)
         self.engine = self._make_engine(device, plans)
         self._pairing = replace(pairings[0], pairs=self.pairs)
         if self._saved is not None:
@@ -155,50 +100,16 @@ class RunState:
             self._saved = None
         # Those of an earlier call or a checkpoint, whose plans go on.
         self._pairing = replace(self._pairing, plans=self.engine.plans if plans else ())
-        ranks = self.ranks
+        ranks = self.processes.of_batch
         if ranks is not None and ranks.rank == 0 and batch_norms_in_training(student, synchronized=False):
             report(BATCH_NORM_NOTE)
         return self._pairing
 
-    def why_absent(self, student: nn.Module | None = None) -> str:
-        """Why layers that never ran are an error now; empty if they are not, or not yet.
-
-        Args:
-            student: The student in a call. None at the end of a loop, when there is less to wait for.
-        """
-        never = [] if self.engine is None else self.engine.absent_pairs()
-        if self.engine is None or not never:
-            return ""
-        if len(never) < len(self.pairs):
-            patience = PATIENCE if student is not None or self._skips_some else FEW_CALLS
-        else:
-            # Compiled code may lack the hooks, and then will in each call.
-            patience = 1 if student is None or is_compiled(student) else PATIENCE_FOR_ALL
-        if self.engine.calls < patience:
-            return ""
-        layers = [self.absent.get(index, f"student layer {self.pairs[index].student!r}") for index in never]
-        return why_absent(layers)
-
-    def note_absent(self, absent: dict[int, str]) -> None:
-        """Note the layers that did not run in a call, by the number of their pair."""
-        self.absent = absent
-        if self.engine is not None and self.engine.calls:
-            self._skips_some |= absent.keys() != self._missed.keys()
-        self._missed = {index: self._missed.get(index, 0) + 1 for index in absent}
-
-    def why_missing(self) -> str:
-        """What to say of layers that ran before, and then did not for long; empty where there are none."""
-        never = () if self.engine is None else self.engine.absent_pairs()
-        layers = [
-            self.absent[index] for index, count in self._missed.items() if count >= PATIENCE and index not in never
-        ]
-        if not layers:
-            return ""
-        return (
-            f"The {' and the '.join(layers)} did not run in the last {PATIENCE} steps, so that the share of its weight "
-            "is missing from the term, as where each domain has a branch of its own. Choose a layer that runs in each "
-            "step, such as its parent."
-        )
+    def look_for_missed(self, student: nn.Module | None = None) -> Missed:
+        """What to say of layers that did not run; see :meth:`MissedLayers.report`."""
+        if self.engine is None:
+            return Missed()
+        return self.missed.report(self.engine.absent_pairs(), self.pairs, self.engine.calls, student)
 
     def take_bad_calls(self, distances: Sequence[PairDistance]) -> tuple[int, str]:
         """Number of calls since the last read whose value was not finite. Waits for the device.
@@ -226,18 +137,9 @@ class RunState:
         if self.engine is not None:
             self.engine.synchronize()
 
-    def set_processes(self, shares_batch: bool | None, process_group: Any | None) -> None:
-        """Say which processes train together.
-
-        Args:
-            shares_batch: Whether each process sees a part of the batch, and all take all steps together.
-            process_group: These processes; None: all of torch.distributed.
-        """
-        self.shares_batch, self.process_group = shares_batch, process_group
-
-    def forget_processes(self, process_group: Any | None) -> None:
+    def forget_processes(self) -> None:
         """Drop the handles of the processes, which end with a Trainer's strategy and cannot be pickled."""
-        self.set_processes(None, process_group)
+        self.processes.forget()
         if self.engine is not None:
             self.engine.release_ranks()
 
@@ -318,7 +220,7 @@ class RunState:
             f"The state was saved with another teacher: the weights that lead to its layers {names} differ, so that "
             "plans and statistics do not belong to this one"
         )
-        if self.settings["strict"]:
+        if self.settings.strict:
             raise ValueError(f"{message}. Resume with the same teacher (its head may differ), or start a new run.")
         warnings.warn(f"{message}. The run goes on with them, because of strict=False.", stacklevel=2)
 
@@ -339,14 +241,13 @@ class RunState:
         before = self.engine if self.engine is not None and list(self.engine.names) == names else None
         if before is not None and plans and not before.calls and before.plans != plans:
             before = None
-        ranks = self.ranks
-        if ranks is None:
-            if before is not None and not isinstance(before, GlobalTransportEngine):
-                return before
-            engine: TermEngine = TransportEngine(names, weights, **self.settings, plans=plans)
+        ranks = self.processes.of_batch
+        if ranks is not None:
+            engine: TermEngine = GlobalTransportEngine(names, weights, self.settings, plans, ranks=ranks)
+        elif before is not None and not before.is_global:
+            return before
         else:
-            engine = GlobalTransportEngine(names, weights, **self.settings, plans=plans, ranks=ranks)
-        engine.graphs.is_enabled = self._uses_graphs
+            engine = TransportEngine(names, weights, self.settings, plans, graphs=self.graphs)
         if before is not None:
             engine.load_state_dict(before.state_dict(), device or torch.device("cpu"))
         return engine

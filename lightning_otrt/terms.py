@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,22 +11,11 @@ from lightning_otrt.reading.hooks.views import NoTermError, View
 from lightning_otrt.run_state import RunState
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
+from lightning_otrt.weights import Weights
 
-__all__ = ["CallTerms", "Weights", "make_terms"]
+__all__ = ["CallTerms", "make_terms"]
 
 _ELSEWHERE = "Another process of the global batch could form no transfer term."
-
-
-class Weights(NamedTuple):
-    """The weights of both terms in a call.
-
-    Attributes:
-        transport: α, that of the transport of neurons.
-        distillation: That of the logits.
-    """
-
-    transport: float
-    distillation: float
 
 
 @dataclass(frozen=True)
@@ -50,16 +38,17 @@ class CallTerms:
 
 
 def make_terms(
-    views: list[View], weights: Weights, attachment: Attachment, run: RunState, *, strict: bool, reevaluation: bool
+    attachment: Attachment, run: RunState, views: list[View], samples: int, weights: Weights, reevaluation: bool
 ) -> CallTerms:
     """The terms of one call. Where processes share a batch they all come here.
 
     Args:
+        attachment: What recorded the forwards.
+        run: The plans and statistics of the run. If its settings are not ``strict``, processes tell each other whether
+            they have a term before they exchange sums.
         views: The recorded forwards.
+        samples: The number of samples in them.
         weights: The weights, not both of them 0.
-        attachment: What recorded them.
-        run: The plans and statistics of the run.
-        strict: Whether a step without a term is an error. If not, processes tell each other before they exchange sums.
         reevaluation: See :meth:`RepresentationTransfer.loss`.
 
     Raises:
@@ -72,10 +61,10 @@ def make_terms(
         logits = attachment.logits(views) if weights.distillation else None
     except NoTermError as error:
         problem = error
-    if not strict and run.ranks is not None:
+    if not run.settings.strict and (ranks := run.processes.of_batch) is not None:
         device = attachment.device or torch.device("cpu")
         # Else the other processes would wait for this one in the exchange of the term.
-        if run.ranks.any(problem is not None, device):
+        if ranks.any(problem is not None, device):
             problem = problem or NoTermError(_ELSEWHERE)
     if problem is not None:
         raise problem
@@ -84,8 +73,7 @@ def make_terms(
     distances: list[PairDistance] = []
     if matched is not None:
         assert run.engine is not None
-        run.note_absent(matched.absent)
-        samples = sum(view.samples for view in views)
+        run.missed.note(matched.absent, is_first=run.engine.calls == 0)
         transport, distances = run.engine.term(
             matched.neurons, samples, absent=matched.absent, reevaluation=reevaluation
         )
@@ -93,7 +81,7 @@ def make_terms(
     if logits is not None:
         assert run.distillation is not None
         distillation = run.distillation.term(
-            logits.views, run.ranks, is_regression=logits.is_regression, reevaluation=reevaluation
+            logits.views, run.processes.of_batch, is_regression=logits.is_regression, reevaluation=reevaluation
         )
         if distillation is not None:
             terms.append(weights.distillation * distillation.to(terms[0].device if terms else distillation.device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.distillation import LogitDistillation, as_distillation
-from lightning_otrt.layers.pairs import LayerOptions, LayerPair, LayerSpec, pair_labels
-from lightning_otrt.options import as_written
+from lightning_otrt.layers.pairs import LayerOptions, LayerPair, LayerSpec
+from lightning_otrt.notices import Notices
+from lightning_otrt.options import FixedOptions, as_written
+from lightning_otrt.processes import Processes
 from lightning_otrt.reading.hooks.views import NoTermError
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.recording import RecordedStudent
 from lightning_otrt.run_state import RunState
-from lightning_otrt.schedules import Schedule, factor_at
+from lightning_otrt.schedules import Schedule
 from lightning_otrt.steps.distillation_term import Distillation
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
 from lightning_otrt.teacher.cache.cached_run import CacheUse
@@ -30,16 +32,17 @@ from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording
 from lightning_otrt.teacher.pair_choice import ChoosePairs
-from lightning_otrt.terms import Weights, make_terms
+from lightning_otrt.terms import make_terms
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.plans import check_plan_and_cost
+from lightning_otrt.weights import StepWeights, Weights
 
 __all__ = ["RepresentationTransfer"]
 
 log = logging.getLogger(__name__)
 
 
-class RepresentationTransfer(RecordedStudent):
+class RepresentationTransfer(RecordedStudent, FixedOptions):
     r"""Optimal transport between the neurons of a frozen teacher and those of a student, as a term of the loss.
 
     While it is attached, each training forward of the student records the neurons of the chosen layers and runs the
@@ -152,63 +155,45 @@ class RepresentationTransfer(RecordedStudent):
         check_plan_and_cost(plan, self.ground_cost)
         self._teacher_text = as_written(teacher)
         self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
-        #: Step that the schedule sees; :meth:`loss` advances it.
-        self.step = 0
         #: Calls between two reads of the flags for values that are not finite.
         self.check_every = 50
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
         self.distances: list[PairDistance] = []  #: The distances of the last call of :meth:`loss`.
+        self.samples = 0  #: Number of samples in the forwards of the last call of :meth:`loss`.
         #: The unweighted transport term of the last call of :meth:`loss`, detached; None if it had none.
         self.transport_value: Tensor | None = None
         #: The unweighted distillation of logits of that call, likewise.
         self.distillation_value: Tensor | None = None
-        names = ("plan", "epsilon", "memory", "solve_every", "seed", "strict")
-        settings = {"cost": self.ground_cost, **{name: getattr(self, name) for name in names}}
+        settings = TermSettings(self.ground_cost, plan, epsilon, memory, solve_every, seed, strict)
+        processes = Processes(global_batch, process_group)
         option = as_distillation(distillation)
-        self._distills = option.weight
         state, logits = None, None
-        if self._distills:
+        if option.weight:
             state, logits = Distillation(option.temperature, strict=strict), LogitRecording(option, grid)
-        self._run = RunState(layers, settings, global_batch, process_group, self.teacher.checksum_before, state)
+        self.run_state = RunState(layers, settings, processes, self.teacher.checksum_before, state)
         #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
         self.cache = SampleCache.of(teacher_cache)
-        cache = None if self.cache is None else CacheUse(self.cache, strict, self._run.agree)
+        cache = None if self.cache is None else CacheUse(self.cache, strict, processes.agree)
         chosen = LayerOptions(layers, student_root, grid, plan)
-        self._attachment = Attachment(self.teacher, chosen, self._settle, cache, logits)
-        self._warned: set[str] = set()
+        attachment = Attachment(self.teacher, chosen, self._choose_pairs, cache, logits)
+        super().__init__(attachment, StepWeights(Weights(weight, option.weight), schedule))
+        self._notices = Notices(strict=strict)
 
     @property
     def pairs(self) -> tuple[LayerPair, ...]:
         """The resolved pairs, empty before the first forward."""
-        return self._run.pairs
+        return self.run_state.pairs
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The name under which each pair is logged. It is the student layer, and more if that has several pairs."""
-        return pair_labels(self.pairs)
+        return self.run_state.labels
 
     @property
     def engine(self) -> Any:
         """What keeps plans and statistics; None before the first forward."""
-        return self._run.engine
-
-    @property
-    def cuda_graphs(self) -> bool:
-        """Whether steps of one process on a CUDA device are captured as graphs, which saves most launches.
-
-        They hold memory: some four times the neurons and the cost matrices of a step. Set it to False to save that.
-        """
-        return self._run.uses_graphs
-
-    @cuda_graphs.setter
-    def cuda_graphs(self, value: bool) -> None:
-        self._run.uses_graphs = value
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether some term has a weight, whatever the schedule."""
-        return self.weight > 0 or self._distills > 0
+        return self.run_state.engine
 
     @property
     def current_weights(self) -> Weights:
@@ -217,8 +202,41 @@ class RepresentationTransfer(RecordedStudent):
         Raises:
             ValueError: If the schedule gives anything but a finite number that is not negative.
         """
-        factor = factor_at(self.step, self.schedule)
-        return Weights(self.weight * factor, self._distills * factor)
+        return self._weights.now()
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether some term has a weight, whatever the schedule."""
+        return any(self._weights.full)
+
+    @property
+    def step(self) -> int:
+        """The step that the schedule sees; :meth:`loss` advances it."""
+        return self._weights.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._weights.step = value
+        self._switch()
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether steps of one process on a CUDA device are captured as graphs, which saves most launches.
+
+        They hold memory: some four times the neurons and the cost matrices of a step. Set it to False to save that.
+        """
+        return self.run_state.graphs.is_enabled
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self.run_state.graphs.is_enabled = value
+        if not value:
+            self.run_state.graphs.forget()
+
+    def detach(self) -> None:
+        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
+        super().detach()
+        self.run_state.graphs.forget()
 
     @contextmanager
     def attached(self, student: nn.Module) -> Iterator[RepresentationTransfer]:
@@ -237,7 +255,7 @@ class RepresentationTransfer(RecordedStudent):
                 yield self
                 self.check_layers()
                 if self.has_views and not self._was_asked:
-                    self._warn(
+                    self._notices.warn(
                         f"{len(self.views)} forwards of the student were recorded, but `loss` was never called while "
                         "it was attached, so that no transfer term was trained on. Add `transfer.loss()` to the loss "
                         "of each step.",
@@ -261,52 +279,46 @@ class RepresentationTransfer(RecordedStudent):
                 no layer in any of 8, or the term does not depend on the student's parameters.
             ValueError: On the first call, if a value is not finite or there are too few observations.
         """
-        if (student := self.student) is None:
+        if (student := self._attachment.student) is None:
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._was_asked = True
         self._attachment.check_task()
-        weights = self.current_weights
-        views = self._attachment.take()
+        weights, views = self._weights.now(), self._attachment.take()
         if not reevaluation:
             self.step += 1
-        self._open_or_close()
+        self.samples = sum(view.samples for view in views)
         self.transport_value = self.distillation_value = None
         if not any(weights):
             return self._zero()
         if (problem := self._attachment.root.take_problem()) is not None:
-            if self.strict:
-                raise RuntimeError(problem)
-            self._warn(problem, key="root")
+            self._notices.fail(RuntimeError(problem), otherwise=problem, key="root")
         self.distances = []
-        how = {"strict": self.strict, "reevaluation": reevaluation}
         try:
-            terms = make_terms(views, weights, self._attachment, self._run, **how)
+            terms = make_terms(self._attachment, self.run_state, views, self.samples, weights, reevaluation)
         except NoTermError as error:
-            return self._give_up(str(error))
+            self._give_up(str(error))
+            return self._zero()
         if weights.transport and (note := self._attachment.unreached(views)):
             (self.report or log.info)(note)
         if constant := terms.constant:
-            self._warn(f"The student layers {constant} get no gradient: nothing before them is trained.", "constant")
+            message = f"The student layers {constant} get no gradient: nothing before them is trained."
+            self._notices.warn(message, key="constant")
         self.transport_value, self.distillation_value = terms.transport, terms.distillation
         self.distances = terms.distances
-        if reason := self._run.why_absent(student):
-            self._give_up(reason)
-        if missing := self._run.why_missing():
-            self._warn(missing, key="missing")
-        if self._run.calls % self.check_every == 0:
+        missed = self.run_state.look_for_missed(student)
+        if missed.error:
+            self._give_up(missed.error)
+        if missed.warning:
+            self._notices.warn(missed.warning, key="missing")
+        if self.run_state.calls % self.check_every == 0:
             self.check_finite()
         return terms.total
-
-    def detach(self) -> None:
-        """Remove all hooks, and give the teacher back on its device and in its mode. Plans and statistics are kept."""
-        super().detach()
-        self._run.forget_graphs()
 
     def check_layers(self) -> None:
         """Raise a RuntimeError, or warn unless ``strict``, if a layer never ran. Call it at the end of a loop."""
         self._attachment.check_task()
-        if reason := self._run.why_absent():
-            self._give_up(reason)
+        if missed := self.run_state.look_for_missed().error:
+            self._give_up(missed)
 
     def check_finite(self) -> int:
         """Read how many values were not finite, and warn once. This waits for the device.
@@ -314,26 +326,18 @@ class RepresentationTransfer(RecordedStudent):
         Returns:
             The number of calls since the last read whose value was NaN or infinite.
         """
-        bad, message = self._run.take_bad_calls(self.distances)
+        bad, message = self.run_state.take_bad_calls(self.distances)
         if bad:
-            self._warn(f"Up to step {self.step}, {message}", key="not finite")
+            self._notices.warn(f"Up to step {self.step}, {message}", key="not finite")
         return bad
-
-    def set_processes(self, shares_batch: bool, process_group: Any | None = None) -> None:
-        """Say which processes train together, as a Trainer's strategy knows."""
-        self._run.set_processes(shares_batch, process_group)
-
-    def forget_processes(self) -> None:
-        """Drop the process group, which ends with a Trainer's strategy and cannot be pickled."""
-        self._run.forget_processes(self.process_group)
 
     def synchronize(self) -> None:
         """Bring the running cost of a global batch together: a collective before a save, which callbacks do."""
-        self._run.synchronize()
+        self.run_state.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
         """Step, resolved pairs, plans and statistics; without the teacher. Loads with ``weights_only=True``."""
-        return {"step": self.step, **self._run.state_dict()}
+        return {"step": self.step, **self.run_state.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; plans are placed on the student's device when the layers are resolved.
@@ -344,36 +348,33 @@ class RepresentationTransfer(RecordedStudent):
             ValueError: If it is no such state, or was saved with other layers; for a student that has not run yet the
                 latter comes in its first forward.
         """
-        if self._run.load_state_dict(state, self._attachment.device):
+        if self.run_state.load_state_dict(state, self._attachment.device):
             self._attachment.choose_again()
         self.step = state["step"]
 
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""
         self.step = 0
-        self._run.reset()
+        self.run_state.reset()
 
-    def _settle(self, choose: ChoosePairs) -> Pairing:
+    def _choose_pairs(self, choose: ChoosePairs) -> Pairing:
         """The pairs of this run, chosen in the first forward of the student and reported as a table."""
         student = self.student
         assert student is not None
         report = self.report or log.info
-        pairing = self._run.settle(student, choose, self._attachment.device, report)
+        pairing = self.run_state.choose_pairs(student, choose, self._attachment.device, report)
         names = type(self.teacher.module).__name__, type(student).__name__
         notes = "\n".join(filter(None, (pairing.table(), self._attachment.note)))
         report(f"Representation transfer from {names[0]} to {names[1]}:\n{notes}")
         return pairing
 
+    def _option_changed(self) -> None:
+        """The weight or the schedule was set."""
+        self._weights.set(Weights(self.weight, self._weights.full.distillation), self.schedule)
+        self._switch()
+
+    def _give_up(self, message: str) -> None:
+        self._notices.fail(RuntimeError(message), otherwise=f"{message} (strict=False: it is left out.)")
+
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self._attachment.device)
-
-    def _give_up(self, message: str) -> Tensor:
-        if self.strict:
-            raise RuntimeError(message)
-        self._warn(f"{message} (strict=False: it is left out.)", key=message)
-        return self._zero()
-
-    def _warn(self, message: str, key: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, stacklevel=3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.transport.named_costs import get_cost
 
 COSTS = ("correlation", "euclidean", "sqeuclidean")
@@ -31,8 +32,8 @@ def make(cost: Any = "correlation", pairs: int = 1, **options: Any) -> Transport
     """
     names = [(f"s{index}", f"t{index}") for index in range(pairs)]
     term = TERMS.get(cost, {"cost": cost, "plan": "sinkhorn"}) if isinstance(cost, str) else {"cost": cost}
-    settings = {"plan": "sinkhorn", "epsilon": 0.01, "memory": 0.0, "solve_every": 10, "seed": 0} | term | options
-    return TransportEngine(names, [1 / pairs] * pairs, get_cost(settings.pop("cost")), **settings)
+    settings = term | options
+    return TransportEngine(names, [1 / pairs] * pairs, TermSettings(get_cost(settings.pop("cost")), **settings))
 
 
 def draw(

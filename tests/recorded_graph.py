@@ -71,7 +71,7 @@ def use_recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[RecordedGraph]:
     """Calls on a CPU take the path of a device, and are captured; returns the graphs that are made."""
     for module in ("transport.correlation", "transport.moments", "transport.tensors", "steps.pair_state"):
         monkeypatch.setattr(f"lightning_otrt.{module}.all_nonzero", lambda values: False)
-    monkeypatch.setattr("lightning_otrt.steps.stacking.is_stacked", lambda device: True)
+    monkeypatch.setattr("lightning_otrt.steps.engine.is_stacked", lambda device: True)
     monkeypatch.setattr(step_graphs, "can_capture", lambda tensor: True)
     monkeypatch.setattr(step_graphs, "graph_pool", lambda: None)
     made: list[RecordedGraph] = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_otrt import LogitDistillation, OTRTCallback, RepresentationTransfer
-from lightning_otrt.steps.distillation_term import MEMORY, RIDGE
+from lightning_otrt.steps.distillation_term import LEAST_MEMORY, RIDGE
 
 LAYERS = {"block1": "block1", "block2": "block2"}
 
@@ -165,7 +165,7 @@ class TestSameClasses:
 
 def ridge_by_hand(features: list[Tensor], logits: list[Tensor]) -> Tensor:
     """1 - R² of the last batch, its map from decayed moments of all batches, by the normal equations."""
-    decays = [MEMORY ** (len(features) - 1 - call) for call in range(len(features))]
+    decays = [LEAST_MEMORY ** (len(features) - 1 - call) for call in range(len(features))]
     count = sum(decay * len(y) for decay, y in zip(decays, features, strict=True))
     mean_y = sum(decay * y.sum(0) for decay, y in zip(decays, features, strict=True)) / count
     targets = [x - x.mean(1, keepdim=True) for x in logits]

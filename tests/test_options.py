@@ -220,6 +220,12 @@ class TestAttributes:
         callback.mine = 1
         assert not hasattr(callback.transfer, "mine")
 
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_help_shows_them(self, name):
+        text = inspect.getdoc(getattr(RepresentationTransfer, name))
+        last = "It may be set at any time." if name in ("weight", "schedule") else "It cannot be changed."
+        assert text == f"The argument ``{name}``. {last}"
+
     def test_set_in_a_plain_loop(self):
         """Also between a forward and the next: what is recorded follows at once."""
         student, transfer = Net(), RepresentationTransfer(make_teacher(), {"block1": "block1"}, weight=0)

@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_otrt.steps.first_batch import inspect_plan
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.transport.cost import Cost, Evaluate, Plan, Rounds, Sums, ValueAndGradient, all_finite
-from lightning_otrt.transport.custom_cost import CustomCost
 from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import exact_plan, fixed_plan
 from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
@@ -74,6 +73,8 @@ class Coupling(ABC):
     plan_type: type[Plan | Alignment] = Plan
     #: Whether value and gradient follow from the sums behind the plan. Otherwise processes have to exchange more.
     has_value_of_sums = True
+    #: Whether several pairs may be computed together.
+    may_stack = True
 
     def __init__(self, cost: Cost, memory: float | str = 0.0, solve_every: int = 1) -> None:
         self.cost, self.memory, self.solve_every = cost, memory, solve_every
@@ -99,7 +100,7 @@ class Coupling(ABC):
 
     def can_capture(self, is_due: bool) -> bool:
         """Whether a call, with a plan that is due or not, is operations on the device alone, as a CUDA graph is."""
-        return not isinstance(self.cost, CustomCost)
+        return self.cost.can_be_captured
 
     def remembers(self, state: PairState) -> bool:
         """Whether calls that solve no plan still add to the running cost."""
@@ -124,7 +125,7 @@ class Coupling(ABC):
             return float(self.memory)
         return saved if setting == "auto" else None
 
-    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Due | None:
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, is_due: bool) -> Due | None:
         """Add a batch of one process to the statistics of a pair, or of several pairs of equal shape.
 
         Args:
@@ -132,7 +133,7 @@ class Coupling(ABC):
             y: Student neurons ``(..., N, n)``.
             x: Teacher neurons ``(..., M, n)``.
             samples: Samples of the batch, each of which has one or more observations.
-            calls: Number of calls before this one.
+            is_due: Whether a plan is solved in this call; see :meth:`is_due`.
 
         Returns:
             What to solve a plan from, with the dimensions of the batch in front; None if no plan is due.
@@ -142,15 +143,14 @@ class Coupling(ABC):
             before = torch.zeros_like(energy) if state.energy is None else state.energy
             is_finite = finite(energy[..., :1])
             state.energy = torch.where(is_finite, torch.add(energy, before, alpha=MEMORY), before)
-        due = self.is_due(state, calls)
         if state.memory is None:
             state.memory = self.choose_memory(samples, max(y.shape[-2], x.shape[-2]))
-        if not due and not self.remembers(state):
+        if not is_due and not self.remembers(state):
             return None
         if not state.memory:
             return self.due(y, x, state.energy)
         sums = self._feed(state, y, x, state.memory)
-        return Due(self.problem(sums, state.energy, y.dtype)) if due else None
+        return Due(self.problem(sums, state.energy, y.dtype)) if is_due else None
 
     def due(self, y: Tensor, x: Tensor, energy: Tensor | None) -> Due:
         """What to solve a plan from where it sees this batch alone."""
@@ -267,6 +267,9 @@ class EntropicCoupling(Coupling):
 class StaticCoupling(EntropicCoupling):
     """A Sinkhorn plan that is solved until 256 samples stand behind it, from all of them, and then kept."""
 
+    # Each plan counts samples of its own.
+    may_stack = False
+
     def __init__(self, cost: Cost, epsilon: float) -> None:
         super().__init__(cost, epsilon, memory=1.0)
 
@@ -282,9 +285,9 @@ class StaticCoupling(EntropicCoupling):
         """Never: once a call solves nothing, the plan is final."""
         return False
 
-    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, calls: int) -> Due | None:
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, is_due: bool) -> Due | None:
         """See :meth:`Coupling.observe`. Until the plan is final this waits for the device."""
-        due = super().observe(state, y, x, samples, calls)
+        due = super().observe(state, y, x, samples, is_due)
         if due is not None:
             norms = torch.linalg.vector_norm(y) + torch.linalg.vector_norm(x)
             self.count(state, samples, norms.square().isfinite())

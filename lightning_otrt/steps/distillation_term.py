@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import Notices
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
@@ -24,7 +25,7 @@ __all__ = ["Distillation"]
 LogitViews: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor | None]]
 
 #: Least decay of the moments behind the regression, and its ridge.
-MEMORY, RIDGE = 0.95, 1e-2
+LEAST_MEMORY, RIDGE = 0.95, 1e-2
 
 
 class Distillation:
@@ -40,9 +41,8 @@ class Distillation:
     """
 
     def __init__(self, temperature: float, *, strict: bool = True) -> None:
-        self.temperature, self.strict = temperature, strict
+        self.temperature, self._notices = temperature, Notices(strict=strict)
         self._regression = Regression(standardised=False, ridge=RIDGE)
-        self._has_warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -179,11 +179,10 @@ class Distillation:
         if fewest >= needed or ranks is not None:
             return True
         message = f"The regression of the teacher's logits has {fewest} observations, and needs at least {needed}"
-        if self.calls == 0 and self.strict:
-            raise ValueError(f"{message}. Use a larger batch.")
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(f"{message}: it is skipped for such batches. Use drop_last=True.", stacklevel=3)
+        skipped = f"{message}: it is skipped for such batches. Use drop_last=True."
+        if self.calls == 0:
+            self._notices.fail(ValueError(f"{message}. Use a larger batch."), otherwise=skipped, key="few")
+        self._notices.warn(skipped, key="few")
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,7 +222,7 @@ def _decay(observations: float, neurons: int) -> float:
         >>> _decay(64, 128), _decay(16, 1024)
         (0.95, 0.99609375)
     """
-    return max(MEMORY, 1 - observations / (4 * neurons))
+    return max(LEAST_MEMORY, 1 - observations / (4 * neurons))
 
 
 def _unlike_logits(values: Tensor, mask: Tensor | None) -> str:

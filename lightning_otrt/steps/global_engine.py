@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_otrt.steps.call import Batch, Call
 from lightning_otrt.steps.coupling import MEMORY, Problem
 from lightning_otrt.steps.messages import Message, Observed, added, fed, scaled
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.process_checks import SamePlans, check_same
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.steps.stacking import Group
-from lightning_otrt.steps.term_engine import Batch, TermEngine, Values, counts_of
+from lightning_otrt.steps.term_engine import TermEngine, Values
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient, all_finite
 from lightning_otrt.transport.tensors import widest
 
@@ -36,19 +38,31 @@ class GlobalTransportEngine(TermEngine):
     their layers did not run.
 
     Args:
+        names: See :class:`TermEngine`.
+        weights: See :class:`TermEngine`.
+        settings: See :class:`TermEngine`.
+        plans: See :class:`TermEngine`.
         ranks: The processes.
-        arguments: Arguments of :class:`TermEngine`.
-        options: Options of :class:`TermEngine`.
 
     Raises:
         ValueError: If the cost is not additive over observations, as a user's function need not be.
     """
 
-    def __init__(self, *arguments: Any, ranks: Ranks, **options: Any) -> None:
+    is_global = True
+
+    def __init__(
+        self,
+        names: Sequence[tuple[str, str]],
+        weights: Sequence[float],
+        settings: TermSettings,
+        plans: Sequence[str] = (),
+        *,
+        ranks: Ranks,
+    ) -> None:
         self._ranks: Ranks | None = ranks
         self._is_agreed = self._is_pending = False
         self._same_plans = SamePlans()
-        super().__init__(*arguments, **options)
+        super().__init__(names, weights, settings, plans)
         self.processes = ranks.size
         if not self.cost.additive:
             raise ValueError(
@@ -77,7 +91,7 @@ class GlobalTransportEngine(TermEngine):
         super().reset()
         self._is_pending = False
 
-    def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> Values:
+    def _values(self, call: Call) -> Values:
         """Value and gradient of each pair that has any: exchange, solve, evaluate.
 
         Raises:
@@ -85,63 +99,62 @@ class GlobalTransportEngine(TermEngine):
                 has a value that is not finite or there are too few observations on all of them together.
         """
         if self.calls == 0 or not self._is_agreed:
-            self._agree(batches, samples)
-        if is_new:
-            problems, observed = self._exchange(batches, samples)
+            self._agree(call)
+        if call.is_new:
+            problems, observed = self._exchange(call)
             solved = list(problems)
-            alone: dict[Group, PairState] = {(index,): self.pairs[index] for index in problems}
+            alone: dict[Group, PairState] = {(index,): self.states[index] for index in problems}
             self._solve({(index,): problem for index, problem in problems.items()}, alone)
             if solved:
-                self._same_plans.keep(self.ranks, [self.pairs[index] for index in solved])
+                self._same_plans.keep(self.ranks, [self.states[index] for index in solved])
             self.calls += 1
         else:
             # Where layers are skipped at random, other pairs may have run than in the call before.
-            observed = {index: Observed(views) for index, views in self._count(batches).items()}
-        return self._evaluate(batches, observed)
+            observed = {index: Observed(views) for index, views in self._count(call).items()}
+        return self._evaluate(call.batches, observed)
 
-    def _exchange(self, batches: Sequence[Batch], samples: int) -> tuple[dict[int, Problem], dict[int, Observed]]:
+    def _exchange(self, call: Call) -> tuple[dict[int, Problem], dict[int, Observed]]:
         """Sum over processes once, and feed the statistics.
 
         Returns:
             The problems of the pairs whose plans are due, and what each pair that has a term knows of its value.
         """
-        if any(state.reference is None for state in self.pairs):
-            self._choose_references(batches)
-        local = [self._message(index, batch, samples) for index, batch in enumerate(batches)]
+        if any(state.reference is None for state in self.states):
+            self._choose_references(call.batches)
+        local = [self._message(call, index) for index in range(len(call.batches))]
         received = self.ranks.sum([message for message, _, _ in local])
         problems, observed = {}, {}
         for index, (got, (_, rounds, unsent)) in enumerate(zip(received, local, strict=True)):
-            views = self._views(index, batches[index], got.counts)
+            views = self._views(call, index, got.counts)
             if not views:
                 continue
-            dtype = batches[index][0][0].dtype
+            dtype = call.batches[index][0][0].dtype
             observed[index], problem = self._feed(index, got, unsent, views, dtype)
             observed[index].rounds = [rounds[view] for view in views] if rounds else []
             if problem is not None:
                 problems[index] = problem
         return problems, observed
 
-    def _count(self, batches: Sequence[Batch]) -> dict[int, list[int]]:
+    def _count(self, call: Call) -> dict[int, list[int]]:
         """The views in which each pair ran on some process, where no exchange tells. A collective."""
-        local = [batch[0][0].new_tensor(counts_of(batch)) for batch in batches]
-        received = zip(batches, self.ranks.sum(local), strict=True)
-        found = {index: self._views(index, *counted) for index, counted in enumerate(received)}
+        local = [batch[0][0].new_tensor(counts) for batch, counts in zip(call.batches, call.counts, strict=True)]
+        found = {index: self._views(call, index, total) for index, total in enumerate(self.ranks.sum(local))}
         return {index: views for index, views in found.items() if views}
 
-    def _views(self, index: int, batch: Batch, total: Tensor) -> list[int]:
+    def _views(self, call: Call, index: int, total: Tensor) -> list[int]:
         """The views of a pair that make its term, from the observations of each on all processes."""
-        counts = counts_of(batch)
+        counts = call.counts[index]
         # With enough observations of its own a process knows that all have enough together. Others have to read the
         # total, which waits for the device.
         if min(counts) < self.cost.min_observations:
             counts = [int(count) for count in total.tolist()]
-        state = self.pairs[index]
+        state = self.states[index]
         state.has_run = state.has_run or any(counts)
-        return self._usable_views(index, counts)
+        return self._usable_views(call, index, counts)
 
-    def _message(self, index: int, batch: Batch, samples: int) -> tuple[Message, list[Rounds], Sums]:
+    def _message(self, call: Call, index: int) -> tuple[Message, list[Rounds], Sums]:
         """What a pair sends, its begun rounds, and sums that feed the running ones without being sent."""
-        state, coupling = self.pairs[index], self.couplings[index]
+        state, coupling, batch = self.states[index], self.couplings[index], call.batches[index]
         y, x = batch[0]
         coupling.prepare(state, y, x, self._places[index], index)
         energy = None
@@ -162,7 +175,7 @@ class GlobalTransportEngine(TermEngine):
             counts=torch.stack([y.new_full((), view.shape[-1]) for view, _ in batch]),
             energy=energy,
             sums=sums if due else [],
-            samples=y.new_full((), samples) if due else None,
+            samples=y.new_full((), call.samples) if due else None,
             running=state.sums if due and state.memory else None,
             not_finite=(~all_finite(unsent)).to(y.dtype) if unsent else None,
             rounds=[next(generator) for generator in rounds],
@@ -173,7 +186,7 @@ class GlobalTransportEngine(TermEngine):
         self, index: int, got: Message, unsent: Sums, views: list[int], dtype: torch.dtype
     ) -> tuple[Observed, Problem | None]:
         """Feed the statistics of a pair with the message of all; returns the problem, too, if a plan is due."""
-        state, coupling = self.pairs[index], self.couplings[index]
+        state, coupling = self.states[index], self.couplings[index]
         energy, size = got.energy, self.ranks.size
         if energy is not None:
             if state.energy is not None:
@@ -205,7 +218,7 @@ class GlobalTransportEngine(TermEngine):
         rounds: list[Rounds] = []
         replies: list[Sums | None] = []
         for index, known in observed.items():
-            batch, state = [batches[index][view] for view in known.views], self.pairs[index]
+            batch, state = [batches[index][view] for view in known.views], self.states[index]
             coupling = self.couplings[index]
             if state.plan is None:
                 continue
@@ -227,42 +240,47 @@ class GlobalTransportEngine(TermEngine):
             if index in values
         }
 
-    def _agree(self, batches: Sequence[Batch], samples: int) -> None:
+    def _agree(self, call: Call) -> None:
         """Compare layers and settings, check the first batch of all, and choose what depends on its size."""
-        problem = ""
+        problem, settings = "", self.settings
         if self.calls == 0:
             try:
-                self._inspect(batches)
+                self._inspect(call.batches)
             except ValueError as error:
                 problem = str(error)
         mine = {
             "layers": [
                 (*names, weight, batch[0][0].shape[0], batch[0][1].shape[0], str(batch[0][0].dtype))
-                for names, weight, batch in zip(self.names, self.weights, batches, strict=True)
+                for names, weight, batch in zip(self.names, self.weights, call.batches, strict=True)
             ],
-            "forwards in a call": len(batches[0]),
+            "forwards in a call": len(call.batches[0]),
             "calls so far": self.calls,
             "cost": self.cost.name,
-            "plan": (*dict.fromkeys((self.plan, *self.plans)), self.epsilon, self.memory, self.solve_every, self.seed),
+            "plan": (
+                *dict.fromkeys((settings.plan, *self.plans)),
+                settings.epsilon,
+                settings.memory,
+                settings.solve_every,
+                settings.seed,
+            ),
         }
-        counts = [counts_of(batch) for batch in batches]
-        gathered = self.ranks.gather((mine, problem, counts, samples))
+        gathered = self.ranks.gather((mine, problem, call.counts, call.samples))
         check_same([each[0] for each in gathered])
         for rank, (_, theirs, *_) in enumerate(gathered):
             if theirs:
                 raise ValueError(f"Process {rank} of {self.ranks.size}: {theirs}")
         self._is_agreed = True
         # After a resume with another memory, "auto" has to choose, too.
-        if self.calls == 0 or any(state.memory is None for state in self.pairs):
-            self._choose_memories(batches, [each[2] for each in gathered], sum(each[3] for each in gathered))
+        if self.calls == 0 or any(state.memory is None for state in self.states):
+            self._choose_memories(call, [each[2] for each in gathered], sum(each[3] for each in gathered))
 
-    def _choose_memories(self, batches: Sequence[Batch], counts: Sequence[list[list[int]]], samples: int) -> None:
+    def _choose_memories(self, call: Call, counts: Sequence[list[list[int]]], samples: int) -> None:
         """Check the observations of all processes (process, pair, view), and choose what depends on their samples."""
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(call.batches):
             views = [sum(process[index][view] for process in counts) for view in range(len(batch))]
-            self._usable_views(index, views)
+            self._usable_views(call, index, views)
             neurons = max(side.shape[0] for side in batch[0])
-            self.pairs[index].memory = self.couplings[index].choose_memory(samples, neurons)
+            self.states[index].memory = self.couplings[index].choose_memory(samples, neurons)
 
     def _choose_references(self, batches: Sequence[Batch]) -> None:
         """Take the means of a pair's first batch on all processes as the points around which they take their sums."""
@@ -271,7 +289,7 @@ class GlobalTransportEngine(TermEngine):
             + [torch.stack([pair[side].sum(-1, dtype=widest(pair[side])) for pair in batch]).sum(0) for side in (0, 1)]
             for batch in batches
         ]
-        for state, batch, (count, y, x) in zip(self.pairs, batches, self.ranks.sum(sums), strict=True):
+        for state, batch, (count, y, x) in zip(self.states, batches, self.ranks.sum(sums), strict=True):
             if state.reference is not None:
                 continue  # of an earlier call or from a checkpoint, whose running sums were taken around it
             if not count:
@@ -285,7 +303,7 @@ class GlobalTransportEngine(TermEngine):
         """Share the running sums that each process kept to itself since the last solve. A collective."""
         if not self._is_pending:
             return
-        for state, total in zip(self.pairs, self.ranks.sum([state.sums for state in self.pairs]), strict=True):
+        for state, total in zip(self.states, self.ranks.sum([state.sums for state in self.states]), strict=True):
             state.sums = None if total is None else [part / self.ranks.size for part in total]
         self._is_pending = False
 

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from lightning_otrt.steps.coupling import Coupling, EntropicCoupling, ExactCoupling, FixedCoupling, StaticCoupling
 from lightning_otrt.steps.orthogonal_coupling import OrthogonalCoupling, RandomOrthogonalCoupling
-from lightning_otrt.transport.cost import Cost
+from lightning_otrt.steps.settings import TermSettings
 
 __all__ = ["get_coupling"]
 
 
-def get_coupling(
-    plan: str, cost: Cost, *, epsilon: float, memory: float | str, solve_every: int, seed: int
-) -> Coupling:
+def get_coupling(plan: str, settings: TermSettings) -> Coupling:
     """The coupling for a kind of plan.
 
     Args:
-        plan: One of :data:`lightning_otrt.transport.plans.PLANS`.
-        cost: The ground cost.
-        epsilon: Entropic regularisation relative to the mean cost.
-        memory: Decay of the running cost, or ``"auto"``.
-        solve_every: Calls between two solves.
-        seed: Seed of random plans and projections.
+        plan: One of :data:`lightning_otrt.transport.plans.PLANS`, which that of the settings is not if it is "auto".
+        settings: The settings of the term.
     """
+    cost, memory, solve_every = settings.cost, settings.memory, settings.solve_every
     if plan == "orthogonal":
         return OrthogonalCoupling(cost, memory, solve_every)
     if plan == "random_orthogonal":
-        return RandomOrthogonalCoupling(cost, memory, solve_every, seed)
+        return RandomOrthogonalCoupling(cost, memory, solve_every, settings.seed)
     if plan == "sinkhorn":
-        return EntropicCoupling(cost, epsilon, memory, solve_every)
+        return EntropicCoupling(cost, settings.epsilon, memory, solve_every)
     if plan == "static":
-        return StaticCoupling(cost, epsilon)
+        return StaticCoupling(cost, settings.epsilon)
     if plan == "exact":
         return ExactCoupling(cost, memory, solve_every)
-    return FixedCoupling(cost, plan, seed)
+    return FixedCoupling(cost, plan, settings.seed)

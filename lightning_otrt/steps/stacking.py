@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_otrt.steps.coupling import Coupling, StaticCoupling
+from lightning_otrt.steps.coupling import Coupling
 from lightning_otrt.steps.pair_state import PairState
 
-__all__ = ["Group", "Stacks", "group_pairs", "stacked"]
+__all__ = ["Group", "Stacks", "group_pairs", "is_stacked", "stacked"]
 
 #: Indices of pairs that are computed together.
 Group: TypeAlias = tuple[int, ...]
@@ -49,8 +49,7 @@ def group_pairs(
 
 def _kind(index: int, views: _Views, state: PairState, coupling: Coupling) -> object:
     (y, x), *others = views
-    # A static plan counts samples of its own.
-    if others or not is_stacked(y.device) or isinstance(coupling, StaticCoupling):
+    if others or not coupling.may_stack:
         return index
     tensors = (y, x, *state.tensors())
     return id(coupling), state.memory, state.layout(), *((tensor.shape, tensor.dtype) for tensor in tensors)

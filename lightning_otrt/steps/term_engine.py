@@ -6,35 +6,32 @@ the checks of a batch, and the state of a run.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import Notices
+from lightning_otrt.steps.call import Batch, Call
 from lightning_otrt.steps.coupling import Coupling, Problem
 from lightning_otrt.steps.first_batch import inspect_batch
 from lightning_otrt.steps.kinds import get_coupling
 from lightning_otrt.steps.pair_state import PairState
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.steps.solving import solve_plans
 from lightning_otrt.steps.stacking import Group
 from lightning_otrt.steps.step_graphs import StepGraphs
-from lightning_otrt.transport.cost import Cost, ValueAndGradient
-from lightning_otrt.transport.custom_cost import CustomCost
+from lightning_otrt.transport.cost import ValueAndGradient
 from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import ORTHOGONAL
-from lightning_otrt.transport.tensor_checks import check_cost
 from lightning_otrt.transport.tensors import common_dtype, without_autocast
 
-__all__ = ["Batch", "PairDistance", "TermEngine", "Values", "counts_of"]
+__all__ = ["PairDistance", "TermEngine", "Values"]
 
-#: Detached neurons ``(N, n)`` and ``(M, n)`` of one pair, for each forward (view) of a call. n is 0 where its layers
-#: did not run.
-Batch = Sequence[tuple[Tensor, Tensor]]
 #: Value and gradient of each pair in the term, for each view in which its layers ran.
 Values: TypeAlias = dict[int, dict[int, ValueAndGradient]]
 
@@ -83,75 +80,54 @@ class TermEngine(ABC):
     Args:
         names: ``(student layer, teacher layer)`` of each pair.
         weights: Weight of each pair. They sum to 1.
-        cost: The ground cost.
-        plan: Kind of plan; see :data:`lightning_otrt.transport.plans.PLANS`.
-        epsilon: Entropic regularisation relative to the mean cost.
-        memory: Decay of the running cost, or ``"auto"``: 0.98 where a call has fewer samples than neurons, else 0.
-        solve_every: Calls between two solves.
-        seed: Seed of random plans.
-        strict: Raise on the first call if there are too few observations; else the pair is skipped.
-        plans: Kind of plan of each pair, where ``plan`` is ``"auto"``.
+        settings: The settings of the term.
+        plans: Kind of plan of each pair, where that of the settings is ``"auto"``.
+        graphs: Where calls that were captured as CUDA graphs are kept.
 
     Attributes:
         plans: Kind of plan of each pair.
         calls: Number of calls so far.
-        pairs: What is kept of each pair.
+        states: What is kept of each pair.
         graphs: The calls that were captured as CUDA graphs.
         bad_calls: Number of calls since the last read whose value was not finite, on the device; None before the first.
         processes: Number of processes that average their gradients of the same term.
+        is_global: Whether the batch is that of several processes.
     """
 
     processes = 1
+    is_global = False
 
     def __init__(
         self,
         names: Sequence[tuple[str, str]],
         weights: Sequence[float],
-        cost: Cost,
-        plan: str,
-        epsilon: float,
-        memory: float | str,
-        solve_every: int,
-        seed: int,
-        *,
-        strict: bool = True,
+        settings: TermSettings,
         plans: Sequence[str] = (),
+        *,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        self.names, self.weights, self.plan, self.epsilon = names, weights, plan, epsilon
+        self.names, self.weights, self.settings, self.cost = names, weights, settings, settings.cost
         #: The layers of each pair, for errors.
         self._places = [f"{student!r} -> {teacher!r}" for student, teacher in names]
-        self.memory, self.solve_every, self.seed, self.strict = memory, solve_every, seed, strict
-        self.cost = cost
-        self._use(plans or [plan] * len(names))
+        self._use(plans or [settings.plan] * len(names))
         #: What needs no correlations, for errors.
         self._otherwise = "cost='euclidean'"
-        if plan in (*ORTHOGONAL, "auto"):
+        if settings.plan in (*ORTHOGONAL, "auto"):
             self._otherwise = f"plan='sinkhorn' with {self._otherwise}"
-        self._absent: Collection[int] = ()
-        self._warned: set[str] = set()
-        self.graphs = StepGraphs()
+        self._notices = Notices(strict=settings.strict)
+        self.graphs = StepGraphs() if graphs is None else graphs
         self.reset()
 
     def _use(self, plans: Sequence[str]) -> None:
         """Make the couplings of the pairs, one for each kind of plan."""
         self.plans = tuple(plans)
-        made = {
-            plan: get_coupling(
-                plan,
-                self.cost,
-                epsilon=self.epsilon,
-                memory=self.memory,
-                solve_every=self.solve_every,
-                seed=self.seed,
-            )
-            for plan in dict.fromkeys(plans)
-        }
+        made = {plan: get_coupling(plan, self.settings) for plan in dict.fromkeys(plans)}
         self.couplings: list[Coupling] = [made[plan] for plan in plans]
 
     def reset(self) -> None:
         """Forget plans, statistics and counters."""
         self.calls = 0
-        self.pairs = [PairState() for _ in self.names]
+        self.states = [PairState() for _ in self.names]
         self.graphs.forget()
         self.bad_calls: Tensor | None = None
 
@@ -182,33 +158,27 @@ class TermEngine(ABC):
             ValueError: On the first call, if a value is not finite, or if ``strict`` and there are too few
                 observations. On any call, if a pair has other numbers of neurons than its plan.
         """
-        self._absent = absent
         with torch.no_grad(), without_autocast(views[0][0][0]):
             batches = [[common_dtype(y.detach(), x.detach()) for y, x in pair] for pair in zip(*views, strict=True)]
-            values = self._values(batches, samples, is_new=self.calls == 0 or not reevaluation)
-            total, distances = self._total(batches, values)
+            counts = [[y.shape[-1] for y, _ in batch] for batch in batches]
+            call = Call(batches, counts, samples, absent, is_new=self.calls == 0 or not reevaluation)
+            values = self._values(call)
+            total, distances = self._total(call, values)
         return self._attach(total, views, values), distances
 
     def absent_pairs(self) -> list[int]:
         """The pairs whose layers did not run in any call so far, on any process."""
-        return [index for index, state in enumerate(self.pairs) if not state.has_run]
+        return [index for index, state in enumerate(self.states) if not state.has_run]
 
     @abstractmethod
-    def _values(self, batches: Sequence[Batch], samples: int, *, is_new: bool) -> Values:
-        """Value and gradient of each pair that has any.
-
-        Args:
-            batches: The batch of each pair.
-            samples: Number of samples in all views.
-            is_new: Whether the batch enters the statistics, and plans that are due are solved.
-        """
+    def _values(self, call: Call) -> Values:
+        """Value and gradient of each pair that has any."""
 
     def _solve(self, problems: dict[Group, Problem], states: Mapping[Group, PairState]) -> None:
         """Solve the plans of each problem, all of which are taken out of ``problems``."""
         new = {group for group in problems if states[group].plan is None}
-        if isinstance(self.cost, CustomCost):
-            for group in new:
-                check_cost(problems[group][0], self.cost.function)
+        for group in new:
+            self.cost.check_matrix(problems[group][0])
         for coupling in dict.fromkeys(self.couplings):
             own = {group: problems.pop(group) for group in list(problems) if self.couplings[group[0]] is coupling}
             for group, solved in solve_plans(coupling, own, states):
@@ -217,27 +187,28 @@ class TermEngine(ABC):
                     plan = solved.plan
                     if len(group) > 1:
                         plan = type(plan)(*(part[number] for part in plan))
-                    self._warn(coupling.inspect(self.names[index], plan))
+                    for message in coupling.inspect(self.names[index], plan):
+                        self._notices.warn(message)
 
-    def _total(self, batches: Sequence[Batch], values: Values) -> tuple[Tensor, list[PairDistance]]:
+    def _total(self, call: Call, values: Values) -> tuple[Tensor, list[PairDistance]]:
         """The weighted sum over pairs, and the distance of each."""
         total: Tensor | None = None
         distances = []
-        for index, (batch, state) in enumerate(zip(batches, self.pairs, strict=True)):
-            observations = self.processes * sum(counts_of(batch))
+        for index, state in enumerate(self.states):
             if index in values:
                 parts = [value for value, _ in values[index].values()]
                 value = parts[0] if len(parts) == 1 else torch.stack(parts).mean()
                 weight = self.weights[index]
                 total = value * weight if total is None else torch.add(total, value, alpha=weight)
             else:
-                value = batch[0][0].new_full((), float("nan"))
+                value = call.batches[index][0][0].new_full((), float("nan"))
             plan = None if state.plan is None else state.plan.matrix
             name, skipped = self.names[index][0], index not in values
+            observations = self.processes * sum(call.counts[index])
             alignment = state.plan if isinstance(state.plan, Alignment) else None
             distances.append(PairDistance(name, value, plan, state.memory, observations, skipped, alignment))
         if total is None:
-            total = batches[0][0][0].new_zeros(())
+            total = call.batches[0][0][0].new_zeros(())
         # The difference is NaN for an infinite total, too. `isfinite` would take four operations.
         is_bad = (total - total) != 0
         self.bad_calls = is_bad.long() if self.bad_calls is None else self.bad_calls.add_(is_bad)
@@ -260,9 +231,9 @@ class TermEngine(ABC):
         with torch.enable_grad():
             return attach_gradients(total, inputs, gradients, factors)
 
-    def _usable_views(self, index: int, counts: Sequence[int]) -> list[int]:
+    def _usable_views(self, call: Call, index: int, counts: Sequence[int]) -> list[int]:
         """The views in which a pair ran, by the observations of each; none if one of them has too few."""
-        if not any(counts) and index in self._absent:
+        if not any(counts) and index in call.absent:
             return []
         fewest = min(filter(None, counts), default=0)
         return [view for view, count in enumerate(counts) if count] if self._has_enough(index, fewest) else []
@@ -275,9 +246,11 @@ class TermEngine(ABC):
             f"{self._places[index]} has {count} observations, and fewer than {self.cost.min_observations} carry no "
             "correlation"
         )
-        if self.calls == 0 and self.strict:
-            raise ValueError(f"{message}. Use a larger batch, layers with positions or tokens, or {self._otherwise}.")
-        self._warn([f"{message}: the pair is skipped for such batches. Use drop_last=True."])
+        skipped = f"{message}: the pair is skipped for such batches. Use drop_last=True."
+        if self.calls == 0:
+            advice = f"Use a larger batch, layers with positions or tokens, or {self._otherwise}."
+            self._notices.fail(ValueError(f"{message}. {advice}"), otherwise=skipped)
+        self._notices.warn(skipped)
         return False
 
     def _inspect(self, batches: Sequence[Batch]) -> None:
@@ -285,14 +258,8 @@ class TermEngine(ABC):
         for names, batch in zip(self.names, batches, strict=True):
             for y, x in batch:
                 if y.shape[-1]:
-                    self._warn(inspect_batch(names, y, x, self.cost, self.epsilon, self._otherwise))
-
-    def _warn(self, messages: Iterable[str]) -> None:
-        """Give each warning once."""
-        for message in messages:
-            if message not in self._warned:
-                self._warned.add(message)
-                warnings.warn(message, stacklevel=3)
+                    for message in inspect_batch(names, y, x, self.cost, self.settings.epsilon, self._otherwise):
+                        self._notices.warn(message)
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -308,12 +275,12 @@ class TermEngine(ABC):
             "names": [list(name) for name in self.names],
             "settings": {
                 "cost": self.cost.name,
-                "plan": self.plan,
+                "plan": self.settings.plan,
                 "plans": list(self.plans),
-                "memory": self.memory,
+                "memory": self.settings.memory,
             },
             "calls": self.calls,
-            "pairs": [state.state_dict() for state in self.pairs],
+            "pairs": [state.state_dict() for state in self.states],
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
@@ -333,7 +300,7 @@ class TermEngine(ABC):
                 "Resume with the same `layers`, or load the weights alone."
             )
         settings = state["settings"]
-        for name, own in (("cost", self.cost.name), ("plan", self.plan)):
+        for name, own in (("cost", self.cost.name), ("plan", self.settings.plan)):
             if settings[name] != own:
                 raise ValueError(
                     f"The checkpoint was saved with {name}={settings[name]!r}, but this run has {name}={own!r}. "
@@ -342,12 +309,7 @@ class TermEngine(ABC):
                 )
         self.calls = state["calls"]
         self._use(settings["plans"])
-        self.pairs = [
+        self.states = [
             PairState.of(pair, coupling.resumed_memory(pair["memory"], settings["memory"]), device, coupling.plan_type)
             for pair, coupling in zip(state["pairs"], self.couplings, strict=True)
         ]
-
-
-def counts_of(batch: Batch) -> list[int]:
-    """Observations of each view."""
-    return [y.shape[-1] for y, _ in batch]

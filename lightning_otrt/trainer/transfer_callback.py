@@ -114,7 +114,7 @@ class TransferCallback(pl.Callback):
                 "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
             )
         transfer = self.transfer
-        transfer.set_processes(*shared_batch(trainer, strict=transfer.strict))
+        transfer.run_state.processes.set(*shared_batch(trainer, strict=transfer.strict))
         transfer.teacher.follow(student_dtype(trainer))
         self._term = TransferTerm(transfer, trainer, pl_module)
         # The module's own `setup` comes after this one, and may build the network, as `configure_model` may.
@@ -194,7 +194,7 @@ class TransferCallback(pl.Callback):
         if self._term is not None:
             remove_term(self._term.module, self._term)
         self.transfer.detach()
-        self.transfer.forget_processes()
+        self.transfer.run_state.forget_processes()
         self._term, self._resumed = None, False
 
     @override

@@ -70,7 +70,6 @@ class TransferTerm(ExtraTerm):
         if not any(weights):
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
-        samples = transfer.recorded_samples
         loss = transfer.loss(reevaluation=self._again)
         self._is_taken = True
         values: dict[str, Any] = {"otrt/weight": weights.transport}
@@ -79,7 +78,7 @@ class TransferTerm(ExtraTerm):
                 values[f"otrt/distance/{label}"] = distance.value
         terms = (transfer.transport_value if len(values) > 1 else None, transfer.distillation_value)
         found = {name: value for name, value in zip(_TERMS, terms, strict=True) if value is not None}
-        self._log(position, values | found, samples)
+        self._log(position, values | found, transfer.samples)
         if found:
             self.effect.check_term(loss, self.module, self.trainer.optimizers)
         return loss

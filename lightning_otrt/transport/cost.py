@@ -82,6 +82,8 @@ class Cost(ABC):
     scaled: bool = False
     #: Fewest observations from which the cost can be computed.
     min_observations: int = 1
+    #: Whether it is operations on the device alone, as a CUDA graph is.
+    can_be_captured: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -100,6 +102,10 @@ class Cost(ABC):
     @abstractmethod
     def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """The cost matrix ``(..., N, M)`` of the observations behind ``sums``."""
+
+    def check_matrix(self, matrix: Tensor) -> None:
+        """Raise a ValueError if no plan can be solved from a cost matrix, where users may have made it."""
+        return
 
     def accumulate(
         self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.transport.cost import Cost, Plan, Sums, ValueAndGradient
+from lightning_otrt.transport.tensor_checks import check_cost
 
 __all__ = ["CustomCost"]
 
@@ -25,7 +26,7 @@ class CustomCost(Cost):
         'cdist'
     """
 
-    additive = False
+    additive = can_be_captured = False
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.function = function
@@ -39,6 +40,10 @@ class CustomCost(Cost):
     def matrix(self, sums: Sums, energy: Tensor | None) -> Tensor:
         """The average of the matrices, weighted by their observations."""
         return sums[1] / sums[0][..., None, None]
+
+    def check_matrix(self, matrix: Tensor) -> None:
+        """See :func:`check_cost`."""
+        check_cost(matrix, self.function)
 
     def value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> ValueAndGradient:
         """⟨P, M⟩ and its gradient by autograd through the user's function.

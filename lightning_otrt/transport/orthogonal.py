@@ -83,8 +83,8 @@ class Alignment(NamedTuple):
 class OrthogonalAlignment:
     """The coupling as a training run calls it. The state (sums, reference, matrix) belongs to the caller.
 
-    A call *observes* a batch by :meth:`sums` or :meth:`accumulate`, at times *solves* a matrix from the sums, and
-    *evaluates* the batch by :meth:`value`. The sums add over views, steps and processes.
+    A call *observes* a batch by :meth:`sums`, at times *solves* a matrix from the sums, and *evaluates* the batch by
+    :meth:`value`. The sums add over views, steps and processes.
 
     Args:
         power: p of the module, from 0 (raw neurons) to 1 (standardised neurons).
@@ -104,9 +104,6 @@ class OrthogonalAlignment:
 
     power: float = 1.0
 
-    #: Fewest observations that carry a correlation.
-    min_observations = 3
-
     def __post_init__(self) -> None:
         """Raise a ValueError unless ``power`` lies between 0 and 1."""
         if not 0 <= self.power <= 1:
@@ -123,16 +120,6 @@ class OrthogonalAlignment:
     def sums(self, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> Sums:
         """Count, means, squares and products; those of :meth:`CorrelationCost.sums`."""
         return _MOMENTS.sums(y, x, reference)
-
-    def accumulate(
-        self, running: Sums, decay: float, y: Tensor, x: Tensor, reference: tuple[Tensor, Tensor] | None
-    ) -> Sums:
-        """``decay`` times ``running`` plus :meth:`sums`; those of :meth:`CorrelationCost.accumulate`."""
-        return _MOMENTS.accumulate(running, decay, y, x, reference)
-
-    def means(self, sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The means of the neurons, the best ``reference`` of the next sums."""
-        return _MOMENTS.means(sums, reference)
 
     def problem(self, sums: Sums) -> tuple[Tensor, Tensor]:
         """What a matrix is solved from.

@@ -29,7 +29,7 @@ class SoftTargets(NamedTuple):
 
 
 def soft_targets(
-    student: Tensor, teacher: Tensor, *, temperature: float = 4.0, class_axis: int = 1, mask: Tensor | None = None
+    student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask: Tensor | None = None
 ) -> SoftTargets:
     r"""T² KL of the student's softened classes from the teacher's, for each position.
 
@@ -38,12 +38,10 @@ def soft_targets(
     The factor T² keeps the size of the gradient the same for every T (arXiv 1503.02531, section 2).
 
     Args:
-        student: Logits: ``(B, K)``, dense ones ``(B, K, H, W)``, or those of tokens ``(B, T, K)`` with
-            ``class_axis=-1``. Computed in float32 or wider.
+        student: Logits ``(B, K, *positions)``. Computed in float32 or wider.
         teacher: Logits of the same shape; a constant.
         temperature: T, greater than 0.
-        class_axis: The axis of the K classes.
-        mask: True where a position counts, of the shape of the logits without the class axis; None counts all.
+        mask: True where a position counts, ``(B, *positions)``; None counts all.
 
     Raises:
         ValueError: If shapes do not fit or the temperature is not positive.
@@ -66,12 +64,12 @@ def soft_targets(
         dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
         if mask is not None:
-            _check_mask(mask, student.movedim(class_axis, 0).shape[1:])
+            _check_mask(mask, (student.shape[0], *student.shape[2:]))
             # Before the softmax: padding may hold values that are not finite, which would reach the gradient.
-            student, teacher = (torch.where(mask.unsqueeze(class_axis), side, 0.0) for side in (student, teacher))
-        own, target = log_softmax(student / temperature, class_axis), log_softmax(teacher / temperature, class_axis)
+            student, teacher = (torch.where(mask.unsqueeze(1), side, 0.0) for side in (student, teacher))
+        own, target = log_softmax(student / temperature, 1), log_softmax(teacher / temperature, 1)
         total = kl_div(own, target, reduction="sum", log_target=True)
-        positions = total.new_full((), own.numel() / own.shape[class_axis]) if mask is None else mask.sum().to(dtype)
+        positions = total.new_full((), own.numel() / own.shape[1]) if mask is None else mask.sum().to(dtype)
         return SoftTargets(total * temperature**2, positions)
 
 
@@ -88,32 +86,25 @@ def as_two_classes(logits: Tensor) -> Tensor:
     return torch.stack([logits, torch.zeros_like(logits)], 1)
 
 
-def logit_neurons(logits: Tensor, *, class_axis: int = 1, mask: Tensor | None = None) -> Tensor:
-    """Logits as neurons ``(K, positions)`` for a regression, without the mean over classes, which softmax ignores.
+def logit_neurons(logits: Tensor) -> Tensor:
+    """Logits ``(K, *positions)`` as neurons ``(K, n)`` for a regression, without the mean over classes.
 
-    Args:
-        logits: As in :func:`soft_targets`.
-        class_axis: The axis of the K classes.
-        mask: True where a position counts. The number of positions then depends on the data, so the host waits for it.
+    The softmax ignores that mean.
 
     Example:
         >>> import torch
         >>> from lightning_otrt.transport.soft_targets import logit_neurons
-        >>> logit_neurons(torch.randn(8, 10, 4, 4)).shape
-        torch.Size([10, 128])
+        >>> logit_neurons(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        tensor([[-1.,  0.],
+                [ 1.,  0.]])
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    moved = logits.to(dtype).movedim(class_axis, 0)
-    moved = moved - moved.mean(0)
-    if mask is None:
-        return moved.flatten(1)
-    _check_mask(mask, moved.shape[1:])
-    return moved[:, mask]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits - logits.mean(0)).flatten(1)
 
 
-def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
     if mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(
-            f"Expected argument `mask` to be a boolean tensor of the shape {tuple(shape)}, that of the logits without "
+            f"Expected argument `mask` to be a boolean tensor of the shape {shape}, that of the logits without "
             f"their class axis, but got {mask.dtype} of the shape {tuple(mask.shape)}."
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.ranks import Ranks
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.steps.term_engine import TermEngine
 from lightning_otrt.transport.named_costs import get_cost
 
@@ -47,11 +48,11 @@ def blank(pair: int) -> tuple[Tensor, Tensor]:
 
 def engine(cost: str, memory: float, ranks: Any = None) -> TermEngine:
     names = [(f"s{pair}", f"t{pair}") for pair in range(3)]
-    settings = {"plan": TERMS[cost]["plan"], "epsilon": 0.02, "memory": memory, "solve_every": 3, "seed": 0}
-    arguments = (names, WEIGHTS, get_cost(TERMS[cost]["cost"]))
-    return (
-        GlobalTransportEngine(*arguments, ranks=ranks, **settings) if ranks else TransportEngine(*arguments, **settings)
-    )
+    term = TERMS[cost]
+    settings = TermSettings(get_cost(term["cost"]), term["plan"], epsilon=0.02, memory=memory, solve_every=3)
+    if ranks is None:
+        return TransportEngine(names, WEIGHTS, settings)
+    return GlobalTransportEngine(names, WEIGHTS, settings, ranks=ranks)
 
 
 def train_globally(cost: str, memory: float) -> list[Any]:
@@ -129,7 +130,7 @@ def test_a_pair_that_did_not_run_changes_nothing(cost: str, processes: int) -> N
     for call in range(3):
         for each in (transport, alone):
             each.term([[part(call, 0, 0, pair) for pair in range(3)]], 11)
-    before = transport.pairs[1].state_dict()
+    before = transport.states[1].state_dict()
     y, x = part(9, 0, 0, 0)
     term, distances = transport.term([[(y, x), blank(1), blank(2)]], 11, absent=[1, 2])
     whole, others = alone.term([[(y, x), part(9, 0, 0, 1), part(9, 0, 0, 2)]], 11)
@@ -140,7 +141,7 @@ def test_a_pair_that_did_not_run_changes_nothing(cost: str, processes: int) -> N
     assert distances[1].value.isnan()
     assert torch.equal(distances[1].plan, before["plan"])
     assert distances[1].observations == 0
-    assert_same_state({"calls": 0, "pairs": [before]}, {"calls": 0, "pairs": [transport.pairs[1].state_dict()]})
+    assert_same_state({"calls": 0, "pairs": [before]}, {"calls": 0, "pairs": [transport.states[1].state_dict()]})
     assert transport.bad_calls == 0
 
 

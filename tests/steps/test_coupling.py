@@ -77,14 +77,14 @@ def test_static_plan_counts_finite_samples_and_then_rests(bad: float) -> None:
         y, x = draw(observations=100, seed=seed)
         x[0, 0] = bad
         call(engine, (y, x))
-    assert engine.pairs[0].samples == 100
+    assert engine.states[0].samples == 100
     for seed in (6, 7):
         call(engine, draw(observations=100, seed=seed))
-    assert engine.pairs[0].samples == 300
-    final = engine.pairs[0].plan.matrix.clone()
+    assert engine.states[0].samples == 300
+    final = engine.states[0].plan.matrix.clone()
     after = operations(lambda: call(engine, draw(observations=100, seed=8)).backward())
     assert after.products == 1
-    assert torch.equal(engine.pairs[0].plan.matrix, final)
+    assert torch.equal(engine.states[0].plan.matrix, final)
 
 
 def test_static_plan_has_converged_when_it_rests() -> None:
@@ -96,7 +96,7 @@ def test_static_plan_has_converged_when_it_rests() -> None:
     y, x = (side + 0.1 * torch.randn(side.shape, generator=generator) for side in (y, x))
     engine = make(plan="static")
     call(engine, (y.requires_grad_(), x))
-    assert diagnose(engine.pairs[0].plan.matrix).teacher_error < 0.02
+    assert diagnose(engine.states[0].plan.matrix).teacher_error < 0.02
 
 
 def test_training_solve_converges_over_calls() -> None:
@@ -107,7 +107,7 @@ def test_training_solve_converges_over_calls() -> None:
     engine, errors = make(solve_every=1, epsilon=0.05), []
     for _ in range(40):
         call(engine, (y, x))
-        errors.append(diagnose(engine.pairs[0].plan.matrix).teacher_error.item())
+        errors.append(diagnose(engine.states[0].plan.matrix).teacher_error.item())
     assert errors[0] > 5 * errors[-1]
 
 
@@ -118,7 +118,7 @@ def test_training_plan_is_accurate(cost: str) -> None:
     engine = make(cost)
     value = call(engine, (y, x))
     value.backward()
-    state, rule = engine.pairs[0], get_cost(cost)
+    state, rule = engine.states[0], get_cost(cost)
     matrix = rule.matrix(rule.sums(y.detach(), x), rule.energy(x))
     converged = sinkhorn_plan(matrix[None], 0.01).matrix[0]
     _, gradient = rule.value(y.detach(), x, Plan.of(converged), rule.energy(x))
@@ -148,7 +148,7 @@ def test_running_cost_is_the_weighted_cost_of_all_batches(cost: str) -> None:
     else:
         squares = (weights * (y[:, None] - x[None]).square()).sum(-1) / weights.sum()
         expected = squares.sqrt() if cost == "euclidean" else squares
-    state = engine.pairs[0]
+    state = engine.states[0]
     found = rule.matrix(state.sums, torch.ones(2)).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -158,8 +158,8 @@ def test_memory_is_chosen_by_the_number_of_samples() -> None:
         engine = make(memory="auto")
         # Four positions of each: they are observations, but not independent ones.
         engine.term([[draw(observations=4 * samples)]], samples)
-        assert engine.pairs[0].memory == expected
-        assert (engine.pairs[0].sums is None) == (expected == 0)
+        assert engine.states[0].memory == expected
+        assert (engine.states[0].sums is None) == (expected == 0)
 
 
 def test_plan_of_a_running_cost_is_better_than_that_of_a_small_batch() -> None:
@@ -172,7 +172,7 @@ def test_plan_of_a_running_cost_is_better_than_that_of_a_small_batch() -> None:
         for _ in range(40):
             x = torch.randn(24, 4, generator=generator)
             call(engine, (x[order].clone().requires_grad_(), x + 1.5 * torch.randn(x.shape, generator=generator)))
-        found[memory] = engine.pairs[0].plan.matrix[torch.arange(24), order].sum().item()
+        found[memory] = engine.states[0].plan.matrix[torch.arange(24), order].sum().item()
     assert found[0.98] > 0.9 > 0.5 > found[0.0]
 
 
@@ -189,12 +189,12 @@ def test_running_cost_over_batches_below_and_above_the_limit_of_float64(
     for pair in sides:
         call(found, pair)
     torch.testing.assert_close(
-        [part.double() for part in found.pairs[0].sums],
-        [part.double() for part in expected.pairs[0].sums],
+        [part.double() for part in found.states[0].sums],
+        [part.double() for part in expected.states[0].sums],
         rtol=1e-4,
         atol=1e-3,
     )
-    torch.testing.assert_close(found.pairs[0].plan.matrix, expected.pairs[0].plan.matrix, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(found.states[0].plan.matrix, expected.states[0].plan.matrix, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize(("saved", "given", "used"), [
@@ -209,5 +209,5 @@ def test_a_resumed_run_takes_the_memory_that_it_is_given(saved: Any, given: Any,
     call(before, draw())
     after.load_state_dict(before.state_dict(), torch.device("cpu"))
     call(after, draw(seed=1)).backward()
-    assert after.pairs[0].memory == used
-    assert (after.pairs[0].sums is not None) == bool(used)
+    assert after.states[0].memory == used
+    assert (after.states[0].sums is not None) == bool(used)

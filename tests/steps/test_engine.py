@@ -12,6 +12,7 @@ from engines import COSTS, TERMS, assert_same_state, call, draw, make
 from torch import Tensor
 
 from lightning_otrt.steps.engine import TransportEngine
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.transport.cost import Plan
 from lightning_otrt.transport.diagnostics import diagnose
 from lightning_otrt.transport.named_costs import get_cost
@@ -31,7 +32,7 @@ def transported(cost: str, y: Tensor, x: Tensor, plan: Tensor) -> Tensor:
 def test_term_and_gradient_are_those_of_the_weighted_mean_over_views(cost: str) -> None:
     """With the plans that the engine has, in a call that solves and in one that does not."""
     names, weights = [("a", "b"), ("c", "d")], [0.25, 0.75]
-    engine = TransportEngine(names, weights, get_cost(cost), "sinkhorn", 0.02, 0.0, 10, 0)
+    engine = TransportEngine(names, weights, TermSettings(get_cost(cost), epsilon=0.02))
     for number in range(4):
         views = [
             [draw(6, 5, seed=4 * number + view, dtype=torch.float64), draw(4, 7, seed=50 - number, dtype=torch.float64)]
@@ -94,10 +95,10 @@ def test_plan_between_solves_is_that_of_the_last_one() -> None:
     engine = make()
     for number in range(9):
         call(engine, draw(seed=number, dtype=torch.float64))
-    plan = engine.pairs[0].plan.matrix.clone()
+    plan = engine.states[0].plan.matrix.clone()
     y, x = draw(seed=9, dtype=torch.float64)
     loss = call(engine, (y, x))
-    assert torch.equal(engine.pairs[0].plan.matrix, plan)
+    assert torch.equal(engine.states[0].plan.matrix, plan)
     torch.testing.assert_close(loss, transported("correlation", y, x, plan), rtol=1e-9, atol=0)
 
 
@@ -126,12 +127,12 @@ def test_bad_batch_leaves_no_trace(cost: str, memory: float, side: int, bad: flo
 def test_a_later_batch_whose_squares_overflow_is_counted_and_keeps_the_plan(cost: str, side: int) -> None:
     engine = make(cost, solve_every=1)
     call(engine, draw())
-    plan = engine.pairs[0].plan.matrix.clone()
+    plan = engine.states[0].plan.matrix.clone()
     pair = draw(seed=1)
     with torch.no_grad():
         pair[side][1, 2] = 1e25
     assert not call(engine, pair).isfinite()
-    assert torch.equal(engine.pairs[0].plan.matrix, plan)
+    assert torch.equal(engine.states[0].plan.matrix, plan)
     assert int(engine.bad_calls) == 1
 
 
@@ -140,8 +141,8 @@ def test_a_plan_that_is_not_finite_is_not_kept() -> None:
     engine = make(lambda y, x: torch.cdist(y, x) * 1e-39, solve_every=1)
     for seed in range(2):
         call(engine, draw(seed=seed))
-        assert engine.pairs[0].plan.matrix.isfinite().all()
-        assert engine.pairs[0].potential.isfinite().all()
+        assert engine.states[0].plan.matrix.isfinite().all()
+        assert engine.states[0].potential.isfinite().all()
 
 
 @pytest.mark.parametrize("cost", TERMS)
@@ -158,7 +159,7 @@ def test_a_pair_that_begins_with_a_batch_that_is_not_finite_recovers(cost: str) 
     call(engine, (y, x))
     for seed in (2, 3):
         call(engine, draw(seed=seed))
-    state = engine.pairs[0]
+    state = engine.states[0]
     assert state.energy is None or state.energy.isfinite().all()
     assert all(part.isfinite().all() for part in (*state.sums, *state.reference))
     if isinstance(state.plan, Plan):
@@ -178,7 +179,7 @@ def test_a_run_goes_on_in_another_precision(cost: str, memory: float) -> None:
         loss = call(engine, (y.requires_grad_(), x))
         loss.backward()
         assert loss.dtype == y.grad.dtype == torch.float64
-    assert engine.pairs[0].plan.matrix.dtype == torch.float64
+    assert engine.states[0].plan.matrix.dtype == torch.float64
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.9])

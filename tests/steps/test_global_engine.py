@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_otrt import LogitDistillation, RepresentationTransfer
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
+from lightning_otrt.steps.settings import TermSettings
 
 
 def errors() -> dict[str, str]:
@@ -133,7 +134,7 @@ def quarrel() -> tuple[str, Any]:
         for call in range(3):
             student(batch(call, (8,))[0])
             transfer.loss()
-    return str(caught[0].message), [pair.plan.matrix for pair in transfer.engine.pairs]
+    return str(caught[0].message), [pair.plan.matrix for pair in transfer.engine.states]
 
 
 def test_plans_come_from_the_first_where_they_differ() -> None:
@@ -227,8 +228,8 @@ def test_a_process_that_is_killed_ends_the_others() -> None:
 
 
 def resumed_globally(saved: TransportEngine, memory: float | str) -> GlobalTransportEngine:
-    settings = {"plan": "sinkhorn", "epsilon": 0.01, "memory": memory, "solve_every": 3, "seed": 0}
-    engine = GlobalTransportEngine([("s0", "t0")], [1.0], saved.cost, **settings, ranks=OneRank())
+    settings = TermSettings(saved.cost, memory=memory, solve_every=3)
+    engine = GlobalTransportEngine([("s0", "t0")], [1.0], settings, ranks=OneRank())
     engine.load_state_dict(saved.state_dict(), torch.device("cpu"))
     return engine
 
@@ -254,11 +255,11 @@ def test_a_bad_batch_after_a_resume_does_not_spoil_the_running_sums_of_all(cost:
     bad = draw(seed=4)
     bad[1][0, 0] = math.nan
     call(engine, bad)
-    before = engine.pairs[0].plan.matrix.clone()
+    before = engine.states[0].plan.matrix.clone()
     for seed in range(5, 12):
         call(engine, draw(seed=seed))
-    assert all(part.isfinite().all() for part in engine.pairs[0].sums)
-    assert not torch.equal(engine.pairs[0].plan.matrix, before)
+    assert all(part.isfinite().all() for part in engine.states[0].sums)
+    assert not torch.equal(engine.states[0].plan.matrix, before)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -278,4 +279,4 @@ def test_auto_chooses_anew_for_all_after_a_resume_with_another_memory(observatio
     call(saved, draw(observations=observations))
     engine = resumed_globally(saved, "auto")
     call(engine, draw(observations=observations, seed=1))
-    assert engine.pairs[0].memory == chosen
+    assert engine.states[0].memory == chosen

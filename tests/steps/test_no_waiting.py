@@ -80,5 +80,5 @@ def test_a_cpu_and_a_device_take_paths_to_the_same_numbers(
                     x[-1, 0] = torch.nan
             loss = call(engine, (y, x))
             loss.backward()
-        found.append((loss.detach(), y.grad, engine.pairs[0].plan.matrix))
+        found.append((loss.detach(), y.grad, engine.states[0].plan.matrix))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

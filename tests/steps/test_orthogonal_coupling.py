@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_otrt.steps.coupling import EARLY_SOLVES
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
+from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.transport import orthogonal
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.orthogonal import random_projection
@@ -66,7 +67,7 @@ def test_matrix_is_solved_from_the_decayed_sums_of_all_calls(term: str) -> None:
     own, scale = (own, scale) if term != "covariance" else (torch.ones_like(own), torch.ones_like(scale))
     cross = (y * weights / own[:, None]) @ (x / scale[:, None]).mT
     q = random_projection(12, 9, seed=0).double() if term == "random_orthogonal" else polar_factor(cross)
-    found = engine.pairs[0].plan.matrix
+    found = engine.states[0].plan.matrix
     # The running products are those of a correlation: it does not matter that they keep fewer digits.
     torch.testing.assert_close(found, q / scale, rtol=1e-5, atol=1e-7)
 
@@ -144,9 +145,9 @@ def test_a_first_batch_that_is_not_finite_gives_no_target_and_no_gradient() -> N
     y, x = draw()
     x[0, 0] = math.nan
     assert not call(engine, (y, x)).isfinite()
-    assert not engine.pairs[0].plan.matrix.any()
+    assert not engine.states[0].plan.matrix.any()
     y, x = draw(seed=1)
-    value, state = call(engine, (y, x)), engine.pairs[0]
+    value, state = call(engine, (y, x)), engine.states[0]
     assert 0 < value < 1
     assert all(part.isfinite().all() for part in (*state.plan, *state.sums))
     assert int(engine.bad_calls) == 1
@@ -188,9 +189,9 @@ def test_fewer_samples_than_neurons() -> None:
     for number in range(6):
         y, x = draw(16, 16, observations=4, seed=number)
         call(engine, (y, x))
-        rank = int(torch.linalg.matrix_rank(engine.pairs[0].plan.matrix))
+        rank = int(torch.linalg.matrix_rank(engine.states[0].plan.matrix))
         assert rank == min(3 + 4 * number, 16)
-    assert engine.pairs[0].memory == 0.98
+    assert engine.states[0].memory == 0.98
 
 
 def test_directions() -> None:
@@ -218,13 +219,13 @@ def test_processes_that_solve_otherwise_take_the_matrix_of_the_first(monkeypatch
             plans, potentials = copy.deepcopy(message)
             return [type(plan)(*(2 * part for part in plan)) for plan in plans], potentials
 
-    settings = {"plan": "orthogonal", "epsilon": 0.01, "memory": 0.0, "solve_every": 10, "seed": 0}
-    engine = GlobalTransportEngine([("a", "b")], [1.0], get_cost("correlation"), **settings, ranks=Unlike())
+    settings = TermSettings(get_cost("correlation"), "orthogonal")
+    engine = GlobalTransportEngine([("a", "b")], [1.0], settings, ranks=Unlike())
     alone = make("orthogonal")
     with pytest.warns(UserWarning, match="differ in some bits"):
         call(engine, draw())
     call(alone, draw())
-    for found, expected in zip(engine.pairs[0].plan, alone.pairs[0].plan, strict=True):
+    for found, expected in zip(engine.states[0].plan, alone.states[0].plan, strict=True):
         torch.testing.assert_close(found, 2 * expected, rtol=1e-4, atol=1e-5)
 
 

@@ -46,7 +46,7 @@ def test_pairs_together_are_as_alone(
     options = {"pairs": len(SHAPES), "memory": memory, "solve_every": solve_every}
     alone = make(term, **options)
     expected = run(alone)
-    monkeypatch.setattr("lightning_otrt.steps.stacking.is_stacked", lambda device: True)
+    monkeypatch.setattr("lightning_otrt.steps.engine.is_stacked", lambda device: True)
     together = make(term, **options)
     torch.testing.assert_close(run(together), expected, rtol=1e-9, atol=1e-12, equal_nan=True)
     saved, other = together.state_dict(), alone.state_dict()
@@ -61,7 +61,7 @@ def test_pairs_together_are_as_alone(
 @pytest.mark.parametrize("plan", ["uniform", "random", "exact", "static"])
 def test_other_plans(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(make(pairs=len(SHAPES), plan=plan))
-    monkeypatch.setattr("lightning_otrt.steps.stacking.is_stacked", lambda device: True)
+    monkeypatch.setattr("lightning_otrt.steps.engine.is_stacked", lambda device: True)
     torch.testing.assert_close(run(make(pairs=len(SHAPES), plan=plan)), expected, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 

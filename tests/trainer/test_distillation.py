@@ -144,7 +144,7 @@ class WithLbfgs(Task):
 def test_closures_of_lbfgs_are_one_call(make):
     callback = make_callback(make(), distillation=1.0)
     fitted([callback], task=make_task(WithLbfgs, norm=False), max_steps=3)
-    assert callback.transfer._run.distillation.calls == 3
+    assert callback.transfer.run_state.distillation.calls == 3
 
 
 @pytest.mark.parametrize("make", [make_teacher, other_classes])

@@ -85,7 +85,7 @@ def test_a_resume_with_a_finder_keeps_the_state(tmp_path):
     trainer = resuming_trainer(tmp_path, callbacks=[make_callback(memory=0.9)], max_epochs=1)
     trainer.fit(make_task(), loader())
     engine = trainer.callbacks[0].transfer.engine
-    count = engine.pairs[0].sums[0]
+    count = engine.states[0].sums[0]
     assert engine.calls == 8
     assert count.item() == pytest.approx(8 * 4 * 4 * sum(0.9**age for age in range(8)))
 

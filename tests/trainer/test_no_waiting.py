@@ -250,7 +250,7 @@ PLACES = [
     "reading.hooks.layer_hooks.select_tensor",
     "reading.hooks.layer_hooks.sequence_output",
     "teacher.frozen.frozen_teacher._cast",
-    "transfer.factor_at",
+    "weights.factor_at",
     "steps.term_engine.attach_gradients",
     "steps.term_engine.solve_plans",
     "steps.term_engine.TermEngine._total",

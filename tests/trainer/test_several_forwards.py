@@ -111,7 +111,7 @@ def test_lbfgs_keeps_the_statistics_of_a_batch():
         make_trainer(callbacks=[callback]).fit(task, loader())
         seen[kind] = callback.transfer.engine
     assert seen[LBFGS].calls == seen[Task].calls == 4
-    counts = [[pair.sums[0].item() for pair in seen[kind].pairs] for kind in (LBFGS, Task)]
+    counts = [[pair.sums[0].item() for pair in seen[kind].states] for kind in (LBFGS, Task)]
     assert counts[0] == counts[1]
     assert counts[0][0] == pytest.approx(8 * 4 * 4 * sum(0.9**age for age in range(4)))
 

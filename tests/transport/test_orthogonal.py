@@ -10,6 +10,7 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
+from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Sums, ValueAndGradient
 from lightning_otrt.transport.orthogonal import OrthogonalAlignment, random_projection
 
@@ -269,10 +270,10 @@ def test_running_sums_go_on_from_a_saved_state(power: float) -> None:
     running = coupling.sums(*batches[0], reference)
     weights = [0.9**power_of for power_of in range(5, -1, -1)]
     for batch in batches[1:3]:
-        running = coupling.accumulate(running, 0.9, *batch, reference)
+        running = CorrelationCost().accumulate(running, 0.9, *batch, reference)
     running = [part.clone() for part in running]
     for batch in batches[3:]:
-        running = coupling.accumulate(running, 0.9, *batch, reference)
+        running = CorrelationCost().accumulate(running, 0.9, *batch, reference)
     each = [coupling.sums(*batch, reference) for batch in batches]
     expected = added([[w * part for part in sums] for w, sums in zip(weights, each, strict=True)])
     torch.testing.assert_close(coupling.solve(running), coupling.solve(expected), rtol=1e-6, atol=1e-8)

@@ -1,0 +1,55 @@
+"""How long a layer may be missing before it is an error, or worth a warning."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lightning_otrt import LayerPair
+from lightning_otrt.missed_layers import FEW_CALLS, PATIENCE, PATIENCE_FOR_ALL, Missed, MissedLayers
+
+PAIRS = (LayerPair("a", "x"), LayerPair("b", "y"))
+STUDENT = nn.Linear(2, 2)
+
+
+def after(calls: int, absent: list[int]) -> MissedLayers:
+    """So many calls in which the layers of these pairs did not run."""
+    missed = MissedLayers()
+    for call in range(calls):
+        missed.note({index: f"student layer {PAIRS[index].student!r}" for index in absent}, is_first=call == 0)
+    return missed
+
+
+def test_nothing_is_missed():
+    assert after(100, []).report([], PAIRS, 100, STUDENT) == Missed()
+
+
+@pytest.mark.parametrize(
+    ("never", "student", "patience"),
+    [([1], STUDENT, PATIENCE), ([1], None, FEW_CALLS), ([0, 1], STUDENT, PATIENCE_FOR_ALL), ([0, 1], None, 1)],
+)
+def test_layers_that_never_run(never, student, patience):
+    for calls in (patience - 1, patience):
+        found = after(calls, never).report(never, PAIRS, calls, student)
+        assert not found.warning
+        assert bool(found.error) == (calls == patience)
+    assert "student layer 'b'" in found.error
+
+
+def test_where_layers_are_skipped_at_random_the_end_of_an_epoch_waits_as_long():
+    missed = MissedLayers()
+    for call in range(PATIENCE):
+        missed.note({1: "student layer 'b'"} if call % 2 else {0: "student layer 'a'"}, is_first=not call)
+    assert not missed.report([1], PAIRS, PATIENCE - 1).error
+    assert missed.report([1], PAIRS, PATIENCE).error
+
+
+def test_layers_that_ran_before():
+    for calls in (PATIENCE - 1, PATIENCE):
+        found = after(calls, [0]).report([], PAIRS, 100, STUDENT)
+        assert not found.error
+        assert bool(found.warning) == (calls == PATIENCE)
+    assert f"The student layer 'a' did not run in the last {PATIENCE} steps" in found.warning
+    missed = after(PATIENCE, [0])
+    missed.note({}, is_first=False)
+    assert missed.report([], PAIRS, 100, STUDENT) == Missed()
