@@ -51,7 +51,7 @@ def main() -> None:
         accelerator="cpu",
     ).fit(student, loader)
     with Path(logger.log_dir, "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["otrt/gradient_share"]]
+        rows = list(csv.DictReader(file))
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     images = DataLoader(test, 256)
@@ -64,8 +64,10 @@ def main() -> None:
     plot_plan(last.plan, title=f"{BLOCKS[-1]}, after training", distance=last.value, ax=axes[1, 0])
     names = {f"otrt/distance/{name}": f"distance, {name}" for name in layers}
     names["otrt/gradient_share"] = "share of the gradient"
-    curves = {label: [float(row[name]) for row in rows] for name, label in names.items()}
-    plot_history(curves, [int(row["step"]) for row in rows], ax=axes[1, 1])
+    # The callback and the monitor write rows of their own, here for the same steps.
+    seen = {name: {int(row["step"]): float(row[name]) for row in rows if row[name]} for name in names}
+    steps = sorted(set.intersection(*map(set, seen.values())))
+    plot_history({label: [seen[name][step] for step in steps] for name, label in names.items()}, steps, ax=axes[1, 1])
     axes[1, 1].set_title("training")
     figure.savefig(options.figure, dpi=100)
     print(f"\nFigure: {options.figure.resolve()}")
