@@ -241,7 +241,7 @@ def test_again_and_with_another_student():
     transfer.reset()
     with transfer.attached(student := make_student(8)):
         step(transfer, student)
-        assert transfer.distances[0].plan.shape == (16, 12)
+        assert transfer.distances[0].matrix.shape == (16, 12)
 
 
 @pytest.mark.parametrize("distills", [False, True])

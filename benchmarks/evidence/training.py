@@ -314,9 +314,9 @@ def _plans(transfer: RepresentationTransfer) -> Row:
     """The share of mass off the identity in each layer, where widths agree, and the plan of the first layer."""
     found: Row = {}
     for distance in transfer.distances:
-        if distance.plan is None or distance.is_skipped:
+        if distance.matrix is None or distance.is_skipped:
             continue
-        plan = distance.plan / distance.plan.sum()
+        plan = distance.matrix / distance.matrix.sum()
         layer: Row = {"value": round(float(distance.value), 4)}
         if plan.shape[0] == plan.shape[1]:
             layer["off_identity"] = round(1 - float(plan.diagonal().sum()), 4)

@@ -38,13 +38,12 @@ Values: TypeAlias = dict[int, dict[int, ValueAndGradient]]
 
 @dataclass(frozen=True, eq=False)
 class PairDistance:
-    """The distance of one pair of layers in one call.
+    """The distance of one pair of layers in one call, with the :attr:`plan` or the :attr:`rotation` behind it.
 
     Attributes:
         name: Name of the student layer.
         value: ⟨P, M⟩, the mean over views, detached; NaN if the pair was skipped.
-        plan: The plan behind it, ``(N, M)``. If the pair was skipped, its last one, or None if it had none yet. Of an
-            orthogonal coupling it is the matrix from centred teacher neurons to targets.
+        matrix: The plan or the rotation, ``(N, M)``. If the pair was skipped, its last one, or None if it had none yet.
         memory: Decay of the running cost behind the plan; 0 if the plan sees the batch of its solve alone, None before
             the first call of the pair.
         observations: Observations of the call over all views. Other processes are taken to have as many as this one.
@@ -60,7 +59,7 @@ class PairDistance:
 
     name: str
     value: Tensor
-    plan: Tensor | None
+    matrix: Tensor | None
     memory: float | None
     observations: int
     is_skipped: bool = False
@@ -69,9 +68,31 @@ class PairDistance:
     def __repr__(self) -> str:
         """The value, and the shape of the plan in place of its entries. To read the value waits for the device."""
         kind = "plan" if self.alignment is None else "rotation"
-        plan = f"no {kind}" if self.plan is None else f"{kind} {tuple(self.plan.shape)}"
+        matrix = f"no {kind}" if self.matrix is None else f"{kind} {tuple(self.matrix.shape)}"
         value = "skipped" if self.is_skipped else f"{float(self.value):.4g}"
-        return f"{type(self).__name__}({self.name!r}, {value}, {plan}, {self.observations} observations)"
+        return f"{type(self).__name__}({self.name!r}, {value}, {matrix}, {self.observations} observations)"
+
+    @property
+    def plan(self) -> Tensor | None:
+        """The transport plan P, ``(N, M)``; None as for :attr:`matrix`.
+
+        Raises:
+            AttributeError: If an orthogonal coupling is behind the distance.
+        """
+        if self.alignment is not None:
+            raise AttributeError("An orthogonal coupling has no transport plan: use `rotation`, or `matrix` for both.")
+        return self.matrix
+
+    @property
+    def rotation(self) -> Tensor:
+        """The matrix Q from centred teacher neurons to the targets of the student's, for an orthogonal coupling.
+
+        Raises:
+            AttributeError: If no orthogonal coupling is behind the distance.
+        """
+        if self.alignment is None:
+            raise AttributeError("A transport plan is no rotation: use `plan`, or `matrix` for both.")
+        return self.alignment.matrix
 
 
 class TermEngine(ABC):
@@ -202,11 +223,11 @@ class TermEngine(ABC):
                 total = value * weight if total is None else torch.add(total, value, alpha=weight)
             else:
                 value = call.batches[index][0][0].new_full((), float("nan"))
-            plan = None if state.plan is None else state.plan.matrix
+            matrix = None if state.plan is None else state.plan.matrix
             name, skipped = self.names[index][0], index not in values
             observations = self.processes * sum(call.counts[index])
             alignment = state.plan if isinstance(state.plan, Alignment) else None
-            distances.append(PairDistance(name, value, plan, state.memory, observations, skipped, alignment))
+            distances.append(PairDistance(name, value, matrix, state.memory, observations, skipped, alignment))
         if total is None:
             total = call.batches[0][0][0].new_zeros(())
         # The difference is NaN for an infinite total, too. `isfinite` would take four operations.

@@ -66,9 +66,9 @@ class TransferWarnings:
         for label, distance in zip(labels, transfer.distances, strict=False):
             entropy = values.get(f"otrt/entropy/{label}", math.nan)
             # With a large epsilon the engine has warned at its first plan.
-            if distance.plan is None or transfer.plan not in SOLVED or transfer.epsilon >= BLURRING_EPSILON:
+            if distance.matrix is None or transfer.plan not in SOLVED or transfer.epsilon >= BLURRING_EPSILON:
                 continue
-            rows, columns = distance.plan.shape
+            rows, columns = distance.matrix.shape
             spread = (rows * columns) ** (entropy - 1)
             if self._persists(f"uniform {label}", min(rows, columns) > 2 and spread > NEARLY_UNIFORM):
                 self.warn(
@@ -111,9 +111,9 @@ class TransferWarnings:
         if transfer.plan not in ("sinkhorn", "exact", "orthogonal", "auto"):  # a static plan has a memory
             return
         for pair, distance in zip(transfer.pairs, transfer.distances, strict=False):
-            if distance.plan is None or distance.is_skipped or distance.memory != 0:
+            if distance.matrix is None or distance.is_skipped or distance.memory != 0:
                 continue
-            rows, columns = distance.plan.shape
+            rows, columns = distance.matrix.shape
             if distance.observations < max(rows, columns):
                 self.warn(
                     "few",

@@ -130,15 +130,16 @@ class MonitoredTransfer(ExtraTerm):
             return {}
         found: dict[str, Tensor] = {}
         for label, distance in zip(self.transfer.labels, self.transfer.distances, strict=False):
-            if distance.plan is None or distance.is_skipped:
+            if distance.matrix is None or distance.is_skipped:
                 continue
             if distance.alignment is not None:
                 found[f"otrt/directions/{label}"] = distance.alignment.directions
                 continue
-            numbers = diagnose(distance.plan)
+            numbers = diagnose(distance.matrix)
             found[f"otrt/marginal_error/{label}"] = numbers.teacher_error
             found[f"otrt/entropy/{label}"] = numbers.entropy
-            if distance.plan.shape[0] == distance.plan.shape[1]:
+            rows, columns = distance.matrix.shape
+            if rows == columns:
                 found[f"otrt/off_identity/{label}"] = numbers.off_identity
         found.update(self._shares)
         self._shares = {}
@@ -189,13 +190,13 @@ class MonitoredTransfer(ExtraTerm):
         """Give figures of the current plans to all loggers. Returns whether figures can be drawn."""
         transfer = self.transfer
         for label, pair, distance in zip(transfer.labels, transfer.pairs, transfer.distances, strict=False):
-            if distance.plan is None:
+            if distance.matrix is None:
                 continue
             title = f"{pair.student} and {pair.teacher}, step {step}"
             try:
                 if distance.alignment is None:
                     what = "plan"
-                    figure, _ = plot_plan(distance.plan, title=title, distance=distance.value)
+                    figure, _ = plot_plan(distance.matrix, title=title, distance=distance.value)
                 else:
                     what = "singular_values"
                     values = torch.linalg.svdvals(distance.alignment.correlations)

@@ -263,8 +263,8 @@ ROTATION = transport_distance(torch.randn(6, 50), torch.randn(9, 50), plan="orth
     (lambda: plot_singular_values(ROTATION.singular_values), TypeError, "mapping from the name.*got a Tensor"),
     (lambda: plot_singular_values({"a": torch.rand(2, 3)}), ValueError, r"'a' to be a non-empty vector, .* \(2, 3\)"),
     (lambda: plot_singular_values({"a": None}), ValueError, "'a' are None, as those of a transport plan"),
-    (lambda: plot_plan(ROTATION.plan), ValueError, "no negative entries.*`plot_singular_values`"),
-    (lambda: plot_cost(ROTATION.cost, plan=ROTATION.plan), ValueError, "no negative entries"),
+    (lambda: plot_plan(ROTATION.rotation), ValueError, "no negative entries.*`plot_singular_values`"),
+    (lambda: plot_cost(ROTATION.cost, plan=ROTATION.rotation), ValueError, "no negative entries"),
 ])  # fmt: skip
 def test_rotations_are_no_plans(draw: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -139,7 +139,7 @@ def test_a_pair_that_did_not_run_changes_nothing(cost: str, processes: int) -> N
     assert whole > term
     assert [distance.is_skipped for distance in distances] == [False, True, True]
     assert distances[1].value.isnan()
-    assert torch.equal(distances[1].plan, before["plan"])
+    assert torch.equal(distances[1].matrix, before["plan"])
     assert distances[1].observations == 0
     assert_same_state({"calls": 0, "pairs": [before]}, {"calls": 0, "pairs": [transport.states[1].state_dict()]})
     assert transport.bad_calls == 0

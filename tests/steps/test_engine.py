@@ -56,7 +56,7 @@ def test_term_and_gradient_are_those_of_the_weighted_mean_over_views(cost: str) 
 def test_a_distance_shows_its_value_and_no_entries(plan: str, shown: str) -> None:
     engine = make(plan=plan)
     _, (distance,) = engine.term([[draw()]], 80)
-    size = tuple(distance.plan.shape)
+    size = tuple(distance.matrix.shape)
     assert repr(distance) == f"PairDistance('s0', {float(distance.value):.4g}, {shown} {size}, 40 observations)"
 
 

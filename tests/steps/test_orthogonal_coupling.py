@@ -18,6 +18,7 @@ from lightning_otrt.steps.coupling import EARLY_SOLVES
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.settings import TermSettings
+from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.transport import orthogonal
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.orthogonal import random_projection
@@ -39,6 +40,18 @@ def omega(y: Tensor, x: Tensor, matrix: Tensor, term: str) -> Tensor:
     return 1 - (standardised(y, term) * standardised(matrix @ x, term)).sum()
 
 
+def test_a_distance_has_a_plan_or_a_rotation() -> None:
+    pairs = [draw(6, 9, seed=0, dtype=torch.float64)]
+    _, [turned] = make(KINDS[0]).term([pairs], 80)
+    assert turned.rotation is turned.matrix
+    with pytest.raises(AttributeError, match="no transport plan: use `rotation`"):
+        print(turned.plan)
+    moved = PairDistance("layer", torch.tensor(0.5), torch.eye(4) / 4, memory=0.0, observations=64)
+    assert moved.plan is moved.matrix
+    with pytest.raises(AttributeError, match="no rotation: use `plan`"):
+        print(moved.rotation)
+
+
 @pytest.mark.parametrize("term", KINDS)
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_term_and_gradient_are_those_of_autograd(term: str, widths: tuple[int, int]) -> None:
@@ -48,7 +61,7 @@ def test_term_and_gradient_are_those_of_autograd(term: str, widths: tuple[int, i
         views = [[draw(*widths, seed=2 * number + view, dtype=torch.float64)] for view in range(2)]
         inputs = [pairs[0][0] for pairs in views]
         found, [distance] = engine.term(views, 80)
-        expected = torch.stack([omega(*pairs[0], distance.plan, term) for pairs in views]).mean()
+        expected = torch.stack([omega(*pairs[0], distance.rotation, term) for pairs in views]).mean()
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
         gradients = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)
         torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)

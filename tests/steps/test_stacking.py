@@ -33,7 +33,7 @@ def run(engine: TransportEngine, calls: int = 5) -> list[Any]:
             pairs[3][1][0, 0] = torch.nan
         loss, distances = engine.term([pairs], 40, absent=absent)
         loss.backward()
-        found.append((loss.detach(), [y.grad for y, _ in pairs], [distance.plan for distance in distances]))
+        found.append((loss.detach(), [y.grad for y, _ in pairs], [distance.matrix for distance in distances]))
     return found
 
 

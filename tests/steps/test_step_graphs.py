@@ -105,7 +105,9 @@ def test_what_a_call_gave_stays(use_recorded_graphs: Graphs) -> None:
         calls = [one.term([pairs], 40) for pairs in batches]
         torch.stack([total for total, _ in calls]).sum().backward()
         found = [y.grad for pairs in batches for y, _ in pairs]
-        kept.append([*found, *(part for _, distances in calls for one in distances for part in (one.value, one.plan))])
+        kept.append(
+            [*found, *(part for _, distances in calls for one in distances for part in (one.value, one.matrix))]
+        )
     assert_same(*kept)
     assert use_recorded_graphs
 
