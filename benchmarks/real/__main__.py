@@ -19,12 +19,15 @@ from benchmarks.evidence.training import CACHE
 from benchmarks.evidence.tuning import tune
 from benchmarks.pages import write_page
 from benchmarks.real.cells import CELLS, quick
+from benchmarks.real.confirmations import CONFIRMATIONS, TakenOver
 from benchmarks.real.methods import METHODS
 from benchmarks.real.networks_table import NETWORKS, measure
 from benchmarks.real.page import page
 from benchmarks.real.training import execute
 
 RESULTS = Path(__file__).parents[1] / "results" / "real"
+#: What is tuned first, then what takes over the choices.
+ALL = {**CELLS, **CONFIRMATIONS}
 
 
 def run(name: str, cell: Experiment, results: Results, seeds: int, device: str = "cpu") -> None:
@@ -33,7 +36,11 @@ def run(name: str, cell: Experiment, results: Results, seeds: int, device: str =
     def go(runs: Sequence[Run], title: str) -> None:
         complete(runs, results, partial(execute, device=device), title=f"{name}, {title}")
 
-    choices = tune(cell.tuning, cell.tuned_methods(), results, go)
+    methods = cell.tuned_methods()
+    if isinstance(cell.tuning, TakenOver):
+        choices = cell.tuning.choices(methods, results)
+    else:
+        choices = tune(cell.tuning, methods, results, go)
     go([one for one in cell.runs(choices) if one.seed < seeds], "runs")
 
 
@@ -45,7 +52,7 @@ def _with(cell: Experiment, methods: Sequence[str] | None) -> Experiment:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", choices=CELLS, metavar="NAME", help=", ".join(CELLS))
+    parser.add_argument("--cells", nargs="+", choices=ALL, metavar="NAME", help=", ".join(ALL))
     parser.add_argument("--seeds", type=int, default=5, help="fewer paired seeds; a later command adds the others")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"some methods of the cells: {', '.join(METHODS)}"
@@ -56,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where rows go; default: results/real, quick: outputs")
     options = parser.parse_args(arguments)
     folder = options.folder or (CACHE / "quick" / "real" if options.quick else RESULTS)
-    cells = {name: quick(cell) for name, cell in CELLS.items()} if options.quick else CELLS
+    cells = {name: quick(cell) for name, cell in ALL.items()} if options.quick else ALL
     is_new = not any(folder.glob("*.jsonl"))  # else some rows may be of earlier code
     if not options.report:
-        for name in options.cells or CELLS:
+        for name in options.cells or ALL:
             run(
                 name,
                 _with(cells[name], options.methods),

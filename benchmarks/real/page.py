@@ -14,7 +14,8 @@ from benchmarks.evidence.goals import Goal, goals_table
 from benchmarks.evidence.report import Accuracies, Found, gather, p_value, signed
 from benchmarks.evidence.runs import Results, Row
 from benchmarks.evidence.statistics import Comparison, estimate, family
-from benchmarks.real.cells import label
+from benchmarks.real.cells import CELLS, label
+from benchmarks.real.confirmations import CONFIRMATIONS, TakenOver
 from benchmarks.real.methods import CONTROLS, METHODS, PLAIN
 from benchmarks.real.networks_table import NETWORKS, table
 
@@ -44,6 +45,10 @@ are in no training or validation set, in either drawing. Images are 64 × 64, te
   forward comes on top: its time for a batch of 32 is in the first table. Each image has eight fixed views.
 - The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
 
+_CONFIRMED = """\
+Other data, other classes, twice as many classes, and another teacher. Weight, learning rate and weight decay of each
+method are those that another cell has tuned on its own data; it is named below each table."""
+
 
 def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder: Path) -> str:
     """The Markdown of everything found so far.
@@ -68,8 +73,8 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
         *table(folder / NETWORKS),
     ]
     tests = {name: comparisons_of(accuracies(one)) for name, one in found.items()}
-    if reached := [goal for name, one in found.items() for goal in goals(one, tests[name])]:
-        lines += ["## Goals on real checkpoints", "", f"The recipe is {label(RECIPE)}.", "", *goals_table(reached)]
+    lines += _goals("Goals on real checkpoints", f"The recipe is {label(RECIPE)}.", found, tests, CELLS)
+    lines += _goals("The same goals on tasks where nothing was tuned", _CONFIRMED, found, tests, CONFIRMATIONS)
     times = step_times(rows)
     for name, one in found.items():
         command = f"python -m benchmarks.real --cells {name}"
@@ -78,6 +83,18 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
     if missing := _missing(found, cells):
         lines += ["## Cells not run yet", "", *missing, ""]
     return "\n".join(lines)
+
+
+def _goals(
+    heading: str,
+    text: str,
+    found: Mapping[str, Found],
+    tests: Mapping[str, Mapping[tuple[str, str], Comparison]],
+    cells: Iterable[str],
+) -> list[str]:
+    """The table of goals of some cells."""
+    reached = [goal for name in cells if name in found for goal in goals(found[name], tests[name])]
+    return [f"## {heading}", "", text, "", *goals_table(reached)] if reached else []
 
 
 def accuracies(found: Found) -> Accuracies:
@@ -130,7 +147,7 @@ def cell_table(
         for other in (PLAIN, CONTROLS.get(name, "")):
             one = tests.get((name, other))
             cells += ["", ""] if one is None else [signed(one.gain), p_value(one.corrected)]
-        time = times.get((found.experiment.tuning.pair, name))
+        time = times.get((str(found.experiment.changes.get("pair", found.experiment.tuning.pair)), name))
         lines.append(f"| {' | '.join([*cells, '' if time is None else f'{time:.0f}'])} |")
     return [*lines, ""]
 
@@ -148,7 +165,8 @@ def _other_runs(found: Found) -> list[str]:
 
 def _choices(found: Found) -> list[str]:
     """What tuning chose; a star marks a learning rate at the edge of its candidates."""
-    lines = ["<details><summary>What tuning chose</summary>", ""]
+    where = f" in `{found.experiment.tuning.cell}`" if isinstance(found.experiment.tuning, TakenOver) else ""
+    lines = [f"<details><summary>What tuning chose{where}</summary>", ""]
     lines += ["| method | learning rate | weight decay | weight | validation accuracy, % |", "|---|---|---|---|---|"]
     for name, choice in found.choices.items():
         tuning = found.experiment.tuning
