@@ -23,6 +23,7 @@ from benchmarks.real.confirmations import CONFIRMATIONS, TakenOver
 from benchmarks.real.methods import METHODS
 from benchmarks.real.networks_table import NETWORKS, measure
 from benchmarks.real.page import page
+from benchmarks.real.step_times import TIMES, measure_steps
 from benchmarks.real.training import execute
 
 RESULTS = Path(__file__).parents[1] / "results" / "real"
@@ -59,13 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; commands for other cells may share a GPU")
     parser.add_argument("--quick", action="store_true", help="four steps and one seed of each cell that is named")
+    parser.add_argument(
+        "--times", action="store_true", help="time a step of each method of the cells on a CPU, no more"
+    )
     parser.add_argument("--report", action="store_true", help="write the report from what is there, run nothing")
     parser.add_argument("--folder", type=Path, help="where rows go; default: results/real, quick: outputs")
     options = parser.parse_args(arguments)
     folder = options.folder or (CACHE / "quick" / "real" if options.quick else RESULTS)
     cells = {name: quick(cell) for name, cell in ALL.items()} if options.quick else ALL
     is_new = not any(folder.glob("*.jsonl"))  # else some rows may be of earlier code
-    if not options.report:
+    if options.times:
+        for name in options.cells or ():
+            measure_steps(cells[name], Results(folder / TIMES))
+    elif not options.report:
         for name in options.cells or ALL:
             run(
                 name,
@@ -78,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure(folder / NETWORKS)
     found = {name: Results(folder / f"{name}.jsonl") for name in cells}
     text = page(found, cells, folder)
-    print(f"Report: {write_page(text, folder.parent, measured=is_new and not options.report)}")
+    print(f"Report: {write_page(text, folder.parent, measured=is_new and not (options.report or options.times))}")
 
 
 if __name__ == "__main__":

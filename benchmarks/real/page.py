@@ -12,12 +12,13 @@ import torch
 from benchmarks.evidence.experiments import Experiment
 from benchmarks.evidence.goals import Goal, goals_table
 from benchmarks.evidence.report import Accuracies, Found, gather, p_value, signed
-from benchmarks.evidence.runs import Results, Row
+from benchmarks.evidence.runs import Results
 from benchmarks.evidence.statistics import Comparison, estimate, family
 from benchmarks.real.cells import CELLS, label
 from benchmarks.real.confirmations import CONFIRMATIONS, TakenOver
 from benchmarks.real.methods import CONTROLS, METHODS, PLAIN
 from benchmarks.real.networks_table import NETWORKS, table
+from benchmarks.real.step_times import TIMES, step_times
 
 #: The recipe that the documentation recommends for real checkpoints: of ours the best on validation samples.
 RECIPE = "orthogonal+kd"
@@ -41,8 +42,9 @@ are in no training or validation set, in either drawing. Images are 64 × 64, te
 - *Distillation* is that of the library: with other classes the teacher's output regressed on what enters the student's
   head. *Controls* are a fixed random assignment, or rotation, in place of the one that is solved.
 - *Cost* is the processor time of a training step on one thread of a CPU, with the teacher's outputs at hand
-  (`teacher_cache`): the median over all cells of the same two networks that ran on a CPU. Without a cache the teacher's
-  forward comes on top: its time for a batch of 32 is in the first table. Each image has eight fixed views.
+  (`teacher_cache`): the median over all cells of the same two networks that ran on a CPU, or one run of 40 steps where
+  none did (`--times`). Without a cache the teacher's forward comes on top: its time for a batch of 32 is in the first
+  table. Each image has eight fixed views.
 - The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
 
 _CONFIRMED = """\
@@ -75,7 +77,7 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
     tests = {name: comparisons_of(accuracies(one)) for name, one in found.items()}
     lines += _goals("Goals on real checkpoints", f"The recipe is {label(RECIPE)}.", found, tests, CELLS)
     lines += _goals("The same goals on tasks where nothing was tuned", _CONFIRMED, found, tests, CONFIRMATIONS)
-    times = step_times(rows)
+    times = step_times(Results(folder / TIMES).rows.values()) | step_times(rows)
     for name, one in found.items():
         command = f"python -m benchmarks.real --cells {name}"
         lines += [f"## {one.experiment.title}", "", f"`{command}{_device(one)}", ""]
@@ -115,15 +117,6 @@ def _device(found: Found) -> str:
     on_cpu = sum("device" not in row for row in rows)
     names = [*devices, *([f"{on_cpu} runs on a CPU"] if on_cpu else [])]
     return f" --device cuda` ({'; '.join(names)})" if devices else "`"
-
-
-def step_times(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
-    """Median milliseconds of a step by networks and method, over the runs on a CPU."""
-    times: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if "step_ms" in row:
-            times.setdefault((row["pair"], row["method"]), []).append(row["step_ms"])
-    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def cell_table(
