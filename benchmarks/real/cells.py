@@ -15,7 +15,14 @@ from benchmarks.real.methods import METHODS, candidates, methods_of
 SEEDS = 5
 BATCH_SIZE = 32
 #: Names of the data sets in tables.
-DATA = {"emoji": "emoji, 22 subcategories", "fashion": "Fashion-MNIST", "sections": "Debian sections, 12 classes"}
+DATA = {
+    "emoji": "emoji, 22 subcategories",
+    "other emoji": "emoji, 22 other subcategories",
+    "fashion": "Fashion-MNIST",
+    "digits": "handwritten digits of MNIST",
+    "sections": "Debian sections, 12 classes",
+    "24 sections": "Debian sections, 24 classes",
+}
 
 
 @dataclass(frozen=True)

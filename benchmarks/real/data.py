@@ -2,15 +2,15 @@
 
 Emoji: two fifths of the emoji of each class are for tests, in both drawings; of the others each seed draws its own for
 training, three quarters of them at most, and those that it leaves are for validation. Fashion-MNIST: the first 50,000
-training images, the last 10,000 for validation (every seventh), and every third test image. Sections: 80 texts of each
-section are for tests, 50 that follow those of a seed for validation; where a section has fewer texts than asked for,
-all others train.
+training images, the last 10,000 for validation (every seventh), and every third test image. Digits: half of each class
+is for tests. Sections: 80 texts of each section are for tests, 50 that follow those of a seed for validation; where a
+section has fewer texts than asked for, all others train.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +22,12 @@ from torch.nn import functional as F
 from benchmarks.evidence.runs import Run
 from benchmarks.real import packages
 from benchmarks.real.checkpoints import minilm, normalised
+from benchmarks.real.classes import EMOJI_CLASSES, MORE_SECTIONS, OTHER_EMOJI_CLASSES, SECTIONS
 from benchmarks.real.networks import LENGTH
 
 SIZE = 64
 #: Fixed views of each training image, random but the first: eight, or fewer where images are many.
 VIEWS, SOME_IMAGES = 8, 20_000
-#: The classes of emoji: subcategories with enough of them, some of them joined.
-EMOJI_CLASSES = (
-    *(("animal-mammal",), ("animal-bird",), ("animal-marine",), ("animal-bug",), ("food-fruit",), ("food-vegetable",)),
-    *(("food-prepared",), ("food-sweet", "food-asian"), ("drink",), ("transport-ground",)),
-    *(("transport-air", "transport-water"), ("place-building",), ("clothing",), ("tool",), ("sport",), ("household",)),
-    *(("plant-other", "plant-flower"), ("sky & weather",), ("face",), ("heart",), ("computer", "phone")),
-    ("musical-instrument",),
-)
-SECTIONS = ("utils", "science", "net", "devel", "admin", "games", "x11", "sound", "text", "graphics", "web", "fonts")
 _EMOJI_TEST, _EMOJI_TRAIN = 0.4, 0.75
 _FASHION_POOL, _FASHION_VALIDATION, _FASHION_TEST = 50_000, 7, 3
 _SECTION_TEST, _SECTION_VALIDATION = 80, 50
@@ -120,9 +112,9 @@ def _problem(target: str, per_class: int, seed: int, split: str, device: str) ->
 
 
 def _on_cpu(target: str, per_class: int, seed: int, split: str) -> Problem:
-    if target == "sections":
-        return _sections(per_class, seed, split)
-    images, labels, held_out, held_out_labels = {"emoji": _emoji, "fashion": _fashion}[target](per_class, seed, split)
+    if target in _TEXTS:
+        return _sections(_TEXTS[target], per_class, seed, split)
+    images, labels, held_out, held_out_labels = _IMAGES[target](per_class, seed, split)
     generator = torch.Generator().manual_seed(seed)
     count = max(1, min(VIEWS, SOME_IMAGES // len(images)))
     views = torch.cat([images, *(random_view(images, generator) for _ in range(count - 1))])
@@ -148,13 +140,13 @@ def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _emoji(per_class: int, seed: int, split: str) -> Arrays:
+def _emoji(classes: Sequence[Sequence[str]], per_class: int, seed: int, split: str) -> Arrays:
     pictures = _emoji_pictures()
     fixed, rng = np.random.default_rng(7), np.random.default_rng(1000 + seed)
-    of_subcategory = {name: label for label, names in enumerate(EMOJI_CLASSES) for name in names}
+    of_subcategory = {name: label for label, names in enumerate(classes) for name in names}
     labels = torch.tensor([of_subcategory.get(_joined(name), -1) for name in pictures.subcategories])
     parts: dict[str, list[Tensor]] = {"train": [], "held out": []}
-    for label in range(len(EMOJI_CLASSES)):
+    for label in range(len(classes)):
         identities = np.unique(pictures.identities[labels == label].numpy())
         fixed.shuffle(identities)
         count = round(_EMOJI_TEST * len(identities))
@@ -189,17 +181,43 @@ def _fashion(per_class: int, seed: int, split: str) -> Arrays:
     return _enlarged(images[chosen]), labels[chosen], _enlarged(held_out), held_out_labels
 
 
+def _digits(per_class: int, seed: int, split: str) -> Arrays:
+    images, labels = packages.digits()
+    fixed, rng = np.random.default_rng(7), np.random.default_rng(1000 + seed)
+    train: list[int] = []
+    held_out: list[int] = []
+    for label in range(10):
+        numbers = np.flatnonzero(labels.numpy() == label)
+        fixed.shuffle(numbers)
+        test, pool = np.array_split(numbers, 2)
+        rng.shuffle(pool)
+        train += pool[:per_class].tolist()
+        held_out += (test if split == "test" else pool[per_class:]).tolist()
+    return _enlarged(images[train]), labels[train], _enlarged(images[held_out]), labels[held_out]
+
+
 def _enlarged(images: Tensor) -> Tensor:
     wide = F.interpolate(images[:, None].float() / 255, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     return wide.expand(-1, 3, -1, -1)
 
 
-def _sections(per_class: int, seed: int, split: str) -> Problem:
+#: Images and labels for training, then those that are held out, by target.
+_IMAGES: dict[str, Callable[[int, int, str], Arrays]] = {
+    "emoji": functools.partial(_emoji, EMOJI_CLASSES),
+    "other emoji": functools.partial(_emoji, OTHER_EMOJI_CLASSES),
+    "fashion": _fashion,
+    "digits": _digits,
+}
+#: Sections by target.
+_TEXTS = {"sections": SECTIONS, "24 sections": (*SECTIONS, *MORE_SECTIONS)}
+
+
+def _sections(sections: Sequence[str], per_class: int, seed: int, split: str) -> Problem:
     rows = _descriptions()
     fixed, rng = np.random.default_rng(7), np.random.default_rng(1000 + seed)
     train: list[int] = []
     held_out: list[int] = []
-    for section in SECTIONS:
+    for section in sections:
         numbers = np.array([number for number, (name, _) in enumerate(rows) if name == section])
         fixed.shuffle(numbers)
         test, pool = numbers[:_SECTION_TEST], numbers[_SECTION_TEST:]
@@ -207,12 +225,12 @@ def _sections(per_class: int, seed: int, split: str) -> Problem:
         count = min(per_class, len(pool) - _SECTION_VALIDATION)
         train += pool[:count].tolist()
         held_out += (test if split == "test" else pool[count : count + _SECTION_VALIDATION]).tolist()
-    return Problem(*(_tokens([rows[number] for number in part]) for part in (train, held_out)))
+    return Problem(*(_tokens([rows[number] for number in part], sections) for part in (train, held_out)))
 
 
 @functools.cache
 def _descriptions() -> list[tuple[str, str]]:
-    return [row for row in packages.descriptions() if row[0] in SECTIONS]
+    return packages.descriptions()
 
 
 @functools.cache
@@ -220,8 +238,8 @@ def _tokenizer() -> Any:
     return minilm()[1]
 
 
-def _tokens(rows: list[tuple[str, str]]) -> Samples:
+def _tokens(rows: list[tuple[str, str]], sections: Sequence[str]) -> Samples:
     texts = [text for _, text in rows]
     found = _tokenizer()(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-    labels = torch.tensor([SECTIONS.index(section) for section, _ in rows])
+    labels = torch.tensor([sections.index(section) for section, _ in rows])
     return Samples({"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}, labels)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.real.data import EMOJI_CLASSES, SECTIONS, SIZE, Batch
+from benchmarks.real.classes import EMOJI_CLASSES, SECTIONS
+from benchmarks.real.data import SIZE, Batch
 from benchmarks.real.networks import LENGTH
 from benchmarks.real.training import STUDENTS, TEACHERS
 from benchmarks.timing import Quartiles, rounds

@@ -2,6 +2,7 @@
 
 - Fashion-MNIST: ``apt-get install dataset-fashion-mnist``
 - emoji: ``npm install --prefix outputs/real emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0``
+- handwritten digits of MNIST: ``apt-get download opencv-doc && dpkg -x opencv-doc_*.deb outputs/real``
 - package descriptions: ``apt-get -o Acquire::Languages=en update``
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 EMOJI = Path("outputs/real/node_modules")
+DIGITS = Path("outputs/real/usr/share/doc/opencv-doc/examples/data/digits.png")
 APT_LISTS = Path("/var/lib/apt/lists")
 #: The drawings whose licences allow this use: Noto (Apache-2.0) and Twemoji (CC-BY 4.0).
 VENDORS = ("google", "twitter")
@@ -113,6 +115,31 @@ def emoji(root: Path = EMOJI) -> Emoji:
             subcategories.append(entry["subcategory"])
             identities.append(number)
     return Emoji(torch.stack(images), tuple(subcategories), torch.tensor(identities))
+
+
+def digits(path: Path = DIGITS) -> tuple[Tensor, Tensor]:
+    """5,000 handwritten digits of MNIST ``(5000, 20, 20)``, uint8, and their labels ``(5000,)``.
+
+    Args:
+        path: The picture ``digits.png`` of OpenCV: 50 rows of 100 digits, five rows of each class.
+
+    Raises:
+        FileNotFoundError: If it is not there; it says what to install.
+        ModuleNotFoundError: If Pillow is not installed.
+        ValueError: If the picture has another size.
+    """
+    from PIL import Image
+
+    if not path.exists():
+        raise FileNotFoundError(
+            f"No {path.name} in {path.parent}. Unpack it: `apt-get download opencv-doc && dpkg -x opencv-doc_*.deb "
+            "outputs/real`."
+        )
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("L")))
+    if pixels.shape != (1000, 2000):
+        raise ValueError(f"Expected {path} to have 1000 × 2000 pixels, but got {tuple(pixels.shape)}.")
+    images = pixels.view(50, 20, 100, 20).transpose(1, 2).reshape(-1, 20, 20)
+    return images, torch.arange(10).repeat_interleave(500)
 
 
 def descriptions(root: Path = APT_LISTS) -> list[tuple[str, str]]:

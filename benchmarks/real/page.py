@@ -12,11 +12,13 @@ import torch
 from benchmarks.evidence.experiments import Experiment
 from benchmarks.evidence.goals import Goal, goals_table
 from benchmarks.evidence.report import Accuracies, Found, gather, p_value, signed
-from benchmarks.evidence.runs import Results, Row
+from benchmarks.evidence.runs import Results
 from benchmarks.evidence.statistics import Comparison, estimate, family
-from benchmarks.real.cells import label
+from benchmarks.real.cells import CELLS, label
+from benchmarks.real.confirmations import CONFIRMATIONS, TakenOver
 from benchmarks.real.methods import CONTROLS, METHODS, PLAIN
 from benchmarks.real.networks_table import NETWORKS, table
+from benchmarks.real.step_times import TIMES, step_times
 
 #: The recipe that the documentation recommends for real checkpoints: of ours the best on validation samples.
 RECIPE = "orthogonal+kd"
@@ -40,9 +42,14 @@ are in no training or validation set, in either drawing. Images are 64 × 64, te
 - *Distillation* is that of the library: with other classes the teacher's output regressed on what enters the student's
   head. *Controls* are a fixed random assignment, or rotation, in place of the one that is solved.
 - *Cost* is the processor time of a training step on one thread of a CPU, with the teacher's outputs at hand
-  (`teacher_cache`): the median over all cells of the same two networks that ran on a CPU. Without a cache the teacher's
-  forward comes on top: its time for a batch of 32 is in the first table. Each image has eight fixed views.
+  (`teacher_cache`): the median over all cells of the same two networks that ran on a CPU, or one run of 40 steps where
+  none did (`--times`). Without a cache the teacher's forward comes on top: its time for a batch of 32 is in the first
+  table. Each image has eight fixed views.
 - The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
+
+_CONFIRMED = """\
+Other data, other classes, twice as many classes, and another teacher. Weight, learning rate and weight decay of each
+method are those that another cell has tuned on its own data; it is named below each table."""
 
 
 def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder: Path) -> str:
@@ -68,9 +75,9 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
         *table(folder / NETWORKS),
     ]
     tests = {name: comparisons_of(accuracies(one)) for name, one in found.items()}
-    if reached := [goal for name, one in found.items() for goal in goals(one, tests[name])]:
-        lines += ["## Goals on real checkpoints", "", f"The recipe is {label(RECIPE)}.", "", *goals_table(reached)]
-    times = step_times(rows)
+    lines += _goals("Goals on real checkpoints", f"The recipe is {label(RECIPE)}.", found, tests, CELLS)
+    lines += _goals("The same goals on tasks where nothing was tuned", _CONFIRMED, found, tests, CONFIRMATIONS)
+    times = step_times(Results(folder / TIMES).rows.values()) | step_times(rows)
     for name, one in found.items():
         command = f"python -m benchmarks.real --cells {name}"
         lines += [f"## {one.experiment.title}", "", f"`{command}{_device(one)}", ""]
@@ -78,6 +85,18 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
     if missing := _missing(found, cells):
         lines += ["## Cells not run yet", "", *missing, ""]
     return "\n".join(lines)
+
+
+def _goals(
+    heading: str,
+    text: str,
+    found: Mapping[str, Found],
+    tests: Mapping[str, Mapping[tuple[str, str], Comparison]],
+    cells: Iterable[str],
+) -> list[str]:
+    """The table of goals of some cells."""
+    reached = [goal for name in cells if name in found for goal in goals(found[name], tests[name])]
+    return [f"## {heading}", "", text, "", *goals_table(reached)] if reached else []
 
 
 def accuracies(found: Found) -> Accuracies:
@@ -98,15 +117,6 @@ def _device(found: Found) -> str:
     on_cpu = sum("device" not in row for row in rows)
     names = [*devices, *([f"{on_cpu} runs on a CPU"] if on_cpu else [])]
     return f" --device cuda` ({'; '.join(names)})" if devices else "`"
-
-
-def step_times(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
-    """Median milliseconds of a step by networks and method, over the runs on a CPU."""
-    times: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if "step_ms" in row:
-            times.setdefault((row["pair"], row["method"]), []).append(row["step_ms"])
-    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def cell_table(
@@ -130,7 +140,7 @@ def cell_table(
         for other in (PLAIN, CONTROLS.get(name, "")):
             one = tests.get((name, other))
             cells += ["", ""] if one is None else [signed(one.gain), p_value(one.corrected)]
-        time = times.get((found.experiment.tuning.pair, name))
+        time = times.get((str(found.experiment.changes.get("pair", found.experiment.tuning.pair)), name))
         lines.append(f"| {' | '.join([*cells, '' if time is None else f'{time:.0f}'])} |")
     return [*lines, ""]
 
@@ -148,7 +158,8 @@ def _other_runs(found: Found) -> list[str]:
 
 def _choices(found: Found) -> list[str]:
     """What tuning chose; a star marks a learning rate at the edge of its candidates."""
-    lines = ["<details><summary>What tuning chose</summary>", ""]
+    where = f" in `{found.experiment.tuning.cell}`" if isinstance(found.experiment.tuning, TakenOver) else ""
+    lines = [f"<details><summary>What tuning chose{where}</summary>", ""]
     lines += ["| method | learning rate | weight decay | weight | validation accuracy, % |", "|---|---|---|---|---|"]
     for name, choice in found.choices.items():
         tuning = found.experiment.tuning

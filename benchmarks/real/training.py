@@ -27,6 +27,7 @@ from lightning_otrt import RepresentationTransfer
 
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "EfficientNet-Lite0": efficientnet_lite,
+    "EfficientNet-Lite2": lambda: efficientnet_lite(2),
     "MiniLM": sentence_encoder,
 }
 STUDENTS: dict[str, Callable[[int], nn.Module]] = {
@@ -37,7 +38,7 @@ STUDENTS: dict[str, Callable[[int], nn.Module]] = {
     "itself": lambda classes: efficientnet_lite(num_classes=classes),
 }
 #: Layer of each teacher whose output a linear head reads.
-FEATURES = {"EfficientNet-Lite0": "global_pool", "MiniLM": "head"}
+FEATURES = {"EfficientNet-Lite0": "global_pool", "EfficientNet-Lite2": "global_pool", "MiniLM": "head"}
 
 
 def execute(run: Run, device: str = "cpu") -> Row:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks.real.checkpoints import efficientnet_lite, normalised
-from benchmarks.real.packages import VENDORS, descriptions, emoji, fashion_mnist, read_idx
+from benchmarks.real.packages import VENDORS, descriptions, digits, emoji, fashion_mnist, read_idx
 
 
 def idx(values: torch.Tensor) -> bytes:
@@ -65,6 +65,23 @@ def test_emoji(tmp_path: Path) -> None:
     assert int(found.images.min()) == 255  # transparent is white
     with pytest.raises(FileNotFoundError, match="npm install --prefix"):
         emoji(tmp_path / "nowhere")
+
+
+def test_digits(tmp_path: Path) -> None:
+    path = tmp_path / "digits.png"
+    with pytest.raises(FileNotFoundError, match="apt-get download opencv-doc"):
+        digits(path)
+    picture = Image.new("L", (2000, 1000))
+    picture.putpixel((20 * 99 + 3, 20 * 5), 200)  # the last digit of the sixth row, which is the first row of ones
+    picture.save(path)
+    images, labels = digits(path)
+    assert images.shape == (5000, 20, 20)
+    assert images.nonzero().tolist() == [[599, 0, 3]]
+    assert int(labels[599]) == 1
+    assert labels.bincount().tolist() == [500] * 10
+    Image.new("L", (20, 20)).save(path)
+    with pytest.raises(ValueError, match=r"1000 × 2000 pixels, but got \(20, 20\)"):
+        digits(path)
 
 
 def test_descriptions(tmp_path: Path) -> None:

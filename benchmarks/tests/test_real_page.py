@@ -14,6 +14,7 @@ from benchmarks.evidence.tuning import tune
 from benchmarks.real.cells import CELLS, label
 from benchmarks.real.methods import CONTROLS, METHODS
 from benchmarks.real.page import RECIPE, accuracies, comparisons_of, goals, page
+from benchmarks.real.step_times import STEPS, TIMES, timed_runs
 
 NAME = "emoji-5-resnet10"
 #: Points above 30 of each method; the others have 2.
@@ -112,3 +113,11 @@ def test_a_cell_that_ran_on_a_gpu(tmp_path: Path) -> None:
         assert f"`python -m benchmarks.real --cells {other} --device cuda` (A card, torch 9.9)" in cell
         line = next(line for line in cell.splitlines() if line.startswith(f"| {label('transport')} |"))
         assert line.endswith("| 54 |" if measured else "|  |")
+    # Where no cell ran on a CPU, short runs of their own say what a step costs.
+    times = Results(tmp_path / TIMES)
+    for run in timed_runs(CELLS[other]):
+        times.add(run, {"accuracy": 1.0, "seconds": 1.0, "step_ms": 77.0})
+    cell = page(results, CELLS, tmp_path).partition(f"## {CELLS[other].title}")[2].partition("\n## ")[0]
+    lines = [line for line in cell.splitlines() if line.startswith("| ") and "±" in line]
+    assert [line.endswith("| 77 |") for line in lines] == [not METHODS[name].freeze for name in CELLS[other].methods]
+    assert {run.steps for run in timed_runs(CELLS[other])} == {STEPS}

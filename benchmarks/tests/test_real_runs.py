@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from benchmarks.real import __main__ as command
 from benchmarks.real import data, networks_table, packages, training
 from benchmarks.real.cells import CELLS
 from benchmarks.real.checkpoints import normalised
+from benchmarks.real.classes import EMOJI_CLASSES, OTHER_EMOJI_CLASSES, SECTIONS
 from benchmarks.real.methods import METHODS, candidates, methods_of
 from benchmarks.real.networks import LENGTH, MeanPooled, ResNet10
 from benchmarks.real.recorded import Replay
@@ -63,20 +64,20 @@ class Pooled(nn.Module):
 
 def few_emoji() -> packages.Emoji:
     """Ten emoji of each class in two drawings."""
-    names = [names[0] for names in data.EMOJI_CLASSES for _ in range(10)]
+    names = [names[0] for names in EMOJI_CLASSES for _ in range(10)]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2 * len(names), 3, 64, 64), generator=generator, dtype=torch.uint8)
     return packages.Emoji(images, tuple(2 * names), torch.arange(len(names)).repeat(2))
 
 
-def few_tokens(rows: list[tuple[str, str]]) -> data.Samples:
+def few_tokens(rows: list[tuple[str, str]], sections: Sequence[str]) -> data.Samples:
     """A text is a number here, which decides its tokens and its length."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(50, (len(rows), LENGTH), generator=generator)
     lengths = torch.tensor([5 + int(text) % 40 for _, text in rows])
     mask = (torch.arange(LENGTH) < lengths[:, None]).long()
     return data.Samples(
-        {"input_ids": ids, "attention_mask": mask}, torch.tensor([data.SECTIONS.index(name) for name, _ in rows])
+        {"input_ids": ids, "attention_mask": mask}, torch.tensor([sections.index(name) for name, _ in rows])
     )
 
 
@@ -107,7 +108,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(training, "FEATURES", {"net": "global_pool", "encoder": "head"})
     pictures = few_emoji()
     monkeypatch.setattr(data, "_emoji_pictures", lambda: pictures)
-    texts = [(name, str(number)) for name in data.SECTIONS for number in range(140)]
+    texts = [(name, str(number)) for name in SECTIONS for number in range(140)]
     monkeypatch.setattr(data, "_descriptions", lambda: texts)
     monkeypatch.setattr(data, "_tokens", few_tokens)
     clear()
@@ -191,17 +192,21 @@ def test_no_emoji_that_is_tested_is_seen_before() -> None:
 
 
 def test_texts_of_tests_are_in_no_other_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [(name, f"{name} {number}") for name in data.SECTIONS for number in range(140)]
+    texts = [(name, f"{name} {number}") for name in SECTIONS for number in range(140)]
     monkeypatch.setattr(data, "_descriptions", lambda: texts)
-    monkeypatch.setattr(data, "_tokens", lambda rows: rows)
-    test: Any = data._sections(4, 0, "test")
-    validation: Any = data._sections(4, 0, "validation")
+    monkeypatch.setattr(data, "_tokens", lambda rows, sections: rows)
+    test: Any = data._sections(SECTIONS, 4, 0, "test")
+    validation: Any = data._sections(SECTIONS, 4, 0, "validation")
     assert len(test.held_out) == 12 * 80
     assert len(validation.held_out) == 12 * 50
     assert not {*test.held_out} & {*validation.held_out, *validation.train}
     assert not {*validation.train} & {*validation.held_out}
     assert validation.train == test.train
-    many: Any = data._sections(1000, 0, "validation")
+    # More sections leave the parts of the first ones as they are.
+    more: Any = data._sections(SECTIONS[:6], 4, 0, "test")
+    assert [row for row in test.held_out if row[0] in SECTIONS[:6]] == more.held_out
+    assert [row for row in test.train if row[0] in SECTIONS[:6]] == more.train
+    many: Any = data._sections(SECTIONS, 1000, 0, "validation")
     assert len(many.train) == 12 * 10
 
 
@@ -216,6 +221,32 @@ def test_fashion_chooses_on_training_images(monkeypatch: pytest.MonkeyPatch) -> 
     assert test.train.labels.bincount().tolist() == [2 * data.VIEWS] * 10
     assert test.train.inputs["images"].shape[1:] == (3, 64, 64)
     assert float(test.held_out.inputs["images"].min()) > float(validation.held_out.inputs["images"].max())
+
+
+def test_digits_of_tests_are_in_no_other_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The pixels of a digit name it.
+    values = torch.arange(200)
+    images, labels = values[:, None, None].expand(-1, 20, 20).to(torch.uint8), values // 20
+    monkeypatch.setattr(packages, "digits", lambda: (images, labels))
+    run = replace(IMAGES, target="digits", per_class=4)
+    test, validation = (data.problem_of(replace(run, split=split)) for split in ("test", "validation"))
+    assert len(test.held_out) == 100
+    assert len(validation.held_out) == 60
+    assert test.train.labels.bincount().tolist() == [4 * data.VIEWS] * 10
+
+    def seen(samples: data.Samples, count: int) -> set[float]:
+        return {round(float(image.mean()), 4) for image in samples.inputs["images"][:count]}
+
+    train, tested, chosen = seen(test.train, 40), seen(test.held_out, 100), seen(validation.held_out, 60)
+    assert len(train | tested | chosen) == 200
+    assert train == seen(validation.train, 40)
+
+
+def test_other_classes_of_emoji_are_others() -> None:
+    names = [name for names in EMOJI_CLASSES for name in names]
+    others = [name for names in OTHER_EMOJI_CLASSES for name in names]
+    assert len(OTHER_EMOJI_CLASSES) == len(EMOJI_CLASSES)
+    assert len({*names, *others}) == len(names) + len(others)
 
 
 @pytest.mark.parametrize("kind", ["images", "texts", "fine-tuning"])
