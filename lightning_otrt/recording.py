@@ -124,11 +124,13 @@ class RecordedStudent:
     @contextmanager
     def _switched(self, on: bool) -> Iterator[None]:
         before, self._is_recording = self._is_recording, on
-        self._switch()
         try:
+            self._switch()  # a schedule may raise an error here
             yield
         finally:
             self._is_recording = before
+            if not before:
+                self._attachment.leave_forward()
             self._switch()
 
     def _switch(self) -> None:

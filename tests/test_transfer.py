@@ -92,6 +92,36 @@ def fail(*args: Any) -> None:
     raise ZeroDivisionError
 
 
+def interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_forward_is_forgotten():
+    """As in a notebook, where the cell of the loop runs again. Torch calls no hook after an interrupt."""
+    student, transfer = make_student(), make_transfer()
+    transfer.attach(student)
+    for _ in range(2):
+        handle = student.head.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), transfer.recording():
+            student(batch())
+        handle.remove()
+        with transfer.recording():
+            step(transfer, student)
+    assert transfer.engine.calls == 2
+    transfer.detach()
+
+
+def test_nothing_is_recorded_after_a_schedule_that_fails():
+    student, transfer = make_student(), make_transfer(schedule=fail)
+    transfer.attach(student)
+    with pytest.raises(ZeroDivisionError), transfer.recording():
+        pass
+    transfer.schedule = None
+    student(batch())
+    assert not transfer.has_views
+    transfer.detach()
+
+
 IGNORED: dict[str, Callable[[RepresentationTransfer, nn.Module], Any]] = {
     "no_grad": lambda transfer, student: under(torch.no_grad(), student),
     "inference mode": lambda transfer, student: under(torch.inference_mode(), student),

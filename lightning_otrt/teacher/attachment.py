@@ -158,6 +158,10 @@ class Attachment:
         self._recorder.switch(on, pairs=pairs)
         self.root.hold_compiled_code(on)
 
+    def leave_forward(self) -> None:
+        """Forget a forward that was interrupted: a KeyboardInterrupt calls no hook at its end."""
+        self._recorder.leave()
+
     def take(self) -> list[View]:
         """The forwards recorded since the last call: those with gradient, or all where none has one."""
         if self._first_step is not None:

@@ -176,6 +176,10 @@ class Recorder:
         view, self.current = self.current, None
         return view
 
+    def leave(self) -> None:
+        """Forget the view of a forward that is running no more although no hook has closed it."""
+        self.current, self.nested = None, 0
+
     def run_teacher(
         self,
         run: Callable[..., Any],
