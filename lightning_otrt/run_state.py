@@ -185,7 +185,7 @@ class RunState:
 
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""
-        self._saved = None
+        self._saved, self.missed = None, MissedLayers()
         self._last_student.forget()
         for kept in (self.engine, self.distillation):
             if kept is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_otrt import LayerPair
+from lightning_otrt import LayerPair, RepresentationTransfer
 from lightning_otrt.missed_layers import FEW_CALLS, PATIENCE, PATIENCE_FOR_ALL, Missed, MissedLayers
 
 PAIRS = (LayerPair("a", "x"), LayerPair("b", "y"))
@@ -53,3 +54,34 @@ def test_layers_that_ran_before():
     missed = after(PATIENCE, [0])
     missed.note({}, is_first=False)
     assert missed.report([], PAIRS, 100, STUDENT) == Missed()
+
+
+class Skipping(nn.Module):
+    """A network that leaves out its second layer in training where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.skips = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(x if self.training and self.skips else self.b(x))
+
+
+def train(transfer: RepresentationTransfer, skipped: list[bool]) -> None:
+    """Calls of a new student, each of which skips the second layer or not."""
+    student = Skipping()
+    with transfer.attached(student):
+        for student.skips in skipped:
+            student(torch.randn(16, 6))
+            transfer.loss()
+
+
+def test_a_new_run_does_not_know_what_an_earlier_one_skipped():
+    """Else it would wait longer at its end, as where layers are skipped at random."""
+    transfer = RepresentationTransfer(Skipping(), {"a": "a", "b": "b"})
+    train(transfer, [False, True, False])
+    transfer.reset()
+    with pytest.raises(RuntimeError, match="student layer 'b' did not run"):
+        train(transfer, [True] * FEW_CALLS)
