@@ -122,10 +122,15 @@ def map_inputs(
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    parameters = getattr(type(value), "__dataclass_params__", None)
-    if parameters is None or not parameters.frozen:
+    kind = type(value)
+    if kind in (tuple, list):
+        return kind(_mapped(item, function) for item in value)
+    if kind is dict:
+        return {key: _mapped(item, function) for key, item in value.items()}
+    if not dataclasses.is_dataclass(value) or isinstance(value, (type, Mapping, Sequence, Tensor, nn.Module)):
         return apply_to_collection(value, Tensor, function)
-    own = copy.copy(value)  # `apply_to_collection` refuses frozen dataclasses
+    own = copy.copy(value)  # `apply_to_collection` refuses frozen dataclasses, and those that hold one
     for field in dataclasses.fields(value):
-        object.__setattr__(own, field.name, _mapped(getattr(value, field.name), function))
+        if hasattr(value, field.name):
+            object.__setattr__(own, field.name, _mapped(getattr(value, field.name), function))
     return own

@@ -52,6 +52,8 @@ VALUES: list[tuple[Any, tuple[bool, bool, bool]]] = [
     ({"x": [(X, None), "text"]}, (True, True, True)),
     (Data(X), (True, True, True)),
     (Frozen([X]), (True, True, True)),
+    ([{"x": Frozen([Frozen(X)])}], (True, True, True)),
+    (Data(Frozen(X)), (True, True, True)),
     (DataSlots(X), (True, False, True)),
     (SimpleNamespace(value=X), (True, True, False)),
     (Opaque(X), (False, True, False)),
