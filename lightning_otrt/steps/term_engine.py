@@ -84,15 +84,15 @@ class PairDistance:
         return self.matrix
 
     @property
-    def rotation(self) -> Tensor:
-        """The matrix Q from centred teacher neurons to the targets of the student's, for an orthogonal coupling.
+    def rotation(self) -> Tensor | None:
+        """The matrix Q from centred teacher neurons to the targets of the student's; None as for :attr:`matrix`.
 
         Raises:
-            AttributeError: If no orthogonal coupling is behind the distance.
+            AttributeError: If a transport plan is behind the distance.
         """
-        if self.alignment is None:
+        if self.alignment is None and self.matrix is not None:
             raise AttributeError("A transport plan is no rotation: use `plan`, or `matrix` for both.")
-        return self.alignment.matrix
+        return self.matrix
 
 
 class TermEngine(ABC):

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,8 @@ def test_a_distance_has_a_plan_or_a_rotation() -> None:
     assert moved.plan is moved.matrix
     with pytest.raises(AttributeError, match="no rotation: use `plan`"):
         print(moved.rotation)
+    none_yet = replace(turned, matrix=None, alignment=None, is_skipped=True)
+    assert none_yet.plan is none_yet.rotation is None
 
 
 @pytest.mark.parametrize("term", KINDS)
