@@ -295,6 +295,23 @@ def test_another_student_goes_on_with_a_word(distills):
         step(copied, other)
 
 
+class Encoder(Net):
+    def encode(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
+def test_several_transfers_give_a_method_back_in_any_order(order):
+    student = Encoder()
+    transfers = [make_transfer(student_root=":encode") for _ in order]
+    for transfer in transfers:
+        transfer.attach(student)
+    for place in order:
+        assert "encode" in vars(student)
+        transfers[place].detach()
+    assert "encode" not in vars(student)
+
+
 def test_recording_can_be_switched_by_hand():
     student, transfer = make_student(), make_transfer()
     transfer.attach(student)

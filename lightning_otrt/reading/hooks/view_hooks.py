@@ -125,8 +125,11 @@ class ViewAroundMethod:
         if self.module.__dict__.get(self.method) is not self:
             return
         object.__delattr__(self.module, self.method)
-        if self._before is not None:
-            object.__setattr__(self.module, self.method, self._before)
+        before = self._before
+        while isinstance(before, ViewAroundMethod) and before._hooks is None:  # removed while this one was around it
+            before = before._before
+        if before is not None:
+            object.__setattr__(self.module, self.method, before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = copy.deepcopy(self.module, memo)
