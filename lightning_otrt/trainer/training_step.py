@@ -213,8 +213,11 @@ class _ManualBackward(_Patch):
         pending = [term for term in self.step.terms if term.has_term()]
         left_out = [term for term in pending if not term.belongs_to(loss)]
         self.step.is_left_out = self.step.is_left_out or bool(left_out)
-        if len(left_out) < len(pending):
-            total = self.step.with_terms(loss, "passed to `self.manual_backward`", without=left_out)
+        taken = [term for term in pending if term not in left_out]
+        if taken:
+            # Another term may be that of a network that runs later in the step, as of the other player of a GAN.
+            others = [term for term in self.step.terms if term not in taken]
+            total = self.step.with_terms(loss, "passed to `self.manual_backward`", without=others)
             self.step.is_added = self.step.is_added or total is not loss
             loss = total
         with explained:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
     LAYERS,
+    Net,
     differ,
     hooks,
     loader,
@@ -71,6 +73,38 @@ def test_a_callback_whose_root_lies_inside_that_of_another():
     assert seen.values[0]["train/otrt"] == alone.values[0]["train/otrt"]
     assert seen.values[0]["train/otrt-2"] > 0
     assert differ(weights(both), weights(one))
+
+
+class TwoPlayers(pl.LightningModule):
+    """Two networks, each with an optimizer and a backward pass of its own, one after the other in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Net(), Net(6)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(player.parameters(), lr=0.1) for player in (self.first, self.second)]
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        for optimizer, player in zip(self.optimizers(), (self.first, self.second), strict=True):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(player(batch[0]), batch[1]))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+def test_each_player_has_a_callback():
+    """The term of the one that has not run yet, or whose backward pass is over, is no part of that of the other."""
+    callbacks = [
+        OTRTCallback(make_teacher(), {f"{name}.block1": "block1"}, student_root=name, weight=1.0)
+        for name in ("first", "second")
+    ]
+    trainer = make_trainer(callbacks=callbacks, max_steps=6)  # three batches: each optimizer counts
+    trainer.fit(TwoPlayers(), loader())
+    assert [callback.transfer.engine.calls for callback in callbacks] == [3, 3]
+    assert {"train/otrt", "train/otrt-2"} <= set(trainer.callback_metrics)
 
 
 def test_teachers_of_one_architecture_on_the_same_layers():
