@@ -146,5 +146,5 @@ class RecordedStudent:
             self._attachment.record(on, pairs=pairs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the hooks were told: those of a copy record what they have recorded in the original, or not."""
+        """Without what the hooks were told: the recorder of a copy is told anew."""
         return {**vars(self), "_switches": None}

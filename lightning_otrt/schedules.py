@@ -10,7 +10,8 @@ from lightning_otrt.checks import check_count, check_number, constructor_call
 
 __all__ = ["CosineDecay", "LinearWarmup", "Schedule", "factor_at"]
 
-#: From the number of completed optimizer steps to a factor on the weights of both terms.
+#: From the number of completed optimizer steps to a factor on the weights of both terms. It is called once for each
+#: step, so that what else it depends on, such as the epoch, may count one step later.
 Schedule = Callable[[int], float]
 
 

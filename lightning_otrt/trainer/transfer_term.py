@@ -42,7 +42,10 @@ class TransferTerm(ExtraTerm):
         #: Whether the training step of this batch has run.
         self.has_run = False
         self._batch: int | None = None
-        self._again = self._is_taken = False
+        #: Whether an optimizer evaluates the same batch again.
+        self._again = False
+        #: Whether the forwards of this training step have given a term.
+        self._is_taken = False
 
     def attach(self) -> None:
         """Attach the transfer to the module, unless it is."""
@@ -72,14 +75,16 @@ class TransferTerm(ExtraTerm):
             return None
         loss = transfer.loss(reevaluation=self._again)
         self._is_taken = True
-        values: dict[str, Any] = {"otrt/weight": weights.transport}
-        for label, distance in zip(transfer.labels, transfer.distances, strict=False):
-            if not distance.is_skipped:
-                values[f"otrt/distance/{label}"] = distance.value
-        terms = (transfer.transport_value if len(values) > 1 else None, transfer.distillation_value)
-        found = {name: value for name, value in zip(_TERMS, terms, strict=True) if value is not None}
-        self._log(position, values | found, transfer.samples)
-        if found:
+        distances = {
+            f"otrt/distance/{label}": distance.value
+            for label, distance in zip(transfer.labels, transfer.distances, strict=False)
+            if not distance.is_skipped
+        }
+        # Where all pairs are skipped, the transport is a zero that says nothing.
+        both = (transfer.transport_value if distances else None, transfer.distillation_value)
+        terms = {name: value for name, value in zip(_TERMS, both, strict=True) if value is not None}
+        self._log(position, {"otrt/weight": weights.transport, **distances, **terms}, transfer.samples)
+        if terms:
             self.effect.check_term(loss, self.module, self.trainer.optimizers)
         return loss
 
@@ -97,6 +102,7 @@ class TransferTerm(ExtraTerm):
     @override
     def discard(self) -> None:
         """Forget the forwards that no loss has taken."""
+        # Where a term has taken them, and no other came since, nothing is left.
         if self.transfer.views or not self._is_taken:
             self.transfer.discard()
 
