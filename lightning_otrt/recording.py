@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_otrt.reading.hooks.views import View, trained_views
+from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.teacher.attachment import Attachment
 from lightning_otrt.weights import StepWeights
@@ -66,11 +66,6 @@ class RecordedStudent:
     def has_views(self) -> bool:
         """Whether a forward with gradient was recorded that :meth:`loss` has not taken yet."""
         return any(view.has_gradient or view.is_empty for view in self._attachment.views)
-
-    @property
-    def recorded_samples(self) -> int:
-        """Number of samples in the forwards that :meth:`loss` would take."""
-        return sum(view.samples for view in trained_views(self._attachment.views))
 
     @property
     def teacher_output(self) -> Any:

@@ -240,7 +240,6 @@ def test_discarded_forwards():
     with transfer.attached(student):
         student(batch())
         assert transfer.has_views
-        assert transfer.recorded_samples == 8
         transfer.discard()
         with pytest.raises(RuntimeError, match="was not called with gradient since the last call"):
             transfer.loss()

@@ -97,7 +97,7 @@ def assert_nothing_left(task: Task, teacher: nn.Module) -> None:
     assert torch.is_grad_enabled()
     for transfer in KEPT:
         assert not transfer.is_attached
-        assert not transfer.recorded_samples
+        assert not transfer.has_views
 
 
 @cache

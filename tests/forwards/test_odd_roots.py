@@ -35,8 +35,8 @@ def test_a_root_that_returns_nothing():
         with torch.no_grad():
             student(x)
         student(x)
-        assert transfer.recorded_samples == 4
         transfer.loss()
+        assert transfer.samples == 4
     both = [neurons(net.block(net.stem(x)), neuron_axis=1) for net in (student, teacher)]
     torch.testing.assert_close(transfer.transport_value, transport_distance(*both, plan="exact").value)
 
