@@ -248,7 +248,7 @@ PLACES = [
     "reading.neurons.reader.pool",
     "reading.hooks.views.match_positions",
     "reading.hooks.layer_hooks.select_tensor",
-    "reading.hooks.layer_hooks.sequence_output",
+    "reading.hooks.layer_hooks.ReadOutput.read",
     "teacher.frozen.frozen_teacher._cast",
     "weights.factor_at",
     "steps.term_engine.attach_gradients",
@@ -269,7 +269,7 @@ CACHE_PLACES = [
     "teacher.cache.sample_cache.select_samples",
     "teacher.cache.cached_run.CachedRun._fill",
     "teacher.cache.cached_run._as_tensors",
-    "teacher.cache.cached_run._as_readings",
+    "teacher.cache.cached_run._put",
 ]
 
 
