@@ -59,17 +59,25 @@ class TakenOver(CellTuning):
         return Results(results.path.with_name(f"{self.cell}.jsonl"))
 
 
-def _confirmation(cell: str, *, target: str = "", pair: str = "") -> Experiment:
-    """A cell with other data or another pair of networks."""
+def _confirmation(cell: str, *, target: str = "", pair: str = "", per_class: int = 0, steps: int = 0) -> Experiment:
+    """A cell with other data, another pair of networks or more labels, where these are given."""
     theirs = CELLS[cell]
     assert isinstance(theirs.tuning, CellTuning)
     tuning = TakenOver(**vars(theirs.tuning), cell=cell)
     target, pair = target or theirs.targets[0], pair or theirs.tuning.pair
-    title = (
-        f"{pair.replace('->', '→')}, {DATA[target]}, {theirs.per_class[0]} per class, {theirs.changes['steps']} steps"
-    )
+    count, steps = per_class or theirs.per_class[0], steps or theirs.changes["steps"]
+    title = f"{pair.replace('->', '→')}, {DATA[target]}, {count} per class, {steps} steps"
+    if per_class:
+        title += f", options of {theirs.per_class[0]} per class"
+    changes = {**theirs.changes, "pair": pair, "steps": steps}
     return replace(
-        theirs, title=title, tuning=tuning, targets=(target,), methods=METHODS, changes={**theirs.changes, "pair": pair}
+        theirs,
+        title=title,
+        tuning=tuning,
+        targets=(target,),
+        methods=METHODS,
+        per_class=(count,),
+        changes=changes,
     )
 
 
@@ -82,4 +90,6 @@ CONFIRMATIONS: Mapping[str, Experiment] = {
     "other-emoji-5-resnet10": _confirmation("emoji-5-resnet10", target="other emoji"),
     "emoji-5-lite2": _confirmation("emoji-5-resnet10", pair=_OTHER_TEACHER),
     "fashion-20-lite2": _confirmation("fashion-20-resnet10", pair=_OTHER_TEACHER),
+    "many-fashion-resnet10": _confirmation("fashion-100-resnet10", per_class=1000, steps=1000),
+    "many-sections-bert2": _confirmation("sections-100-bert2", per_class=1000, steps=1000),
 }
