@@ -61,7 +61,7 @@ def count(cost: str, memory: float, pairs: int, *, solve: bool) -> int:
     every = 1 if solve else 10**9
     settings = TermSettings(get_cost(cost), memory=memory, solve_every=every)
     engine = TransportEngine(names, [1 / pairs] * pairs, settings)
-    no_warnings = patch("lightning_otrt.steps.coupling.inspect_plan", lambda *arguments: ())
+    no_warnings = patch("lightning_otrt.steps.entropic_coupling.inspect_plan", lambda *arguments: ())
     # The checks of the first batch wait for the device.
     with FakeTensorMode(), patch.object(engine, "_inspect", lambda batches: None), no_warnings:
         view = [

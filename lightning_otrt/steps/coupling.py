@@ -1,4 +1,4 @@
-"""Couplings: when the plan of a pair is solved, from which statistics, and how.
+"""What all couplings share: when the plan of a pair is solved, from which statistics, and the value that follows.
 
 A coupling is one object for all pairs of a run; what it keeps of a pair is in that pair's :class:`PairState`. The
 engine calls :meth:`Coupling.observe` with a batch, :meth:`Coupling.solve` with the problems that this returns, and
@@ -14,12 +14,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_otrt.steps.first_batch import inspect_plan
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.transport.cost import Cost, Evaluate, Plan, Rounds, Sums, ValueAndGradient, all_finite
 from lightning_otrt.transport.orthogonal import Alignment
-from lightning_otrt.transport.plans import exact_plan, fixed_plan
-from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
 from lightning_otrt.transport.tensors import expanded, finite
 
 __all__ = [
@@ -27,11 +24,7 @@ __all__ = [
     "MEMORY",
     "Coupling",
     "Due",
-    "EntropicCoupling",
-    "ExactCoupling",
-    "FixedCoupling",
     "Problem",
-    "StaticCoupling",
 ]
 
 #: What a plan is solved from: a cost matrix ``(N, M)``, or several tensors. With a leading dimension B in all of them
@@ -42,10 +35,6 @@ Problem: TypeAlias = list[Tensor]
 EARLY_SOLVES = (0, 1, 2, 4, 8)
 #: Decay of the running cost that ``memory="auto"`` chooses, and of the running scale s² of the teacher.
 MEMORY = 0.98
-#: A static plan is solved until it is based on so many samples. Its solves take more updates than others, since no
-#: later solve corrects the last one.
-STATIC_SAMPLES = 256
-STATIC_ITERATIONS = 200
 
 
 class Due(NamedTuple):
@@ -227,125 +216,3 @@ class Coupling(ABC):
         """:meth:`shared_value` without any exchange, where the sums are known; see :meth:`Cost.value_of_sums`."""
         assert isinstance(state.plan, Plan)
         return self.cost.value_of_sums(y, x, state.plan, sums, energy, reference)
-
-
-class EntropicCoupling(Coupling):
-    """Sinkhorn plans.
-
-    Args:
-        cost: See :class:`Coupling`.
-        epsilon: Entropic regularisation relative to the mean cost.
-        memory: See :class:`Coupling`.
-        solve_every: See :class:`Coupling`.
-    """
-
-    def __init__(self, cost: Cost, epsilon: float, memory: float | str = 0.0, solve_every: int = 1) -> None:
-        super().__init__(cost, memory, solve_every)
-        self.epsilon = epsilon
-
-    def iterations(self, is_warm: bool) -> int:
-        """Number of updates of a solve. There is no early stop: to read the error would wait for the device."""
-        return WARM_ITERATIONS if is_warm else TRAINING_ITERATIONS
-
-    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
-        """See :meth:`Coupling.solve`."""
-        [costs] = problem
-        mean = costs.mean((1, 2))
-        iterations = self.iterations(start is not None)
-        entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=iterations, mean=mean)
-        # Sinkhorn's last update is that of the rows, so the student's masses are exact.
-        student_mass = costs.new_full(costs.shape[:2], 1 / costs.shape[1])
-        is_finite = finite(mean + entropic.marginal_error)
-        return Solved(Plan(entropic.matrix, student_mass, entropic.teacher_mass), entropic.potential, is_finite)
-
-    def inspect(self, names: tuple[str, str], plan: Plan | Alignment) -> Iterator[str]:
-        """See :func:`inspect_plan`."""
-        assert isinstance(plan, Plan)
-        return inspect_plan(names, plan, self.epsilon)
-
-
-class StaticCoupling(EntropicCoupling):
-    """A Sinkhorn plan that is solved until 256 samples stand behind it, from all of them, and then kept."""
-
-    # Each plan counts samples of its own.
-    may_stack = False
-
-    def __init__(self, cost: Cost, epsilon: float) -> None:
-        super().__init__(cost, epsilon, memory=1.0)
-
-    def is_due(self, state: PairState, calls: int) -> bool:
-        """Until there are enough samples."""
-        return state.plan is None or state.samples < STATIC_SAMPLES
-
-    def can_capture(self, is_due: bool) -> bool:
-        """Once the plan is final: before, each call reads whether it was finite."""
-        return super().can_capture(is_due) and not is_due
-
-    def remembers(self, state: PairState) -> bool:
-        """Never: once a call solves nothing, the plan is final."""
-        return False
-
-    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, is_due: bool) -> Due | None:
-        """See :meth:`Coupling.observe`. Until the plan is final this waits for the device."""
-        due = super().observe(state, y, x, samples, is_due)
-        if due is not None:
-            norms = torch.linalg.vector_norm(y) + torch.linalg.vector_norm(x)
-            self.count(state, samples, norms.square().isfinite())
-        return due
-
-    def count(self, state: PairState, samples: int | Tensor, is_finite: Tensor) -> None:
-        """Finite samples only: a plan that rests on others would never be improved."""
-        if bool(is_finite):
-            state.samples += int(samples)
-
-    def start(self, state: PairState) -> Tensor | None:
-        """Always from scratch: from the potential of fewer samples a solve may need more updates than it gets."""
-        return None
-
-    def iterations(self, is_warm: bool) -> int:
-        """See :data:`STATIC_ITERATIONS`."""
-        return STATIC_ITERATIONS
-
-
-class ExactCoupling(Coupling):
-    """Optimal plans, solved on the CPU."""
-
-    def can_capture(self, is_due: bool) -> bool:
-        """Between solves."""
-        return super().can_capture(is_due) and not is_due
-
-    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
-        """See :meth:`Coupling.solve`."""
-        [costs] = problem
-        is_finite = torch.isfinite(costs.mean((1, 2)))
-        return Solved(Plan.of(exact_plan(torch.where(is_finite[:, None, None], costs, 1.0))), None, is_finite)
-
-
-class FixedCoupling(Coupling):
-    """The controls, whose plans follow from the numbers of neurons alone and are never solved.
-
-    Args:
-        cost: See :class:`Coupling`.
-        kind: ``"identity"``, ``"uniform"`` or ``"random"``.
-        seed: Seed of random plans; each pair has another one.
-    """
-
-    def __init__(self, cost: Cost, kind: str, seed: int) -> None:
-        super().__init__(cost)
-        self.kind, self.seed = kind, seed
-
-    def prepare(self, state: PairState, y: Tensor, x: Tensor, where: str, index: int) -> None:
-        """See :meth:`Coupling.prepare`; sets the plan in the first call."""
-        super().prepare(state, y, x, where, index)
-        if state.plan is None:
-            matrix = fixed_plan(self.kind, y.shape[0], x.shape[0], seed=self.seed + index, where=where)
-            assert matrix is not None
-            state.plan = Plan.of(matrix.to(y))
-
-    def is_due(self, state: PairState, calls: int) -> bool:
-        """Never."""
-        return False
-
-    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
-        """Never called, since no plan is ever due."""
-        raise NotImplementedError("A fixed plan is not solved.")

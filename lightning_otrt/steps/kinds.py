@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_otrt.steps.coupling import Coupling, EntropicCoupling, ExactCoupling, FixedCoupling, StaticCoupling
+from lightning_otrt.steps.coupling import Coupling
+from lightning_otrt.steps.entropic_coupling import EntropicCoupling, StaticCoupling
+from lightning_otrt.steps.exact_coupling import ExactCoupling
+from lightning_otrt.steps.fixed_coupling import FixedCoupling
 from lightning_otrt.steps.orthogonal_coupling import OrthogonalCoupling, RandomOrthogonalCoupling
 from lightning_otrt.steps.settings import TermSettings
 

@@ -118,15 +118,15 @@ def test_bytes() -> None:
 
 def quarrel() -> tuple[str, Any]:
     """Rank 1 solves another plan than rank 0."""
-    import lightning_otrt.steps.coupling as engine
+    import lightning_otrt.steps.entropic_coupling as solver
 
-    solve = engine.sinkhorn_plan
+    solve = solver.sinkhorn_plan
 
     def other(cost: Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = solve(cost, *args, **kwargs)
         return plan._replace(matrix=plan.matrix.roll(dist.get_rank(), 1)) if hasattr(plan, "_replace") else plan
 
-    engine.sinkhorn_plan = other
+    solver.sinkhorn_plan = other
     student = net(4, seed=1)
     transfer = RepresentationTransfer(net(6, seed=2), LAYERS)
     with transfer.attached(student), warnings.catch_warnings(record=True) as caught:

@@ -7,7 +7,8 @@ import torch
 from engines import call, draw, make
 from torch import Tensor
 
-from lightning_otrt.steps.coupling import EntropicCoupling, Problem
+from lightning_otrt.steps.coupling import Problem
+from lightning_otrt.steps.entropic_coupling import EntropicCoupling
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.steps.solving import STACKED_ENTRIES, solve_plans
 from lightning_otrt.steps.stacking import Group

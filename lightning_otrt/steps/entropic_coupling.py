@@ -1,0 +1,101 @@
+"""Sinkhorn plans: those that are solved again and again, and those that are solved from the first samples and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_otrt.steps.coupling import Coupling, Due, Problem
+from lightning_otrt.steps.first_batch import inspect_plan
+from lightning_otrt.steps.pair_state import PairState, Solved
+from lightning_otrt.transport.cost import Cost, Plan
+from lightning_otrt.transport.orthogonal import Alignment
+from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, WARM_ITERATIONS, sinkhorn_plan
+from lightning_otrt.transport.tensors import finite
+
+__all__ = ["EntropicCoupling", "StaticCoupling"]
+
+#: A static plan is solved until it is based on so many samples. Its solves take more updates than others, since no
+#: later solve corrects the last one.
+STATIC_SAMPLES = 256
+STATIC_ITERATIONS = 200
+
+
+class EntropicCoupling(Coupling):
+    """Sinkhorn plans.
+
+    Args:
+        cost: See :class:`Coupling`.
+        epsilon: Entropic regularisation relative to the mean cost.
+        memory: See :class:`Coupling`.
+        solve_every: See :class:`Coupling`.
+    """
+
+    def __init__(self, cost: Cost, epsilon: float, memory: float | str = 0.0, solve_every: int = 1) -> None:
+        super().__init__(cost, memory, solve_every)
+        self.epsilon = epsilon
+
+    def iterations(self, is_warm: bool) -> int:
+        """Number of updates of a solve. There is no early stop: to read the error would wait for the device."""
+        return WARM_ITERATIONS if is_warm else TRAINING_ITERATIONS
+
+    def solve(self, problem: Problem, start: Tensor | None) -> Solved:
+        """See :meth:`Coupling.solve`."""
+        [costs] = problem
+        mean = costs.mean((1, 2))
+        iterations = self.iterations(start is not None)
+        entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=iterations, mean=mean)
+        # Sinkhorn's last update is that of the rows, so the student's masses are exact.
+        student_mass = costs.new_full(costs.shape[:2], 1 / costs.shape[1])
+        is_finite = finite(mean + entropic.marginal_error)
+        return Solved(Plan(entropic.matrix, student_mass, entropic.teacher_mass), entropic.potential, is_finite)
+
+    def inspect(self, names: tuple[str, str], plan: Plan | Alignment) -> Iterator[str]:
+        """See :func:`inspect_plan`."""
+        assert isinstance(plan, Plan)
+        return inspect_plan(names, plan, self.epsilon)
+
+
+class StaticCoupling(EntropicCoupling):
+    """A Sinkhorn plan that is solved until 256 samples stand behind it, from all of them, and then kept."""
+
+    # Each plan counts samples of its own.
+    may_stack = False
+
+    def __init__(self, cost: Cost, epsilon: float) -> None:
+        super().__init__(cost, epsilon, memory=1.0)
+
+    def is_due(self, state: PairState, calls: int) -> bool:
+        """Until there are enough samples."""
+        return state.plan is None or state.samples < STATIC_SAMPLES
+
+    def can_capture(self, is_due: bool) -> bool:
+        """Once the plan is final: before, each call reads whether it was finite."""
+        return super().can_capture(is_due) and not is_due
+
+    def remembers(self, state: PairState) -> bool:
+        """Never: once a call solves nothing, the plan is final."""
+        return False
+
+    def observe(self, state: PairState, y: Tensor, x: Tensor, samples: int, is_due: bool) -> Due | None:
+        """See :meth:`Coupling.observe`. Until the plan is final this waits for the device."""
+        due = super().observe(state, y, x, samples, is_due)
+        if due is not None:
+            norms = torch.linalg.vector_norm(y) + torch.linalg.vector_norm(x)
+            self.count(state, samples, norms.square().isfinite())
+        return due
+
+    def count(self, state: PairState, samples: int | Tensor, is_finite: Tensor) -> None:
+        """Finite samples only: a plan that rests on others would never be improved."""
+        if bool(is_finite):
+            state.samples += int(samples)
+
+    def start(self, state: PairState) -> Tensor | None:
+        """Always from scratch: from the potential of fewer samples a solve may need more updates than it gets."""
+        return None
+
+    def iterations(self, is_warm: bool) -> int:
+        """See :data:`STATIC_ITERATIONS`."""
+        return STATIC_ITERATIONS
