@@ -1,10 +1,34 @@
-"""Warnings that are given once, and errors that are warnings where a user wants no error."""
+"""Warnings that point at the user's code, warnings that are given once, and errors that may be warnings."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Callable
 
-__all__ = ["Notices"]
+import torch
+
+__all__ = ["Notices", "warn"]
+
+#: Packages that call each other between a line of the user and a warning: a forward calls hooks, `with` a generator.
+_BETWEEN = frozenset({"contextlib", "lightning", "lightning_fabric", "lightning_otrt", "pytorch_lightning", "torch"})
+
+
+def warn(message: str) -> None:
+    """Give a warning that points at the line of the user that led to it, such as the call of a network.
+
+    Python can do so by itself since 3.12 (``skip_file_prefixes``).
+
+    Args:
+        message: The warning.
+    """
+    if torch.compiler.is_compiling():  # Dynamo cannot follow frames
+        warnings.warn(message, stacklevel=2)
+        return
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 class Notices:
@@ -12,6 +36,7 @@ class Notices:
 
     Args:
         strict: Whether :meth:`fail` raises.
+        tell: Gives a warning.
 
     Example:
         >>> import warnings
@@ -25,8 +50,8 @@ class Notices:
         ['The batch is small.', 'There is no term, because of strict=False.']
     """
 
-    def __init__(self, *, strict: bool = True) -> None:
-        self.strict = strict
+    def __init__(self, *, strict: bool = True, tell: Callable[[str], None] = warn) -> None:
+        self.strict, self._tell = strict, tell
         self._told: set[str] = set()
 
     def warn(self, message: str, key: str = "") -> None:
@@ -38,7 +63,7 @@ class Notices:
         """
         if (key or message) not in self._told:
             self._told.add(key or message)
-            warnings.warn(message, stacklevel=3)
+            self._tell(message)
 
     def fail(self, error: Exception, *, otherwise: str, key: str = "") -> None:
         """Raise an error if ``strict``, else give a warning once.
@@ -52,4 +77,4 @@ class Notices:
             raise error
         if (key or otherwise) not in self._told:
             self._told.add(key or otherwise)
-            warnings.warn(otherwise, stacklevel=3)
+            self._tell(otherwise)

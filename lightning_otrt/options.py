@@ -30,7 +30,15 @@ from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.transport.plans import check_epsilon, check_plan
 
-__all__ = ["FixedOptions", "OPTIONS", "TransferOptions", "as_written", "check_option_names", "takes_options_of"]
+__all__ = [
+    "FixedOptions",
+    "OPTIONS",
+    "TransferOptions",
+    "as_written",
+    "check_option_names",
+    "check_spelling",
+    "takes_options_of",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -63,6 +71,8 @@ class TransferOptions(TypedDict, total=False):
 #: All arguments of a transfer, and those of them that may be set again.
 OPTIONS = ("teacher", "layers", *TransferOptions.__annotations__, "process_group")
 CHANGEABLE = ("weight", "schedule")
+#: From 0 to 1, how like an option the name of an attribute must be to be taken for it (`difflib`).
+ALIKE = 0.82
 
 
 def _check_global_batch(value: Any) -> None:
@@ -115,6 +125,16 @@ class FixedOptions:
 
     def _option_changed(self) -> None:
         """An option was set again."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option or another attribute, but no misspelt option."""
+        if name not in vars(self) and not hasattr(type(self), name):
+            check_spelling(self, name)
+        super().__setattr__(name, value)
+
+    def __copy__(self) -> Any:
+        """Two transfers cannot share plans and weights."""
+        raise TypeError(f"A {type(self).__name__} has no shallow copies. Use `copy.deepcopy`, or make a new one.")
 
     def __repr__(self) -> str:
         """The constructor call, with the options that differ from their defaults."""
@@ -185,6 +205,26 @@ def check_option_names(caller: str, names: Iterable[str]) -> None:
         elif close := difflib.get_close_matches(name, known, 1):
             hint = f". Did you mean {close[0]!r}?"
         raise TypeError(f"{caller} got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_spelling(owner: object, name: str) -> None:
+    """Refuse to set what looks like a misspelt option, which would have no effect.
+
+    Args:
+        owner: What the attribute is set on.
+        name: Name of the attribute, which is no option.
+
+    Raises:
+        AttributeError: If it is almost the name of an option.
+
+    Example:
+        >>> check_spelling(object(), "wieght")
+        Traceback (most recent call last):
+            ...
+        AttributeError: 'object' object has no option 'wieght'. Did you mean 'weight'?
+    """
+    if not name.startswith("_") and (close := difflib.get_close_matches(name, OPTIONS, 1, ALIKE)):
+        raise AttributeError(f"{type(owner).__name__!r} object has no option {name!r}. Did you mean {close[0]!r}?")
 
 
 def as_written(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from lightning_otrt.layers.names import has_layers
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, pair_labels, pairs_from_state, pairs_to_state
 from lightning_otrt.missed_layers import Missed, MissedLayers
+from lightning_otrt.notices import warn
 from lightning_otrt.processes import Processes
 from lightning_otrt.reading.extra_forwards.batch_norm import BATCH_NORM_NOTE, batch_norms_in_training
 from lightning_otrt.reading.pairing import Pairing
@@ -195,11 +195,10 @@ class RunState:
         """Warn where plans and statistics of another student go on."""
         kept = [each for each in (self.engine, self.distillation) if each is not None]
         if self._last_student.is_other(student) and any(each.calls for each in kept):
-            warnings.warn(
+            warn(
                 f"This student ({type(student).__name__}) is another one than the transfer had before, and goes on "
                 "with its plans, statistics and step of the schedule. Call `reset()` before you attach a new student, "
                 "as of another fold. `load_state_dict` is for one that resumes.",
-                stacklevel=2,
             )
         self._last_student.note(student)
 
@@ -222,7 +221,7 @@ class RunState:
         )
         if self.settings.strict:
             raise ValueError(f"{message}. Resume with the same teacher (its head may differ), or start a new run.")
-        warnings.warn(f"{message}. The run goes on with them, because of strict=False.", stacklevel=2)
+        warn(f"{message}. The run goes on with them, because of strict=False.")
 
     def _known_pairs(self, student: nn.Module) -> tuple[LayerPair, ...] | None:
         """The pairs of a loaded state or of an earlier attachment, whose plans go on; None for a new choice."""

@@ -26,7 +26,7 @@ BELOW = {
     "notices": set(),
     "steps": {"transport", "notices"},
     "layers": {"checks"},
-    "reading": {"layers", "transport"},
+    "reading": {"layers", "transport", "notices"},
     "teacher": {"reading", "distillation"},
     "options": {"teacher", "schedules"},
     "processes": {"steps"},
@@ -35,7 +35,7 @@ BELOW = {
     "weights": {"schedules"},
     "terms": {"run_state", "weights"},
     "recording": {"teacher", "weights"},
-    "transfer": {"notices", "options", "recording", "terms"},
+    "transfer": {"options", "recording", "terms"},
     "analysis": {"transfer"},
     "trainer": {"analysis"},
 }

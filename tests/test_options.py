@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from typing import Any, get_type_hints
@@ -219,6 +220,28 @@ class TestAttributes:
         assert not hasattr(callback, "current_weights")
         callback.mine = 1
         assert not hasattr(callback.transfer, "mine")
+
+    @pytest.mark.parametrize("name", ["wieght", "weigth", "shedule", "layer", "solve_evry"])
+    def test_a_misspelt_option_cannot_be_set(self, name):
+        """It would have no effect. Other attributes may be set: a subclass has some of its own."""
+        for each in make():
+            each.name_of_the_run = "first"
+            with pytest.raises(AttributeError, match=f"has no option '{name}'. Did you mean"):
+                setattr(each, name, 1)
+            assert not hasattr(each, name)
+
+    @pytest.mark.parametrize("name", ["step", "cuda_graphs", "report", "check_every"])
+    def test_what_a_transfer_has_is_not_set_on_its_callback(self, name):
+        callback = OTRTCallback(make_teacher())
+        with pytest.raises(AttributeError, match=f"Its transfer has it: `callback.transfer.{name}`"):
+            setattr(callback, name, 0)
+
+    def test_there_are_no_shallow_copies(self):
+        """They would share their plans and their weights."""
+        transfer = make()[0]
+        with pytest.raises(TypeError, match=r"no shallow copies. Use `copy.deepcopy`"):
+            copy.copy(transfer)
+        assert copy.deepcopy(transfer).weight == transfer.weight
 
     @pytest.mark.parametrize("name", OPTIONS)
     def test_help_shows_them(self, name):

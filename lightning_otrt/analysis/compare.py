@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice, product
@@ -19,6 +18,7 @@ from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.checks import check_count, check_module
 from lightning_otrt.layers.comparable import LayerChoice, choose_layers
 from lightning_otrt.layers.pairs import LayerPair
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.hooks.observer import Observer
@@ -227,10 +227,9 @@ class _Table:
             distances, chance = (self._solve(metrics, failed, bar) for metrics in (self.metrics, self.by_chance))
         if failed:
             pair, reason = next(iter(failed.items()))
-            warnings.warn(
+            warn(
                 f"{len(failed)} of {len(self.metrics)} distances are NaN, because no plan was found. The first is "
                 f"{pair[0]!r} -> {pair[1]!r}: {reason}",
-                stacklevel=3,
             )
         rows, columns = self.layers
         pooled = torch.tensor([[(row, column) in self.pooled for column in columns] for row in rows])

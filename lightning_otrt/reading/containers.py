@@ -123,6 +123,8 @@ def map_inputs(
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     kind = type(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*(_mapped(item, function) for item in value))
     if kind in (tuple, list):
         return kind(_mapped(item, function) for item in value)
     if kind is dict:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_otrt.notices import Notices
+from lightning_otrt.notices import Notices, warn
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
@@ -151,7 +150,7 @@ class Distillation:
             for side, name in ((y, "student"), (x, "teacher")):
                 shown = (side if mask is None else torch.where(mask.unsqueeze(1), side, 0.0)).detach()
                 if not is_regression and (unlike := _unlike_logits(shown, mask)):
-                    warnings.warn(f"The logits of the {name} {unlike}", stacklevel=4)
+                    warn(f"The logits of the {name} {unlike}")
                 if not bool(shown.isfinite().all()):
                     raise ValueError(
                         f"The logits of the {name}, or what is regressed on, have NaN or infinite values (shape "

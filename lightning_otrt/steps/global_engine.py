@@ -7,13 +7,13 @@ orthogonal coupling take one more round of vectors. Between solves the values ta
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import warn
 from lightning_otrt.steps.call import Batch, Call
 from lightning_otrt.steps.coupling import MEMORY, Problem
 from lightning_otrt.steps.messages import Message, Observed, added, fed, scaled
@@ -310,10 +310,9 @@ class GlobalTransportEngine(TermEngine):
     def state_dict(self) -> dict[str, Any]:
         """The state of the global batch, the same on all processes. Any number of processes can resume from it."""
         if self._is_pending:
-            warnings.warn(
+            warn(
                 "The running cost is saved with the samples of this process for those of all since the last solve. "
                 "Call `synchronize()` on all processes first; Lightning's checkpoints do.",
-                stacklevel=3,
             )
         return scaled(super().state_dict(), self.processes)
 

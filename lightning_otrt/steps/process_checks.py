@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_otrt.notices import warn
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.ranks import Ranks
 
@@ -54,10 +54,9 @@ class SamePlans:
             solved = [plan.matrix for plan in plans if plan is not None]
             self._is_sent = not ranks.have_same(solved + [each for each in potentials if each is not None])
             if self._is_sent:
-                warnings.warn(
+                warn(
                     "The processes solved transport plans from the same sums that differ in some bits, as on unlike "
                     "devices. From now on all use those of process 0, at the price of one broadcast for each solve.",
-                    stacklevel=2,
                 )
         if self._is_sent:
             plans, potentials = ranks.broadcast((plans, potentials))

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import warn
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.stacking import Group
 from lightning_otrt.transport.cost import ValueAndGradient
@@ -167,10 +168,9 @@ class StepGraphs:
         except (RuntimeError, UserWarning) as error:
             self.is_enabled = False
             self.forget()
-            warnings.warn(
+            warn(
                 f"A call of the transport term could not be captured in a CUDA graph: {error} It runs without one, "
                 "with the same values, but slower. `transfer.cuda_graphs = False` before training avoids the attempt.",
-                stacklevel=6,
             )
             return None
         return self._captured[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_otrt.layers.pairs import LayerOptions, LayerPair
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.containers import tensors_in
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.hooks.recorder import Readers, Recorder
@@ -223,10 +223,9 @@ class Attachment:
             self._teacher_run.watch(self.pairing)
         for side, names in (("student", replaced), ("teacher", of_teacher)):
             if names:
-                warnings.warn(
+                warn(
                     f"Other modules took the place of the {side} layers {names} since the last step. This step did not "
                     "read them; they are recorded from the next forward. Their plans go on from the old ones.",
-                    stacklevel=2,
                 )
 
     def unreached(self, views: Sequence[View]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.layers.traced_logits import head_input, other_head, traced_class_axis, traced_logits
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.hooks.logit_reader import LogitReader, TracedLogits, logit_masks, logit_reader
 from lightning_otrt.reading.hooks.readers import TracedRead, recorded_layer
 from lightning_otrt.reading.hooks.recorder import RecordedLayer
@@ -84,11 +84,10 @@ class LogitRecording:
         sides = [self._traced_logits(pairing, place) for place in (0, 1)]
         traced = sides[0].tensor
         if (other := other_head(pairing.student, self.option.selects[0])) is not None:
-            warnings.warn(
+            warn(
                 "The first item of what the student returns is taken for its logits, but no linear layer made it, and "
                 f"one made the item {other!r}. Where the first are features, pass "
                 f"distillation=LogitDistillation(select={other!r}); where they are the logits, select=0.",
-                stacklevel=2,
             )
         self._traced = None if traced is None else traced.shape
         self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
@@ -146,20 +145,18 @@ class LogitRecording:
             makers, self._makers = self._makers, None
             difference = "" if makers is None else makers.take_difference(tensor)
             if traced is not None and sorted(traced) != sorted(view.logits.shape):
-                warnings.warn(
+                warn(
                     f"The student's logits have the shape {tuple(view.logits.shape)} as (batch, classes, *positions), "
                     f"but {traced} in evaluation mode on the same batch, as where auxiliary outputs come first in "
                     "training. They are compared with the teacher's, which are those of evaluation. Name those that "
                     "belong to them: distillation=LogitDistillation(select=(student, teacher)).",
-                    stacklevel=2,
                 )
             elif difference:
-                warnings.warn(
+                warn(
                     f"The student's logits are {difference}. They are compared with the teacher's, which runs in "
                     "evaluation mode: logits are then compared with probabilities, or those of one head with those of "
                     "another. Return the same in both modes, or name those that belong together: "
                     "distillation=LogitDistillation(select=(student, teacher)).",
-                    stacklevel=2,
                 )
 
     def read_teacher(self, output: Any, view: View) -> None:
@@ -195,7 +192,7 @@ class LogitRecording:
         """Warn once if softmaxes are compared, and the gradient of an earlier call shows that the task trains none."""
         left = self._task.take()
         if left is not None and left > UNLIKE_SOFTMAX:
-            warnings.warn(
+            warn(
                 "`distillation` compares the softmax over all outputs of the networks, but the task seems to train "
                 "none: over the classes of a sample the gradients of the outputs sum to 0 for a cross-entropy, and to "
                 f"{left:.0%} of their size here. For labels that do not exclude each other (binary cross-entropy) pass "
@@ -203,7 +200,6 @@ class LogitRecording:
                 "leave it out, or let the teacher's outputs be regressed on a layer of the student: "
                 "LogitDistillation(features='name of the layer'). Where the outputs are classes and have another loss, "
                 "too, LogitDistillation(activation='softmax') says that it is meant.",
-                stacklevel=4,
             )
 
     def _of_view(self, view: View) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None]]:

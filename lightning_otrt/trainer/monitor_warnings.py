@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_otrt.distillation import as_distillation
 from lightning_otrt.layers.names import named_layers
+from lightning_otrt.notices import Notices
 from lightning_otrt.reading.extra_forwards.batch_norm import batch_norms_in_training
 from lightning_otrt.steps.first_batch import BLURRING_EPSILON
 from lightning_otrt.transfer import RepresentationTransfer
@@ -40,20 +41,13 @@ class TransferWarnings:
 
     Args:
         transfer: The transfer.
-        tell: Gives a warning.
+        notices: Gives each warning once.
     """
 
-    def __init__(self, transfer: RepresentationTransfer, tell: Callable[[str], None]) -> None:
+    def __init__(self, transfer: RepresentationTransfer, notices: Notices) -> None:
         self.transfer = transfer
-        self._tell = tell
-        self._told: set[str] = set()
+        self._notices = notices
         self._seen: Counter[str] = Counter()
-
-    def warn(self, key: str, message: str) -> None:
-        """Give a warning, once for each key."""
-        if key not in self._told:
-            self._told.add(key)
-            self._tell(message)
 
     def on_first_step(self) -> None:
         """Check what can be seen in the first step, while the student still has its first weights."""
@@ -71,12 +65,12 @@ class TransferWarnings:
             rows, columns = distance.matrix.shape
             spread = (rows * columns) ** (entropy - 1)
             if self._persists(f"uniform {label}", min(rows, columns) > 2 and spread > NEARLY_UNIFORM):
-                self.warn(
-                    "uniform",
+                self._notices.warn(
                     f"The transport plan of {label!r} is nearly uniform: its mass spreads over {spread:.0%} of all "
                     f"pairs of {rows} student and {columns} teacher neurons, so that hardly anything is matched: the "
                     "costs hardly differ. Look for dead neurons and constant inputs, choose other layers, or lower "
                     f"`epsilon` (now {transfer.epsilon:g}).",
+                    key="uniform",
                 )
         shares = [values.get(f"otrt/{name}_share", 0.0) for name in ("gradient", "distillation")]
         task = 1 - sum(shares)
@@ -95,11 +89,11 @@ class TransferWarnings:
                 # The moments of a regression of logits begin with few observations, from which it predicts all of them.
                 is_early = key == "weak" and option == "distillation" and transfer.step < FIRST_STEPS
                 if self._persists(f"{key} {option}", off and not is_early):
-                    self.warn(
-                        f"{key} {option}",
+                    self._notices.warn(
                         f"On the recorded layers the gradient of the {name} is {ratio:.2g} times that of the task, "
                         f"{meaning}. {option}={weight / ratio:.2g} would make them equal (now {weight:g}){hint}. "
                         "A ratio that grows while the loss of the task falls is normal.",
+                        key=f"{key} {option}",
                     )
 
     def _persists(self, key: str, is_so: bool) -> bool:
@@ -115,13 +109,13 @@ class TransferWarnings:
                 continue
             rows, columns = distance.matrix.shape
             if distance.observations < max(rows, columns):
-                self.warn(
-                    "few",
+                self._notices.warn(
                     f"The {'transport plan' if distance.alignment is None else 'orthogonal coupling'} of "
                     f"{pair.student!r} -> {pair.teacher!r} is solved from "
                     f"{distance.observations} observations of {rows} and {columns} neurons and without memory, so that "
                     'it follows the noise of each batch. Use memory="auto" (a running cost), a larger batch, or layers '
                     "with positions.",
+                    key="few",
                 )
 
     def _copied_with_batch_norm(self) -> None:
@@ -132,13 +126,13 @@ class TransferWarnings:
         root = named_layers(student)[pairing.student.root]
         norms = batch_norms_in_training(root)
         if norms and _is_copy(root, transfer.teacher.module):
-            self.warn(
-                "copy",
+            self._notices.warn(
                 f"The student starts with the weights of its teacher, but its {len(norms)} BatchNorm layers (such as "
                 f"{norms[0]!r}) are in train mode and normalise by each batch, while those of the teacher use their "
                 "running statistics: equal weights then give unequal representations, and the term pulls the student "
                 "away from the copy. Put these layers into evaluation mode for the fit (module.eval() on each of them, "
                 "in on_train_start), or use weights of networks without BatchNorm.",
+                key="copy",
             )
 
 

@@ -18,6 +18,7 @@ from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.analysis.plot_curves import plot_singular_values
 from lightning_otrt.analysis.plot_plans import plot_plan
 from lightning_otrt.analysis.validation_distances import ValidationDistances
+from lightning_otrt.notices import Notices
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.trainer.log_figure import log_figure
 from lightning_otrt.trainer.monitor_warnings import TransferWarnings
@@ -48,7 +49,8 @@ class MonitoredTransfer(ExtraTerm):
     def __init__(self, transfer: RepresentationTransfer, suffix: str) -> None:
         self.transfer = transfer
         self.suffix = suffix
-        self.warnings = TransferWarnings(transfer, rank_zero_warn)
+        self.notices = Notices(tell=rank_zero_warn)
+        self.warnings = TransferWarnings(transfer, self.notices)
         self.has_started = False
         self._probe: GradientProbe | None = None
         self._views: list[View] = []
@@ -97,12 +99,14 @@ class MonitoredTransfer(ExtraTerm):
         if self._probe is None:
             return
         if not self._probe.has_outputs(views):
-            self.warnings.warn("compiled", _NO_OUTPUTS)
+            self.notices.warn(_NO_OUTPUTS, key="compiled")
             return
         try:
             task, own, logits = self._probe.split(loss, views)
         except RuntimeError as error:
-            self.warnings.warn("graph", f"OTRTMonitor could not measure the share of the transfer's gradient: {error}")
+            self.notices.warn(
+                f"OTRTMonitor could not measure the share of the transfer's gradient: {error}", key="graph"
+            )
             return
         self._shares = {}
         whole = own.norm() + task.norm() + logits.norm()
@@ -154,7 +158,7 @@ class MonitoredTransfer(ExtraTerm):
         if not self.transfer.has_chosen or self._validation is not None:
             return
         if not self.transfer.ground_cost.additive:
-            self.warnings.warn("cost", _NO_SUM)
+            self.notices.warn(_NO_SUM, key="cost")
             return
         self._validation = ValidationDistances(self.transfer, module)
 
@@ -171,17 +175,17 @@ class MonitoredTransfer(ExtraTerm):
                 warnings.simplefilter("ignore")
                 values = distances.compute()
         if distances.error is not None:
-            self.warnings.warn(
-                "validation",
+            self.notices.warn(
                 f"OTRTMonitor stopped measuring distances in validation, after this error: {distances.error}",
+                key="validation",
             )
         elif compute and not distances.forwards and not any(bool(value.isfinite()) for value in values):
             root = self.transfer.pairing.student.root if self.transfer.pairing else ""
-            self.warnings.warn(
-                "validation",
+            self.notices.warn(
                 f"OTRTMonitor logs no distances of validation, because it saw no forward of {root or 'the network'!r} "
                 "there, from which the teacher gets its inputs in training. Call the same module or method in "
                 "`validation_step`, or pass validation=False.",
+                key="validation",
             )
         names = [f"val/otrt/{label}{self.suffix}" for label in self.transfer.labels]
         return [(name, value) for name, value in zip(names, values, strict=False) if bool(value.isfinite())]
@@ -202,7 +206,7 @@ class MonitoredTransfer(ExtraTerm):
                     values = torch.linalg.svdvals(distance.alignment.correlations)
                     figure, _ = plot_singular_values({f"distance {float(distance.value):.3f}": values}, title=title)
             except ModuleNotFoundError as error:
-                self.warnings.warn("figures", f"OTRTMonitor draws no plans. {error}")
+                self.notices.warn(f"OTRTMonitor draws no plans. {error}", key="figures")
                 return False
             for logger in loggers:
                 log_figure(logger, f"otrt/{what}/{label}{self.suffix}", figure, step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +15,8 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
+
+from lightning_otrt.notices import warn
 
 __all__ = ["SharedBatch", "shared_batch", "student_dtype"]
 
@@ -57,5 +58,5 @@ def shared_batch(trainer: pl.Trainer, *, strict: bool) -> SharedBatch:
         )
         if strict:
             raise MisconfigurationException(f"{message}. Use one of these, or strict=False to try.")
-        warnings.warn(f"{message}. It is tried because of strict=False.", stacklevel=3)
+        warn(f"{message}. It is tried because of strict=False.")
     return trainer.world_size > 1, None

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerSpec
-from lightning_otrt.options import OPTIONS, TransferOptions
+from lightning_otrt.options import OPTIONS, TransferOptions, check_spelling
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.strategies import shared_batch, student_dtype
@@ -76,21 +76,28 @@ class TransferCallback(pl.Callback):
 
         def __getattr__(self, name: str) -> Any:
             """An option of the transfer."""
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if "transfer" in vars(self):
-                if name in OPTIONS:
-                    return getattr(self.transfer, name)
-                if not name.startswith("_") and (name in vars(self.transfer) or hasattr(type(self.transfer), name)):
-                    message += f". Its transfer has it: `callback.transfer.{name}`"
-            raise AttributeError(message)
+            if name in OPTIONS and "transfer" in vars(self):
+                return getattr(self.transfer, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{self._where(name)}")
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option on the transfer, which refuses those that cannot change; or an attribute of the callback."""
         if name in OPTIONS and "transfer" in vars(self):
             setattr(self.transfer, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        if name not in vars(self) and not hasattr(type(self), name):
+            check_spelling(self, name)
+            if where := self._where(name):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{where}")
+        super().__setattr__(name, value)
+
+    def _where(self, name: str) -> str:
+        """The end of an error about an attribute that the transfer has, and not the callback."""
+        transfer = vars(self).get("transfer")
+        if transfer is None or name.startswith("_") or not (name in vars(transfer) or hasattr(type(transfer), name)):
+            return ""
+        return f". Its transfer has it: `callback.transfer.{name}`"
 
     @override
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,6 +35,11 @@ class Data:
 @dataclass(frozen=True)
 class Frozen:
     value: Any
+
+
+class Named(NamedTuple):
+    first: Any
+    second: Any
 
 
 @dataclass(slots=True)
@@ -89,8 +94,11 @@ def test_an_object_that_holds_itself() -> None:
 def test_mapped_inputs_are_in_containers_of_their_own() -> None:
     inner = {"x": [X]}
     frozen = Frozen(inner)
-    (found,), kwargs = map_inputs(((inner,), {"frozen": frozen}), torch.neg)
+    (found,), kwargs = map_inputs(((inner,), {"frozen": frozen, "named": Named(frozen, X)}), torch.neg)
     assert torch.equal(found["x"][0], -X)
     assert torch.equal(kwargs["frozen"].value["x"][0], -X)
+    assert type(kwargs["named"]) is Named
+    assert torch.equal(kwargs["named"].first.value["x"][0], -X)
+    assert torch.equal(kwargs["named"].second, -X)
     assert inner["x"][0] is X
     assert frozen.value is inner

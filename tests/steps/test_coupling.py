@@ -12,7 +12,7 @@ from engines import COSTS, assert_same_state, call, draw, make
 from operations import operations
 from torch import Tensor
 
-from lightning_otrt.steps import coupling
+from lightning_otrt.steps import entropic_coupling
 from lightning_otrt.steps.coupling import EARLY_SOLVES
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.transport.cost import Plan
@@ -29,7 +29,7 @@ def solved_calls(engine: TransportEngine, count: int, monkeypatch: pytest.Monkey
         solved.append(engine.calls)
         return sinkhorn_plan(cost, *args, **kwargs)
 
-    monkeypatch.setattr(coupling, "sinkhorn_plan", counted)
+    monkeypatch.setattr(entropic_coupling, "sinkhorn_plan", counted)
     for number in range(count):
         call(engine, draw(seed=number), **options)
     return solved
@@ -62,7 +62,7 @@ def test_a_static_plan_starts_cold_each_time(monkeypatch: pytest.MonkeyPatch) ->
         starts.append(kwargs["potential"])
         return sinkhorn_plan(*args, **kwargs)
 
-    monkeypatch.setattr(coupling, "sinkhorn_plan", watched)
+    monkeypatch.setattr(entropic_coupling, "sinkhorn_plan", watched)
     engine = make(plan="static")
     for seed in range(3):
         call(engine, draw(seed=seed))

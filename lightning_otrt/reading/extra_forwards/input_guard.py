@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import deque
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.containers import CONSTANT, tensors_in
 from lightning_otrt.reading.extra_forwards.plain_values import slot_names
 from lightning_otrt.reading.torch_internals import version_of
@@ -66,11 +66,10 @@ class InputGuard:
                         # `data`, since a leaf that requires a gradient takes no other write in place.
                         tensor.data.copy_(value)
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor, _ in changed)
-                warnings.warn(
+                warn(
                     f"A forward of the teacher or of the traced student writes to its inputs in place (shapes: "
                     f"{shapes}), as inplace=True in a normalisation does. The batch was restored, and the teacher gets "
                     "clones from now on. Write the operation without in-place changes to save these copies.",
-                    stacklevel=2,
                 )
 
 

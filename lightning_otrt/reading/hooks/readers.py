@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import nn
 from lightning_otrt.layers.mask_sources import LayerMasks
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.hooks.recorder import PatchMap, RecordedLayer
 from lightning_otrt.reading.masks.layer_masks import layer_masks
 from lightning_otrt.reading.neurons.reader import NeuronReader
@@ -77,37 +77,33 @@ def layer_reader(read: TracedRead, layout: TokenGrid, grid: int | None) -> Neuro
     """
     tensor, where = read.tensor, read.where
     if layout.part_of is not None and tensor is not None:
-        warnings.warn(
+        warn(
             f"The {where} has {tensor.shape[1 - tensor.batch_axis] - layout.prefix} tokens, but the patches before it "
             f"are a grid of {' x '.join(map(str, layout.part_of))}. They are read as a sequence. If the network "
             "takes a random part of them, as masked autoencoders do, their order means nothing: match layers without "
             "positions, or pass grid=1.",
-            stacklevel=2,
         )
     if layout.more_than is not None and tensor is not None:
         tokens, size = tensor.shape[1 - tensor.batch_axis], layout.more_than
-        warnings.warn(
+        warn(
             f"The {where} has {tokens} tokens, {tokens - math.prod(size)} more than the grid of "
             f"{' x '.join(map(str, size))} patches before it, and it is not known where they stand. All are "
             "read as a sequence. If they stand in front, call their parameters cls_token and register_tokens in the "
             "network; else match layers without positions, or pass grid=1.",
-            stacklevel=2,
         )
     if layout.unordered is not None and tensor is not None:
-        warnings.warn(
+        warn(
             f"The {where} has {tensor.shape[1 - tensor.batch_axis]} tokens of a grid of "
             f"{' x '.join(map(str, layout.unordered))} patches, but a change of one patch does not show that they lie "
             "row by row: they may be queries that look at the patches, or patches in the order of windows. They are "
             "read as a sequence. Match layers that give maps, or networks with the same order, or pass grid=1.",
-            stacklevel=2,
         )
     if layout.frames is not None:
         count, size = layout.frames[0], layout.frames[1:]
-        warnings.warn(
+        warn(
             f"The {where} has the patches of {count} frames, each of {' x '.join(map(str, size))}, and it is not known "
             "whether frames or patches come first. They are read as a sequence: match layers of networks with the same "
             "order, or pass grid=1.",
-            stacklevel=2,
         )
     return NeuronReader(
         layer=where,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import MaskSource
+from lightning_otrt.notices import Notices, warn
 from lightning_otrt.reading.hooks.note_hooks import mask_key
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.masks.values import fit_mask
@@ -29,7 +29,7 @@ class StepMask:
     def __init__(self, side: str, reader: NeuronReader, masks: Sequence[tuple[MaskSource, nn.Module]]) -> None:
         self.reader = reader
         self.masks = [(mask_key(side, source), source, module) for source, module in masks]
-        self.has_warned = self.has_looked = False
+        self._notices, self.has_looked = Notices(), False
 
     def length(self, view: View) -> int | None:
         """The number of tokens of the nearest mask; None without one."""
@@ -56,11 +56,9 @@ class StepMask:
             misfit += f"{size[1]} positions of {size[0]} samples"
             if source.is_named:
                 raise ValueError(f"{misfit}. Name its own mask with LayerPair(mask=...), or pass mask=None.")
-        if misfit is not None and not self.has_warned:
-            self.has_warned = True
-            warnings.warn(
-                f"{misfit}, so that its padding is not left out. LayerPair(mask=...) names one.", stacklevel=2
-            )
+        if misfit is not None:
+            message = f"{misfit}, so that its padding is not left out. LayerPair(mask=...) names one."
+            self._notices.warn(message, key="unused")
         return None
 
     def _look_at_late_mask(self, view: View, tensor: Tensor) -> None:
@@ -75,22 +73,20 @@ class StepMask:
             self.has_looked = True  # once: looking at values waits for the device
             fitted = fit_mask(mask, samples, tokens, self.reader.prefix_tokens, module)
             if fitted is not None and bool((~fitted).any()):
-                warnings.warn(
+                warn(
                     f"The mask {source.argument!r}, which the first batch did not have, leaves out tokens of "
                     f"{self.reader.layer}, which are the patches of a map and are pooled like one: their padding is "
                     "read. LayerPair(mask=None) says that this is meant.",
-                    stacklevel=2,
                 )
 
     def _warn_of_unknown(self, source: MaskSource, fitted: Tensor | None) -> None:
-        if fitted is None or self.has_warned:
+        if fitted is None:
             return
-        self.has_warned = True
         name = source.argument
-        warnings.warn(
+        self._notices.warn(
             f"The argument {name!r}, which the first batch did not have, may be the padding mask of "
             f"{self.reader.layer}, but its name does not tell whether it marks valid tokens or padding. It is not "
             f'used: pass LayerPair(mask="{name}") if it is true at valid tokens, mask="~{name}" if it is true at '
             "padding, or mask=None.",
-            stacklevel=2,
+            key="unused",
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from lightning_otrt.layers.mask_sources import LayerMasks, TracedMask
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.masks.search import holds_lengths
 
 __all__ = ["warn_of_one_sided_masks", "warn_of_unused_masks"]
@@ -140,7 +140,7 @@ def warn_of_unused_masks(side: str, masks: Mapping[str, LayerMasks]) -> None:
             true_at=mask.source.true_at,
             other=f"~{name}" if mask.source.true_at == "valid" else name,
         )
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 def _problems(masks: LayerMasks) -> Iterator[tuple[str, TracedMask]]:
@@ -195,9 +195,8 @@ def warn_of_one_sided_masks(
             if other.used and is_sequence and not own.used and not own.misfit and pair.masks[place] is not None:
                 sides.setdefault(side, []).append(layer)
     for side, layers in sides.items():
-        warnings.warn(
+        warn(
             f"Padding is left out on one side only: no mask was found for the {side} layers {layers}, so that their "
             "neurons are averaged over other tokens than those of the layers that they are matched to. Pass the mask "
             "to that network too (`teacher_inputs`), name it with LayerPair(mask=...), or pass mask=None.",
-            stacklevel=2,
         )

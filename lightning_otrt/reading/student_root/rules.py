@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,6 +11,7 @@ from lightning_otrt.layers.lookup import LayerNames, check_names
 from lightning_otrt.layers.names import is_inside, named_layers
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.notices import warn
 
 __all__ = [
     "can_be_root",
@@ -144,11 +144,10 @@ def warn_of_whole_teacher(part: str, pairs: Sequence[LayerPair], root: str, teac
     if not part or teacher.root or any(layer.takes_model_input for layer in inside):
         return
     outside = list(dict.fromkeys(pair.teacher for pair in pairs if not is_inside(pair.teacher, part)))
-    warnings.warn(
+    warn(
         f"The whole teacher ({teacher.layer('').kind}) runs on what enters {root!r} of the student, because its layers "
         f"{outside} lie outside of its own {part!r}. Its {part!r} gets something else, such as inputs that are "
         f"normalised or encoded a second time. Name layers inside {part!r}, which then runs alone; name the module of "
         "the student that gets what the whole teacher takes as `student_root`; or make the teacher's inputs with "
         "`teacher_inputs`.",
-        stacklevel=2,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerSpec
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.extra_forwards.eager import EagerCode
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.student_root.caller import with_caller
@@ -142,13 +142,13 @@ class RootSearch:
         outside = self._trained.outside(None if self.method else self.name)
         self._forget_trained()
         if outside and self._student_root is not None:
-            warnings.warn(logits_outside(self._student_root, outside), stacklevel=3)
+            warn(logits_outside(self._student_root, outside))
             return None
         # Named layers may well be those of a part.
         if outside and (self._distills or only_words(self._layers)):
             return why_outside(self.name, outside, distills=self._distills)
         if self._before:
-            warnings.warn(why_before(self.name, self._before), stacklevel=3)
+            warn(why_before(self.name, self._before))
         return None
 
     def why_no_view(self) -> str:

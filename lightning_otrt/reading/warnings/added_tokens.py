@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.masks.names import is_mask_name
 
 __all__ = ["warn_of_added_tokens"]
@@ -32,12 +32,11 @@ def warn_of_added_tokens(pairs: Sequence[LayerPair], student: Trace, teacher: Tr
         side, layer = ("student", pair.student) if own > other else ("teacher", pair.teacher)
         sides.setdefault(side, {})[layer] = abs(own - other)
     for side, layers in sides.items():
-        warnings.warn(
+        warn(
             f"The {side} adds {max(layers.values())} more tokens to its input than the other network, such as learned "
             f"prompts. In its layers {list(layers)} they are averaged like the others, so that the positions of a pair "
             "do not match. Put an nn.Identity where the network has cut them off again, and match that with "
             "neuron_axis=-1; or pass LayerPair(mask=None) if this is meant.",
-            stacklevel=2,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.torch_internals import add_forward_hook
 
 __all__ = ["FirstShapes"]
@@ -48,12 +48,11 @@ class FirstShapes:
         self.forget()
         if others:
             (name, (in_training, traced)), *_ = others.items()
-            warnings.warn(
+            warn(
                 f"The student layers {list(others)} have other positions in training than in evaluation mode, on one "
                 f"batch: {name!r} has {in_training} and {traced}. The teacher runs in evaluation mode, so that the two "
                 "networks are averaged over different places. This happens where the forward drops tokens. Change the "
                 "batch before the network, or match layers without positions, such as 'penultimate'.",
-                stacklevel=2,
             )
 
     def forget(self) -> None:

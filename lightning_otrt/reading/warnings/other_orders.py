@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from torch import nn
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.probes.input_places import Part, Probed, find_places, is_map
 from lightning_otrt.reading.traced.network_call import NetworkCall
 
@@ -70,19 +70,17 @@ def warn_of_other_orders(
         elif parts in maps and {first.is_turned, second.is_turned} == {True, False}:
             found["maps"].append(name)
     if found["rows"]:
-        warnings.warn(
+        warn(
             f"The layers of the pairs {found['rows']} have several rows for each sample, such as its views, frames or "
             "crops, and student and teacher hold them in another order, as `torch.cat([first, second])` and "
             "`torch.stack([first, second], 1).flatten(0, 1)` do. Different views are matched. Give both networks the "
             "same order, or match layers with one row for each sample.",
-            stacklevel=2,
         )
     if found["maps"]:
-        warnings.warn(
+        warn(
             f"The layers of the pairs {found['maps']} give maps with height and width in another order, as where one "
             "network swaps them: rows of the images lie along the rows of the maps on one side, and along the columns "
             "on the other side. Different positions are matched. Give both networks the same order, or pass grid=1.",
-            stacklevel=2,
         )
 
 

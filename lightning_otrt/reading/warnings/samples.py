@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.traced.token_grid import has_hidden_grid
 
 __all__ = ["warn_of_other_axes", "warn_of_other_samples"]
@@ -28,12 +28,11 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
     )
     drawing = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace, _ in sides if trace.is_random]
     if drawing:
-        warnings.warn(
+        warn(
             f"The forward of {' and that of '.join(drawing)} draws random numbers although it runs in evaluation mode, "
             "such as noise, time steps or masks. Unless both networks draw the same numbers in the same order, they "
             "are matched under different noise. Draw them outside and pass them as an argument, name the network that "
             "gets them as `student_root`, or give the teacher the same ones with `teacher_inputs`.",
-            stacklevel=2,
         )
     moved: dict[str, list[str]] = {"student": [], "teacher": []}
     for pair in pairs:
@@ -43,11 +42,10 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
             moved[side].append(name)
     for side, layers in moved.items():
         if layers:
-            warnings.warn(
+            warn(
                 f"The {side} layers {layers} hold the samples in another order than the inputs, such as sorted by "
                 "length, and the layers that they are matched to do not. So different samples are matched. Sort the "
                 "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
-                stacklevel=2,
             )
     for place, (side, trace, layers) in enumerate(sides):
         tensors = {layer: _tensor(trace, pair, place) for layer, pair in zip(layers, pairs, strict=True)}
@@ -59,23 +57,21 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
         }
         for problem, chosen in what.items():
             if chosen:
-                warnings.warn(
+                warn(
                     f"The {side} layers {chosen} {problem}. The network may choose its rows, as for the experts of a "
                     "mixture or the proposals of a detector, and the other network chooses different ones. Then "
                     "different rows are matched. Name the module around them, which gives all tokens. Where both "
                     "networks have the same rows, such as the valid tokens, nothing is wrong.",
-                    stacklevel=2,
                 )
     _warn_of_hidden_grids(pairs, student, teacher)
     for side, trace, layers in sides:
         unclear = sorted({name for name in layers if name in trace.unclear_axes})
         if unclear:
-            warnings.warn(
+            warn(
                 f"The first batch has as many samples as its sequences have positions ({trace.batch_size}), and "
                 f"nothing tells which axis of the {side} layers {unclear} holds the samples: it is taken to be axis "
                 f"{trace.layer(unclear[0]).batch_axis}. Begin with a batch of another size, or set `batch_first` on "
                 "the network.",
-                stacklevel=2,
             )
 
 
@@ -91,12 +87,11 @@ def warn_of_other_axes(student: Trace, teacher: Trace) -> None:
     axes = student.sample_axis, teacher.sample_axis
     if None not in axes and axes[0] != axes[1]:
         kinds = [trace.layer(trace.root).kind for trace in (student, teacher)]
-        warnings.warn(
+        warn(
             f"The student ({kinds[0]}) has the samples along axis {axes[0]} of its sequences, and the teacher "
             f"({kinds[1]}) along axis {axes[1]}, but both get the same inputs. So what "
             "is a sample for the one is a time for the other, and different ones are matched. Let `teacher_inputs` "
             "exchange the axes, such as `lambda x: x.transpose(0, 1)`.",
-            stacklevel=3,
         )
 
 
@@ -111,12 +106,11 @@ def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: T
         if any(tensor and has_hidden_grid(trace, trace.layer(name), tensor) for trace, name, tensor in names):
             found.append(f"{pair.student} -> {pair.teacher}")
     if found:
-        warnings.warn(
+        warn(
             f"The pairs {found} have different numbers of tokens, which come from images, but no layer gives a map "
             "that shows their rows and columns, as where the patches are cut out by code. They are read as sequences, "
             "whose segments are different parts of the image on both sides. Embed the patches by a convolution, match "
             "networks with as many tokens, or pass grid=1.",
-            stacklevel=3,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.names import named_layers, primary_names
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.neurons.outputs import describe
 from lightning_otrt.reading.torch_internals import (
     add_forward_hook,
@@ -124,14 +124,13 @@ class FirstInput:
         self.has_warned = True
         what = "other values" if now.shape == before.shape else describe(now)
         whose = f"{self._root!r} of the student" if self._root else "the student"
-        warnings.warn(
+        warn(
             f"The forward of {whose} changes its inputs in training: its first layer with weights, {self._name!r} "
             f"({type(module).__name__}), got {describe(before)} in evaluation mode and {what} in training mode, on one "
             f"batch. The teacher gets what enters {whose}, so an augmentation inside of the forward, such as a flip, a "
             "crop, a mixture or a random size, does not reach it: the two networks see different samples. Augment the "
             "batch before the network, or name the module behind the augmentation as `student_root`. If the forward "
             "only adds noise to the same samples, nothing is wrong.",
-            stacklevel=2,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstInput:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 from lightning_otrt.layers.automatic import unclear_stacks
 from lightning_otrt.layers.grammar import WORDS, parse_layers
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.layers.trace import Trace
+from lightning_otrt.notices import warn
 
 __all__ = ["warn_of_unclear_axes"]
 
@@ -25,10 +24,9 @@ def warn_of_unclear_axes(layers: LayerSpec, student: Trace, teacher: Trace) -> N
     for side, trace in (("student", student), ("teacher", teacher)):
         for stack in unclear_stacks(trace):
             first, last = stack[0], stack[-1]
-            warnings.warn(
+            warn(
                 f"{len(stack)} blocks of the {side}, from {first.name!r} to {last.name!r} ({last.kind}), are not among "
                 f"those that {layers!r} chooses from: of their shape {last.output_shape} it is not known along which "
                 f"axis the neurons lie. To match them, name them with a `neuron_axis`, as LayerPair({last.name!r}, "
                 f"{last.name!r}, neuron_axis=-1) for (B, T, C), or use a batch of other sizes.",
-                stacklevel=2,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_otrt.notices import warn
 from lightning_otrt.random_numbers import draw
 from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.extra_forwards.evaluation import state_restored
@@ -186,7 +186,7 @@ class CachedRun:
         if self._strict:
             raise ValueError(f"{message} Leave out `teacher_cache`; with strict=False the teacher runs on all samples.")
         self._off = True
-        warnings.warn(f"{message} It runs on all samples, because of strict=False.", stacklevel=2)
+        warn(f"{message} It runs on all samples, because of strict=False.")
         assert self.recorder.current is not None
         _forget(self.recorder.current)
         self._run_whole(inputs)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import time
 import uuid
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lightning_otrt.notices import warn
 from lightning_otrt.teacher.cache.key_index import Integers
 from lightning_otrt.teacher.cache.row_layout import RowLayout
 from lightning_otrt.teacher.cache.sample_hash import VERSION as HASH_VERSION
@@ -215,7 +215,7 @@ class FolderStore(SampleStore):
         except FileNotFoundError:  # somebody has cleared the folder
             return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"{path} is left out of the teacher cache: {error}. It can be deleted.", stacklevel=2)
+            warn(f"{path} is left out of the teacher cache: {error}. It can be deleted.")
             return None
         # Keys and checksums are copied, so that the pages that are mapped are those of rows in use.
         return Segment(

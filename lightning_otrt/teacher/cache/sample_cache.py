@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.cache.numerics import Numerics
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
@@ -180,12 +180,11 @@ class SampleCache:
         has_all = self.store is not None and not self.store.is_full
         if has_all and self._epochs >= PATIENCE and not self._hits_of_run and not self._useless:
             self._useless = True
-            warnings.warn(
+            warn(
                 f"In {self._epochs} epochs no sample came a second time, so that `teacher_cache` saved nothing. It "
                 "keeps no more of them. Random augmentation makes a new image each time: "
                 "`FixedViews(dataset, views=8)` gives a few fixed versions of each. Texts that are padded to the "
                 "longest of a batch differ as well: pad them to one length.",
-                stacklevel=2,
             )
 
     def flush(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_otrt.notices import warn
 from lightning_otrt.teacher.cache.key_index import Integers, KeyIndex
 from lightning_otrt.teacher.cache.row_layout import RowLayout
 
@@ -240,10 +240,9 @@ class SampleStore:
 
     def _drop(self, keys: Integers) -> None:
         self._index.forget(keys)
-        warnings.warn(
+        warn(
             f"{len(keys)} of the samples of {self.title} are not what was written, and the teacher runs on them again. "
             "Its files were damaged; delete the folder if this happens again.",
-            stacklevel=2,
         )
 
     def _stop(self, reason: str) -> None:
@@ -251,9 +250,7 @@ class SampleStore:
         if not self.is_full:
             self.is_full = True
             title = f"{self.title[0].upper()}{self.title[1:]}"
-            warnings.warn(
-                f"{title} takes no more samples: {reason}. The teacher runs on all others, in each epoch.", stacklevel=2
-            )
+            warn(f"{title} takes no more samples: {reason}. The teacher runs on all others, in each epoch.")
 
     def _settings(self) -> dict[str, Any]:
         return {"limit": self.limit, "dtype": self.dtype}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.hooks.own_hook import OwnHook
 
 __all__ = ["TrainedElsewhere"]
@@ -26,10 +26,9 @@ class TrainedElsewhere(OwnHook):
         is_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
         if is_trained and not module.training:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"Other code runs the teacher ({type(module).__name__}) with gradient while it is attached. The "
                 "transfer keeps it in evaluation mode: dropout is off, and batch normalisation learns no statistics. "
                 "Where it is trained in the same loop, call `train()` on it before each of its own forwards; else run "
                 "it inside `torch.no_grad()`.",
-                stacklevel=2,
             )
