@@ -30,6 +30,7 @@ class InputGuard:
         clones: Whether extra forwards get clones of the tensors from the start.
 
     Example:
+        >>> import warnings
         >>> guard, x = InputGuard(), torch.ones(2)
         >>> with warnings.catch_warnings(), guard.first_forward((x,)) as (own,):
         ...     warnings.simplefilter("ignore")

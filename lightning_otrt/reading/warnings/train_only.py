@@ -44,6 +44,7 @@ class FirstInput:
     mode. After that comparison no hook is left.
 
     Example:
+        >>> import warnings
         >>> class Flips(nn.Sequential):
         ...     def forward(self, x: Tensor) -> Tensor:
         ...         return super().forward(x.flip(1) if self.training else x)
