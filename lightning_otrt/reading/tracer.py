@@ -47,7 +47,7 @@ from lightning_otrt.reading.torch_internals import (
 from lightning_otrt.reading.traced.arguments import Inputs, bound_arguments, entered_tensor
 from lightning_otrt.reading.traced.axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
 from lightning_otrt.reading.traced.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
-from lightning_otrt.reading.traced.calls import Call
+from lightning_otrt.reading.traced.calls import ModuleCall
 from lightning_otrt.reading.traced.flow import Flow
 from lightning_otrt.reading.traced.module_types import role_of
 from lightning_otrt.reading.traced.states import without_states
@@ -131,7 +131,7 @@ def _trace(
     target = modules[root]
     inputs = list(all_tensors((tuple(args), dict(kwargs))))
     taken = bound_arguments(target, tuple(args), kwargs, method or "forward")
-    call = Call(primary[id(target)], target, taken, method or "forward")
+    call = ModuleCall(primary[id(target)], target, taken, method or "forward")
     spare = InputGuard().copied((tuple(args), dict(kwargs)))
     counted = tensors_of_samples((tuple(args), dict(kwargs)))
     second = bool(is_sequence_first(target) if input_axis is None else input_axis)
@@ -214,7 +214,7 @@ class _TraceHooks:
         self._completed = 0
         self._has_inner: list[bool] = []  # of the modules that are running
 
-    def enter(self, call: Call) -> None:
+    def enter(self, call: ModuleCall) -> None:
         """The call of a method, inside of which all modules run."""
         self.padding.note(call)
         self._axes.enter(call, None, takes_model_input=False)
@@ -226,7 +226,7 @@ class _TraceHooks:
             return
         taken = bound_arguments(module, args, kwargs)
         starts = any(id(value) in self._inputs for key, value in taken.items() if not key.endswith("mask"))
-        self._axes.enter(Call(name, module, taken), entered_tensor(args, kwargs), takes_model_input=starts)
+        self._axes.enter(ModuleCall(name, module, taken), entered_tensor(args, kwargs), takes_model_input=starts)
         self._has_inner.append(False)
 
     def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

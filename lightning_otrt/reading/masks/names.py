@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_otrt.layers.mask_sources import OF_TARGET
-from lightning_otrt.reading.traced.calls import Call, argument_names, takes_any
+from lightning_otrt.reading.traced.calls import ModuleCall, argument_names, takes_any
 
 __all__ = [
     "LABELS",
@@ -51,7 +51,7 @@ _KEY_MASKS = {"attention_mask": "valid", "key_padding_mask": "padding"}
 _OTHER_MASKS = {"cross", "encoder", "global", "head", "inputs", "label", "labels", "loss", "memory", "special"}
 
 
-def own_names(call: Call, inner: Sequence[Call], *, is_after_decoder: bool) -> dict[str, str]:
+def own_names(call: ModuleCall, inner: Sequence[ModuleCall], *, is_after_decoder: bool) -> dict[str, str]:
     """Names of the call's arguments that may be masks of a layer inside of these inner calls, and what true means.
 
     Args:
@@ -83,7 +83,7 @@ def own_names(call: Call, inner: Sequence[Call], *, is_after_decoder: bool) -> d
     return encoder
 
 
-def memory_names(call: Call, inner: Sequence[Call]) -> dict[str, str]:
+def memory_names(call: ModuleCall, inner: Sequence[ModuleCall]) -> dict[str, str]:
     """The same for a layer that holds the sequence which a decoder or latent vectors look at."""
     names = set(argument_names(call))
     if call.is_cross_attention:
@@ -96,7 +96,7 @@ def memory_names(call: Call, inner: Sequence[Call]) -> dict[str, str]:
     return {name: true_at for name, true_at in _ENCODER.items() if name in names}
 
 
-def late_names(call: Call, inner: Sequence[Call], *, is_memory: bool) -> dict[str, str]:
+def late_names(call: ModuleCall, inner: Sequence[ModuleCall], *, is_memory: bool) -> dict[str, str]:
     """The same for names that neither the signature nor this call shows, but that a later batch may have."""
     if not takes_any(call) or call.is_cross_attention or call.looks_at_memory:
         return {}
@@ -104,7 +104,7 @@ def late_names(call: Call, inner: Sequence[Call], *, is_memory: bool) -> dict[st
     return {name: true_at for name, true_at in late.items() if name not in argument_names(call)}
 
 
-def _is_in_decoder(inner: Sequence[Call]) -> bool:
+def _is_in_decoder(inner: Sequence[ModuleCall]) -> bool:
     # The last linear layer of a BERT is called decoder, too.
     around = [layer for layer in inner if next(layer.module.children(), None) is not None]
     names = " ".join(f"{layer.name.rpartition('.')[2]} {type(layer.module).__name__}" for layer in around).lower()

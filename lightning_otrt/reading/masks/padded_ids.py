@@ -10,7 +10,7 @@ from torch.nn import functional
 from lightning_otrt.layers.mask_sources import OF_TARGET, MaskSource, TracedMask
 from lightning_otrt.reading.masks.names import is_mask_name
 from lightning_otrt.reading.masks.padding_shapes import is_at_ends, place_of
-from lightning_otrt.reading.traced.calls import Call, is_ids, is_tensor
+from lightning_otrt.reading.traced.calls import ModuleCall, is_ids, is_tensor
 
 __all__ = ["BY_IDS", "padded_ids", "padded_labels"]
 
@@ -20,7 +20,7 @@ BY_IDS = ("ids", "pad_token")
 _IDS = ("input_ids", "decoder_input_ids")
 
 
-def padded_ids(call: Call, around: Sequence[Call] = ()) -> tuple[TracedMask, ...]:
+def padded_ids(call: ModuleCall, around: Sequence[ModuleCall] = ()) -> tuple[TracedMask, ...]:
     """What the ids of a call show of padding ``(B, T)``; nothing where none is padded, or it is not certain.
 
     The id of padding is the ``padding_idx`` of an embedding, or the ``pad_token_id`` in the configuration of a network
@@ -35,7 +35,7 @@ def padded_ids(call: Call, around: Sequence[Call] = ()) -> tuple[TracedMask, ...
     Example:
         >>> import torch
         >>> embed, ids = nn.Embedding(9, 2, padding_idx=0), torch.tensor([[4, 2, 0], [3, 0, 0], [5, 1, 2]])
-        >>> [mask.padded for mask in padded_ids(Call("embed", embed, {"input": ids}))]
+        >>> [mask.padded for mask in padded_ids(ModuleCall("embed", embed, {"input": ids}))]
         [2]
     """
     found = []
@@ -58,7 +58,7 @@ def padded_ids(call: Call, around: Sequence[Call] = ()) -> tuple[TracedMask, ...
     return tuple(found)
 
 
-def _ids(call: Call) -> Iterator[tuple[str, Tensor, int]]:
+def _ids(call: ModuleCall) -> Iterator[tuple[str, Tensor, int]]:
     """The arguments of a call that hold ids, with their names and the id of padding, where it has one."""
     module = call.module
     if isinstance(module, nn.Embedding):
@@ -70,7 +70,7 @@ def _ids(call: Call) -> Iterator[tuple[str, Tensor, int]]:
         yield from ((name, value, padding) for name, value in given if is_tensor(value) and is_ids(value))
 
 
-def _is_of_decoder(ids: Tensor, calls: Sequence[Call]) -> bool:
+def _is_of_decoder(ids: Tensor, calls: Sequence[ModuleCall]) -> bool:
     """Whether ids are those of a decoder: they are used inside of one, or are an argument of that name."""
     if any(call.looks_at_memory for call in calls):
         return True
@@ -78,7 +78,7 @@ def _is_of_decoder(ids: Tensor, calls: Sequence[Call]) -> bool:
     return any(value is ids or value is ids._base for name, value in given.items() if name.startswith(OF_TARGET))
 
 
-def padded_labels(call: Call) -> tuple[TracedMask, ...]:
+def padded_labels(call: ModuleCall) -> tuple[TracedMask, ...]:
     """What labels beside ids show of padding ``(B, T)``: they are negative at an end of some samples, as -100 is.
 
     The ids there have to be all the same in the whole batch. So prompts without labels are no padding, and neither are
@@ -90,7 +90,7 @@ def padded_labels(call: Call) -> tuple[TracedMask, ...]:
     Example:
         >>> import torch
         >>> ids, labels = torch.tensor([[4, 2, 0, 0], [3, 5, 6, 7]]), torch.tensor([[4, 2, -100, -100], [3, 5, 6, 7]])
-        >>> [mask.padded for mask in padded_labels(Call("", nn.Identity(), {"input_ids": ids, "labels": labels}))]
+        >>> [mask.padded for mask in padded_labels(ModuleCall("", nn.Identity(), {"input_ids": ids, "labels": labels}))]
         [1]
     """
     ids, found = call.sequence, []

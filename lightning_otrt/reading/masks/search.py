@@ -24,7 +24,7 @@ from lightning_otrt.reading.masks.names import (
 )
 from lightning_otrt.reading.masks.padding_shapes import is_triangle, padded_images
 from lightning_otrt.reading.masks.values import as_rows, count_frames, is_pairwise, problem_of, valid_tokens
-from lightning_otrt.reading.traced.calls import Call, argument_names, is_ids, is_tensor
+from lightning_otrt.reading.traced.calls import ModuleCall, argument_names, is_ids, is_tensor
 
 __all__ = ["MaskSearch", "holds_lengths"]
 
@@ -49,7 +49,7 @@ class MaskSearch:
         # The value is kept, so that its id is not used again during the search.
         self._known: dict[tuple[MaskSource, int], tuple[Any, TracedMask]] = {}
 
-    def masks(self, calls: Sequence[Call]) -> tuple[TracedMask, ...]:
+    def masks(self, calls: Sequence[ModuleCall]) -> tuple[TracedMask, ...]:
         """The masks of the sequence of a layer.
 
         Args:
@@ -83,7 +83,7 @@ class MaskSearch:
         # Masks (T, T) are less certain: some libraries let padding see itself, or everything.
         return (*found, *pairwise)
 
-    def pass_on(self, call: Call, outputs: Sequence[Tensor], calls: Sequence[Call]) -> None:
+    def pass_on(self, call: ModuleCall, outputs: Sequence[Tensor], calls: Sequence[ModuleCall]) -> None:
         """Note that what a single layer made of a memory is one too.
 
         Args:
@@ -102,11 +102,11 @@ class MaskSearch:
         if id(start) in self._of_memory or any(start is memory for outer in calls for memory in outer.memories):
             self._of_memory.update({id(value): value for value in outputs if value.shape[:-1] == start.shape[:-1]})
 
-    def _others(self, call: Call) -> frozenset[str]:
+    def _others(self, call: ModuleCall) -> frozenset[str]:
         """Names of the modules around beside whose first sequence stands what a call starts with."""
         return self._of_others.get(id(call.sequence), (None, frozenset[str]()))[1]
 
-    def _holds_memory(self, call: Call, inner: Sequence[Call]) -> bool:
+    def _holds_memory(self, call: ModuleCall, inner: Sequence[ModuleCall]) -> bool:
         """Whether one of the inner calls starts with the sequence that the call looks at."""
         if not call.memories:
             return False
@@ -118,7 +118,7 @@ class MaskSearch:
             for memory in call.memories
         )
 
-    def named(self, root: Call) -> tuple[TracedMask, ...]:
+    def named(self, root: ModuleCall) -> tuple[TracedMask, ...]:
         """What the user may name as mask: the arguments of the root's forward."""
         found = []
         for name in argument_names(root):
@@ -135,7 +135,7 @@ class MaskSearch:
             found.append(traced)
         return tuple(found)
 
-    def _traced(self, call: Call, source: MaskSource) -> TracedMask | None:
+    def _traced(self, call: ModuleCall, source: MaskSource) -> TracedMask | None:
         """The mask of that name; None if the argument of that name is no mask."""
         value = call.arguments.get(source.argument)
         key = source, id(value)
@@ -146,7 +146,7 @@ class MaskSearch:
             self._known[key] = value, traced
         return self._known[key][1]
 
-    def _continues(self, inner: Call, outer: Call, name: str) -> bool:
+    def _continues(self, inner: ModuleCall, outer: ModuleCall, name: str) -> bool:
         """Whether a call does not start a sequence other than that of the outer call's mask ``name``."""
         start = inner.sequence
         if start is None:
@@ -219,13 +219,13 @@ def _uneven(mask: Tensor) -> int:
     return _count((flat != flat[:, :1]).any(1))
 
 
-def _holds_other(call: Call, inner: Sequence[Call]) -> bool:
+def _holds_other(call: ModuleCall, inner: Sequence[ModuleCall]) -> bool:
     """Whether the inner calls start with another sequence of the call than its first; nothing else is known of it."""
     starts = [each.sequence for each in inner]
     return any(start is other for start in starts for other in _other_sequences(call))
 
 
-def _other_sequences(call: Call) -> list[Tensor]:
+def _other_sequences(call: ModuleCall) -> list[Tensor]:
     """The sequences ``(B, T, C)`` that a call gets beside its first one, of ids or of vectors."""
     own = call.sequence
     if own is None or not (own.dim() == 3 or is_ids(own)):

@@ -14,7 +14,7 @@ from lightning_otrt.reading.masks.padded_ids import BY_IDS, padded_ids, padded_l
 from lightning_otrt.reading.masks.padding_shapes import is_at_ends, is_triangle, place_of
 from lightning_otrt.reading.masks.values import as_rows, is_pairwise
 from lightning_otrt.reading.torch_internals import is_in_functional_transform
-from lightning_otrt.reading.traced.calls import Call, is_tensor
+from lightning_otrt.reading.traced.calls import ModuleCall, is_tensor
 
 __all__ = ["ShownPadding", "padded_arguments"]
 
@@ -33,7 +33,7 @@ class ShownPadding:
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], TracedMask] = {}
 
-    def note(self, call: Call, around: Sequence[Call] = ()) -> None:
+    def note(self, call: ModuleCall, around: Sequence[ModuleCall] = ()) -> None:
         """Look at a call.
 
         Args:
@@ -54,7 +54,7 @@ class ShownPadding:
         return tuple(sorted(self._found.values(), key=lambda mask: mask.shown_by in ("inner", "attribute", *BY_IDS)))
 
 
-def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask, ...]:
+def padded_arguments(call: ModuleCall, *, is_inner: bool = False) -> tuple[TracedMask, ...]:
     """What the arguments of a forward show of padding ``(B, T)``: labels, flags without a name, lengths, NaN, zeros.
 
     Flags are booleans, floats of 0 and 1, or floats of 0 and minus infinity, that are the same up to some position of
@@ -69,7 +69,7 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
         >>> import torch
         >>> from torch import nn
         >>> pad = torch.arange(3) >= torch.tensor([[1], [3], [2]])
-        >>> call = Call("", nn.Identity(), {"x": torch.ones(3, 3, 8), "pad": pad})
+        >>> call = ModuleCall("", nn.Identity(), {"x": torch.ones(3, 3, 8), "pad": pad})
         >>> {mask.source.argument for mask in padded_arguments(call)}
         {'pad'}
     """
@@ -96,7 +96,7 @@ def padded_arguments(call: Call, *, is_inner: bool = False) -> tuple[TracedMask,
     return tuple(found)
 
 
-def _padded_attributes(call: Call) -> Iterator[TracedMask]:
+def _padded_attributes(call: ModuleCall) -> Iterator[TracedMask]:
     """Flags that a module keeps in a plain attribute, as where a mask is set before the forward."""
     for name, value in vars(call.module).items():
         if _is_dense(value) and not names_other_mask(name):

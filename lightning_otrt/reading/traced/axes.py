@@ -19,7 +19,7 @@ from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import TracedTensor
 from lightning_otrt.reading.neurons.nested import pad_nested
 from lightning_otrt.reading.traced.batch_facts import is_sequence_first
-from lightning_otrt.reading.traced.calls import Call
+from lightning_otrt.reading.traced.calls import ModuleCall
 from lightning_otrt.reading.traced.module_types import axis_of_type, is_elementwise, is_normalisation, is_torch_norm
 
 __all__ = ["Frame", "ShownAxes", "Source", "TracedAxes", "has_children", "shape_of"]
@@ -43,7 +43,7 @@ class Frame:
         last_voter: Name of the inner module that voted last.
     """
 
-    call: Call
+    call: ModuleCall
     input: Tensor | None = None
     input_axis: int | None = None
     source: Source | None = None
@@ -101,7 +101,7 @@ class TracedAxes:
         self._sources: dict[int, Source] = {}
         self._takes_sequence_first = functools.cache(is_sequence_first)  # looked up for each tensor inside a module
 
-    def enter(self, call: Call, tensor: Tensor | None, *, takes_model_input: bool) -> None:
+    def enter(self, call: ModuleCall, tensor: Tensor | None, *, takes_model_input: bool) -> None:
         """A module starts to run on a tensor."""
         source = self.source(tensor)
         axis = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_otrt.layers.mask_sources import OF_TARGET
 from lightning_otrt.reading.traced.arguments import signature_of
 
-__all__ = ["Call", "argument_names", "is_ids", "is_tensor", "takes_any"]
+__all__ = ["ModuleCall", "argument_names", "is_ids", "is_tensor", "takes_any"]
 
 #: What a decoder, or a layer of one, gets besides its own sequence.
 _MEMORY = ("encoder_hidden_states", "encoder_out", "memory", "key_value_states", "cross_attention_states")
@@ -23,7 +23,7 @@ _MEMORY_OF_LATENTS = ("inputs", "context")
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """A module that is running. What follows from its arguments is found once, since each layer inside of it reads it.
 
     Args:
@@ -72,7 +72,7 @@ class Call:
         return any(name.startswith(OF_TARGET) for name in self.arguments) and not self.looks_at_memory
 
 
-def argument_names(call: Call) -> tuple[str, ...]:
+def argument_names(call: ModuleCall) -> tuple[str, ...]:
     """The arguments that a forward got or could have got."""
     return tuple(dict.fromkeys((*_signature(getattr(type(call.module), call.method, None)), *call.arguments)))
 
@@ -87,7 +87,7 @@ def _signature(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters[1:] if parameter.kind not in several)
 
 
-def takes_any(call: Call) -> bool:
+def takes_any(call: ModuleCall) -> bool:
     """Whether a later batch may have arguments that neither the signature nor this call shows."""
     signature = signature_of(call.module, call.method)
     if signature is None:
