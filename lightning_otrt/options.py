@@ -37,6 +37,7 @@ __all__ = [
     "as_written",
     "check_option_names",
     "check_spelling",
+    "is_own",
     "takes_options_of",
 ]
 
@@ -145,7 +146,9 @@ class FixedOptions:
         arguments = [self._teacher_text]
         if not _is_default(self.layers, "auto"):
             arguments.append(as_written(self.layers))
-        for option, parameter in inspect.signature(type(self)).parameters.items():
+        # A subclass may have another signature.
+        owner = next(cls for cls in type(self).__mro__ if FixedOptions in cls.__bases__)
+        for option, parameter in inspect.signature(owner).parameters.items():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 value = getattr(self, option)
                 if not _is_default(value, parameter.default):
@@ -207,22 +210,30 @@ def check_option_names(caller: str, names: Iterable[str]) -> None:
         raise TypeError(f"{caller} got an unexpected keyword argument {name!r}{hint}")
 
 
+def is_own(owner: object) -> bool:
+    """Whether the class of an object is one of this package, and not a user's subclass."""
+    return type(owner).__module__.startswith("lightning_otrt.")
+
+
 def check_spelling(owner: object, name: str) -> None:
     """Refuse to set what looks like a misspelt option, which would have no effect.
 
     Args:
-        owner: What the attribute is set on.
+        owner: What the attribute is set on. Classes of users, which may have attributes of any name, are left alone.
         name: Name of the attribute, which is no option.
 
     Raises:
         AttributeError: If it is almost the name of an option.
 
     Example:
-        >>> check_spelling(object(), "wieght")
+        >>> from lightning_otrt.distillation import LogitDistillation
+        >>> check_spelling(LogitDistillation(), "wieght")
         Traceback (most recent call last):
             ...
-        AttributeError: 'object' object has no option 'wieght'. Did you mean 'weight'?
+        AttributeError: 'LogitDistillation' object has no option 'wieght'. Did you mean 'weight'?
     """
+    if not is_own(owner):
+        return
     if not name.startswith("_") and (close := difflib.get_close_matches(name, OPTIONS, 1, ALIKE)):
         raise AttributeError(f"{type(owner).__name__!r} object has no option {name!r}. Did you mean {close[0]!r}?")
 

@@ -142,4 +142,10 @@ class RecordedStudent:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the hooks were told: the recorder of a copy is told anew."""
-        return {**vars(self), "_switches": None}
+        return {**vars(self), "_switches": None, "_is_recording": False, "_is_choosing": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is attached to no student: copies of hooks do nothing."""
+        vars(self).update(state)
+        if self.is_attached:
+            self.detach()

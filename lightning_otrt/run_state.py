@@ -28,6 +28,8 @@ from lightning_otrt.teacher.pair_choice import ChoosePairs
 
 __all__ = ["RunState"]
 
+#: Calls between two reads of flags, which wait for the device, as a logger does: it is the default of a Trainer, too.
+CHECK_EVERY = 50
 _KEYS = ("layers", "pairs", "engine", "leading_weights", "distillation")
 
 
@@ -61,6 +63,8 @@ class RunState:
         self.engine: TermEngine | None = None
         #: The captured calls of the engine.
         self.graphs = StepGraphs()
+        #: Calls between two reads of the flags for values that are not finite, unless a user has another number.
+        self.check_every = CHECK_EVERY
         self.distillation = distillation
         self.missed = MissedLayers()
         self._paired_for = ""
@@ -71,7 +75,7 @@ class RunState:
     @property
     def calls(self) -> int:
         """Number of calls that had a term."""
-        return max(each.calls for each in (self.engine, self.distillation) if each is not None)
+        return max((each.calls for each in (self.engine, self.distillation) if each is not None), default=0)
 
     def choose_pairs(
         self, student: nn.Module, choose: ChoosePairs, device: torch.device | None, report: Callable[[str], None]
@@ -96,6 +100,7 @@ class RunState:
         self.engine = self._make_engine(device, plans)
         self._pairing = replace(pairings[0], pairs=self.pairs)
         if self._saved is not None:
+            self._check_teacher(self._saved["leading_weights"])
             self._load(self._saved, device)
             self._saved = None
         # Those of an earlier call or a checkpoint, whose plans go on.
@@ -172,13 +177,17 @@ class RunState:
                 f"Expected the `state_dict` of a RepresentationTransfer, with the keys {sorted(expected)}, but "
                 f"{sorted(missing)} are missing from {sorted(map(str, state))}. Pass what its `state_dict()` returned."
             )
-        self.reset()
         if state["engine"] is None:
+            self.reset()
             return False
-        is_same_choice = state["layers"] == repr(self.layers) and pairs_from_state(state["pairs"]) != self.pairs
-        if self.engine is not None and not is_same_choice:
+        has_other_pairs = state["layers"] == repr(self.layers) and pairs_from_state(state["pairs"]) != self.pairs
+        if self.engine is not None and not has_other_pairs:
+            self.engine.check_state(state["engine"])
+            self._check_teacher(state["leading_weights"])
+            self.reset()
             self._load(state, device)
             return False
+        self.reset()
         self._saved = {name: state[name] for name in _KEYS}
         self.engine = None
         return True
@@ -209,7 +218,6 @@ class RunState:
         # A run may begin or cease to distill, as it may have another weight.
         if self.distillation is not None and state["distillation"] is not None:
             self.distillation.load_state_dict(state["distillation"], device)
-        self._check_teacher(state["leading_weights"])
 
     def _check_teacher(self, saved: str) -> None:
         if self._pairing is None or self._identify(self._pairing) == saved:

@@ -155,8 +155,8 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         check_plan_and_cost(plan, self.ground_cost)
         self._teacher_text = as_written(teacher)
         self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
-        #: Calls between two reads of the flags for values that are not finite.
-        self.check_every = 50
+        #: Calls between two reads of the flags for values that are not finite; None: ``log_every_n_steps``, or 50.
+        self.check_every: int | None = None
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
         self.distances: list[PairDistance] = []  #: The distances of the last call of :meth:`loss`.
@@ -310,7 +310,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
             self._give_up(missed.error)
         if missed.warning:
             self._notices.warn(missed.warning, key="missing")
-        if self.run_state.calls % self.check_every == 0:
+        if self.run_state.calls % (self.check_every or self.run_state.check_every) == 0:
             self.check_finite()
         return terms.total
 
@@ -356,6 +356,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         """Forget plans, statistics and counters, as at the start of a training run."""
         self.step = 0
         self.run_state.reset()
+        self._notices = Notices(strict=self.strict)
 
     def _choose_pairs(self, choose: ChoosePairs) -> Pairing:
         """The pairs of this run, chosen in the first forward of the student and reported as a table."""

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import INPUT, LayerPair
+from lightning_otrt.reading.hooks.own_hook import FunctionHook
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.neurons.outputs import select_tensor
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
@@ -57,9 +58,9 @@ class GradientProbe:
         for name, pair in layers.items():
             module = modules[name.removesuffix(INPUT)]
             if name.endswith(INPUT):
-                handle = add_forward_pre_hook(module, self._on_input(name), with_kwargs=True)
+                handle = add_forward_pre_hook(module, FunctionHook(self._on_input(name)), with_kwargs=True)
             else:
-                handle = add_forward_hook(module, self._on_output(name, pair.select))
+                handle = add_forward_hook(module, FunctionHook(self._on_output(name, pair.select)))
             self._handles.append(handle)
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.layers.names import named_layers
+from lightning_otrt.reading.hooks.own_hook import FunctionHook
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.hooks.view_hooks import ViewAroundMethod
 from lightning_otrt.reading.neurons.positions import match_positions
@@ -50,8 +51,8 @@ class ValidationDistances:
         if method:
             self._handles.append(ViewAroundMethod(root, method, self._open, self._record))
         else:
-            self._handles.append(add_forward_pre_hook(root, self._open, with_kwargs=True))
-            self._handles.append(add_forward_hook(root, self._record, always_call=True))
+            self._handles.append(add_forward_pre_hook(root, FunctionHook(self._open), with_kwargs=True))
+            self._handles.append(add_forward_hook(root, FunctionHook(self._record), always_call=True))
 
     def compute(self) -> list[Tensor]:
         """The distance of each pair over all forwards of all processes. All processes have to call it.

@@ -312,6 +312,21 @@ class TermEngine(ABC):
             device: Device of the student.
 
         Raises:
+            ValueError: As for :meth:`check_state`.
+        """
+        self.check_state(state)
+        settings = state["settings"]
+        self.calls = state["calls"]
+        self._use(settings["plans"])
+        self.states = [
+            PairState.of(pair, coupling.resumed_memory(pair["memory"], settings["memory"]), device, coupling.plan_type)
+            for pair, coupling in zip(state["pairs"], self.couplings, strict=True)
+        ]
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state that does not belong to this engine.
+
+        Raises:
             ValueError: If it was saved with other layers, another cost or another kind of plan.
         """
         saved = [tuple(name) for name in state["names"]]
@@ -328,9 +343,3 @@ class TermEngine(ABC):
                     f"Statistics and plans of one do not fit the other. Resume with the same `{name}`, or load "
                     "the weights alone."
                 )
-        self.calls = state["calls"]
-        self._use(settings["plans"])
-        self.states = [
-            PairState.of(pair, coupling.resumed_memory(pair["memory"], settings["memory"]), device, coupling.plan_type)
-            for pair, coupling in zip(state["pairs"], self.couplings, strict=True)
-        ]

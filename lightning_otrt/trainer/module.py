@@ -102,15 +102,16 @@ class OTRTModule(pl.LightningModule):
         """A plain module of the task's class."""
         plain = object.__new__(_task_type_of(self))
         memo[id(self)] = plain
-        object.__setattr__(plain, "__dict__", copy.deepcopy(self.__dict__, memo))
+        # Without the Trainer, which Lightning leaves out, and what else the task leaves out.
+        plain.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         vars(plain)[_CALLBACKS] = functools.partial(_callbacks_of_copy, plain)
         return plain
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A plain module of the task's class; the wrapped one on its way to a process that goes on training."""
         if is_being_spawned():
-            return _wrapped, (_wrapper_of(self), _task_type_of(self), self._otrt_callback, {}), self.__dict__
-        return object.__new__, (_task_type_of(self),), self.__dict__
+            return _wrapped, (_wrapper_of(self), _task_type_of(self), self._otrt_callback, {}), self.__getstate__()
+        return object.__new__, (_task_type_of(self),), self.__getstate__()
 
 
 def _wrapped(

@@ -118,8 +118,8 @@ class OTRTMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure this step if it is due, or if it is the first one, which some warnings are about."""
-        every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        self._is_due = (batches_before(trainer) + 1) % every == 0
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._is_due = every > 0 and (batches_before(trainer) + 1) % every == 0
         validation = self.validation and trainer.enable_validation
         for monitored in self._monitored:
             if self._is_due or not monitored.has_started:

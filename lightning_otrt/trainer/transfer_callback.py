@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerSpec
-from lightning_otrt.options import OPTIONS, TransferOptions, check_spelling
+from lightning_otrt.options import OPTIONS, TransferOptions, check_spelling, is_own
+from lightning_otrt.run_state import CHECK_EVERY
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.strategies import shared_batch, student_dtype
@@ -71,6 +73,8 @@ class TransferCallback(pl.Callback):
         #: The term of the fit that runs.
         self._term: TransferTerm | None = None
         self._resumed = False
+        #: Whether a checkpoint is loaded for something else than a fit.
+        self._is_testing = False
 
     if not TYPE_CHECKING:  # a type checker would take any name for an attribute
 
@@ -83,10 +87,12 @@ class TransferCallback(pl.Callback):
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option on the transfer, which refuses those that cannot change; or an attribute of the callback."""
-        if name in OPTIONS and "transfer" in vars(self):
+        if name in OPTIONS:
+            if "transfer" not in vars(self):
+                raise AttributeError(f"`{name}` is an option of the transfer. Call `super().__init__(...)` before.")
             setattr(self.transfer, name, value)
             return
-        if name not in vars(self) and not hasattr(type(self), name):
+        if is_own(self) and name not in vars(self) and not hasattr(type(self), name):
             check_spelling(self, name)
             if where := self._where(name):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{where}")
@@ -121,6 +127,8 @@ class TransferCallback(pl.Callback):
                 "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
             )
         transfer = self.transfer
+        if not self._resumed:
+            transfer.reset()  # here, since a finder saves the state, tries some steps and loads it again
         transfer.run_state.processes.set(*shared_batch(trainer, strict=transfer.strict))
         transfer.teacher.follow(student_dtype(trainer))
         self._term = TransferTerm(transfer, trainer, pl_module)
@@ -140,7 +148,7 @@ class TransferCallback(pl.Callback):
         """Forget the trial steps of finders, unless a checkpoint was loaded."""
         if not self._resumed:
             self.transfer.reset()
-        self.transfer.check_every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self.transfer.run_state.check_every = trainer.log_every_n_steps or CHECK_EVERY  # type: ignore[attr-defined]
         if self._term is not None:
             self._term.restart()
 
@@ -189,6 +197,7 @@ class TransferCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove the term and all hooks, and restore the teacher."""
+        self._is_testing = False
         if stage == "fit":
             self._release()
 
@@ -200,9 +209,10 @@ class TransferCallback(pl.Callback):
     def _release(self) -> None:
         if self._term is not None:
             remove_term(self._term.module, self._term)
+            self._term.reevaluations.stop()
         self.transfer.detach()
         self.transfer.run_state.forget_processes()
-        self._term, self._resumed = None, False
+        self._term, self._resumed, self._is_testing = None, False, False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -214,15 +224,19 @@ class TransferCallback(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.transfer.load_state_dict(state_dict)
-        self._resumed = True
+        """Go on from a checkpoint. A test, which needs no plans, leaves those of the next fit alone."""
+        if not self._is_testing:
+            self.transfer.load_state_dict(state_dict)
+            self._resumed = True
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Raise for a checkpoint with other layers or another teacher, whose plans would be dropped silently."""
+        self._is_testing = trainer.state.fn != TrainerFn.FITTING
+        if self._is_testing:
+            return
         saved = checkpoint.get("callbacks", {})
         mine = {callback.state_key for callback in trainer.callbacks if isinstance(callback, TransferCallback)}  # type: ignore[attr-defined]
         others = [key for key in saved if key.startswith(f"{type(self).__qualname__}{{") and key not in mine]

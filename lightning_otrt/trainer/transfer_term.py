@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_otrt.reading.student_root.gradient_reach import have_shared_leaves
 from lightning_otrt.trainer.effect_checks import EffectChecks
 from lightning_otrt.trainer.lightning_internals import batch_number
+from lightning_otrt.trainer.reevaluations import Reevaluations
 from lightning_otrt.trainer.training_step import ExtraTerm
 from lightning_otrt.transfer import RepresentationTransfer
 
@@ -34,6 +35,8 @@ class TransferTerm(ExtraTerm):
 
     def __init__(self, transfer: RepresentationTransfer, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.transfer, self.trainer, self.module = transfer, trainer, module
+        #: Closures of optimizers under manual optimization.
+        self.reevaluations = Reevaluations()
         self.restart()
 
     def restart(self) -> None:
@@ -60,6 +63,8 @@ class TransferTerm(ExtraTerm):
         self.transfer.step = self.trainer.global_step
         batch = batch_number(self.trainer)
         self._again, self._batch = batch is not None and batch == self._batch, batch
+        if not self.module.automatic_optimization:
+            self.reevaluations.watch(self.trainer.optimizers)
         self.has_run, self._is_taken = True, False
         self.effect.count_step(self.transfer.is_active)
         with self.transfer.recording():
@@ -73,7 +78,8 @@ class TransferTerm(ExtraTerm):
         if not any(weights):
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
-        loss = transfer.loss(reevaluation=self._again)
+        again = self.reevaluations.count() or self._again
+        loss = transfer.loss(reevaluation=again)
         self._is_taken = True
         distances = {
             f"otrt/distance/{label}": distance.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from lightning_otrt.reading.torch_internals import remove_hook
 
-__all__ = ["OwnHook"]
+__all__ = ["FunctionHook", "OwnHook"]
 
 
 class OwnHook:
@@ -24,6 +25,21 @@ class OwnHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _HookOfCopy, ()
+
+
+class FunctionHook(OwnHook):
+    """An own hook that calls a function.
+
+    Args:
+        function: Gets the arguments of the hook, and returns what it returns.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it."""
+        return self.function(*arguments)
 
 
 class _HookOfCopy:

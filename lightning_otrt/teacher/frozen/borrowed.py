@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import chain
 
 import torch
@@ -13,6 +14,9 @@ from lightning_otrt.teacher.frozen.max_norm import WithoutWrites
 from lightning_otrt.teacher.frozen.trained_elsewhere import TrainedElsewhere
 
 __all__ = ["BorrowedModule"]
+
+#: Modules that were in train mode until a borrower came. Another one, which may keep them longer, has to know.
+_OUT_OF_TRAINING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class BorrowedModule:
@@ -46,12 +50,16 @@ class BorrowedModule:
         """Put the module and all inside it into evaluation mode, in which they do not write to their weights."""
         self._writes.stop()
         if not self._modes:
-            self._modes = [(module, getattr(module, "training", False)) for module in self.module.modules()]
-        # A frozen script module has no such flag.
+            # A frozen script module has no such flag.
+            self._modes = [
+                (module, module in _OUT_OF_TRAINING or getattr(module, "training", False))
+                for module in self.module.modules()
+            ]
         training = [module for module, _ in self._modes if getattr(module, "training", False)]
         for module in training:
             # Not by `eval`: users override `train` and `eval`, to merge weights for example.
             module.training = False
+            _OUT_OF_TRAINING.add(module)
         self._changed_modes = self._changed_modes or bool(training)
         if self._changed_modes and self._watch is None:
             self._watch = add_forward_pre_hook(self.module, TrainedElsewhere())
@@ -79,6 +87,7 @@ class BorrowedModule:
             for module, mode in self._modes:
                 if getattr(module, "training", mode) != mode:
                     module.training = mode
+                _OUT_OF_TRAINING.discard(module)
         if self._homes:
             # `to` also updates the device of a LightningModule. The loop is for modules on several devices.
             self.module.to(self._homes[0][2])
