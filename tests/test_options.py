@@ -236,6 +236,28 @@ class TestAttributes:
         with pytest.raises(AttributeError, match=f"Its transfer has it: `callback.transfer.{name}`"):
             setattr(callback, name, 0)
 
+    def test_a_subclass_has_attributes_of_any_name(self):
+        class Mine(OTRTCallback):
+            def __init__(self, teacher, **options):
+                super().__init__(teacher, **options)
+                self.step, self.scheduler, self.labels = 0, None, []
+
+        class Mixed(RepresentationTransfer):
+            def __init__(self, teacher, *, scheduler=None, **options):
+                super().__init__(teacher, **options)
+                self.scheduler = scheduler
+
+        assert Mine(make_teacher(), weight=2.0).weight == 2.0
+        assert repr(Mixed(make_teacher(), weight=2.0)) == "Mixed(Net(...), weight=2.0)"
+
+        class Early(OTRTCallback):
+            def __init__(self, teacher):
+                self.weight = 3.0
+                super().__init__(teacher)
+
+        with pytest.raises(AttributeError, match=r"`weight` is an option of the transfer. Call `super\(\).__init__"):
+            Early(make_teacher())
+
     def test_there_are_no_shallow_copies(self):
         """They would share their plans and their weights."""
         transfer = make()[0]

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from helpers import (
     Task,
+    ValidatedTask,
     assert_same,
     differ,
     forwards,
     hooks,
     loader,
     make_task,
+    make_teacher,
     make_trainer,
+    seeded,
     weights,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
 )
 from lightning.pytorch.tuner import Tuner
+from torch import Tensor
 from torch.utils.data import DataLoader
 from trainer.fits import fitted, make_callback, resuming_trainer
+
+from lightning_otrt import OTRTCallback
 
 
 class Sized(Task):
@@ -120,3 +130,101 @@ def test_one_callback_for_two_modules():
     make_trainer(callbacks=[make_callback()]).fit(fresh, loader())
     assert_same(weights(second), weights(fresh))
     assert not hooks(first, second)
+
+
+class Loads(Sized, ValidatedTask):
+    """With loaders of its own, for the finder of batch sizes."""
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return loader(16)
+
+
+def engine_calls_at_start(callback: Any, callbacks: Sequence[Any], path: Path) -> list[int]:
+    """The number of calls behind the engine's plans when the first batch of a fit starts."""
+    found: list[int] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            found.append(callback.transfer.run_state.calls)
+
+    trainer = resuming_trainer(path, callbacks=[callback, *callbacks, Look()], max_steps=2, enable_checkpointing=True)
+    trainer.fit(make_task(Loads))
+    return found[-2:]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("what", ["test", "validate", "LearningRateFinder", "BatchSizeFinder"])
+def test_a_checkpoint_that_is_no_resume_starts_no_run(what, tmp_path):
+    """Lightning loads states to test, too, and finders load what they have saved before their trials."""
+    callback, path = make_callback(), tmp_path / "fit.ckpt"
+    trainer = make_trainer(callbacks=[callback])
+    trainer.fit(make_task(ValidatedTask), loader(), loader(16))
+    trainer.save_checkpoint(path)
+    if what in ("test", "validate"):
+        getattr(make_trainer(callbacks=[callback]), what)(
+            make_task(ValidatedTask), loader(), ckpt_path=path, verbose=False
+        )
+        finders = []
+    else:
+        finders = [LearningRateFinder(num_training_steps=8) if "Rate" in what else BatchSizeFinder(max_trials=1)]
+    assert engine_calls_at_start(callback, finders, tmp_path) == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+def test_a_test_takes_a_checkpoint_of_other_layers(tmp_path):
+    trainer = make_trainer(callbacks=[make_callback()])
+    trainer.fit(make_task(ValidatedTask), loader(), loader(16))
+    trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    other = OTRTCallback(make_teacher(), {"net.block2": "block1"})
+    options = {"ckpt_path": tmp_path / "fit.ckpt", "verbose": False}
+    make_trainer(callbacks=[other]).test(make_task(ValidatedTask), loader(), **options)
+    with pytest.raises(MisconfigurationException, match="Resume with the same ones"):
+        make_trainer(callbacks=[other]).fit(
+            make_task(ValidatedTask), loader(), loader(16), ckpt_path=tmp_path / "fit.ckpt"
+        )
+
+
+def test_a_state_that_is_loaded_by_hand_goes_on(tmp_path):
+    first = make_callback()
+    make_trainer(callbacks=[first]).fit(make_task(), loader())
+    second = make_callback()
+    second.load_state_dict(first.state_dict())
+    assert engine_calls_at_start(second, [], tmp_path)[-1] == 5
+
+
+class SecondOrder(Task):
+    """LBFGS, by the Trainer or by hand."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = not by_hand
+        self.steps: list[int] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        if self.automatic_optimization:
+            return self.loss(batch)
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=5)
+
+
+def test_closures_under_manual_optimization_are_one_batch():
+    """As in automatic optimization: plans, statistics and step stay while an optimizer evaluates a batch again."""
+    trained = []
+    for by_hand in (False, True):
+        callback, task = make_callback(memory=0.9), seeded(0, SecondOrder, by_hand)
+        make_trainer(callbacks=[callback], max_epochs=1).fit(task, loader(32))
+        assert callback.transfer.engine.calls == 4
+        assert not task.trainer.optimizers[0]._optimizer_step_pre_hooks
+        trained.append(weights(task))
+    assert_same(*trained)

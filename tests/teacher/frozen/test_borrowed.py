@@ -84,6 +84,22 @@ def test_a_module_that_the_other_borrower_moved_is_not_moved_back() -> None:
     assert net.moves == ["meta", "cpu"]
 
 
+@pytest.mark.parametrize("first_leaves_first", [True, False])
+def test_two_borrowers_leave_the_modes_that_they_found(net: Net, first_leaves_first: bool) -> None:
+    before = [module.training for module in net.modules()]
+    borrowers = [BorrowedModule(net), BorrowedModule(net)]
+    for borrower in borrowers:
+        borrower.set_evaluation_mode()
+    for borrower in borrowers if first_leaves_first else reversed(borrowers):
+        for each in borrowers:
+            each.set_evaluation_mode()
+        borrower.give_back()
+    borrowers[0].give_back()
+    borrowers[1].give_back()
+    assert [module.training for module in net.modules()] == before
+    assert True in before
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_each_tensor_goes_back_to_its_own_gpu_or_cpu(net: Net) -> None:
