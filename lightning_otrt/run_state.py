@@ -100,7 +100,7 @@ class RunState:
         self.engine = self._make_engine(device, plans)
         self._pairing = replace(pairings[0], pairs=self.pairs)
         if self._saved is not None:
-            self._check_teacher(self._saved["leading_weights"])
+            self._check(self.engine, self._saved)
             self._load(self._saved, device)
             self._saved = None
         # Those of an earlier call or a checkpoint, whose plans go on.
@@ -182,8 +182,7 @@ class RunState:
             return False
         has_other_pairs = state["layers"] == repr(self.layers) and pairs_from_state(state["pairs"]) != self.pairs
         if self.engine is not None and not has_other_pairs:
-            self.engine.check_state(state["engine"])
-            self._check_teacher(state["leading_weights"])
+            self._check(self.engine, state)
             self.reset()
             self._load(state, device)
             return False
@@ -219,8 +218,10 @@ class RunState:
         if self.distillation is not None and state["distillation"] is not None:
             self.distillation.load_state_dict(state["distillation"], device)
 
-    def _check_teacher(self, saved: str) -> None:
-        if self._pairing is None or self._identify(self._pairing) == saved:
+    def _check(self, engine: TermEngine, state: Mapping[str, Any]) -> None:
+        """Refuse a state of other layers or of another teacher, before anything is changed."""
+        engine.check_state(state["engine"])
+        if self._pairing is None or self._identify(self._pairing) == state["leading_weights"]:
             return
         names = sorted({pair.teacher for pair in self.pairs})
         message = (

@@ -29,6 +29,10 @@ class EagerCode:
     def __init__(self) -> None:
         self._holds = False
 
+    def __getstate__(self) -> dict[str, bool]:
+        """A copy holds nothing: its release would end what the original holds."""
+        return {"_holds": False}
+
     def hold(self) -> None:
         """Begin. Without effect where Dynamo was never imported: nothing is compiled then."""
         if self._holds or "torch._dynamo" not in sys.modules:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -60,3 +62,14 @@ def test_two_transfers_that_record_at_once() -> None:
         transfer.detach()
     assert runs_compiled()
     torch.compiler.reset()
+
+
+def test_copies_hold_nothing() -> None:
+
+    before, original = EagerCode._holders, EagerCode()
+    original.hold()
+    for copied in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        copied.release()
+        assert EagerCode._holders == before + 1
+    original.release()
+    assert EagerCode._holders == before
