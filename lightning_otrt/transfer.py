@@ -155,7 +155,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         check_plan_and_cost(plan, self.ground_cost)
         self._teacher_text = as_written(teacher)
         self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
-        #: Calls between two reads of the flags for values that are not finite; None: ``log_every_n_steps``, or 50.
+        #: Calls between two reads of the flags for values that are not finite. With None ``log_every_n_steps``, or 50.
         self.check_every: int | None = None
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
