@@ -51,7 +51,7 @@ class OTRTMonitor(pl.Callback):
     batch of validation costs a forward of the teacher.
 
     Args:
-        every_n_steps: k, in training batches; None: ``log_every_n_steps`` of the Trainer.
+        every_n_steps: k, in training batches; None: ``log_every_n_steps`` of the Trainer, which may be 0: never.
         every_n_epochs: Epochs between two looks at validation distances and plans.
         gradients: Whether to measure the share of the gradient.
         validation: Whether to measure distances in validation, where the teacher then runs too.

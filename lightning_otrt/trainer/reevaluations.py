@@ -36,7 +36,8 @@ class Reevaluations:
         self._terms: int | None = None
 
     def watch(self, optimizers: Iterable[Any]) -> None:
-        """Put hooks on the optimizers, unless there are some."""
+        """Put hooks on the optimizers, unless there are some. Called before each training step."""
+        self._terms = None  # a closure that raised an error left its step open
         if not self._handles:
             for optimizer in optimizers:
                 if isinstance(optimizer, Optimizer):

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from trainer.fits import fitted, make_callback, resuming_trainer
 
 from lightning_otrt import OTRTCallback
+from lightning_otrt.trainer.reevaluations import Reevaluations
 
 
 class Sized(Task):
@@ -228,3 +229,21 @@ def test_closures_under_manual_optimization_are_one_batch():
         assert not task.trainer.optimizers[0]._optimizer_step_pre_hooks
         trained.append(weights(task))
     assert_same(*trained)
+
+
+def test_a_closure_that_fails_leaves_no_step_open():
+    again = Reevaluations()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+    def closure() -> Tensor:
+        assert not again.count()
+        raise ValueError("no loss")
+
+    again.watch([optimizer])
+    with pytest.raises(ValueError, match="no loss"):
+        optimizer.step(closure)
+    again.watch([optimizer])
+    assert not again.count()
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    again.stop()
+    assert not optimizer._optimizer_step_pre_hooks

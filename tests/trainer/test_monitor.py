@@ -26,6 +26,7 @@ from processes import run_processes
 from trainer.monitored import column, fit, read, repeated, rows, shard
 
 from lightning_otrt import NeuronTransportDistance, OTRTCallback, OTRTModule
+from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.trainer.monitor import OTRTMonitor
 
 
@@ -50,6 +51,16 @@ class TestTraining:
         monitor = OTRTMonitor(figures=False)
         fit(make_task(), OTRTCallback(make_teacher(), LAYERS), monitor, logger=logger, max_steps=6, log_every_n_steps=3)
         assert list(column(logger, "otrt/entropy/net.block1")) == [2, 5]
+
+    @pytest.mark.parametrize(("every", "expected"), [(None, 0), (2, 3)])
+    def test_a_trainer_that_logs_nothing(self, every, expected, monkeypatch):
+        """Each measurement costs a second backward pass."""
+        measured: list[Any] = []
+        split = GradientProbe.split
+        monkeypatch.setattr(GradientProbe, "split", lambda *args: measured.append(args) or split(*args))
+        monitor = OTRTMonitor(every, figures=False)
+        fit(make_task(), OTRTCallback(make_teacher(), LAYERS), monitor, max_steps=6, log_every_n_steps=0)
+        assert len(measured) == expected
 
     def test_off_identity_of_equal_widths(self, tmp_path):
         logger = CSVLogger(tmp_path)

@@ -90,12 +90,10 @@ def test_two_borrowers_leave_the_modes_that_they_found(net: Net, first_leaves_fi
     borrowers = [BorrowedModule(net), BorrowedModule(net)]
     for borrower in borrowers:
         borrower.set_evaluation_mode()
-    for borrower in borrowers if first_leaves_first else reversed(borrowers):
-        for each in borrowers:
-            each.set_evaluation_mode()
-        borrower.give_back()
-    borrowers[0].give_back()
-    borrowers[1].give_back()
+    leaves, stays = borrowers if first_leaves_first else reversed(borrowers)
+    leaves.give_back()
+    stays.set_evaluation_mode()  # as before each of its forwards
+    stays.give_back()
     assert [module.training for module in net.modules()] == before
     assert True in before
 
