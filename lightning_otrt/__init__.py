@@ -10,6 +10,7 @@ from lightning_otrt.analysis.weight import WeightSuggestion, suggest_weight
 from lightning_otrt.distillation import LogitDistillation
 from lightning_otrt.fixed_views import FixedViews
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.notices import TransferWarning
 from lightning_otrt.reading.neurons.reader import neurons
 from lightning_otrt.schedules import CosineDecay, LinearWarmup, Schedule
 from lightning_otrt.steps.term_engine import PairDistance
@@ -42,6 +43,7 @@ __all__ = [
     "TeacherCache",
     "TeacherSource",
     "TransferCallback",
+    "TransferWarning",
     "TransportResult",
     "WeightSuggestion",
     "compare_representations",

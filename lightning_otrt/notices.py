@@ -7,11 +7,34 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
-__all__ = ["Notices", "warn"]
+__all__ = ["Notices", "TransferWarning", "rank_zero_warn", "warn"]
 
 #: Packages that call each other between a line of the user and a warning: a forward calls hooks, `with` a generator.
-_BETWEEN = frozenset({"contextlib", "lightning", "lightning_fabric", "lightning_otrt", "pytorch_lightning", "torch"})
+_BETWEEN = frozenset(
+    {
+        "contextlib",
+        "lightning",
+        "lightning_fabric",
+        "lightning_otrt",
+        "lightning_utilities",
+        "pytorch_lightning",
+        "torch",
+        "torchmetrics",
+    }
+)
+
+
+class TransferWarning(UserWarning):
+    """The category of all warnings of this package, for filters.
+
+    Example:
+        >>> import warnings
+        >>> from lightning_otrt import TransferWarning
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", TransferWarning)  # a script that must not go on
+    """
 
 
 def warn(message: str) -> None:
@@ -23,12 +46,18 @@ def warn(message: str) -> None:
         message: The warning.
     """
     if torch.compiler.is_compiling():  # Dynamo cannot follow frames
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, TransferWarning, stacklevel=2)
         return
     level, frame = 1, inspect.currentframe()
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, TransferWarning, stacklevel=level)
+
+
+@rank_zero_only
+def rank_zero_warn(message: str) -> None:
+    """:func:`warn`, on the first process of a run alone."""
+    warn(message)
 
 
 class Notices:

@@ -35,7 +35,7 @@ def test_indices_count_alike_inside_a_lightning_module(student, prefix) -> None:
 
 def test_callbacks_that_differ_in_one_option_go_together() -> None:
     teacher = _net()
-    options = [{}, {"layers": "penultimate"}, {"cost": torch.cdist}, {"cost": _squared}]
+    options = [{}, {"layers": "penultimate"}, {"cost": torch.cdist}, {"cost": _squared}, {"plan": "orthogonal"}]
     callbacks = [OTRTCallback(teacher, **option) for option in options]
     trainer = L.Trainer(callbacks=list(callbacks), logger=False, enable_checkpointing=False, accelerator="cpu")
     assert {callback.state_key for callback in callbacks} <= {callback.state_key for callback in trainer.callbacks}

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_otrt import OTRTCallback, RepresentationTransfer
-from lightning_otrt.notices import Notices
+from lightning_otrt import OTRTCallback, RepresentationTransfer, TransferWarning
+from lightning_otrt.notices import Notices, rank_zero_warn, warn
 
 
 def told(tell: Callable[[], None]) -> list[warnings.WarningMessage]:
@@ -80,6 +83,34 @@ def test_a_trainer_does_not_hide_the_line_of_the_user():
     found = [each for each in told(run) if "dead" in str(each.message)]
     assert len(found) == 2
     assert {each.filename for each in found} == {__file__}
+
+
+@pytest.mark.parametrize("give", [warn, rank_zero_warn])
+def test_a_filter_names_the_category(give: Callable[[str], None]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", TransferWarning)
+        with pytest.raises(TransferWarning, match="one"):
+            give("one")
+
+
+def test_the_first_process_warns_alone(monkeypatch: pytest.MonkeyPatch):
+    assert [each.filename for each in told(lambda: rank_zero_warn("one"))] == [__file__]
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert not told(lambda: rank_zero_warn("one"))
+
+
+def test_all_warnings_of_the_package_have_its_category():
+    """None is given in another way."""
+    package = Path(inspect.getfile(OTRTCallback)).parents[1]
+    calls = {path.name for path in package.rglob("*.py") if re.search(r"warnings\.warn\(", path.read_text())}
+    assert calls == {"notices.py"}
+    assert not [
+        path
+        for path in package.rglob("*.py")
+        if re.search(r"import .*rank_zero_warn", path.read_text())
+        and "lightning_otrt.notices import" not in path.read_text()
+    ]
 
 
 def test_copies_have_told_the_same():

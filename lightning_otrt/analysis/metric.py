@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from lightning_otrt.checks import check_count, check_seed, shown
+from lightning_otrt.notices import rank_zero_warn
 from lightning_otrt.transport.cost import Plan, Sums
 from lightning_otrt.transport.distance import TransportResult
 from lightning_otrt.transport.named_costs import get_cost
@@ -182,8 +182,7 @@ class NeuronTransportDistance(Metric):
             if count > 0:
                 rank_zero_warn(
                     f"{type(self).__name__} has seen {count} observations, too few for cost={self.cost!r}, which needs "
-                    f"{self._rule.min_observations}; the distance is NaN.",
-                    UserWarning,
+                    f"{self._rule.min_observations}; the distance is NaN."
                 )
             self._transport = None
             return self.sums.new_tensor(math.nan, dtype=self.dtype)

@@ -280,7 +280,9 @@ class GlobalTransportEngine(TermEngine):
             views = [sum(process[index][view] for process in counts) for view in range(len(batch))]
             self._usable_views(call, index, views)
             neurons = max(side.shape[0] for side in batch[0])
-            self.states[index].memory = self.couplings[index].choose_memory(samples, neurons)
+            state = self.states[index]
+            if state.memory is None:
+                state.memory = self.couplings[index].choose_memory(samples, neurons)
 
     def _choose_references(self, batches: Sequence[Batch]) -> None:
         """Take the means of a pair's first batch on all processes as the points around which they take their sums."""

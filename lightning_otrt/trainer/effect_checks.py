@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_otrt.notices import rank_zero_warn
 from lightning_otrt.reading.student_root.gradient_reach import leaves_of
 from lightning_otrt.schedules import Schedule
 

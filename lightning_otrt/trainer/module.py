@@ -9,10 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import Unpack, override
 
 from lightning_otrt.layers.pairs import LayerSpec
+from lightning_otrt.notices import rank_zero_warn
 from lightning_otrt.options import TransferOptions, check_option_names, takes_options_of
 from lightning_otrt.teacher.loading.load import TeacherSource
 from lightning_otrt.trainer.lightning_internals import is_being_spawned
@@ -86,6 +86,11 @@ class OTRTModule(pl.LightningModule):
         if _is_copy(task):
             del vars(task)[_CALLBACKS]
         return _wrapped(cls, type(task), ModuleCallback(teacher, layers, options), vars(task))
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Not that of the task: it may need keywords, or register the class."""
+        if cls._task_type is None:
+            super().__init_subclass__(**keywords)
 
     @property
     def otrt(self) -> RepresentationTransfer:

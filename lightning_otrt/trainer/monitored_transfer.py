@@ -11,14 +11,13 @@ from importlib import import_module
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_otrt.analysis.gradient_share import GradientProbe
 from lightning_otrt.analysis.plot_curves import plot_singular_values
 from lightning_otrt.analysis.plot_plans import plot_plan
 from lightning_otrt.analysis.validation_distances import ValidationDistances
-from lightning_otrt.notices import Notices
+from lightning_otrt.notices import Notices, rank_zero_warn
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.trainer.log_figure import log_figure
 from lightning_otrt.trainer.monitor_warnings import TransferWarnings

@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_otrt.layers.pairs import LayerSpec
+from lightning_otrt.notices import rank_zero_warn
 from lightning_otrt.options import OPTIONS, TransferOptions, check_spelling, is_own
 from lightning_otrt.run_state import CHECK_EVERY
 from lightning_otrt.schedules import Schedule
@@ -67,6 +68,7 @@ class TransferCallback(pl.Callback):
             "layers": repr(transfer.layers),
             "root": transfer.student_root,
             "cost": str(transfer.ground_cost),
+            "plan": transfer.plan,
         }
         # None of them can change. Lightning reads the key at each of its hooks.
         self._state_key = f"{type(self).__qualname__}{settings}"
@@ -244,8 +246,8 @@ class TransferCallback(pl.Callback):
             return
         if others:
             message = (
-                f"The checkpoint holds the state of {others}, but this run has {self.state_key}: `layers`, the "
-                "teacher or the cost changed, so that its plans and statistics cannot be used"
+                f"The checkpoint holds the state of {' and '.join(others)}, but this run has {self.state_key}: "
+                "`layers`, `plan`, the teacher or the cost changed, so that its plans and statistics cannot be used"
             )
             if self.transfer.strict:
                 raise MisconfigurationException(

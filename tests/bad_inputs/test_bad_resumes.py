@@ -26,8 +26,8 @@ RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]]
         "another plan",
         Fit(""),
         Fit("", options={"plan": "exact"}),
-        ValueError,
-        ("saved with plan='sinkhorn'", "plan='exact'", "Resume with the same `plan`", "load the weights alone"),
+        MisconfigurationException,
+        ("'plan': 'sinkhorn'", "this run has", "'plan': 'exact'", "`plan`, the teacher or the cost", "the same ones"),
     ),
     (
         "another cost",
@@ -62,14 +62,14 @@ RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]]
         Fit("", layers=[("net.block1", "block1"), ("net.block2", "block2")]),
         Fit("", layers=[("net.block2", "block2"), ("net.block1", "block1")]),
         MisconfigurationException,
-        ("`layers`, the teacher or the cost changed", "Resume with the same ones"),
+        ("`layers`, `plan`, the teacher or the cost changed", "Resume with the same ones"),
     ),
     (
         "a teacher of other widths",
         Fit(""),
         Fit("", teacher=lambda _: make_teacher(7)),
         MisconfigurationException,
-        ("`layers`, the teacher or the cost changed", "load the weights alone"),
+        ("`layers`, `plan`, the teacher or the cost changed", "load the weights alone"),
     ),
 ]
 

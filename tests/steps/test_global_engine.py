@@ -280,3 +280,15 @@ def test_auto_chooses_anew_for_all_after_a_resume_with_another_memory(observatio
     engine = resumed_globally(saved, "auto")
     call(engine, draw(observations=observations, seed=1))
     assert engine.states[0].memory == chosen
+
+
+def test_auto_chooses_after_a_resume_only_for_pairs_that_never_ran() -> None:
+    saved = make(pairs=2, memory="auto")
+    call(saved, draw(observations=8), draw(observations=8))
+    state = saved.state_dict()
+    state["pairs"][1] |= {"memory": None, "plan": None, "parts": None, "sums": None, "has_run": False}
+    settings = TermSettings(saved.cost, memory="auto", solve_every=10)
+    engine = GlobalTransportEngine(saved.names, saved.weights, settings, ranks=OneRank())
+    engine.load_state_dict(state, torch.device("cpu"))
+    call(engine, draw(observations=40, seed=1), draw(observations=40, seed=2))
+    assert [each.memory for each in engine.states] == [0.98, 0.0]

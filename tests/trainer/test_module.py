@@ -96,6 +96,30 @@ def test_a_subclass_of_the_wrapper():
     assert_same(weights(task), weights(other))
 
 
+FAMILY: list[type] = []
+
+
+class Registered(Task):
+    """The base of classes that are kept under a key."""
+
+    def __init_subclass__(cls, *, key: str, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        FAMILY.append(cls)
+
+
+class Member(Registered, key="member"):
+    pass
+
+
+def test_the_class_of_a_wrapped_task_is_not_registered():
+    """It is no class that the user wrote, and has none of the keywords that such a class needs."""
+    task = Member()
+    wrapped = wrap(task)
+    assert isinstance(wrapped, Member)
+    assert [Member] == FAMILY
+    make_trainer(max_steps=1).fit(wrapped, loader())
+
+
 def test_copies_and_pickles_are_plain():
     wrapped = wrap(make_task())
     for copied in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
