@@ -44,7 +44,7 @@ ROWS = {
 #: Which of the pairs of layers is shown on the left.
 LAYER = 2
 #: The weight there: the default.
-WEIGHT = 8.0
+WEIGHT = 32.0
 
 
 def found() -> dict[str, Found]:
