@@ -27,7 +27,7 @@ from benchmarks.pages import RESULTS, write_page
 from benchmarks.real.checkpoints import efficientnet_lite
 from benchmarks.real.networks import LENGTH, ResNet10, bert, sentence_encoder
 from benchmarks.timing import Quartiles, processor_clock, ratios
-from lightning_otrt import LayerPair, RepresentationTransfer
+from lightning_otrt import LayerPair, RepresentationTransfer, TransferWarning
 from lightning_otrt.layers.pairs import LayerSpec
 
 CLASSES = 10
@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small batches; writes nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=UserWarning, module="lightning_otrt")
+    warnings.filterwarnings("ignore", category=TransferWarning)
     results: dict[str, Any] = {
         "command": f"python -m benchmarks.teacher_cache{' --quick' if arguments.quick else ''}",
         "epochs": 1 if arguments.quick else EPOCHS,

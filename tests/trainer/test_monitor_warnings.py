@@ -15,7 +15,7 @@ from helpers import (
 from torch import nn
 from trainer.monitored import fit
 
-from lightning_otrt import LinearWarmup, OTRTCallback
+from lightning_otrt import LinearWarmup, OTRTCallback, TransferWarning
 from lightning_otrt.trainer.monitor import OTRTMonitor
 
 
@@ -24,9 +24,7 @@ class TestWarnings:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fit(task, callback, OTRTMonitor(1, figures=False), **options)
-        return [
-            str(warning.message) for warning in caught if "otrt" in warning.filename or "OTRT" in str(warning.message)
-        ]
+        return [str(warning.message) for warning in caught if issubclass(warning.category, TransferWarning)]
 
     def test_nothing_where_all_is_well(self):
         assert self.told(make_task(), OTRTCallback(make_teacher(), LAYERS, weight=2.0), max_steps=8) == []

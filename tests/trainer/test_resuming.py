@@ -151,7 +151,10 @@ def test_a_monitored_term_stops_early():
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"layers": "penultimate"}, "`layers`, the teacher or the cost"), ({"weight": 5.0, "epsilon": 0.02}, None)],
+    [
+        ({"layers": "penultimate"}, "`layers`, `plan`, the teacher or the cost"),
+        ({"weight": 5.0, "epsilon": 0.02}, None),
+    ],
 )
 def test_resuming_with_other_settings(tmp_path, change, words):
     trainer = resuming_trainer(tmp_path, callbacks=[make_callback()])
