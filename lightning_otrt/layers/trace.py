@@ -130,7 +130,7 @@ class Trace:
         root: Name of the module whose forward was traced, ``""`` for the whole model.
         aliases: ``(other name, name)`` of modules that are registered under several names.
         output_shapes: Shapes of the floating-point tensors that the root returned.
-        batch_size: Number of samples, on which inputs and outputs agree.
+        batch_size: Number of samples, on which inputs and outputs agree; 0 where no axis is that of the samples.
         sample_axis: Axis of the samples in the sequences that enter it, where modules inside have a ``batch_first``;
             else None.
         input_samples: Numbers of samples of its inputs of two or more axes: two towers may have different ones.

@@ -46,7 +46,13 @@ from lightning_otrt.reading.torch_internals import (
 )
 from lightning_otrt.reading.traced.arguments import Inputs, bound_arguments, entered_tensor
 from lightning_otrt.reading.traced.axes import Frame, ShownAxes, TracedAxes, has_children, shape_of
-from lightning_otrt.reading.traced.batch_facts import count_samples, input_samples, is_rectified, is_sequence_first
+from lightning_otrt.reading.traced.batch_facts import (
+    count_samples,
+    has_lists_of_samples,
+    input_samples,
+    is_rectified,
+    is_sequence_first,
+)
 from lightning_otrt.reading.traced.calls import ModuleCall
 from lightning_otrt.reading.traced.flow import Flow
 from lightning_otrt.reading.traced.module_types import role_of
@@ -152,17 +158,19 @@ def _trace(
         hooks.enter_context(recorder.flow)
         run = getattr(target, method) if method else target
         state = random_state(inputs, generators)
-        returned = returned_tensors(run(*args, **kwargs))
+        output = run(*args, **kwargs)
+        returned = returned_tensors(output)
         draws_random = random_state(inputs, generators) != state
         layers = tuple(
             recorder.layer(name, module, returned) for name, module in modules.items() if primary[id(module)] == name
         )
+    has_lists = has_lists_of_samples((*args, *kwargs.values()), output)
     traced = Trace(
         layers=layers,
         root=primary[id(target)],
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
         output_shapes=tuple(shape_of(tensor, None) for tensor in returned if tensor.is_floating_point()),
-        batch_size=_count(target, counted, returned, sequence_first=second),
+        batch_size=0 if has_lists else _count(target, counted, returned, sequence_first=second),
         input_samples=input_samples(counted),
         prefix_tokens=_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),

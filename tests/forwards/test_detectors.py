@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ class Task(nn.Module):
         return self.net(images, targets)
 
 
-def detector(name: str) -> nn.Module:
-    options = {"weights": None, "weights_backbone": None, "num_classes": 3, "min_size": 64, "max_size": 64}
+def detector(name: str, **more: int) -> nn.Module:
+    options = {"weights": None, "weights_backbone": None, "num_classes": 3, "min_size": 64, "max_size": 64, **more}
     torch.manual_seed(0)
     return getattr(torchvision.models.detection, name)(**options).train()
 
@@ -49,6 +50,45 @@ def test_error(name: str, layers: str) -> None:
     ):
         student(IMAGES, TARGETS)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("boxes", [1, 2, 3])
+def test_the_number_of_boxes_changes_nothing(boxes: int) -> None:
+    """It depends on values, down to their rounding, and may be that of the images or of the labels."""
+    name, most = "fasterrcnn_mobilenet_v3_large_fpn", {"box_detections_per_img": boxes}
+    student = Task(detector(name, **most))
+    with (
+        pytest.raises(ValueError, match=r"pass student_root='net.backbone'"),
+        RepresentationTransfer(detector(name, **most), "blocks").attached(student),
+    ):
+        student(IMAGES, TARGETS)
+
+
+def run(student: nn.Module, transfer: RepresentationTransfer) -> None:
+    student(IMAGES, TARGETS)
+    transfer.loss()
+
+
+def test_rows_of_boxes_are_warned_of() -> None:
+    student = Task(detector("fasterrcnn_mobilenet_v3_large_fpn"))
+    transfer = RepresentationTransfer(
+        detector("fasterrcnn_mobilenet_v3_large_fpn"), {"net.roi_heads.box_head": "roi_heads.box_head"}, strict=False
+    )
+    with (
+        pytest.warns(UserWarning, match="number of rows that is neither that of the samples"),
+        contextlib.suppress(ValueError),  # unless both networks happen to find as many boxes
+        transfer.attached(student),
+    ):
+        run(student, transfer)
+
+
+def test_a_cache_has_no_samples_of_a_list() -> None:
+    name = "fasterrcnn_mobilenet_v3_large_fpn"
+    student = Task(detector(name))
+    layers = {"net.backbone.body.3": "backbone.body.3"}
+    transfer = RepresentationTransfer(detector(name), layers, teacher_cache="memory")
+    with pytest.raises(ValueError, match="none of its inputs has an axis of samples"), transfer.attached(student):
+        student(IMAGES, TARGETS)
 
 
 def test_what_the_error_says_works() -> None:

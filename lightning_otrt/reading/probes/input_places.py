@@ -257,9 +257,9 @@ def _sides(shape: Sequence[int]) -> tuple[int, int]:
 
 def _row_changes(traced: Trace, parts: Sequence[Part], inputs: Inputs) -> Iterator[_Change]:
     """Inputs in which some samples, or some views, are replaced by the one before each."""
-    if not parts:
-        return
     samples = traced.batch_size
+    if not parts or not samples:
+        return
     tensors = [traced.tensor(part.name, part.select) for part in parts]
     views = {tensor.shape[0] // samples for tensor in tensors if tensor is not None}
     along = {tensor.shape[1] for tensor in all_tensors(inputs) if tensor.dim() > 1 and tensor.shape[0] == samples}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["count_samples", "input_samples", "is_rectified", "is_sequence_first"]
+__all__ = ["count_samples", "has_lists_of_samples", "input_samples", "is_rectified", "is_sequence_first"]
 
 #: Smooth rectifiers (GELU, SiLU, Mish, Hardswish) have small negative values, none of them below this one.
 LOWEST = -0.4
@@ -85,6 +86,29 @@ def count_samples(inputs: Sequence[Tensor], outputs: Iterable[Tensor], *, sequen
     most = max(votes.values())
     tied = [size for size, count in votes.items() if count == most]
     return next((size for size in first if size in tied), tied[0])
+
+
+def has_lists_of_samples(arguments: Iterable[Any], output: Any) -> bool:
+    """Whether samples enter as items of a list, and a mapping leaves for each, as in the detectors of torchvision.
+
+    Their tensors have no axis of samples: how many boxes are found depends on values, down to their rounding.
+
+    Args:
+        arguments: What enters.
+        output: What leaves.
+
+    Example:
+        >>> import torch
+        >>> images = [torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)]
+        >>> has_lists_of_samples([images], [{"boxes": torch.zeros(1, 4)}, {"boxes": torch.zeros(5, 4)}])
+        True
+        >>> has_lists_of_samples([torch.stack([images[0]] * 2)], [{"boxes": torch.zeros(1, 4)}] * 2)
+        False
+    """
+    if not (isinstance(output, (list, tuple)) and output and all(isinstance(item, Mapping) for item in output)):
+        return False
+    lists = [value for value in arguments if isinstance(value, (list, tuple)) and len(value) == len(output)]
+    return any(all(isinstance(item, Tensor) for item in value) for value in lists)
 
 
 def input_samples(inputs: Sequence[Tensor]) -> frozenset[int]:

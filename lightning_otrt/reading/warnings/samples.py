@@ -125,7 +125,7 @@ def _tensor(trace: Trace, pair: LayerPair, place: int) -> TracedTensor | None:
 def _has_chosen_rows(trace: Trace, tensor: TracedTensor) -> bool:
     """Whether a tensor ``(rows, features)`` has rows that are neither samples nor the positions of all samples."""
     rows = tensor.shape[0]
-    if len(tensor.shape) != 2 or trace.is_sample_count(rows) or not trace.batch_size:
+    if len(tensor.shape) != 2 or trace.is_sample_count(rows):
         return False
     tensors = [tensor for layer in trace.layers for tensor in (layer.input, layer.output) if tensor is not None]
     wide = [tensor for tensor in tensors if len(tensor.shape) > 2]
@@ -134,7 +134,8 @@ def _has_chosen_rows(trace: Trace, tensor: TracedTensor) -> bool:
     if not wide or has_padding:
         return False
     entered = {size for shape in trace.layer(trace.root).input_shapes for size in shape}  # edges of a graph
-    folded = {tensor.shape[0] for tensor in wide if tensor.shape[0] % trace.batch_size == 0}  # windows, views
+    samples = trace.batch_size  # 0 for a list of images
+    folded = {tensor.shape[0] for tensor in wide if samples and tensor.shape[0] % samples == 0}  # windows, views
     counts = {
         samples * math.prod(axes)
         for tensor in wide

@@ -95,7 +95,8 @@ class SampleCache:
         self._own = [place for place, tensor in enumerate(tensors) if tensor.shape[:1] == (batch_size,)]
         self._common = [place for place in range(len(tensors)) if place not in self._own]
         if not self._own:
-            raise CannotCacheError(f"none of its inputs has one entry for each of the {batch_size} samples")
+            samples = f"one entry for each of the {batch_size} samples" if batch_size else "an axis of samples"
+            raise CannotCacheError(f"none of its inputs has {samples}")
         if self.store is None or fingerprint != self._fingerprint:
             self.flush()
             self.store = self.options.open(fingerprint)
