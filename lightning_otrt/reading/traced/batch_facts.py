@@ -104,11 +104,15 @@ def has_lists_of_samples(arguments: Iterable[Any], output: Any) -> bool:
         True
         >>> has_lists_of_samples([torch.stack([images[0]] * 2)], [{"boxes": torch.zeros(1, 4)}] * 2)
         False
+        >>> views = [torch.zeros(8, 3, 9, 9), torch.zeros(8, 3, 5, 5)]
+        >>> has_lists_of_samples([views], [{"logits": torch.zeros(8, 4)}] * 2)
+        False
     """
     if not (isinstance(output, (list, tuple)) and output and all(isinstance(item, Mapping) for item in output)):
         return False
     lists = [value for value in arguments if isinstance(value, (list, tuple)) and len(value) == len(output)]
-    return any(all(isinstance(item, Tensor) for item in value) for value in lists)
+    # (C, H, W). Views of a batch, with an output for each of them, have an axis more.
+    return any(all(isinstance(item, Tensor) and item.dim() == 3 for item in value) for value in lists)
 
 
 def input_samples(inputs: Sequence[Tensor]) -> frozenset[int]:
