@@ -22,6 +22,7 @@ from lightning_otrt import (
     OTRTModule,
     RepresentationTransfer,
     TeacherCache,
+    TransferWarning,
 )
 from lightning_otrt.options import OPTIONS, TransferOptions
 
@@ -326,6 +327,42 @@ def test_a_fixed_option_set_during_a_fit_is_an_error():
     callback = OTRTCallback(make_teacher(), LAYERS)
     with pytest.raises(AttributeError, match="`solve_every` of a RepresentationTransfer cannot be changed"):
         make_trainer(callbacks=[callback, Setting("solve_every", 1)]).fit(make_task(), loader())
+
+
+class TestSetBetweenForwardAndLoss:
+    """What ran with a weight of 0 was not read, so no term can be formed from it: an error, and not a term of 0."""
+
+    @pytest.mark.parametrize("distillation", [0.0, 1.0])
+    @pytest.mark.parametrize("name", ["weight", "schedule", "step"])
+    def test_is_an_error(self, name, distillation):
+        options: dict[str, Any] = {"schedule": lambda step: step} if name == "step" else {"weight": 0.0}
+        if name == "schedule":
+            options = {"schedule": lambda step: 0.0}
+        transfer, student = (
+            RepresentationTransfer(make_teacher(), ["block1", "block2"], distillation=distillation, **options),
+            Net(),
+        )
+        (x, _), *_ = loader()
+        with transfer.attached(student):
+            student(x)
+            setattr(transfer, name, {"weight": 1.0, "schedule": None, "step": 2}[name])
+            with pytest.raises(RuntimeError, match="the forward"):
+                transfer.loss()
+            student(x)
+            assert transfer.loss() > 0
+            assert transfer.transport_value > 0
+
+    def test_not_strict_it_is_left_out_with_a_warning(self):
+        options: dict[str, Any] = {"weight": 0.0, "distillation": 1.0, "strict": False}
+        transfer, student = RepresentationTransfer(make_teacher(), ["block1", "block2"], **options), Net()
+        (x, _), *_ = loader()
+        with transfer.attached(student):
+            student(x)
+            transfer.weight = 1.0
+            with pytest.warns(TransferWarning, match="was 0 when the student ran"):
+                assert transfer.loss() == 0
+            student(x)
+            assert transfer.loss() > 0
 
 
 class TestReadyTransfer:

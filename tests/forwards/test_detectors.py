@@ -64,6 +64,29 @@ def test_the_number_of_boxes_changes_nothing(boxes: int) -> None:
         student(IMAGES, TARGETS)
 
 
+class Named(nn.Module):
+    """Takes a mapping for each image, as detectron2 does."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, items: list[dict[str, Any]]) -> Any:
+        return self.net([item["image"] for item in items], [item["target"] for item in items])
+
+
+@pytest.mark.parametrize("boxes", [1, 2, 3])
+def test_images_in_mappings(boxes: int) -> None:
+    name, most = "fasterrcnn_mobilenet_v3_large_fpn", {"box_detections_per_img": boxes}
+    student = Named(detector(name, **most))
+    items = [{"image": image, "target": target} for image, target in zip(IMAGES, TARGETS, strict=True)]
+    with (
+        pytest.raises(ValueError, match=r"pass student_root='net.backbone'"),
+        RepresentationTransfer(Named(detector(name, **most)), "blocks").attached(student),
+    ):
+        student(items)
+
+
 def run(student: nn.Module, transfer: RepresentationTransfer) -> None:
     student(IMAGES, TARGETS)
     transfer.loss()

@@ -33,6 +33,7 @@ class View:
 
     Attributes:
         root: Name of the module whose forward it was.
+        reads_pairs: Whether the student's layers of pairs were read in it.
         student: Readings of the student by the number of the pair, part of the autograd graph.
         teacher: Readings of the teacher by the number of the pair, without graph.
         features: Readings of the student's layer on which the teacher's logits are regressed.
@@ -48,6 +49,7 @@ class View:
     """
 
     root: str
+    reads_pairs: bool = True
     student: dict[int, list[Tensor]] = field(default_factory=dict)
     teacher: dict[int, list[Tensor]] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
@@ -143,10 +145,15 @@ def matched_neurons(
         device: Device of the student.
 
     Raises:
-        NoTermError: If a layer ran more than once.
+        NoTermError: If a layer ran more than once, or the weight of the pairs was 0 in a forward.
         ConstantTermError: If all layers ran and none of them gets a gradient.
         ValueError: If the readings of a pair have different positions that cannot be matched.
     """
+    if not all(view.reads_pairs for view in views):
+        raise NoTermError(
+            "The `weight` of the transport term was 0 when the student ran, so its layers were not read, and was set "
+            "before `loss`. Set it before the forward of the student."
+        )
     neurons: list[list[tuple[Tensor, Tensor]]] = []
     constant, absent, ran = dict(enumerate(pair.student for pair in pairs)), {}, set()
     for view in views:

@@ -24,6 +24,8 @@ _RECORDED = (
     " In a loop of your own it has to be called inside `with transfer.attached(student):`, or after "
     "`transfer.attach(student)` inside `with transfer.recording():`."
 )
+#: Then nothing is recorded, and the teacher does not run.
+_NO_WEIGHT = " If the weight was 0 while it ran, and was set after it: set it before the forward."
 _LOGITS = " The distillation of logits takes what the root returns as logits."
 
 
@@ -58,7 +60,7 @@ def why_no_view(student: nn.Module, root: str | None, student_root: str | None, 
             f"The student ({kind}) was not called with gradient since the last call, so there is no transfer term: "
             f"no forward of its root {root or 'itself'!r} was recorded. Call the module itself (not "
             f"`.forward`), once per loss, outside `no_grad`; or pass the name of what is called as `student_root`."
-            f"{_RECORDED}{compiled}"
+            f"{_NO_WEIGHT}{_RECORDED}{compiled}"
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         return (
@@ -70,7 +72,8 @@ def why_no_view(student: nn.Module, root: str | None, student_root: str | None, 
         f"No forward of {where} of the student ({kind}) was recorded, so there is no transfer term for "
         f"layers={layers!r}. It has to be called as a module (not `.forward`), with gradient. Where its parts are "
         "called one after the other, call them in the `forward` of one module, or pass the one that holds the layers "
-        f"as `student_root`, such as 'head', or 'net:encode' for a method.{_RECORDED}{compiled}"
+        f"as `student_root`, such as 'head', or 'net:encode' for a method.{_NO_WEIGHT}{_RECORDED}"
+        f"{compiled}"
     )
 
 

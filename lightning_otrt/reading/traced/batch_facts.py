@@ -91,6 +91,8 @@ def count_samples(inputs: Sequence[Tensor], outputs: Iterable[Tensor], *, sequen
 def has_lists_of_samples(arguments: Iterable[Any], output: Any) -> bool:
     """Whether samples enter as items of a list, and a mapping leaves for each, as in the detectors of torchvision.
 
+    Each item is an image, or a mapping that holds one (detectron2).
+
     Their tensors have no axis of samples: how many boxes are found depends on values, down to their rounding.
 
     Args:
@@ -102,6 +104,9 @@ def has_lists_of_samples(arguments: Iterable[Any], output: Any) -> bool:
         >>> images = [torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)]
         >>> has_lists_of_samples([images], [{"boxes": torch.zeros(1, 4)}, {"boxes": torch.zeros(5, 4)}])
         True
+        >>> named = [{"image": image, "file_name": "a.png"} for image in images]
+        >>> has_lists_of_samples([named], [{"instances": ...}, {"instances": ...}])
+        True
         >>> has_lists_of_samples([torch.stack([images[0]] * 2)], [{"boxes": torch.zeros(1, 4)}] * 2)
         False
         >>> views = [torch.zeros(8, 3, 9, 9), torch.zeros(8, 3, 5, 5)]
@@ -111,8 +116,13 @@ def has_lists_of_samples(arguments: Iterable[Any], output: Any) -> bool:
     if not (isinstance(output, (list, tuple)) and output and all(isinstance(item, Mapping) for item in output)):
         return False
     lists = [value for value in arguments if isinstance(value, (list, tuple)) and len(value) == len(output)]
-    # (C, H, W). Views of a batch, with an output for each of them, have an axis more.
-    return any(all(isinstance(item, Tensor) and item.dim() == 3 for item in value) for value in lists)
+    return any(all(map(_holds_image, value)) for value in lists)
+
+
+def _holds_image(item: Any) -> bool:
+    """Whether an item is an image (C, H, W) or holds one. Views of a batch, one output for each, have an axis more."""
+    values = item.values() if isinstance(item, Mapping) else (item,)
+    return any(isinstance(value, Tensor) and value.dim() == 3 for value in values)
 
 
 def input_samples(inputs: Sequence[Tensor]) -> frozenset[int]:
