@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_otrt.layers.names import ancestors
 from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer
 
-__all__ = ["assumed_output", "output_layers", "passes_on"]
+__all__ = ["assumed_output", "last_linear_layers", "output_layers", "passes_on"]
 
 #: What may stand between the last linear map and the output of the model.
 _PASSING = ("pool", "dropout", "passive")
@@ -84,6 +84,17 @@ def _output_channels(trace: Trace) -> set[int]:
     tensors = (root.output, *(tensor for _, tensor in root.parts))
     dense = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) > 2 and tensor.is_floating]
     return {tensor.shape[tensor.neuron_axis] for tensor in dense if tensor.neuron_axis is not None}
+
+
+def last_linear_layers(trace: Trace) -> list[TracedLayer]:
+    """The linear layers on whose output no other layer with weights computes, such as heads.
+
+    Args:
+        trace: One forward of the model.
+    """
+    leaves = _leaves(_ran(trace))
+    unused = _unused(leaves)
+    return [layer for layer in leaves if layer.name in unused and layer.role in LINEAR]
 
 
 def assumed_output(trace: Trace) -> tuple[str, ...]:

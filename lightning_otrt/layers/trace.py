@@ -27,6 +27,7 @@ class TracedTensor:
         batch_axis: Axis of the samples: 0, or 1 for ``(T, B, C)``.
         is_rectified: Whether its values look like those behind a nonlinearity that cuts off negative ones; None where
             the trace was not asked to look.
+        made_by: Name of the layer that made an output of a container, where no code computed on it since; else None.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class TracedTensor:
     neuron_axis: int | None = None
     batch_axis: int = 0
     is_rectified: bool | None = None
+    made_by: str | None = None
 
     @property
     def positions(self) -> tuple[int, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from lightning_otrt.layers.automatic import classification_head, input_before_dropout
-from lightning_otrt.layers.model_output import output_layers
-from lightning_otrt.layers.trace import LINEAR, Trace, TracedTensor
+from lightning_otrt.layers.model_output import last_linear_layers, output_layers
+from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer, TracedTensor
 
 __all__ = ["head_input", "logit_key", "other_head", "traced_class_axis", "traced_logits"]
 
 #: Keys under which libraries return logits: Hugging Face, and the segmentation networks of torchvision.
 _KEYS = ("logits", "out")
+#: Types of modules that may follow a head. Behind other nonlinearities stand features.
+_AFTER_LOGITS = ("Softmax", "LogSoftmax", "Sigmoid", "LogSigmoid", "Identity", "Flatten", "Unflatten")
 
 
 def logit_key(keys: Collection[str | int]) -> str | int | None:
@@ -67,12 +69,14 @@ def other_head(trace: Trace, select: str | int | None) -> str | int | None:
         select: Key or index, where the user gave one.
     """
     parts = dict(trace.layer(trace.root).parts)
-    chosen = logit_key(parts) if select is None else select
-    if select is not None or chosen != 0 or len(parts) < 2 or len(parts[chosen].shape) < 2:
+    if select is not None or logit_key(parts) != 0 or len(parts) < 2 or len(parts[0].shape) < 2:
         return None
+    first = parts.pop(0)
     made = {layer.output_shape for layer in trace.layers if layer.gives_model_output and layer.role == "linear"}
-    others = [key for key, tensor in parts.items() if key != chosen and tensor.shape in made]
-    return others[0] if others and parts[chosen].shape not in made else None
+    # Where code made it of what a module returned, its shape is all that tells.
+    if _head_of(trace, first) is not None or (first.made_by is None and first.shape in made):
+        return None
+    return next((key for key, tensor in parts.items() if tensor.shape in made), None)
 
 
 def head_input(trace: Trace, logits: TracedTensor) -> str | None:
@@ -82,7 +86,13 @@ def head_input(trace: Trace, logits: TracedTensor) -> str | None:
         trace: One forward of the model.
         logits: Its logits, with a known axis of the classes.
     """
+    if (head := _head_of(trace, logits)) is not None:
+        return input_before_dropout(trace, head)
     if len(logits.shape) == 2:
+        last = last_linear_layers(trace)
+        if len(trace.layer(trace.root).parts) > 1 and len(last) > 1:
+            heads = [layer for layer in last if layer.output is not None and layer.output.shape == logits.shape]
+            return input_before_dropout(trace, heads[0]) if len(heads) == 1 else None
         head = classification_head(trace)
         return None if head is None else input_before_dropout(trace, head)
     made = output_layers(trace)
@@ -94,3 +104,16 @@ def head_input(trace: Trace, logits: TracedTensor) -> str | None:
     heads.sort(key=lambda layer: layer.order or 0)
     place = next((place for place, tensor in enumerate(outputs) if tensor is logits), 0)
     return input_before_dropout(trace, heads[place] if len(heads) == len(outputs) else heads[-1])
+
+
+def _head_of(trace: Trace, logits: TracedTensor) -> TracedLayer | None:
+    """The linear layer whose output the logits are, perhaps as probabilities or in another shape."""
+    name = logits.made_by
+    while name is not None:
+        layer = trace.layer(name)
+        if layer.calls > 1:
+            return None
+        if layer.role in LINEAR:
+            return layer
+        name = layer.input_from if layer.kind in _AFTER_LOGITS or layer.role in ("dropout", "pool") else None
+    return None

@@ -319,7 +319,9 @@ class _TraceHooks:
     def _traced(self, frame: Frame, key: str | int, value: Tensor, length: int | None) -> TracedTensor:
         shape = shape_of(value, length)
         axis = self._axes.neuron_axis(frame, key, value, shape)
-        return self._facts(value, shape, axis, self._axes.batch_axis(frame, value, shape))
+        facts = self._facts(value, shape, axis, self._axes.batch_axis(frame, value, shape))
+        source = self._axes.source(value) if has_children(frame.module) else None
+        return facts if source is None else replace(facts, made_by=source.layer)
 
     def _facts(self, value: Tensor, shape: tuple[int, ...], neuron_axis: int | None, batch_axis: int) -> TracedTensor:
         dtype, is_floating = str(value.dtype).removeprefix("torch."), value.is_floating_point()

@@ -83,12 +83,7 @@ class LogitRecording:
         self.use_teacher(pairing, teacher)
         sides = [self._traced_logits(pairing, place) for place in (0, 1)]
         traced = sides[0].tensor
-        if (other := other_head(pairing.student, self.option.selects[0])) is not None:
-            warn(
-                "The first item of what the student returns is taken for its logits, but no linear layer made it, and "
-                f"one made the item {other!r}. Where the first are features, pass "
-                f"distillation=LogitDistillation(select={other!r}); where they are the logits, select=0.",
-            )
+        self._warn_of_features(pairing)
         self._traced = None if traced is None else traced.shape
         self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
         counts = []
@@ -102,6 +97,25 @@ class LogitRecording:
         self._is_matched = any(pairing.student.layer(name).gives_model_output for name in recorded)
         self.features = self._find_features(pairing.student, named_layers(student)) if self._pools else None
         self.note = self._described(counts)
+
+    def _warn_of_features(self, pairing: Pairing) -> None:
+        """Warn where the first item of an output is taken for its logits, and looks like features."""
+        selects, traces = self.option.selects, (pairing.student, pairing.teacher)
+        others = [other_head(trace, select) for trace, select in zip(traces, selects, strict=True)]
+        if others == [None, None]:
+            return
+        sides = [side for side, other in zip(("student", "teacher"), others, strict=True) if other is not None]
+        made = next(other for other in others if other is not None)
+        features, logits = (
+            tuple(select if other is None else key for select, other, key in zip(selects, others, keys, strict=True))
+            for keys in (others, (0, 0))
+        )
+        warn(
+            f"The first item of what the {' and the '.join(sides)} return{'s' * (len(sides) == 1)} is taken for the "
+            f"logits, but no linear layer made it, and one made the item {made!r}. Where the first are features, pass "
+            f"distillation=LogitDistillation(select={features}), for student and teacher; where they are the logits, "
+            f"select={logits}.",
+        )
 
     def use_teacher(self, pairing: Pairing, teacher: nn.Module) -> None:
         """Read from this module, where the teacher runs as another copy than before."""

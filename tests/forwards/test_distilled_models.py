@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_otrt import LogitDistillation, RepresentationTransfer
+from lightning_otrt import LogitDistillation, RepresentationTransfer, TransferWarning
 
 IDS = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(4, 9, dtype=torch.long)
@@ -280,6 +280,43 @@ def test_signals_images_and_volumes(dims, classes):
         assert value == pytest.approx(by_hand(output.detach(), target), rel=1e-4)
     else:
         assert "regressed on '2:input'" in said
+
+
+class FeaturesFirst(nn.Module):
+    """Returns its features and its logits, in one order or the other."""
+
+    def __init__(self, width: int, classes: int, *, first: bool = True) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(4, width), nn.ReLU()), nn.Linear(width, classes)
+        self.first = first
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)
+        logits = self.head(features)
+        return (features, logits) if self.first else (logits, features)
+
+
+class TestFeaturesFirst:
+    x = torch.randn(16, 4)
+
+    @pytest.mark.parametrize("classes", [5, 12])
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_is_warned_of(self, side, classes):
+        """Of a teacher with as many features as the student has classes nothing else would show it."""
+        student = FeaturesFirst(8, 12, first=side == "student")
+        teacher = FeaturesFirst(12, classes, first=side == "teacher")
+        with pytest.warns(TransferWarning, match=f"first item of what the {side} returns") as caught:
+            distil(student, teacher, lambda net: net(self.x), {"body": "body"})
+        wanted = "select=(1, None)" if side == "student" else "select=(None, 1)"
+        assert any(wanted in str(warning.message) for warning in caught)
+
+    def test_what_the_warning_says_works(self):
+        student, teacher = FeaturesFirst(8, 12, first=False), FeaturesFirst(12, 12)
+        option = LogitDistillation(select=(None, 1))
+        value, output, target, _ = distil(
+            student, teacher, lambda net: net(self.x), {"body": "body"}, distillation=option
+        )
+        assert value == pytest.approx(by_hand(output[0].detach(), target[1]), rel=1e-4)
 
 
 class Functional(nn.Module):

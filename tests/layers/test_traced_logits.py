@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,13 +50,67 @@ def test_key(keys: list[Any], expected: str | int | None) -> None:
     [
         (("out", "aux"), None, "first.2:input"),
         (("out", "aux"), "aux", "second:input"),
-        (("out",), None, "second:input"),
+        (("out",), None, "first.2:input"),
     ],
 )
 def test_the_head_of_each_output(keys, select, expected):
-    """With one output and two heads the last is taken; without a dropout before it."""
+    """The one that made it, wherever it ran; without a dropout before it."""
     found = trace(Several(keys), (torch.randn(2, 3, 9, 9),))
     logits = traced_logits(found, select)
+    assert logits is not None
+    assert head_input(found, logits) == expected
+
+
+class TwoHeads(nn.Module):
+    """Two heads on branches of their own. The last one that runs is that of ``aux``."""
+
+    def __init__(
+        self, logits: int = 5, aux: int = 3, after: Any = None, keys: tuple[Any, ...] = ("logits", "aux")
+    ) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout()) for _ in range(2))
+        self.head, self.other = nn.Linear(8, logits), nn.Linear(8, aux)
+        self.after, self.keys = nn.ModuleList(copy.deepcopy(after or nn.Identity()) for _ in range(2)), keys
+
+    def forward(self, x: Tensor) -> Any:
+        made = self.after[0](self.head(self.one(x))), self.after[1](self.other(self.two(x)))
+        if self.keys == (0, 1):
+            return made
+        return dict(zip(self.keys, made, strict=True))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("keys", [("logits", "aux"), (0, 1)])
+@pytest.mark.parametrize("aux", [3, 5])
+@pytest.mark.parametrize("after", [None, nn.LogSoftmax(1), nn.Flatten()])
+def test_heads_on_branches_of_their_own(keys, aux, after):
+    found = trace(TwoHeads(aux=aux, after=after, keys=keys), (torch.randn(6, 4),))
+    for select, expected in ((None, "one.2:input"), (keys[0], "one.2:input"), (keys[1], "two.2:input")):
+        logits = traced_logits(found, select)
+        assert logits is not None
+        assert head_input(found, logits) == expected
+
+
+@pytest.mark.parametrize(("aux", "expected"), [(3, "one.2:input"), (5, None)])
+def test_one_module_behind_both_heads(aux, expected):
+    """What ran twice tells no head, but the number of classes may."""
+    net = TwoHeads(aux=aux, after=nn.LogSoftmax(1))
+    net.after[1] = net.after[0]
+    found = trace(net, (torch.randn(6, 4),))
+    logits = traced_logits(found, "logits")
+    assert logits is not None
+    assert head_input(found, logits) == expected
+
+
+@pytest.mark.parametrize(("aux", "expected"), [(3, "one.2:input"), (5, None)])
+def test_what_code_made_may_be_of_another_head(aux, expected):
+    """Of two with as many classes none is guessed, and the error asks for its name."""
+    found = trace(TwoHeads(aux=aux, after=Scaled()), (torch.randn(6, 4),))
+    logits = traced_logits(found, "logits")
     assert logits is not None
     assert head_input(found, logits) == expected
 
