@@ -24,6 +24,7 @@ __all__ = [
     "is_compiled",
     "is_in_backward",
     "is_in_functional_transform",
+    "module_tables",
     "remove_hook",
     "unwrapped",
     "version_of",
@@ -92,6 +93,12 @@ def forward_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
     of_hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
     flags: list[dict[int, Any]] = [module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs]
     return [*of_hooks, *flags, module._forward_hooks_always_called]
+
+
+def module_tables(module: nn.Module) -> list[dict[str, Any]]:
+    """The dictionaries that hold the attributes of a module, its children, and its forward pre-hooks and hooks."""
+    tables: list[Any] = [vars(module), module._modules, module._forward_pre_hooks, module._forward_hooks]
+    return tables
 
 
 def remove_hook(module: nn.Module, hook: Any) -> None:

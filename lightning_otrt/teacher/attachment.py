@@ -293,15 +293,16 @@ class Attachment:
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
                 self._teacher_run.prepare(student)
-                pairing = trace_and_pair(
-                    self._options,
-                    known,
-                    call,
-                    self.teacher,
-                    self._guard,
-                    first_step.input,
-                    compiled=self._is_compiled,
-                )
+                with self._teacher_run.learning():
+                    pairing = trace_and_pair(
+                        self._options,
+                        known,
+                        call,
+                        self.teacher,
+                        self._guard,
+                        first_step.input,
+                        compiled=self._is_compiled,
+                    )
                 if self._logits is not None:
                     self._logits.settle(pairing, student, self.teacher.module)
                 return pairing

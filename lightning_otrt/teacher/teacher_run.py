@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -73,6 +74,10 @@ class TeacherRun:
         if self._parameter.dtype != self._attached_dtype:
             self.teacher.follow(self._parameter.dtype)
         self.teacher.prepare(self._parameter.device)
+
+    def learning(self) -> AbstractContextManager[None]:
+        """See what the forwards of the teacher in the block change, where its outputs are kept."""
+        return nullcontext() if self._cached is None else self._cached.learning()
 
     def watch(self, pairing: Pairing) -> None:
         """Put hooks on the teacher's layers of these pairs."""

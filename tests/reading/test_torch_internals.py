@@ -17,6 +17,7 @@ from lightning_otrt.reading.torch_internals import (
     is_compiled,
     is_in_backward,
     is_in_functional_transform,
+    module_tables,
     unwrapped,
     version_of,
     without_earlier_pre_hooks,
@@ -175,3 +176,13 @@ def test_looking_for_a_freed_graph_runs_nothing_again() -> None:
 
 def test_a_tensor_without_a_graph_has_none_that_is_freed() -> None:
     assert not has_freed_graph([torch.ones(1), torch.ones(1, requires_grad=True)])
+
+
+def test_module_tables() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    before = [dict(table) for table in module_tables(net)]
+    net.scale = 2.0
+    net.append(nn.ReLU())
+    net.register_forward_pre_hook(lambda module, args: None)
+    net.register_forward_hook(lambda module, args, output: None)
+    assert [len(table) - len(old) for table, old in zip(module_tables(net), before, strict=True)] == [1, 1, 1, 1]

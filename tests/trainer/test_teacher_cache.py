@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_otrt import FixedViews, OTRTCallback, OTRTModule, RepresentationTransfer, TeacherCache
+from lightning_otrt import FixedViews, OTRTCallback, OTRTModule, RepresentationTransfer, TeacherCache, TransferWarning
 
 #: Samples and batches of an epoch, and forwards of the first one: the trace, two that show how maps lie, the whole
 #: batch and its halves.
@@ -194,9 +194,10 @@ def test_steps_of_other_kinds(name: str) -> None:
 
 def test_partly_known_batches(tmp_path: Path) -> None:
     """A run on a part of the data, and then one on all of it."""
-    fit(str(tmp_path), data=loader(20, 10))
     teacher = make_teacher()
     expected, _ = fit(trainer={"max_epochs": 1})
+    with forwards(teacher):
+        fit(str(tmp_path), data=loader(20, 10), teacher=teacher)
     with forwards(teacher) as count:
         found, callback = fit(str(tmp_path), teacher=teacher, trainer={"max_epochs": 1})
     assert_same_values(found, expected)
@@ -207,11 +208,12 @@ def test_partly_known_batches(tmp_path: Path) -> None:
 
 
 def test_a_later_run_does_not_run_the_teacher(tmp_path: Path) -> None:
-    expected, _ = fit(str(tmp_path))
     teacher = make_teacher()
     with forwards(teacher) as count:
+        expected, _ = fit(str(tmp_path), teacher=teacher)
+        before = len(count)
         found, callback = fit(str(tmp_path), teacher=teacher)
-    assert len(count) == 3, "the trace"
+    assert len(count) - before == 3, "the trace"
     assert_same_values(found, expected)
     assert callback.transfer.cache.hit_rate == 1.0
     assert "GB" not in str(os.listdir(tmp_path))
@@ -487,3 +489,112 @@ def test_copies_and_pickles_of_the_callback() -> None:
         make_trainer(callbacks=[each]).fit(make_task(), loader())
     assert callback.transfer.cache.hits - hits[0] == 32, "a copy goes on with the same samples"
     assert pickled.transfer.cache.hits - hits[1] == 0, "a pickle has none"
+
+
+class Conditioned(Net):
+    """A teacher whose output depends on plain attributes, and which counts its forwards."""
+
+    def __init__(self, gain: int = 1) -> None:
+        super().__init__(8)
+        self.gain, self.act, self.calls, self.seen = gain, torch.relu, 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(x))
+        return super().forward(self.act(self.gain * x))
+
+
+def conditioned(**attributes: Any) -> Conditioned:
+    torch.manual_seed(1)
+    teacher = Conditioned()
+    for name, value in attributes.items():
+        setattr(teacher, name, value)
+    return teacher
+
+
+def doubled(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (2 * args[0],)
+
+
+OTHERS: dict[str, Any] = {
+    "a number": lambda teacher: setattr(teacher, "gain", 3),
+    "a function": lambda teacher: setattr(teacher, "act", torch.tanh),
+    "a hook": lambda teacher: teacher.register_forward_pre_hook(doubled),
+}
+
+
+class TestAnotherTeacherWithTheSameWeights:
+    """It has another store: what is kept of the first one would be another term, and nothing would show it."""
+
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_in_a_later_run(self, name, tmp_path):
+        fit(str(tmp_path), teacher=conditioned())
+        teacher = conditioned()
+        OTHERS[name](teacher)
+        expected, _ = fit(teacher=copy.deepcopy(teacher))
+        found, callback = fit(str(tmp_path), teacher=teacher)
+        assert_same_values(found, expected)
+        assert callback.transfer.cache.misses == SAMPLES
+
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_in_a_later_fit(self, name):
+        teacher = conditioned()
+        _, callback = fit("memory", teacher=teacher)
+        OTHERS[name](teacher)
+        expected, _ = fit(teacher=copy.deepcopy(teacher))
+        noted = Values()
+        torch.manual_seed(0)
+        make_trainer(max_epochs=2, callbacks=[callback, noted]).fit(make_task(), loader(SAMPLES, shuffle=True))
+        assert_same_values(noted.values, expected)
+
+    @pytest.mark.parametrize("name", OTHERS)
+    @pytest.mark.parametrize("cache", ["memory", "folder"])
+    def test_between_two_epochs(self, name, cache, tmp_path):
+        """The store is changed, and nothing is refused."""
+
+        class Change(pl.Callback):
+            def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                if trainer.current_epoch == 1:
+                    (callback,) = (each for each in trainer.callbacks if isinstance(each, OTRTCallback))
+                    OTHERS[name](callback.transfer.teacher.module)
+
+        noted: list[list[float]] = []
+        for kept in (None, str(tmp_path) if cache == "folder" else cache):
+            values = Values()
+            torch.manual_seed(0)
+            callback = OTRTCallback(conditioned(), LAYERS, weight=2.0, teacher_cache=kept)
+            make_trainer(max_epochs=3, callbacks=[callback, values, Change()]).fit(
+                make_task(), loader(SAMPLES, shuffle=True)
+            )
+            noted.append(values.values)
+        assert_same_values(noted[1], noted[0])
+        assert (callback.transfer.cache.misses, callback.transfer.cache.hits) == (2 * SAMPLES, SAMPLES)
+
+    def test_a_counter_makes_no_other_teacher(self, tmp_path):
+        """Whatever it has counted before: a new one, one that has run, and one in a second fit."""
+        teacher = conditioned()
+        for hits in (SAMPLES, 2 * SAMPLES, 2 * SAMPLES):
+            _, callback = fit(str(tmp_path), teacher=teacher)
+            assert callback.transfer.cache.hits == hits
+        _, callback = fit(str(tmp_path), teacher=conditioned())
+        assert callback.transfer.cache.hits == 2 * SAMPLES
+
+    def test_an_attribute_that_is_set_in_each_step(self):
+        """As of a network that is told its domain: no known sample then, but the right term."""
+
+        class Domain(pl.Callback):
+            def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+                (callback,) = (each for each in trainer.callbacks if isinstance(each, OTRTCallback))
+                callback.transfer.teacher.module.gain = 1 + trainer.global_step % 3
+
+        noted: list[list[float]] = []
+        for kept in (None, "memory"):
+            values = Values()
+            torch.manual_seed(0)
+            callback = OTRTCallback(conditioned(), LAYERS, weight=2.0, teacher_cache=kept)
+            trainer = make_trainer(max_epochs=2, callbacks=[callback, Domain(), values])
+            told = pytest.warns(TransferWarning, match="has changed 3 times in this run: 'gain'")
+            with nullcontext() if kept is None else told:
+                trainer.fit(make_task(), loader(SAMPLES, shuffle=True))
+            noted.append(values.values)
+        assert_same_values(noted[1], noted[0])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from lightning_otrt.layers.names import listed
 from lightning_otrt.notices import warn
 from lightning_otrt.random_numbers import draw
 from lightning_otrt.reading.containers import all_tensors
@@ -18,6 +19,7 @@ from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.cache.fingerprint import fingerprint
+from lightning_otrt.teacher.cache.plain_watch import PlainWatch
 from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
 from lightning_otrt.teacher.cache.weight_watch import WeightWatch
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
@@ -26,6 +28,8 @@ __all__ = ["CacheUse", "CachedRun"]
 
 #: Raise this number whenever readings change, as with another pooling: entries of older caches are then not used.
 READING = 1
+#: Changes of what the teacher computes, in one run, after which a warning says so.
+PATIENCE = 3
 #: Names of the teacher's logits and of their mask in the cache. Those of layers are ``"pair.call"``, two numbers.
 _LOGITS, _LOGIT_MASK = "logits.0", "logit mask.0"
 
@@ -61,10 +65,15 @@ class CachedRun:
         self.teacher, self.recorder, self.cache = teacher, recorder, use.cache
         self._strict, self._agree, self._read = use.strict, use.agree, read
         self._watch: WeightWatch | None = None
+        self._plain: PlainWatch | None = None
         self._settings: dict[str, Any] = {}
         self._known = ""
-        self._compared = 0
+        self._compared = self._changes = 0
         self._off = False
+
+    def learning(self) -> AbstractContextManager[None]:
+        """Learn what forwards of the teacher in the block change, such as counters, which make no other teacher."""
+        return self._watch_of_module().learning()
 
     def first(self, inputs: Inputs, pairing: Pairing, readers: Readers, more: str = "") -> None:
         """Open the cache for the chosen pairs, and run the first batch. All processes call it together.
@@ -78,7 +87,7 @@ class CachedRun:
         Raises:
             ValueError: If the teacher cannot be cached, here or on another process, and ``strict``.
         """
-        self._off, self._compared, problem = False, self.cache.epoch, ""
+        self._off, self._compared, self._changes, problem = False, self.cache.epoch, 0, ""
         kept = [
             (str(index), layer.name, layer.reader, [mask for mask, _ in layer.masks])
             for index, layer in readers.items()
@@ -91,6 +100,7 @@ class CachedRun:
             **({"more": more} if more else {}),
         }
         try:
+            self._watch_of_module().changed(everything=True)
             self._known = self._fingerprint()
             self._watch = WeightWatch(self.teacher.source)
             self.cache.open(self._known, _batch_size(pairing, inputs), inputs, self.teacher.run_dtype)
@@ -122,14 +132,19 @@ class CachedRun:
 
     def _fill(self, inputs: Inputs) -> None:
         assert self.recorder.current is not None
-        watch = self._watch or WeightWatch(self.teacher.source)
+        assert self._plain is not None
+        watch, plain = self._watch or WeightWatch(self.teacher.source), self._plain
         # At the start of each epoch all of the weights, since a short look sees some of each tensor.
-        looked = watch.look(everything=self._compared != self.cache.epoch)
+        everything = self._compared != self.cache.epoch
+        looked = watch.look(everything=everything)
         self._watch, self._compared = watch, self.cache.epoch
 
         def verify() -> None:
             if name := watch.changed(looked):
                 self._compare(name)
+            if names := plain.changed(everything=everything):
+                self._warn_of_changes(names)
+                self._change_store()
 
         given = list(all_tensors((inputs[0], dict(inputs[1]))))
         tensors = self.cache.tensors(inputs, self._run, verify, lambda: self._undone(given))
@@ -153,6 +168,8 @@ class CachedRun:
         assert view is not None
         _forget(view)
         self._run_whole(inputs)
+        if self._plain is not None and self._plain.learn():
+            self._change_store()
         tensors = _as_tensors(view, size)
         _forget(view)
         return tensors
@@ -160,9 +177,31 @@ class CachedRun:
     def _run_whole(self, inputs: Inputs) -> None:
         self._read(self.teacher.run_recorded(self.recorder, *inputs))
 
+    def _watch_of_module(self) -> PlainWatch:
+        """The watch of the teacher as it runs: another copy has another one."""
+        if self._plain is None or self._plain.module is not self.teacher.module:
+            self._plain = PlainWatch(self.teacher.module)
+        return self._plain
+
+    def _warn_of_changes(self, names: Sequence[str]) -> None:
+        """Say once in a run that a teacher changes again and again."""
+        self._changes += 1
+        if self._changes == PATIENCE:
+            warn(
+                f"What the teacher computes has changed {PATIENCE} times in this run: {listed(names, at_most=3)}. Each "
+                "time `teacher_cache` starts anew, so that it saves little. Leave it out, or let what is changed enter "
+                "the teacher as an input."
+            )
+
+    def _change_store(self) -> None:
+        """Go on with the store of what the teacher computes now."""
+        self._known = self._fingerprint()
+        self.cache.reopen(self._known)
+
     def _fingerprint(self) -> str:
+        changing = self._watch_of_module().changing
         try:
-            return fingerprint(self.teacher.module, dtype=self.teacher.run_dtype, **self._settings)
+            return fingerprint(self.teacher.module, changing, dtype=self.teacher.run_dtype, **self._settings)
         except (TypeError, ValueError) as error:
             raise CannotCacheError(f"its weights cannot be compared ({error})") from error
 

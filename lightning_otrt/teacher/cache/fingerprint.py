@@ -1,10 +1,11 @@
-"""A fingerprint of a teacher: one line that changes with every bit of its weights and with every setting."""
+"""A fingerprint of a teacher: one line that changes with its weights to the bit, its code and each setting."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import re
+from collections.abc import Collection
 from itertools import chain
 from typing import Any
 
@@ -12,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.reading.torch_internals import unwrapped
+from lightning_otrt.teacher.cache.plain_facts import plain_facts, tensor_attributes
 from lightning_otrt.teacher.cache.sample_hash import SampleHash
 
 __all__ = ["fingerprint"]
 
 
-def fingerprint(module: nn.Module, **settings: Any) -> str:
-    """The type of a teacher, a hash of its structure and of all its parameters and buffers, and settings.
+def fingerprint(module: nn.Module, ignored: Collection[str] = (), **settings: Any) -> str:
+    """The type of a teacher, a hash of its code and structure and of all its parameters and buffers, and settings.
 
-    Same bytes, same fingerprint, on any device and in any process. Of public attributes, tensors, fractions, texts and
-    flags count; others, such as functions and counters, as far as the ``repr`` of the module shows them. It reads all
-    weights once, about a second per gigabyte on a CPU, and waits for the device.
+    Same bytes and same code, same fingerprint, on any device and in any process. It reads all weights once, about a
+    second per gigabyte on a CPU, and waits for the device.
 
     Args:
         module: The network as it runs, in its type.
+        ignored: Names of plain attributes that do not count, since each forward changes them.
         settings: What else decides on what is kept of a sample; the ``repr`` of each value has to say all of it.
 
     Raises:
@@ -44,7 +46,8 @@ def fingerprint(module: nn.Module, **settings: Any) -> str:
         False
     """
     module = unwrapped(module)  # compiled or not, it is the same teacher
-    own = {**dict(chain(module.named_parameters(), module.named_buffers())), **_tensor_attributes(module)}
+    attributes = {name: tensor for name, tensor in tensor_attributes(module).items() if name not in ignored}
+    own = {**dict(chain(module.named_parameters(), module.named_buffers())), **attributes}
     if unset := [name for name, tensor in own.items() if tensor.is_meta]:
         raise ValueError(
             f"{unset[0]!r} of the teacher is on the meta device, so it has no values: materialise the teacher first "
@@ -52,32 +55,13 @@ def fingerprint(module: nn.Module, **settings: Any) -> str:
         )
     tensors = {name: tensor[None] for name, tensor in own.items()}
     weights = SampleHash()(((tensors,), {}), 1)[0].tolist() if tensors else []
+    facts = sorted((name, fact) for name, fact in plain_facts(module).items() if name not in ignored)
     # Functions and objects show where they lie, which is somewhere else in each process.
-    shown = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module!r}\n{_plain_attributes(module)}")
+    shown = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module!r}\n{facts}")
     structure = hashlib.sha256(shown.encode() + _constants(module)).hexdigest()[:16]
     digits = "".join(f"{half % 2**64:016x}" for half in weights)
     told = "".join(f", {name}={value!r}" for name, value in sorted(settings.items()))
     return f"{type(module).__name__}-{structure}-{digits}{told}"
-
-
-def _tensor_attributes(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors that are kept as plain attributes, as some normalisations do."""
-    return {
-        f"{name}.{key} (attribute)": value
-        for name, part in module.named_modules()
-        for key, value in vars(part).items()
-        if isinstance(value, Tensor) and not key.startswith("_")
-    }
-
-
-def _plain_attributes(module: nn.Module) -> list[str]:
-    """Fractions, texts and flags: a scale, a temperature, a way of pooling. No integers, many of which count calls."""
-    return sorted(
-        f"{name}.{key}={value!r}"
-        for name, part in module.named_modules()
-        for key, value in vars(part).items()
-        if isinstance(value, (bool, float, str)) and not key.startswith("_") and key != "training"
-    )
 
 
 def _constants(module: nn.Module) -> bytes:

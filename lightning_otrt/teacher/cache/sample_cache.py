@@ -98,10 +98,13 @@ class SampleCache:
             samples = f"one entry for each of the {batch_size} samples" if batch_size else "an axis of samples"
             raise CannotCacheError(f"none of its inputs has {samples}")
         if self.store is None or fingerprint != self._fingerprint:
-            self.flush()
-            self.store = self.options.open(fingerprint)
-            self._fingerprint, self._checked, self._useless, self._epochs = fingerprint, 0, False, 0
-            self._hits_of_run = 0
+            self.reopen(fingerprint)
+            self._checked, self._useless, self._epochs, self._hits_of_run = 0, False, 0, 0
+
+    def reopen(self, fingerprint: str) -> None:
+        """Go on with the store of another teacher, such as this one after a change."""
+        self.flush()
+        self.store, self._fingerprint, self._epochs = self.options.open(fingerprint), fingerprint, 0
 
     @torch.no_grad()
     def tensors(self, inputs: Inputs, run: Run, verify: Callable[[], None], trace_free: Block) -> dict[str, Tensor]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,6 +40,20 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "text": lambda net: setattr(net[3], "pooling", "mean"),
     "tensor that is no buffer": lambda net: setattr(net[3], "mean", torch.ones(3)),
     "its value": lambda net: setattr(net[3], "mean", torch.zeros(3)),
+    "whole number": lambda net: setattr(net[3], "heads", 2),
+    "private attribute": lambda net: setattr(net[3], "_scale", 2.0),
+    "function": lambda net: setattr(net[3], "act", torch.relu),
+    "other function": lambda net: setattr(net[3], "act", torch.nn.functional.gelu),
+    "code": lambda net: setattr(net[3], "act", lambda x: x + 1),
+    "constant in it": lambda net: setattr(net[3], "act", lambda x: x + 2),
+    "what it holds": lambda net: setattr(net[3], "act", partial(torch.mul, 2.0)),
+    "settings": lambda net: setattr(net[3], "config", {"depth": [1, 2]}),
+    "other settings": lambda net: setattr(net[3], "config", {"depth": [1, 3]}),
+    "object": lambda net: setattr(net[3], "config", SimpleNamespace(depth=(1, 2))),
+    "array": lambda net: setattr(net[3], "table", np.arange(3)),
+    "hook": lambda net: net[3].register_forward_hook(lambda module, args, output: 2 * output),
+    "hook before": lambda net: net[3].register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "forward": lambda net: setattr(net[3], "forward", lambda x: x.flatten(1) * 3),
     "hidden buffer": lambda net: net.register_buffer("scale", torch.ones(2), persistent=False),
 }
 
@@ -58,7 +76,7 @@ def test_each_change_counts() -> None:
         lambda net: net.to(memory_format=torch.channels_last),
         lambda net: net.double().float(),
         torch.compile,
-        lambda net: setattr(net[3], "calls", 3) or net,
+        lambda net: pickle.loads(pickle.dumps(net)),
     ],
 )
 def test_what_changes_no_output(change: Callable[[nn.Module], nn.Module]) -> None:

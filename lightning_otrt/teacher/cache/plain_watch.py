@@ -1,0 +1,106 @@
+"""Notices that a teacher computes something else than before: other code, plain attributes or hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from lightning_otrt.reading.torch_internals import module_tables
+from lightning_otrt.teacher.cache.plain_facts import plain_facts, tensor_attributes
+
+__all__ = ["PlainWatch"]
+
+
+class PlainWatch:
+    """What decides on the output of a network besides its tensors, without what its own forward changes.
+
+    A counter, or what a hook collects, changes in each forward and decides on nothing.
+
+    Args:
+        module: The network.
+
+    Attributes:
+        module: The network.
+        changing: Names of what forwards change, and what does not count.
+
+    Example:
+        >>> net = nn.TransformerEncoderLayer(8, 2)
+        >>> watch = PlainWatch(net)
+        >>> watch.changed()
+        []
+        >>> net.self_attn.num_heads = 4
+        >>> watch.changed(), watch.changed()
+        (['self_attn.num_heads'], [])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.changing: set[str] = set()
+        self._read()
+
+    def changed(self, *, everything: bool = False) -> list[str]:
+        """Names of the facts that count and are others than at the last call.
+
+        Args:
+            everything: Whether to look into objects and code, too, which may change in place.
+        """
+        return sorted(self._new_names(everything) - self.changing)
+
+    def learn(self, *, everything: bool = False) -> bool:
+        """Note what the forward since the last call has changed. Whether that leaves less that counts."""
+        names = self._new_names(everything) - self.changing
+        self.changing |= names
+        return bool(names)
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Learn what forwards inside the block change, although all of that is undone at its end."""
+        hooks = (
+            self.module.register_forward_pre_hook(_Call(self._read), prepend=True),
+            self.module.register_forward_hook(_Call(self._learn_all)),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _learn_all(self) -> None:
+        self.learn(everything=True)
+
+    def _new_names(self, everything: bool = False) -> set[str]:
+        """The names of all facts that are others than at the last call."""
+        if not everything and self._look() == self._last:
+            return set()
+        before = self._facts
+        self._read()
+        names = before.keys() | self._facts.keys()
+        return {name for name in names if before.get(name) != self._facts.get(name)}
+
+    def _read(self) -> None:
+        tensors = tensor_attributes(self.module)
+        self._facts = {**plain_facts(self.module), **{name: f"Tensor {id(value)}" for name, value in tensors.items()}}
+        self._tables = [table for part in self.module.modules() for table in module_tables(part)]
+        self._last = self._look()
+
+    def _look(self) -> list[int]:
+        """Which objects the attributes and hooks are, in a fraction of a millisecond.
+
+        They are not held: that would keep activations alive. A list that code writes to stays the same object.
+        """
+        return [*map(id, chain.from_iterable(table.values() for table in self._tables))]
+
+
+class _Call:
+    """A hook that calls a function without arguments."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        """The hook."""
+        self._function()
