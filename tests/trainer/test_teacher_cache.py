@@ -547,6 +547,17 @@ class TestAnotherTeacherWithTheSameWeights:
         make_trainer(max_epochs=2, callbacks=[callback, noted]).fit(make_task(), loader(SAMPLES, shuffle=True))
         assert_same_values(noted.values, expected)
 
+    @pytest.mark.parametrize("how", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+    def test_of_a_copied_callback(self, how, tmp_path):
+        _, callback = fit(str(tmp_path), teacher=conditioned())
+        copied = how(callback)
+        copied.transfer.teacher.module.gain = 3
+        expected, _ = fit(teacher=conditioned(gain=3))
+        noted = Values()
+        torch.manual_seed(0)
+        make_trainer(max_epochs=2, callbacks=[copied, noted]).fit(make_task(), loader(SAMPLES, shuffle=True))
+        assert_same_values(noted.values, expected)
+
     @pytest.mark.parametrize("name", OTHERS)
     @pytest.mark.parametrize("cache", ["memory", "folder"])
     def test_between_two_epochs(self, name, cache, tmp_path):

@@ -56,6 +56,10 @@ class PlainWatch:
         self.changing |= names
         return bool(names)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tables of the modules, which a copy of these would not share. A longer look finds them anew."""
+        return {**vars(self), "_tables": [], "_last": []}
+
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Learn what forwards inside the block change, although all of that is undone at its end."""
