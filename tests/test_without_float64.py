@@ -95,3 +95,21 @@ def test_what_is_read_on_the_host() -> None:
             teacher = nn.Linear(3, 4)
         with pytest.raises(RuntimeError, match="numpy"):
             stem_checksum(teacher)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+@pytest.mark.parametrize("cost", TERMS)
+def test_the_documented_tolerance(cost: str, memory: float, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over so many observations are taken in float32 where there is no float64 (docs/options.md)."""
+    values = []
+    for lacking in ((), ("cpu",)):
+        monkeypatch.setattr("lightning_otrt.transport.tensors.WITHOUT_FLOAT64", lacking)
+        torch.manual_seed(0)
+        x = torch.randn(8, FLOAT64_OBSERVATIONS + 1) + offset
+        y = 0.7 * x[:6] + 0.5 * torch.randn(6, FLOAT64_OBSERVATIONS + 1)
+        engine = make(cost, pairs=1, memory=memory)
+        for _ in range(3):
+            term, _ = engine.term([[(y, x)]], 1000)
+        values.append(float(term))
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
