@@ -10,6 +10,11 @@ from torch.nn.functional import kl_div, log_softmax
 
 __all__ = ["SoftTargets", "as_two_classes", "logit_neurons", "soft_targets"]
 
+#: Below this a series gives exp(v) - 1 - v with more digits than its three terms.
+NEAR = 0.03
+#: From this on the exponential of a difference of logits, divided by T, is not taken.
+FAR = 30.0
+
 
 class SoftTargets(NamedTuple):
     """A sum over positions, which adds over views and processes.
@@ -68,9 +73,39 @@ def soft_targets(
             # Before the softmax: padding may hold values that are not finite, which would reach the gradient.
             student, teacher = (torch.where(mask.unsqueeze(1), side, 0.0) for side in (student, teacher))
         own, target = log_softmax(student / temperature, 1), log_softmax(teacher / temperature, 1)
-        total = kl_div(own, target, reduction="sum", log_target=True)
+        each = kl_div(own, target, reduction="none", log_target=True).sum(1)
+        total = each.sum()
+        with torch.no_grad():
+            value = _divergence((student - teacher) / temperature, target, each).sum()
+        # The gradient of the sum, whose value has rounding errors. What overflows stays infinite.
+        total = torch.where(total.isfinite(), value + (total - total.detach()), total)
         positions = total.new_full((), own.numel() / own.shape[1]) if mask is None else mask.sum().to(dtype)
         return SoftTargets(total * temperature**2, positions)
+
+
+def _divergence(difference: Tensor, target: Tensor, otherwise: Tensor) -> Tensor:
+    """The divergence at each position, with all digits also where student and teacher are close.
+
+    For a large T both sums over classes are nearly equal, and their difference in float32 is rounding error. With the
+    differences d of the logits around their mean it is log Σ p exp(d) = log(1 + Σ p (exp(d) - 1 - d)).
+
+    Args:
+        difference: Logits of the student less those of the teacher, divided by T.
+        target: Logarithms of the teacher's probabilities p.
+        otherwise: The divergence where differences are so large that their exponential may overflow.
+    """
+    weights = target.exp()
+    difference = difference - (weights * difference).sum(1, keepdim=True)
+    curved = torch.where(difference.abs() < NEAR, _series(difference), difference.expm1() - difference)
+    return torch.where(difference.amax(1) < FAR, (weights * curved).sum(1).log1p(), otherwise)
+
+
+def _series(values: Tensor) -> Tensor:
+    """exp(v) - 1 - v of small values, by the terms of its series up to the sixth power."""
+    series = 1 + values / 6
+    for divisor in (5, 4, 3):
+        series = 1 + values / divisor * series
+    return values.square() / 2 * series
 
 
 def as_two_classes(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div, log_softmax
 
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons, soft_targets
 
@@ -36,6 +36,63 @@ def test_gradient() -> None:
     assert torch.autograd.gradcheck(lambda logits: soft_targets(logits, teacher).total, student)
     soft_targets(student, teacher).mean.backward()
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 10.0, 100.0, 1000.0, 10_000.0])
+@pytest.mark.parametrize("shape", [(64, 10), (32, 1000), (4, 5, 7, 3)])
+@pytest.mark.parametrize("distance", [1.0, 1e-3])
+def test_value_in_float32_is_that_of_float64(shape: tuple[int, ...], temperature: float, distance: float) -> None:
+    teacher = draw(*shape, seed=1).float()
+    student = teacher + distance * draw(*shape).float()
+    found = soft_targets(student, teacher, temperature=temperature).mean
+    p, q = (softmax(side.double().numpy() / temperature, axis=1) for side in (teacher, student))
+    # Without the part of the sum that is 0, and cancels in float64, too.
+    share = q / p - 1
+    expected = temperature**2 * (p * (share - np.log1p(share))).sum(1).mean()
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+    found = soft_targets(student + 7, teacher - 3, temperature=temperature).mean
+    assert found.item() == pytest.approx(expected, rel=1e-4 if distance == 1 else 1e-2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_is_that_of_the_plain_sum(temperature: float, dtype: torch.dtype) -> None:
+    student, teacher = draw(16, 10).to(dtype).requires_grad_(), draw(16, 10, seed=1).to(dtype)
+    own, target = (log_softmax(side / temperature, 1) for side in (student, teacher))
+    plain = kl_div(own, target, reduction="none", log_target=True).sum() * temperature**2
+    found = soft_targets(student, teacher, temperature=temperature).total
+    expected, gradient = (torch.autograd.grad(total, student)[0] for total in (plain, found))
+    assert torch.equal(gradient, expected)
+    if temperature < 10:
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+@pytest.mark.parametrize(
+    ("masked", "sides"),
+    [
+        *((-1e9, sides) for sides in ((True, False), (False, True), (True, True))),
+        *((torch.finfo(torch.float32).min, sides) for sides in ((False, True), (True, True))),
+    ],
+)
+def test_classes_that_are_masked_and_differences_that_overflow(
+    masked: float, sides: tuple[bool, bool], temperature: float
+) -> None:
+    student, teacher = 20 * draw(16, 10), 20 * draw(16, 10, seed=1)
+    for side, is_masked in zip((student, teacher), sides, strict=True):
+        side[:, 7:] = masked if is_masked else side[:, 7:]
+    found = soft_targets(student.float(), teacher.float(), temperature=temperature).mean
+    own, target = (log_softmax(side / temperature, 1) for side in (student, teacher))
+    expected = temperature**2 * kl_div(own, target, reduction="batchmean", log_target=True)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    student, teacher = draw(16, 10).float(), draw(16, 10, seed=1).float()
+    student[:, 3], teacher[:, 3] = torch.finfo(torch.float32).min, 20.0
+    assert soft_targets(student, teacher, temperature=1.0).total == float("inf")
+    student[0, 3] = float("nan")
+    assert soft_targets(student, teacher).total.isnan()
 
 
 def test_padding_that_is_not_finite_reaches_neither_value_nor_gradient() -> None:
