@@ -395,6 +395,20 @@ class TestNoClasses:
         ):
             distil(Scalar(5, True), Scalar(8, True), lambda net: net(x), {"body": "body"})
 
+    @pytest.mark.parametrize("option", [{"activation": "sigmoid"}, {"features": "body"}])
+    def test_the_ways_out_of_it(self, option):
+        """Those that the error names: (B, 1), which a task may squeeze again."""
+
+        class Unsqueezed(Scalar):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).unsqueeze(1)
+
+        x, layers = torch.randn(16, 4), {"body": "body"}
+        teacher = Unsqueezed(8, True)
+        for student in (Unsqueezed(5, True), Scalar(5, False)):
+            value, *_ = distil(student, teacher, lambda net: net(x), layers, distillation=LogitDistillation(**option))
+            assert 0 < value < 1.5
+
     def test_an_output_of_a_kind_of_its_own(self):
         class Output:
             def __init__(self, logits: Tensor) -> None:

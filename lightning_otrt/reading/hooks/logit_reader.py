@@ -52,9 +52,9 @@ def select_logits(output: Any, select: str | int | None, where: str) -> Tensor:
     if isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 1:
         raise TypeError(
             f"Distillation needs the logits of the {where}, a tensor (B, K, ...), but got one number for each sample, "
-            f"of shape {tuple(found.shape)}. Softened probabilities of one class are always 1: return logits of two "
-            "classes (B, 2); or return (B, 1), and regress the teacher's output on a layer of the student with "
-            "LogitDistillation(features='name of the layer')."
+            f"of shape {tuple(found.shape)}. Return them as (B, 1), as by `logits.unsqueeze(1)`. Then pass "
+            "LogitDistillation(activation='sigmoid') if a binary cross-entropy trains them, or regress the teacher's "
+            "output on a layer of the student with LogitDistillation(features='name of the layer')."
         )
     searched = "" if select is None else f" with nothing usable at select={select!r}"
     raise TypeError(
