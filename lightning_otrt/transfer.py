@@ -298,7 +298,9 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         except NoTermError as error:
             self._give_up(str(error))
             return self._zero()
-        if weights.transport and (note := self._attachment.unreached(views)):
+        for message in terms.left_out:
+            self._notices.warn(message)
+        if terms.transport is not None and (note := self._attachment.unreached(views)):
             (self.report or log.info)(note)
         if constant := terms.constant:
             message = f"The student layers {constant} get no gradient: nothing before them is trained."

@@ -7,6 +7,7 @@ import gc
 import re
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -553,6 +554,47 @@ class TestWhatCannotBeMeant:
             student(images())
             same.loss().backward()
         assert student.head.weight.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize(
+        ("frozen", "layers", "option", "left"),
+        [
+            ("body", {"body": "body"}, LogitDistillation(), "transport term"),
+            ("body", {"middle": "middle"}, LogitDistillation(features="body"), "distillation of logits"),
+        ],
+    )
+    def test_a_term_that_cannot_be_formed_leaves_the_other_one(self, frozen, layers, option, left):
+        def net(width: int) -> nn.Module:
+            return nn.Sequential(
+                OrderedDict(body=nn.Linear(4, width), middle=nn.Linear(width, 6), head=nn.Linear(6, 3))
+            )
+
+        x = torch.randn(16, 4)
+        for strict in (True, False):
+            student = net(5)
+            student.get_submodule(frozen).requires_grad_(False)
+            transfer = RepresentationTransfer(net(8), layers, weight=1.0, distillation=option, strict=strict)
+            with transfer.attached(student):
+                student(x)
+                if strict:
+                    with pytest.raises(RuntimeError, match="constant|frozen"):
+                        transfer.loss()
+                    continue
+                with pytest.warns(UserWarning, match=rf"strict=False: the {left} is left out") as caught:
+                    loss = transfer.loss()
+                assert len(caught) == 1
+                student(x)
+                loss = transfer.loss()  # without another warning
+            values = {"transport term": transfer.transport_value, "distillation of logits": transfer.distillation_value}
+            assert values.pop(left) is None
+            assert float(loss.detach()) == pytest.approx(float(*values.values()), rel=1e-5)
+            loss.backward()
+            assert student.middle.weight.grad.abs().sum() > 0
+            student.requires_grad_(True)
+            with transfer.attached(student):
+                student(x)
+                transfer.loss()
+            assert transfer.transport_value is not None
+            assert transfer.distillation_value is not None
 
     def test_a_head_outside_of_the_root_that_the_user_named(self):
         body, head = make_student(), nn.Linear(3, 3)

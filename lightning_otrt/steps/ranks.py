@@ -83,9 +83,10 @@ class Ranks:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return len(set(self.gather(digest.digest()))) == 1
 
-    def any(self, flag: bool, device: torch.device | str) -> bool:
-        """Whether the flag is set on some process. Waits for the device."""
-        return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+    def any(self, flags: Sequence[bool], device: torch.device | str) -> list[bool]:
+        """Whether each flag is set on some process. Waits for the device."""
+        counts = self.sum(torch.tensor([float(flag) for flag in flags], device=device))
+        return [count > 0 for count in counts.tolist()]
 
     @staticmethod
     def _on_all(message: Message, collective: Callable[[Tensor], Any]) -> Message:

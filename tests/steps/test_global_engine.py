@@ -167,6 +167,30 @@ def test_strict_false_leaves_the_term_out_on_all(options: dict[str, Any]) -> Non
     assert terms[2] > 0
 
 
+def without_a_gradient(layers: dict[str, str], features: str) -> list[tuple[float | None, float | None]]:
+    """The first layer of process 1 is frozen in its second call."""
+    student, found = net(4, seed=1), []
+    option = LogitDistillation(features=features)
+    transfer = RepresentationTransfer(net(6, seed=2), layers, strict=False, distillation=option)
+    with transfer.attached(student), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call in range(3):
+            student[0].requires_grad_(call != 1 or dist.get_rank() == 0)
+            student(batch(call, (8,))[0])
+            transfer.loss()
+            values = (transfer.transport_value, transfer.distillation_value)
+            found.append(tuple(None if value is None else value.item() for value in values))
+    return found
+
+
+@pytest.mark.parametrize(("layers", "features", "left"), [({"0": "0"}, "3", 0), ({"3": "3"}, "0", 1)])
+def test_strict_false_leaves_one_term_out_on_all(layers: dict[str, str], features: str, left: int) -> None:
+    values, others = run_processes(2, without_a_gradient, layers, features)
+    assert values == others
+    for number, both in enumerate(values):
+        assert [value is None for value in both] == [number == 1 and place == left for place in (0, 1)]
+
+
 def terms_of(transfer: RepresentationTransfer, student: nn.Module, calls: range, part: slice) -> list[Tensor]:
     terms = []
     for number in calls:
