@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.notices import Notices, warn
+from lightning_otrt.steps.process_checks import check_same
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
@@ -52,6 +53,8 @@ class Distillation:
         self._reference: tuple[Tensor, Tensor] | None = None
         self._map: Tensor | None = None
         self._memory: float | None = None
+        #: Whether the processes of the global batch have compared their settings.
+        self._is_agreed = False
 
     def term(
         self, views: LogitViews, ranks: Ranks | None, *, is_regression: bool, reevaluation: bool = False
@@ -70,10 +73,10 @@ class Distillation:
 
         Raises:
             ValueError: On the first call, if a value is not finite, or if ``strict`` and there are too few
-                observations.
+                observations; on all processes, if it is so on one of them, or if they have other numbers of views.
         """
-        if self.calls == 0:
-            self._check(views, is_regression=is_regression)
+        if self.calls == 0 or (ranks is not None and not self._is_agreed):
+            self._begin(views, ranks, is_regression=is_regression)
         with torch.autocast(views[0][0].device.type, enabled=False):
             if is_regression:
                 total = self._regressed([common_dtype(y, x) for y, x, _ in views], ranks, is_new=not reevaluation)
@@ -143,6 +146,37 @@ class Distillation:
         solved = self._regression.solve(self._sums)
         older = torch.zeros_like(solved) if self._map is None else self._map
         self._map = torch.where(finite(solved.sum()), solved, older)
+
+    def _begin(self, views: LogitViews, ranks: Ranks | None, *, is_regression: bool) -> None:
+        """Check the first batch; processes compare what they exchange, since they would wait for each other else."""
+        if ranks is None:
+            self._check(views, is_regression=is_regression)
+            return
+        problem = ""
+        if self.calls == 0:
+            try:
+                self._check(views, is_regression=is_regression)
+            except ValueError as error:
+                problem = str(error)
+        gathered = ranks.gather((self._exchanged(views, is_regression=is_regression), problem))
+        check_same([mine for mine, _ in gathered])
+        for rank, (_, theirs) in enumerate(gathered):
+            if theirs:
+                raise ValueError(f"Process {rank} of {ranks.size}: {theirs}")
+        self._is_agreed = True
+
+    def _exchanged(self, views: LogitViews, *, is_regression: bool) -> dict[str, Any]:
+        """What all processes must have alike, by what it is."""
+        sides = [common_dtype(y.detach(), x) for y, x, _ in views]
+        return {
+            "kind of distillation": "a regression of the logits" if is_regression else "soft targets",
+            "forwards in a call": len(views),
+            "neurons and logits": [
+                ((y.shape[0], x.shape[0]) if is_regression else y.shape[1], str(y.dtype)) for y, x in sides
+            ],
+            "temperature": self.temperature,
+            "calls so far": self.calls,
+        }
 
     def _check(self, views: LogitViews, *, is_regression: bool) -> None:
         """Refuse a first batch with bad values, and warn of probabilities."""

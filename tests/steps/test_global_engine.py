@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import warnings
 from typing import Any
@@ -165,6 +166,38 @@ def test_strict_false_leaves_the_term_out_on_all(options: dict[str, Any]) -> Non
     assert terms[1] == 0
     assert terms[0] > 0
     assert terms[2] > 0
+
+
+def distilled_otherwise(options: dict[str, Any], views: int = 1, value: float | None = None) -> str:
+    """The error of a call in which process 1 has more forwards, another option or a value of its own."""
+    is_other = dist.get_rank() == 1
+    option = LogitDistillation(**(options if is_other else {"features": options.get("features")}))
+    student = net(4, seed=1)
+    transfer = RepresentationTransfer(net(6, seed=2), LAYERS, weight=0, distillation=option)
+    with transfer.attached(student):
+        for _ in range(views if is_other else 1):
+            x = batch(0, (8,))[0]
+            student(x if value is None or not is_other else x.fill_(value))
+        try:
+            transfer.loss()
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("features", [None, "3"])
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ([{}, 2], "disagree on the forwards in a call .*: process 0 has 1, but process 1 has 2"),
+        ([{"temperature": 2.0}], "disagree on the temperature"),
+        ([{}, 1, float("nan")], "Process 1 of 2: The logits of the student, .*NaN"),
+    ],
+)
+def test_processes_that_distil_otherwise(features: str | None, other: list[Any], words: str) -> None:
+    options, *more = other
+    for said in run_processes(2, distilled_otherwise, {"features": features, **options}, *more):
+        assert re.match(f"(The processes of the global batch )?{words}", said)
 
 
 def without_a_gradient(layers: dict[str, str], features: str) -> list[tuple[float | None, float | None]]:
