@@ -105,12 +105,10 @@ class Distillation:
         return torch.stack(terms).mean()
 
     def _regressed(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None, *, is_new: bool) -> Tensor | None:
-        if not self._has_enough(views, ranks):
-            return None
         with torch.no_grad():
             batches = [(y.detach(), x) for y, x in views]
-            if is_new or self._map is None:
-                self._observe(batches, ranks)
+            if not (self._observe(batches, ranks) if is_new or self._map is None else self._count(batches, ranks)):
+                return None
             assert self._map is not None
             weights = self._map
             if ranks is None:
@@ -122,19 +120,28 @@ class Distillation:
         students, gradients = [y for y, _ in views], [gradient for _, gradient in values]
         return attach_gradients(total, students, gradients, [factor] * len(views))
 
-    def _observe(self, batches: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> None:
-        """Add a batch to the moments, those of all processes on each of them, and solve the map."""
+    def _count(self, batches: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> bool:
+        """Whether the views have enough observations, where no exchange of moments tells."""
+        return self._has_enough(batches, ranks.sum(_counts(batches)) if ranks is not None else None)
+
+    def _observe(self, batches: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> bool:
+        """Add a batch to the moments, those of all processes on each of them, and solve the map.
+
+        Returns:
+            Whether the views have enough observations; else nothing is added.
+        """
+        if ranks is None and not self._has_enough(batches, None):
+            return False
         y, x = batches[0] if len(batches) == 1 else (torch.cat(side, -1) for side in zip(*batches, strict=True))
         self._check_state(y, x)
-        if self._reference is None:
-            moments = [side.sum(-1, dtype=widest(side)) for side in (y, x)]
-            count = moments[0].new_full((), y.shape[-1])
-            sum_y, sum_x, count = (*moments, count) if ranks is None else ranks.sum((*moments, count))
-            self._memory = _decay(y.shape[-1] if ranks is None else float(count), y.shape[0])
-            means = ((side / count).nan_to_num(0.0, 0.0, 0.0)[:, None].to(y.dtype) for side in (sum_y, sum_x))
-            self._reference = next(means), next(means)
+        if self._reference is None and not self._start(batches, y, x, ranks):
+            return False
+        assert self._reference is not None
         new = self._regression.sums(y, x, self._reference)
-        new = new if ranks is None else ranks.sum(new)
+        if ranks is not None:
+            new, counts = ranks.sum((new, _counts(batches)))
+            if not self._has_enough(batches, counts):
+                return False
         is_finite = all_finite(new)
         # A resumed run may compute in another type.
         running = [
@@ -146,6 +153,25 @@ class Distillation:
         solved = self._regression.solve(self._sums)
         older = torch.zeros_like(solved) if self._map is None else self._map
         self._map = torch.where(finite(solved.sum()), solved, older)
+        return True
+
+    def _start(self, batches: Sequence[tuple[Tensor, Tensor]], y: Tensor, x: Tensor, ranks: Ranks | None) -> bool:
+        """Choose what depends on the first batch of all: the decay, and the points around which moments are taken.
+
+        Returns:
+            Whether the views of all processes have enough observations; else nothing is chosen.
+        """
+        sums = [side.sum(-1, dtype=widest(side)) for side in (y, x)]
+        count: Tensor | int = y.shape[-1]
+        if ranks is not None:
+            sums, counts = ranks.sum((sums, _counts(batches)))
+            if not self._has_enough(batches, counts):
+                return False
+            count = counts.sum()
+        self._memory = _decay(float(count), y.shape[0])
+        means = ((side / count).nan_to_num(0.0, 0.0, 0.0)[:, None].to(y.dtype) for side in sums)
+        self._reference = next(means), next(means)
+        return True
 
     def _begin(self, views: LogitViews, ranks: Ranks | None, *, is_regression: bool) -> None:
         """Check the first batch; processes compare what they exchange, since they would wait for each other else."""
@@ -206,10 +232,18 @@ class Distillation:
             self._map = self._map.to(y.dtype)
             self._reference = self._reference[0].to(y.dtype), self._reference[1].to(y.dtype)
 
-    def _has_enough(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> bool:
+    def _has_enough(self, views: Sequence[tuple[Tensor, Tensor]], total: Tensor | None) -> bool:
+        """Whether each view has enough observations. If not, a strict first call raises, and others warn.
+
+        Args:
+            views: The views of this process.
+            total: The observations of each view on all processes; None for those of this one alone.
+        """
         fewest, needed = min(y.shape[-1] for y, _ in views), self._regression.min_observations
-        # Several processes are taken to have enough together: to know it they would have to wait for each other.
-        if fewest >= needed or ranks is not None:
+        # With enough of its own a process knows that all have enough together. Others read the total, and wait.
+        if fewest < needed and total is not None:
+            fewest = int(total.min())
+        if fewest >= needed:
             return True
         message = f"The regression of the teacher's logits has {fewest} observations, and needs at least {needed}"
         skipped = f"{message}: it is skipped for such batches. Use drop_last=True."
@@ -243,6 +277,11 @@ class Distillation:
         self._sums = [part.to(device) for part in state["sums"]]
         y, x = state["reference"]
         self._reference = y.to(device), x.to(device)
+
+
+def _counts(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The observations of each view, on the device."""
+    return torch.stack([y.new_full((), y.shape[-1]) for y, _ in views])
 
 
 def _decay(observations: float, neurons: int) -> float:

@@ -45,6 +45,7 @@ def errors() -> dict[str, str]:
     return {
         "finite": attempt(poisoned if rank == 1 else x),
         "few": attempt(x[:1]),
+        "few for a regression": attempt(x[:1], weight=0, distillation=LogitDistillation(features="3")),
         "layers": attempt(x, LAYERS if rank == 0 else {"3": "3"}),
         "weights": attempt(x, epsilon=0.02 if rank == 0 else 0.01),
         "callable": attempt(x, cost=torch.cdist),
@@ -58,6 +59,7 @@ def test_errors_are_the_same_on_all() -> None:
     said = found[0]
     assert "Process 1 of 2: Teacher layer '0' has" in said["finite"]
     assert "'3' -> '3' has 2 observations" in said["few"]
+    assert "logits has 2 observations, and needs at least 3" in said["few for a regression"]
     assert "disagree on the layers" in said["layers"]
     assert "but process 1 has" in said["layers"]
     assert "disagree on the plan" in said["weights"]

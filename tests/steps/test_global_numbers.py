@@ -118,8 +118,11 @@ def run_calls(options: dict[str, Any], shards: Sequence[Any], process: int | Non
                 student(x if process is None else x.split(list(sizes))[process])
             term = transfer.loss()
             terms.append(term.detach())
-            values.append(torch.stack([distance.value for distance in transfer.distances]))
-            gradient = torch.autograd.grad(term, list(student.parameters()), allow_unused=True)
+            values.append(torch.stack([term.detach(), *(distance.value for distance in transfer.distances)]))
+            parameters = list(student.parameters())
+            gradient: Any = [None] * len(parameters)
+            if term.requires_grad:
+                gradient = torch.autograd.grad(term, parameters, allow_unused=True)
             gradients.append([torch.zeros(()) if part is None else part for part in gradient])
         bad = transfer.check_finite()
     return {"terms": torch.stack(terms), "values": values, "gradients": gradients, "bad": bad}
@@ -161,6 +164,21 @@ def test_views_skipped_pairs_and_values_that_are_not_finite() -> None:
     plans = [{**term, "memory": memory, "solve_every": 4} for term in TERMS.values() for memory in (0, 0.9)]
     controls = [{"cost": "correlation", "plan": plan} for plan in ("uniform", "random", "exact")]
     check_calls(shards, [*plans, *controls])
+
+
+def test_a_regression_of_too_few_observations_is_skipped_on_all() -> None:
+    shards = [
+        ((1, 1), 1, None),
+        ((1, 2), 1, None),
+        ((1, 1), 2, None),
+        ((3, 2), 2, None),
+        ((2, 0), 1, None),
+        ((4, 1), 1, 1),
+        ((1, 1), 1, None),
+        ((2, 2), 1, None),
+    ]
+    option = LogitDistillation(features="4:input")
+    check_calls(shards, [{"distillation": option, "weight": weight, "strict": False} for weight in (0, 2.0)])
 
 
 def test_static_plan_counts_the_samples_of_all() -> None:
