@@ -279,6 +279,52 @@ class TestOtherClasses:
                 transfer.loss()
 
 
+class Masked(nn.Module):
+    """A teacher some of whose classes have one value in all samples."""
+
+    def __init__(self, value: float, classes: list[int]) -> None:
+        super().__init__()
+        self.net, self.value, self.classes = other_classes(), value, classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).index_fill(1, torch.tensor(self.classes, dtype=torch.long), self.value)
+
+
+class TestClassesThatAreConstant:
+    def train(self, teacher: nn.Module, **options: Any) -> tuple[list[float], Net]:
+        student, values = make_student(), []
+        option = LogitDistillation(**options)
+        transfer = RepresentationTransfer(teacher, {"block1": "net.block1"}, weight=0, distillation=option)
+        with transfer.attached(student):
+            for step in range(3):
+                student(images(32) * (1 + step))
+                loss = transfer.loss()
+                values.append(float(loss.detach()))
+        loss.backward()
+        return values, student
+
+    @pytest.mark.parametrize("options", [{}, {"activation": "sigmoid"}])
+    def test_masked_classes_are_left_out(self, options):
+        found = {value: self.train(Masked(value, [2, 5]), **options) for value in (-1e9, -1e4, -3.4e38)}
+        for values, student in found.values():
+            assert min(values) > 1e-2
+            assert values == pytest.approx(found[-1e9][0], rel=1e-4)
+            assert student.block1[0].weight.grad.abs().sum() > 0
+        left = Masked(0.0, [])
+        left.net.head = nn.Linear(left.net.head.in_features, 5)
+        left.net.head.load_state_dict(
+            {name: value[[0, 1, 3, 4, 6]] for name, value in other_classes().head.state_dict().items()}
+        )
+        assert self.train(left, **options)[0] == pytest.approx(found[-1e9][0], rel=1e-4)
+
+    @pytest.mark.parametrize(("value", "classes"), [(0.5, range(7)), (-1e9, range(7)), (-1e9, range(6))])
+    def test_nothing_is_left_to_learn(self, value, classes):
+        with pytest.warns(UserWarning, match=r"do not vary over the first batch.*masked by a huge negative") as caught:
+            values, _ = self.train(Masked(value, list(classes)))
+        assert len(caught) == 1
+        assert values == [0, 0, 0]
+
+
 class TestSchedule:
     def test_there_is_no_term_of_an_earlier_batch(self):
         """Steps 0 and 2 have none: the teacher does not run, and nothing is kept for the next."""

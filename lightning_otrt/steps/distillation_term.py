@@ -14,6 +14,7 @@ from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
 from lightning_otrt.transport.gradient import attach_gradients
+from lightning_otrt.transport.moments import centred
 from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 from lightning_otrt.transport.soft_targets import soft_targets
@@ -217,6 +218,12 @@ class Distillation:
                         f"{tuple(side.shape)}), so that nothing can be distilled. Check its inputs and its weights; "
                         "classes that are masked by minus infinity cannot be compared."
                     )
+        if is_regression and not any(_varies(x) for _, x, _ in views):
+            warn(
+                "The teacher's logits, which are regressed, do not vary over the first batch, up to what they have in "
+                "common over classes and to classes that are masked by a huge negative value. So the term is 0 and has "
+                "no gradient. Check the teacher's weights and `teacher_inputs`, or leave the distillation out."
+            )
 
     def _check_state(self, y: Tensor, x: Tensor) -> None:
         if self._map is None:
@@ -277,6 +284,11 @@ class Distillation:
         self._sums = [part.to(device) for part in state["sums"]]
         y, x = state["reference"]
         self._reference = y.to(device), x.to(device)
+
+
+def _varies(neurons: Tensor) -> bool:
+    """Whether some neuron ``(K, n)`` carries anything for a regression, or there are too few observations to tell."""
+    return neurons.shape[-1] < Regression.min_observations or bool(centred(neurons)[1].any())
 
 
 def _counts(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

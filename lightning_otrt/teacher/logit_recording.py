@@ -271,7 +271,7 @@ class LogitRecording:
             teacher = self._pooled(teacher, view.teacher_logit_mask)
         y, x = match_positions(calls[0], teacher, f"{self.features.name!r} -> the teacher's logits")
         is_free = len(x) > 1 and self.option.activation != "sigmoid"
-        return y, logit_neurons(x) if is_free else x, None
+        return y, logit_neurons(x, centred=is_free), None
 
     def _pooled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         where = "the logits of the teacher" if self._teacher is None else f"the logits of the {self._teacher.where}"

@@ -10,6 +10,10 @@ from torch.nn.functional import kl_div, log_softmax
 
 __all__ = ["SoftTargets", "as_two_classes", "logit_neurons", "soft_targets"]
 
+#: A class is masked if its logits are negative and so many times as large as the largest of all, or as 1,
+HUGE = 1000.0
+#: and differ by no more than this share.
+SAME_VALUE = 1e-6
 #: Below this a series gives exp(v) - 1 - v with more digits than its three terms.
 NEAR = 0.03
 #: From this on the exponential of a difference of logits, divided by T, is not taken.
@@ -121,20 +125,41 @@ def as_two_classes(logits: Tensor) -> Tensor:
     return torch.stack([logits, torch.zeros_like(logits)], 1)
 
 
-def logit_neurons(logits: Tensor) -> Tensor:
-    """Logits ``(K, *positions)`` as neurons ``(K, n)`` for a regression, without the mean over classes.
+def logit_neurons(logits: Tensor, *, centred: bool = True) -> Tensor:
+    """Logits ``(K, *positions)`` as neurons ``(K, n)`` for a regression.
 
-    The softmax ignores that mean.
+    Classes that are masked, by one huge negative value at all positions, are 0 and have no part in the mean: beside
+    a mean of -1e9 nothing would be left of the others in float32.
+
+    Args:
+        logits: The logits.
+        centred: Take the mean over classes away, which the softmax ignores.
 
     Example:
         >>> import torch
         >>> from lightning_otrt.transport.soft_targets import logit_neurons
-        >>> logit_neurons(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        >>> logit_neurons(torch.tensor([[1.0, 5.0], [3.0, 5.0], [-1e9, -1e9]]))
         tensor([[-1.,  0.],
-                [ 1.,  0.]])
+                [ 1.,  0.],
+                [ 0.,  0.]])
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits - logits.mean(0)).flatten(1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(1)
+    if 0 in logits.shape:
+        return logits
+    is_masked = _masked_classes(logits)
+    logits = torch.where(is_masked, 0.0, logits)
+    if not centred:
+        return logits
+    mean = logits.sum(0) / (~is_masked).sum().clamp_min(1)
+    return torch.where(is_masked, 0.0, logits - mean)
+
+
+def _masked_classes(logits: Tensor) -> Tensor:
+    """Whether each class of ``(K, n)`` has one huge negative value alone, ``(K, 1)``; known on the device."""
+    lowest, highest = torch.aminmax(logits, dim=1, keepdim=True)
+    # Means over positions of one value differ by rounding.
+    is_constant = highest - lowest <= SAME_VALUE * lowest.abs()
+    return is_constant & (highest <= -HUGE * logits.amax().abs().clamp_min(1))
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -141,6 +141,30 @@ def test_logits_as_neurons(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(neurons[:, 0], first - first.mean())
 
 
+@pytest.mark.parametrize("value", [-1e4, -65504.0, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("centred", [True, False])
+def test_masked_classes_leave_the_others_as_they_are(value: float, centred: bool) -> None:
+    logits = draw(6, 50).float()
+    expected = logit_neurons(logits[[0, 2, 3, 5]], centred=centred)
+    logits[[1, 4]] = value
+    found = logit_neurons(logits, centred=centred)
+    torch.testing.assert_close(found[[0, 2, 3, 5]], expected)
+    assert (found[[1, 4]] == 0).all()
+
+
+def test_logits_that_are_not_masked() -> None:
+    """Those of a network with huge logits, a class that is constant, and one that is masked in some samples alone."""
+    huge, constant, some = 1e6 * draw(5, 40), draw(5, 40), draw(5, 40)
+    constant[3], some[3, ::2] = -30.0, -1e9
+    for logits in (huge, huge[:, :1], constant, some):
+        torch.testing.assert_close(logit_neurons(logits), logits - logits.mean(0))
+    assert logit_neurons(torch.full((3, 4), -1e9)).abs().sum() == 0
+    assert logit_neurons(draw(5, 0)).shape == (5, 0)
+    for value in (float("nan"), -float("inf")):
+        some[2] = value
+        assert not logit_neurons(some).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
