@@ -24,6 +24,7 @@ from lightning_otrt.steps.last_student import LastStudent
 from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.steps.step_graphs import StepGraphs
 from lightning_otrt.steps.term_engine import PairDistance, TermEngine
+from lightning_otrt.teacher.identities import Identities, difference
 from lightning_otrt.teacher.pair_choice import ChoosePairs
 
 __all__ = ["RunState"]
@@ -43,7 +44,7 @@ class RunState:
         layers: What the user passed as ``layers``.
         settings: The settings of the engine.
         processes: The processes of the run.
-        identify: Gives a checksum of the teacher's weights that lead to the layers of a pairing.
+        identities: What plans and statistics belong to.
         distillation: The term of the logits, where they are distilled.
     """
 
@@ -52,10 +53,10 @@ class RunState:
         layers: LayerSpec,
         settings: TermSettings,
         processes: Processes,
-        identify: Callable[[Pairing], str],
+        identities: Identities,
         distillation: Distillation | None = None,
     ) -> None:
-        self.layers, self.settings, self.processes, self._identify = layers, settings, processes, identify
+        self.layers, self.settings, self.processes, self._identities = layers, settings, processes, identities
         #: The resolved pairs, empty before the first forward.
         self.pairs: tuple[LayerPair, ...] = ()
         #: The names under which they are logged.
@@ -68,6 +69,8 @@ class RunState:
         self.distillation = distillation
         self.missed = MissedLayers()
         self._paired_for = ""
+        #: What is regressed on what in the moments of the distillation.
+        self._reading: dict[str, Any] | None = None
         self._pairing: Pairing | None = None
         self._saved: dict[str, Any] | None = None
         self._last_student = LastStudent()
@@ -103,6 +106,9 @@ class RunState:
             self._check(self.engine, self._saved)
             self._load(self._saved, device)
             self._saved = None
+        else:
+            self._drop_other_moments(self._reading, self._identities.reading)
+        self._reading = self._identities.reading
         # Those of an earlier call or a checkpoint, whose plans go on.
         self._pairing = replace(self._pairing, plans=self.engine.plans if plans else ())
         ranks = self.processes.of_batch
@@ -157,8 +163,8 @@ class RunState:
             "pairs": pairs_to_state(self.pairs),
             "engine": self.engine.state_dict(),
             # As it is now: the owner may train it, and brings it back when the run is resumed.
-            "leading_weights": self._identify(self._pairing),
-            "distillation": None if self.distillation is None else self.distillation.state_dict(),
+            "leading_weights": self._identities.leading_weights(self._pairing),
+            "distillation": self._distillation_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> bool:
@@ -216,12 +222,31 @@ class RunState:
         self.engine.load_state_dict(state["engine"], device)
         # A run may begin or cease to distill, as it may have another weight.
         if self.distillation is not None and state["distillation"] is not None:
-            self.distillation.load_state_dict(state["distillation"], device)
+            saved = state["distillation"]
+            self.distillation.load_state_dict(saved, device)
+            if saved.get("regression") is not None:
+                self._drop_other_moments(saved["regression"], self._identities.regression)
+
+    def _distillation_state(self) -> dict[str, Any] | None:
+        if self.distillation is None:
+            return None
+        return {**self.distillation.state_dict(), "regression": self._identities.regression}
+
+    def _drop_other_moments(self, saved: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
+        """Start the regression of logits anew where its moments are those of another one."""
+        if self.distillation is None or not self.distillation.has_moments:
+            return
+        if what := difference(saved, own):
+            self.distillation.reset()
+            warn(
+                f"The regression of the teacher's logits is another one than that of the run that goes on: {what}. It "
+                "starts anew, without the moments of that run.",
+            )
 
     def _check(self, engine: TermEngine, state: Mapping[str, Any]) -> None:
         """Refuse a state of other layers or of another teacher, before anything is changed."""
         engine.check_state(state["engine"])
-        if self._pairing is None or self._identify(self._pairing) == state["leading_weights"]:
+        if self._pairing is None or self._identities.leading_weights(self._pairing) == state["leading_weights"]:
             return
         names = sorted({pair.teacher for pair in self.pairs})
         message = (

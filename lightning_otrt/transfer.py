@@ -29,6 +29,7 @@ from lightning_otrt.teacher.cache.cached_run import CacheUse
 from lightning_otrt.teacher.cache.options import TeacherCache
 from lightning_otrt.teacher.cache.sample_cache import SampleCache
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+from lightning_otrt.teacher.identities import Identities
 from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording
 from lightning_otrt.teacher.pair_choice import ChoosePairs
@@ -171,7 +172,8 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         state, logits = None, None
         if option.weight:
             state, logits = Distillation(option.temperature, strict=strict), LogitRecording(option, grid)
-        self.run_state = RunState(layers, settings, processes, self.teacher.checksum_before, state)
+        identities = Identities(self.teacher, logits)
+        self.run_state = RunState(layers, settings, processes, identities, state)
         #: What is kept of the teacher's outputs, with counts of hits and misses; None without ``teacher_cache``.
         self.cache = SampleCache.of(teacher_cache)
         cache = None if self.cache is None else CacheUse(self.cache, strict, processes.agree)

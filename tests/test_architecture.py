@@ -65,6 +65,7 @@ ROOMS = {
         "logit_makers",
         "task_gradient",
         "logit_recording",
+        "identities",
         "replaced",
         "teacher_run",
         "pair_choice",

@@ -445,20 +445,76 @@ class TestState:
         assert_same(weights(student), weights(expected))
         assert second.step == 6
 
-    def test_moments_of_other_networks(self):
-        states = []
-        for count in (7, 9):
-            transfer = RepresentationTransfer(other_classes(count), LAYERS, weight=0, distillation=1.0)
+    def test_moments_of_another_width(self):
+        states, teacher = [], nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+        for width in (8, 5):
+            student = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2))
+            transfer = RepresentationTransfer(teacher, {"0": "0"}, weight=0, distillation=1.0)
             if states:
                 transfer.load_state_dict(states[0])
-            with transfer.attached(student := make_student()):
-                student(images())
+            with transfer.attached(student):
+                student(torch.randn(16, 4))
                 if states:
-                    with pytest.raises(ValueError, match=re.escape("8 student neurons and 9 logits")):
+                    with pytest.raises(ValueError, match=re.escape("5 student neurons and 3 logits")):
                         transfer.loss()
                 else:
                     transfer.loss()
             states.append(transfer.state_dict())
+
+    def run_regression(
+        self, teacher: nn.Module, state: dict[str, Any] | None = None, how: str = "before", **options: Any
+    ) -> tuple[list[float], dict[str, Any]]:
+        """Three steps, with a state that is loaded before the first forward, or after one."""
+        student, values = make_student().eval(), []
+        option = LogitDistillation(**{"features": "block2", **options})
+        transfer = RepresentationTransfer(teacher, LAYERS, weight=0, distillation=option)
+        with transfer.attached(student):
+            if how == "after":
+                student(images())
+                transfer.loss()
+            if state is not None:
+                transfer.load_state_dict(state)
+            for factor in (1, 3, 2):
+                student(images() * factor)
+                values.append(float(transfer.loss().detach()))
+        return values, copy.deepcopy(transfer.state_dict())
+
+    @pytest.mark.parametrize("how", ["before", "after"])
+    @pytest.mark.parametrize(
+        ("count", "options", "words"),
+        [
+            (7, {"features": "block1"}, r"features='block1' \(before: 'block2'\)"),
+            (7, {"activation": "sigmoid"}, r"activation='sigmoid' \(before: 'softmax'\)"),
+            (9, {}, "other weights of the teacher"),
+            (-7, {}, "other weights of the teacher"),
+        ],
+    )
+    def test_moments_of_another_regression_are_dropped(self, count, options, words, how):
+        teacher = other_classes(abs(count))
+        if count < 0:  # the same shapes
+            nn.init.normal_(teacher.head.weight, generator=torch.Generator().manual_seed(1))
+        _, state = self.run_regression(other_classes())
+        expected, _ = self.run_regression(teacher, **options)
+        with pytest.warns(UserWarning, match=f"regression .* is another one .*: {words}. It starts anew") as caught:
+            found, _ = self.run_regression(teacher, state, how, **options)
+        assert len(caught) == 1
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    def test_moments_of_the_same_regression_go_on(self):
+        first, state = self.run_regression(other_classes())
+        old = {**state, "distillation": {**state["distillation"]}}
+        del old["distillation"]["regression"]
+        for saved, options in ((state, {}), (state, {"temperature": 2.0, "weight": 3.0}), (old, {})):
+            found, _ = self.run_regression(other_classes(), saved, **options)
+            assert found[0] / options.get("weight", 1) != pytest.approx(first[0], rel=1e-3)
+        self.run_regression(other_classes(), old, features="block2", activation="sigmoid")  # not known: no warning
+
+    def test_a_state_goes_on_with_soft_targets(self):
+        """Which have no moments, so that the teacher may have another head."""
+        _, state = self.run_regression(other_classes())
+        found, state = self.run_regression(make_teacher(), state, features=None)
+        assert found == pytest.approx(self.run_regression(make_teacher(), features=None)[0], rel=1e-5)
+        assert state["distillation"]["regression"] is None
 
     def test_reset(self):
         student = make_student()

@@ -57,6 +57,11 @@ class Distillation:
         #: Whether the processes of the global batch have compared their settings.
         self._is_agreed = False
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether the moments of some batch are kept."""
+        return self._map is not None
+
     def term(
         self, views: LogitViews, ranks: Ranks | None, *, is_regression: bool, reevaluation: bool = False
     ) -> Tensor | None:

@@ -59,6 +59,8 @@ class LogitRecording:
         self.option, self.grid = option, grid
         #: What to record of the student for a regression.
         self.features: RecordedLayer | None = None
+        #: What is regressed on what, plain values by what they are; None where nothing is. It outlives the modules.
+        self.regression: dict[str, Any] | None = None
         #: What is compared, for the log.
         self.note = ""
         self._student: LogitReader | None = None
@@ -96,6 +98,7 @@ class LogitRecording:
         recorded = [pair.student for pair in pairing.pairs if not pair.student.endswith(INPUT)]
         self._is_matched = any(pairing.student.layer(name).gives_model_output for name in recorded)
         self.features = self._find_features(pairing.student, named_layers(student)) if self._pools else None
+        self.regression = self._regressed_on()
         self.note = self._described(counts)
 
     def _warn_of_features(self, pairing: Pairing) -> None:
@@ -295,6 +298,17 @@ class LogitRecording:
             name = inside
         axis = chosen_axis("student", trace, name, None, recorded_tensor("student", trace, name, None))
         return recorded_layer(TracedRead("student", trace, name, axis), modules, self.grid)
+
+    def _regressed_on(self) -> dict[str, Any] | None:
+        if self.features is None or self._teacher is None:
+            return None
+        return {
+            "features": self.features.name,
+            "activation": "sigmoid" if self.option.activation == "sigmoid" else "softmax",
+            "select": repr(self._teacher.select),
+            "class_axis": self._teacher.class_axis,
+            "grid": self.grid,
+        }
 
     def _described(self, counts: Sequence[int | None]) -> str:
         if self.features is not None:

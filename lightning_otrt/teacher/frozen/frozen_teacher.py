@@ -20,7 +20,7 @@ from lightning_otrt.reading.torch_internals import unwrapped
 from lightning_otrt.reading.traced.arguments import renamed
 from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
 from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
-from lightning_otrt.teacher.frozen.identity import checksum_before, stem_checksum
+from lightning_otrt.teacher.frozen.identity import checksum_before, stem_checksum, whole_checksum
 from lightning_otrt.teacher.frozen.separate import check_separate
 from lightning_otrt.teacher.frozen.teacher_call import TeacherCall
 from lightning_otrt.teacher.loading.load import wrong_form
@@ -222,6 +222,10 @@ class Teacher:
     def checksum(self) -> str:
         """A text that is known before any forward, see :func:`lightning_otrt.teacher.frozen.identity.stem_checksum`."""
         return stem_checksum(self._own)
+
+    def whole_checksum(self) -> str:
+        """A checksum of all parameters, see :mod:`lightning_otrt.teacher.frozen.identity`."""
+        return whole_checksum(self._own)
 
     def checksum_before(self, pairing: Pairing) -> str:
         """A checksum of what leads to the matched layers, see :mod:`lightning_otrt.teacher.frozen.identity`."""

@@ -12,7 +12,7 @@ from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.student_root.reach import leads_to
 from lightning_otrt.reading.torch_internals import unwrapped
 
-__all__ = ["checksum_before", "stem_checksum"]
+__all__ = ["checksum_before", "stem_checksum", "whole_checksum"]
 
 #: Values of each parameter that enter a checksum, beside its shape.
 _VALUES = 16
@@ -35,6 +35,23 @@ def stem_checksum(module: nn.Module) -> str:
     module = unwrapped(module)  # compiled or not, it is the same teacher
     first = next(module.parameters(), None)
     return f"{type(module).__name__}-{_checksum([] if first is None else [first])}"
+
+
+def whole_checksum(module: nn.Module) -> str:
+    """A checksum of all parameters, which tells teachers with other heads apart.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> before = whole_checksum(net)
+        >>> nn.init.zeros_(net[1].weight)
+        Parameter containing:
+        tensor([[0., 0.],
+                [0., 0.]], requires_grad=True)
+        >>> whole_checksum(net) == before
+        False
+    """
+    return _checksum(unwrapped(module).parameters())
 
 
 def checksum_before(module: nn.Module, layers: Iterable[str], trace: Trace) -> str:
