@@ -168,7 +168,7 @@ class Recorder:
         Args:
             root: Name of the module whose forward it is.
         """
-        self.current = view = View(root, self.reads_pairs)
+        self.current = view = View(root, reads_pairs=self.reads_pairs)
         return view
 
     def close(self) -> View | None:

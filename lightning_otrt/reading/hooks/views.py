@@ -33,7 +33,6 @@ class View:
 
     Attributes:
         root: Name of the module whose forward it was.
-        reads_pairs: Whether the student's layers of pairs were read in it.
         student: Readings of the student by the number of the pair, part of the autograd graph.
         teacher: Readings of the teacher by the number of the pair, without graph.
         features: Readings of the student's layer on which the teacher's logits are regressed.
@@ -46,10 +45,10 @@ class View:
         teacher_logit_mask: The mask of the teacher's logits.
         output: The tensor that the student returned and ``logits`` is a copy of, the axis of its classes, and its
             version at that time, None in compiled code.
+        reads_pairs: Whether the student's layers of pairs were to be read.
     """
 
     root: str
-    reads_pairs: bool = True
     student: dict[int, list[Tensor]] = field(default_factory=dict)
     teacher: dict[int, list[Tensor]] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
@@ -60,6 +59,7 @@ class View:
     teacher_logits: Tensor | None = None
     teacher_logit_mask: Tensor | None = None
     output: tuple[Tensor, int, int | None] | None = None
+    reads_pairs: bool = True
 
     @property
     def recorded(self) -> list[Tensor]:
