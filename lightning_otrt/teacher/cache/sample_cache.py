@@ -24,7 +24,7 @@ __all__ = ["CannotCacheError", "SampleCache"]
 #: Makes a context.
 Block: TypeAlias = Callable[[], AbstractContextManager[None]]
 
-#: Epochs without a sample that was known, after which no more are kept.
+#: Epochs of a run without a sample that was known, after which no more are kept until one is.
 PATIENCE = 2
 
 
@@ -76,7 +76,7 @@ class SampleCache:
         return self.hits / max(1, self.hits + self.misses)
 
     def open(self, fingerprint: str, batch_size: int, inputs: Inputs, dtype: torch.dtype) -> None:
-        """Open the store of a teacher, unless it is open.
+        """Open the store of a teacher, unless it is open, and count the epochs of this run.
 
         Args:
             fingerprint: All that decides what is kept of a sample.
@@ -99,7 +99,10 @@ class SampleCache:
             raise CannotCacheError(f"none of its inputs has {samples}")
         if self.store is None or fingerprint != self._fingerprint:
             self.reopen(fingerprint)
-            self._checked, self._useless, self._epochs, self._hits_of_run = 0, False, 0, 0
+            self._checked = 0
+        # Each run may have data of its own, such as another fold.
+        self._epochs = self._seen = self._hits_of_run = 0
+        self._useless = False
 
     def reopen(self, fingerprint: str) -> None:
         """Go on with the store of another teacher, such as this one after a change."""
@@ -133,6 +136,7 @@ class SampleCache:
         keys, found, known, missing = self._find(copied, verify, device)
         self.hits, self.misses = self.hits + size - len(missing), self.misses + len(missing)
         self._hits_of_run += size - len(missing)
+        self._useless &= not self._hits_of_run
         self._seen += size
         if not len(missing):
             return found.tensors
@@ -178,7 +182,10 @@ class SampleCache:
         self._seen = 0
 
     def end_epoch(self) -> None:
-        """Write what was added. Where no sample comes again say so, once, and keep no more. See :meth:`start_epoch`."""
+        """Write what was added. Where no sample comes again say so, and keep no more until one does.
+
+        See :meth:`start_epoch`.
+        """
         self.flush()
         self._epochs += self._seen > 0
         has_all = self.store is not None and not self.store.is_full
@@ -186,7 +193,7 @@ class SampleCache:
             self._useless = True
             warn(
                 f"In {self._epochs} epochs no sample came a second time, so that `teacher_cache` saved nothing. It "
-                "keeps no more of them. Random augmentation makes a new image each time: "
+                "keeps no more of them, unless one does. Random augmentation makes a new image each time: "
                 "`FixedViews(dataset, views=8)` gives a few fixed versions of each. Texts that are padded to the "
                 "longest of a batch differ as well: pad them to one length.",
             )

@@ -227,6 +227,28 @@ class TestEpochs:
         assert (kept, cache.store.samples, cache.hits) == (24, 24, 0)
         self.run(cache, [X[:8]])
         assert cache.hits == 8, "what is there is still found"
+        self.run(cache, [X[24:32]])
+        self.run(cache, [X[24:32]])
+        assert (cache.store.samples, cache.hits) == (32, 16), "one came again, so others may, too"
+
+    def test_each_run_is_counted_by_itself(self) -> None:
+        """Folds with one callback and an epoch each: no sample comes again in the first ones."""
+        cache = opened()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for x in (X[:8], X[8:16], X[16:24], X[24:32]):
+                cache.open("a teacher", 8, ((x,), {}), torch.float32)
+                self.run(cache, [x])
+        assert cache.store.samples == 32
+
+    def test_a_new_run_keeps_again(self) -> None:
+        cache = opened()
+        self.run(cache, [X[:8]])
+        with pytest.warns(UserWarning, match="It keeps no more of them, unless one does"):
+            self.run(cache, [X[8:16]])
+        cache.open("a teacher", 8, ((X[:8],), {}), torch.float32)
+        self.run(cache, [X[16:24]])
+        assert cache.store.samples == 24
 
     @pytest.mark.parametrize("second", [[X[:1].repeat(3, 1)], [X[7:16]]])
     def test_a_single_hit_is_enough(self, second: list[Tensor]) -> None:
