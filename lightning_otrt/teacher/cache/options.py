@@ -17,10 +17,13 @@ __all__ = ["MEMORY", "TeacherCache", "parse_cache"]
 
 #: The word for a cache in the memory of the process.
 MEMORY = "memory"
-#: A text that is meant as a size: a number, perhaps with a unit.
-_LIKE_A_SIZE = re.compile(r"\s*\d[\d.,_]*\s*[a-z]{0,5}\s*", re.I)
+#: A text that is meant as a size: a number, perhaps with a sign, an exponent and a unit.
+_LIKE_A_SIZE = re.compile(r"\s*[-+]?[.,]?\d[\d.,_]*(e[-+]?\d+)?\s*([a-z]{0,5}|[a-z]*bytes?|%)\s*", re.I)
+#: A text that is meant as a place, as none, or as a place with a size. A folder may have such a name all the same.
+_LIKE_A_PLACE = re.compile(r"\s*((ram|mem|disk|no|off|yes|on)\s*|memory\s*[:;,=( ].*)", re.I)
 #: A text that is a mapping, a list, an object or a word of YAML or Python: no folder was meant.
 _LIKE_A_VALUE = re.compile(r"\s*([{\[(<]|[\w.]+\((.*=|\))|(none|null|true|false)\s*$)", re.I)
+_TO_MEAN_A_FOLDER = "If a folder is to have this name, write './' before it."
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def parse_cache(value: Any) -> TeacherCache | None:
 
     Raises:
         TypeError: If it is none of the accepted forms.
-        ValueError: If it is meant as a size, but is none, or the folder is a file or the text of a mapping.
+        ValueError: If it is meant as a size or a word, but is none, or the folder is a file or the text of a mapping.
 
     Example:
         >>> parse_cache("4GB"), parse_cache("outputs/teacher").folder, parse_cache(None)
@@ -98,9 +101,23 @@ def parse_cache(value: Any) -> TeacherCache | None:
     if isinstance(value, str):
         if value.strip().lower() == MEMORY:
             return TeacherCache()
+        if _LIKE_A_PLACE.fullmatch(value):
+            raise ValueError(
+                f"Expected `teacher_cache` to be a folder, a size or 'memory', but got {value!r}. Write 'memory' for "
+                "half of the free memory, a size such as '4GB' for memory up to that size, or leave `teacher_cache` "
+                f"out for none. {_TO_MEAN_A_FOLDER}"
+            )
         if _LIKE_A_SIZE.fullmatch(value):
-            return TeacherCache(limit=value)
+            return TeacherCache(limit=_as_limit(value))
     return TeacherCache(folder=_as_folder(value))
+
+
+def _as_limit(value: str) -> str:
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"{error} {_TO_MEAN_A_FOLDER}") from None
+    return value
 
 
 def _as_folder(value: Any) -> str:
@@ -114,7 +131,7 @@ def _as_folder(value: Any) -> str:
         raise ValueError(
             f"Expected `teacher_cache` to be a folder, a size or a TeacherCache, but got the text {shown(folder)}, "
             "which is a value written out and no folder. The keys of a TeacherCache are `folder`, `limit`, a size such "
-            "as '4GB', and `dtype`, 'float32' or 'bfloat16'. If a folder is to have this name, write './' before it."
+            f"as '4GB', and `dtype`, 'float32' or 'bfloat16'. {_TO_MEAN_A_FOLDER}"
         )
     if Path(folder).expanduser().is_file():
         raise ValueError(f"Expected `teacher_cache` to be a folder, but {folder!r} is a file. Choose another path.")

@@ -277,7 +277,7 @@ def parse_size(size: int | str) -> int:
         >>> parse_size("4GB"), parse_size("1.5 GiB"), parse_size(1000)
         (4000000000, 1610612736, 1000)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", size, re.I) if isinstance(size, str) else None
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([KMGT]?i?B)(?:ytes?)?\s*", size, re.I) if isinstance(size, str) else None
     unit = _UNITS.get(match[2].upper()) if match else None
     found = int(float(match[1]) * unit) if match and unit else size
     if isinstance(found, bool) or not isinstance(found, int) or found <= 0:

@@ -28,6 +28,15 @@ from lightning_otrt.teacher.cache.options import parse_cache
         ("run (1)", TeacherCache(folder="run (1)")),
         ("nonesuch", TeacherCache(folder="nonesuch")),
         ("2024-run", TeacherCache(folder="2024-run")),
+        ("2024_sweep_of_megabytes", TeacherCache(folder="2024_sweep_of_megabytes")),
+        (".5GB", TeacherCache(limit=".5GB")),
+        ("4GBytes", TeacherCache(limit="4GBytes")),
+        ("./ram", TeacherCache(folder="./ram")),
+        (Path("ram"), TeacherCache(folder="ram")),
+        ("./1e9", TeacherCache(folder="./1e9")),
+        ("ramp", TeacherCache(folder="ramp")),
+        ("memory/teacher", TeacherCache(folder="memory/teacher")),
+        ("offline", TeacherCache(folder="offline")),
         (Path("outputs"), TeacherCache(folder="outputs")),
         (TeacherCache(dtype="bfloat16"), TeacherCache(dtype="bfloat16")),
     ],
@@ -67,6 +76,24 @@ def test_mistakes(value: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error) as caught:
         RepresentationTransfer(torch.nn.Linear(2, 2), teacher_cache=value)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "size", ["1e9", "1.5e9B", "4 gigabytes", "100 megabytes", "-4GB", "+4GB", "-.5GB", "50%", "50 %"]
+)
+def test_what_is_meant_as_a_size_is_no_folder(size: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^Expected a size such as '4GB' .*is to have this name, write './' before it"
+    ):
+        parse_cache(size)
+
+
+@pytest.mark.parametrize(
+    "word", ["memory:4GB", "memory,4GB", "memory 4GB", "ram", "RAM ", "mem", "disk", "no", "Off", "yes", "on"]
+)
+def test_what_is_meant_as_a_place_is_no_folder(word: str) -> None:
+    with pytest.raises(ValueError, match=r"Write 'memory' for half of .* a size such as '4GB'.*write './' before it"):
+        parse_cache(word)
 
 
 @pytest.mark.parametrize(

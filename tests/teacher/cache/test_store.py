@@ -143,14 +143,42 @@ def test_what_is_known_needs_no_space(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("size", "bytes_"),
-    [("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5gib", 3 * 2**29), ("10B", 10), (7, 7), ("2TB", 2 * 10**12)],
+    [
+        ("4GB", 4 * 10**9),
+        ("512 MiB", 2**29),
+        ("1.5gib", 3 * 2**29),
+        ("10B", 10),
+        (7, 7),
+        ("2TB", 2 * 10**12),
+        (".5GB", 5 * 10**8),
+        ("4GBytes", 4 * 10**9),
+    ],
 )
 def test_sizes(size: int | str, bytes_: int) -> None:
     assert parse_size(size) == bytes_
 
 
 @pytest.mark.parametrize(
-    "size", ["", "4", "4G", "GB", "-4GB", "0GB", "4 bananas", "4PB", 0, -1, True, 1.5, None, "1TiB2"]
+    "size",
+    [
+        "",
+        "4",
+        "4G",
+        "GB",
+        "-4GB",
+        "0GB",
+        "4 bananas",
+        "4PB",
+        "4.GB",
+        "1.2.3GB",
+        "4 gigabytes",
+        0,
+        -1,
+        True,
+        1.5,
+        None,
+        "1TiB2",
+    ],
 )
 def test_what_is_no_size(size: Any) -> None:
     with pytest.raises(ValueError, match=r"Expected a size such as '4GB'"):
