@@ -74,6 +74,32 @@ def test_a_single_sample_shows_no_mixing() -> None:
     assert why(lambda x: x - x.mean(), X[:1]) == ""
 
 
+def test_two_views_of_the_same_samples() -> None:
+    """Their halves have the statistics of the whole."""
+    assert why(batch_norm, X[:3].repeat(2, 1)).startswith("it mixes")
+    assert why(lambda x: x - x.mean(0), X[:4].repeat(2, 1)).startswith("it mixes")
+
+
+@pytest.mark.parametrize(("limit", "factor"), [(ROUNDING, 1e4), (ROUNDING, 1e6), (4 * 2**-7, 1e4)])
+def test_a_massive_neuron_hides_nothing(limit: float, factor: float) -> None:
+    scales = torch.ones(6)
+    scales[2] = factor
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(1)) + 1
+
+    def mixing(x: Tensor) -> Tensor:
+        mixed = x - x.mean(0)
+        mixed[:, 2] = x[:, 2]
+        return mixed * scales
+
+    assert why(mixing, x, limit).startswith("it mixes")
+    assert why(lambda x: x * scales, x, limit) == ""
+
+
+def test_neurons_that_hardly_vary_are_rounded_as_the_others() -> None:
+    scales = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-9, 0.0])
+    assert why(lambda x: x * scales + 1e-8 * len(x)) == ""
+
+
 def test_what_fails_on_a_half() -> None:
     mixing = torch.randn(7, 7)
     found = why(lambda x: mixing @ x)
@@ -81,7 +107,7 @@ def test_what_fails_on_a_half() -> None:
 
 
 def test_other_shapes_and_other_layers() -> None:
-    assert "halves of a batch give other shapes than the whole ((3, 3) and (4, 4) in place of (7, 7))" in why(
+    assert "parts of a batch give other shapes than the whole ((3, 3) and (4, 4) in place of (7, 7))" in why(
         lambda x: x @ x.T
     )
 

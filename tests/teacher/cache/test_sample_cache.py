@@ -65,7 +65,7 @@ def option(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 def test_runs_on_new_samples_alone(option: Any) -> None:
     cache, teacher = opened(option), Teacher()
     take(cache, teacher, X[:8])
-    assert (teacher.runs, teacher.checks) == ([8, 4, 4], 1), "the whole, and its halves once"
+    assert (teacher.runs, teacher.checks) == ([8, 3, 5], 1), "the whole, and two parts of it once"
     take(cache, teacher, X[:8].flip(0))
     take(cache, teacher, X[4:12])
     take(cache, teacher, X[20:24])
