@@ -63,7 +63,7 @@ def why_not_per_sample(
     if shapes:
         return f"parts of a batch give other shapes than the whole ({shapes[0]})"
     places = torch.cat(parts).argsort()
-    difference = _largest_difference({name: torch.cat(made)[places] for name, made in both.items()}, whole, limit)
+    difference = _largest_difference({name: torch.cat(made)[places] for name, made in both.items()}, whole)
     if difference <= limit:
         return ""
     return _is_random(run(cloned(inputs), size), whole, limit) or (
@@ -91,7 +91,7 @@ def tolerance(dtype: torch.dtype, *, is_float32_shortened: bool) -> float:
 
 def _is_random(again: Mapping[str, Tensor], whole: Mapping[str, Tensor], limit: float) -> str:
     same = again.keys() == whole.keys() and all(again[name].shape == whole[name].shape for name in whole)
-    difference = _largest_difference(again, whole, limit) if same else 1.0
+    difference = _largest_difference(again, whole) if same else 1.0
     if difference <= limit:
         return ""
     return (
@@ -100,23 +100,21 @@ def _is_random(again: Mapping[str, Tensor], whole: Mapping[str, Tensor], limit: 
     )
 
 
-def _largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> float:
+def _largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference of a neuron, relative to its norm; values that are not finite count where they differ.
 
     One for all of a layer would show nothing but the few neurons that are much larger than the others, as many networks
-    have them. What is small beside the others is rounded as these are.
+    have them. What is smaller than nine of ten is rounded as these are.
 
     Args:
         found: Tensors ``(samples, rows, C, ...)`` or ``(samples, C)`` by name.
         expected: The same.
-        limit: Largest difference that counts as rounding.
     """
     largest = 0.0
-    least = 0.01 if limit <= ROUNDING else 1.0
     for name, wanted in expected.items():
         a, b = (_of_neurons(widened(value).nan_to_num()) for value in (found[name], wanted))
         sizes, differences = (torch.linalg.vector_norm(value, dim=1) for value in (b, a - b))
-        sizes = sizes.clamp_min(least * float(sizes.median()))
+        sizes = sizes.clamp_min(float(sizes.quantile(0.9)))
         relative = torch.where(sizes > 0, differences / sizes, (differences > 0).to(sizes.dtype))
         largest = max(largest, float(relative.max()))
     return largest

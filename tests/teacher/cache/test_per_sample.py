@@ -82,9 +82,9 @@ def test_two_views_of_the_same_samples() -> None:
 
 @pytest.mark.parametrize(("limit", "factor"), [(ROUNDING, 1e4), (ROUNDING, 1e6), (4 * 2**-7, 1e4)])
 def test_a_massive_neuron_hides_nothing(limit: float, factor: float) -> None:
-    scales = torch.ones(6)
+    scales = torch.ones(32)
     scales[2] = factor
-    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(1)) + 1
+    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(1)) + 1
 
     def mixing(x: Tensor) -> Tensor:
         mixed = x - x.mean(0)
