@@ -79,8 +79,8 @@ def test_padding(name: str) -> None:
         return
     with forwards(teacher) as traced:  # where nothing tells the axis of the samples, it runs more than once
         trace(teacher, *batches[0])
-    # The trace; the first batch with its halves; and samples 4 and 5.
-    transfer = assert_same_terms(student, teacher, layers, batches, len(traced) + 3 + 1, **options)
+    # The trace; the first batch twice, with its parts; and samples 4 and 5.
+    transfer = assert_same_terms(student, teacher, layers, batches, len(traced) + 4 + 1, **options)
     assert transfer.cache.misses == 6
 
 
@@ -134,7 +134,7 @@ def test_models(name: str, tmp_path: Path) -> None:
     # Where a layer has as many tokens as the batch has samples, two more tell the axis of the samples; three more tell
     # whether the tokens of a square lie row by row; five more tell how maps lie, and seven whose the rows are.
     order = {"timm, windows of Swin": 2 + 7, "timm, ViT": 3 + 5, "transformers, ViT": 3 + 5, "timm, penultimate": 0}
-    assert_same_terms(student, teacher, layers, batches, 1 + order.get(name, 5) + 3 + 1, plan="random")
+    assert_same_terms(student, teacher, layers, batches, 1 + order.get(name, 5) + 4 + 1, plan="random")
     for known in (0, 1):
         _, transfer = terms(student, teacher, layers, batches, teacher_cache=str(tmp_path), plan="random")
         assert transfer.cache.misses == (0 if known else 6)
@@ -157,7 +157,7 @@ class Folded(nn.Module):
 def test_positions_along_the_axis_of_the_samples() -> None:
     batches = [((IMAGES[samples],), {}) for samples in BATCHES[:4]]
     nets = [Folded(samples_first=True) for _ in range(2)]
-    assert_same_terms(*nets, {"layer": "layer"}, batches, 1 + 7 + 3 + 1)
+    assert_same_terms(*nets, {"layer": "layer"}, batches, 1 + 7 + 4 + 1)
     nets = [Folded(samples_first=False) for _ in range(2)]
     with pytest.raises(ValueError, match="mixes the samples of a batch"):
         terms(*nets, {"layer": "layer"}, batches, teacher_cache="memory")

@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_otrt import FixedViews, OTRTCallback, OTRTModule, RepresentationTransfer, TeacherCache, TransferWarning
 
 #: Samples and batches of an epoch, and forwards of the first one: the trace, two that show how maps lie, the whole
-#: batch and its halves.
-SAMPLES, BATCHES, FIRST = 32, 4, 6
+#: batch twice, and its parts.
+SAMPLES, BATCHES, FIRST = 32, 4, 7
 
 
 class Values(pl.Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -22,27 +23,33 @@ Run: TypeAlias = Callable[[Inputs, int], dict[str, Tensor]]
 ROUNDING = 1e-4
 #: The same in units of the last place of a shorter type.
 _LAST_PLACES = 4
+#: Share of that by which two runs of one batch may differ: the same kernels, but for a GPU that sums in any order.
+REPEATED = 0.1
+#: No neuron counts as smaller than this share of the others: where little is left of large terms, rounding is large.
+_USUAL = 0.9
+#: The same relative to the root mean square of all, where nearly all are 0.
+_LEAST = 1e-2
 
 
 def why_not_per_sample(
     inputs: Inputs, size: int, run: Run, whole: Mapping[str, Tensor], limit: float, device: torch.device
 ) -> str:
-    """Run two parts of a batch, and say why what comes out is not that of the whole; ``""`` if it is.
-
-    Every third sample is one part: the halves of a batch may be two views of the same samples, with equal statistics.
+    """Run a batch again, and two parts of it, and say why what comes out is not that of the whole; ``""`` if it is.
 
     Args:
         inputs: The teacher's inputs. Each run gets tensors of its own.
-        size: Samples of the batch. With one there are no parts, and the run is repeated.
+        size: Samples of the batch. One sample has no parts.
         run: Runs the teacher.
         whole: What it gave for the whole batch.
-        limit: Largest relative difference that counts as rounding.
+        limit: Largest relative difference between parts and whole that counts as rounding.
         device: Device of the inputs.
     """
+    if reason := _is_random(run(cloned(inputs), size), whole, REPEATED * limit):
+        return reason
     if size == 1:
-        return _is_random(run(cloned(inputs), size), whole, limit)
-    order = torch.arange(size, device=device)
-    parts = [order[order % 3 == 0], order[order % 3 > 0]]
+        return ""
+    chosen = _part(size)
+    parts = [torch.nonzero(mask)[:, 0].to(device) for mask in (chosen, ~chosen)]
     try:
         first, second = (run(cloned(select_samples(inputs, part, size)), len(part)) for part in parts)
     except torch.OutOfMemoryError:
@@ -62,14 +69,26 @@ def why_not_per_sample(
     ]
     if shapes:
         return f"parts of a batch give other shapes than the whole ({shapes[0]})"
-    places = torch.cat(parts).argsort()
-    difference = _largest_difference({name: torch.cat(made)[places] for name, made in both.items()}, whole)
+    back = torch.cat(parts).argsort()
+    difference = _largest_difference({name: torch.cat(pair)[back] for name, pair in both.items()}, whole)
     if difference <= limit:
         return ""
-    return _is_random(run(cloned(inputs), size), whole, limit) or (
-        f"it mixes the samples of a batch: for two parts its layers give other values than for the whole, by "
-        f"{difference:.2g} of their size, as with batch statistics or attention between samples"
+    return (
+        f"it mixes the samples of a batch: for two parts of it a neuron has other values than for the whole, by "
+        f"{difference:.2g} of its size, as with batch statistics or attention between samples"
     )
+
+
+def _part(size: int) -> Tensor:
+    """Which samples of a batch make the first part, ``(size,)``: every third or so.
+
+    How many they are has no divisor with the size of the batch in common. Where samples come several times, as in
+    ``torch.cat([x, x])``, the part then never holds each of them equally often, which would hide a mean.
+    """
+    count = min((n for n in range(1, size) if math.gcd(n, size) == 1), key=lambda n: abs(3 * n - size))
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[torch.arange(count) * size // count] = True
+    return chosen
 
 
 def cloned(inputs: Inputs) -> Inputs:
@@ -95,32 +114,34 @@ def _is_random(again: Mapping[str, Tensor], whole: Mapping[str, Tensor], limit: 
     if difference <= limit:
         return ""
     return (
-        f"it is random in evaluation mode: two forwards of one batch differ by {difference:.2g} of the size of its "
-        "outputs, as with dropout that ignores the mode"
+        f"it is random in evaluation mode: in two forwards of one batch a neuron differs by {difference:.2g} of its "
+        "size, as with dropout that ignores the mode"
     )
 
 
 def _largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest difference of a neuron, relative to its norm; values that are not finite count where they differ.
-
-    One for all of a layer would show nothing but the few neurons that are much larger than the others, as many networks
-    have them. What is smaller than nine of ten is rounded as these are.
-
-    Args:
-        found: Tensors ``(samples, rows, C, ...)`` or ``(samples, C)`` by name.
-        expected: The same.
-    """
-    largest = 0.0
-    for name, wanted in expected.items():
-        a, b = (_of_neurons(widened(value).nan_to_num()) for value in (found[name], wanted))
-        sizes, differences = (torch.linalg.vector_norm(value, dim=1) for value in (b, a - b))
-        sizes = sizes.clamp_min(float(sizes.quantile(0.9)))
-        relative = torch.where(sizes > 0, differences / sizes, (differences > 0).to(sizes.dtype))
-        largest = max(largest, float(relative.max()))
-    return largest
+    """The largest difference of a neuron, relative to its own size, so that a massive one does not hide the others."""
+    return max((_difference(found[name], wanted) for name, wanted in expected.items()), default=0.0)
 
 
-def _of_neurons(values: Tensor) -> Tensor:
-    """All values of each neuron ``(C, n)``."""
-    values = values.unsqueeze(-1) if values.dim() == 1 else values
-    return values.movedim(min(2, values.dim() - 1), 0).flatten(1)
+def _difference(found: Tensor, expected: Tensor) -> float:
+    a, b = widened(found), widened(expected)
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite):
+        return 1.0
+    a, b = (_by_neuron(value.where(finite, 0)) for value in (a, b))
+    if not b.numel():
+        return 0.0
+    # Numbers whose squares are finite.
+    unit = b.abs().max().clamp_min(torch.finfo(b.dtype).tiny)
+    sizes = torch.linalg.vector_norm(b / unit, dim=1)
+    usual = sizes.sort().values[int(_USUAL * (len(sizes) - 1))]
+    floor = usual.maximum(_LEAST * sizes.square().mean().sqrt())
+    differences = torch.linalg.vector_norm((a - b) / unit, dim=1)
+    return float((differences / sizes.maximum(floor).clamp_min(torch.finfo(b.dtype).tiny)).max())
+
+
+def _by_neuron(x: Tensor) -> Tensor:
+    """A row for each neuron of ``(samples, rows of a sample, neurons, ...)``, or of the last of fewer axes."""
+    axis = min(2, x.dim() - 1)
+    return x.movedim(axis, 0).flatten(1) if axis > 0 else x[None]

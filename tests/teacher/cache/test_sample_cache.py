@@ -65,12 +65,12 @@ def option(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 def test_runs_on_new_samples_alone(option: Any) -> None:
     cache, teacher = opened(option), Teacher()
     take(cache, teacher, X[:8])
-    assert (teacher.runs, teacher.checks) == ([8, 3, 5], 1), "the whole, and two parts of it once"
+    assert (teacher.runs, teacher.checks) == ([8, 8, 3, 5], 1), "the whole twice, and its parts once"
     take(cache, teacher, X[:8].flip(0))
     take(cache, teacher, X[4:12])
     take(cache, teacher, X[20:24])
     take(cache, teacher, X[torch.tensor([0, 30, 1, 31, 32, 2])])
-    assert teacher.runs[3:] == [4, 4, 3]
+    assert teacher.runs[4:] == [4, 4, 3]
     assert (cache.hits, cache.misses) == (8 + 4 + 3, 8 + 4 + 4 + 3)
     assert cache.hit_rate == 15 / 34
 
@@ -91,7 +91,7 @@ def test_another_cache_on_the_folder(tmp_path: Path) -> None:
     take(later, idle, X.flip(0))
     assert (idle.runs, idle.checks) == ([], 0), "what is there was checked when it was made"
     take(later, idle, torch.cat([X[:3], X[:1] + 1]))
-    assert (idle.runs, idle.checks) == ([4, 2, 2], 1), "the first batch with a new sample is checked"
+    assert (idle.runs, idle.checks) == ([4, 4, 1, 3], 1), "the first batch with a new sample is checked"
 
 
 def test_one_sample_shows_less() -> None:
@@ -101,9 +101,9 @@ def test_one_sample_shows_less() -> None:
     take(cache, teacher, X[1:2])
     assert (teacher.runs, teacher.checks) == ([1, 1, 1], 1)
     take(cache, teacher, X[1:4])
-    assert (teacher.runs[3:], teacher.checks) == ([3, 1, 2], 2)
+    assert (teacher.runs[3:], teacher.checks) == ([3, 3, 1, 2], 2)
     take(cache, teacher, X[1:9])
-    assert teacher.runs[6:] == [5]
+    assert teacher.runs[7:] == [5]
 
 
 def test_what_is_common_to_all_samples() -> None:
