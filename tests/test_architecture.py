@@ -59,6 +59,7 @@ ROOMS = {
     ],
     "teacher": [
         "loading",
+        "dtypes",
         "host_copy",
         "frozen",
         "cache",

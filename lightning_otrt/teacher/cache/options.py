@@ -31,11 +31,12 @@ class TeacherCache:
     """Keeps what is used of a teacher's outputs, so that the teacher runs once for each distinct sample.
 
     Args:
-        folder: A folder that runs and processes share; None: the memory of this process.
+        folder: A folder that runs and processes share; None: the memory of this process. A relative one begins at the
+            working directory in which this object is made.
         limit: Most that it may take, such as ``"4GB"``; None: half of the memory that is free at first, and all of the
             disk. What is full takes no more samples.
-        dtype: Type in which numbers are kept, ``"float32"`` or ``"bfloat16"``. The latter takes half, and rounds to
-            three digits: the term of later epochs then differs by about as much.
+        dtype: Type in which numbers are kept, ``"float32"`` or ``"bfloat16"`` (or ``"bf16"``). The latter takes half,
+            and rounds to three digits: the term of later epochs then differs by about as much.
 
     Raises:
         TypeError: If the folder is no path.
@@ -56,6 +57,8 @@ class TeacherCache:
         if self.folder is not None:
             # As text, so that it can be written to YAML.
             object.__setattr__(self, "folder", _as_folder(self.folder))
+            # Once, so that a program that changes its directory goes on with the same folder.
+            object.__setattr__(self, "_path", Path(self.folder).expanduser().absolute())
         if self.limit is not None:
             parse_size(self.limit)
         parse_dtype(self.dtype)
@@ -66,8 +69,8 @@ class TeacherCache:
 
     @property
     def path(self) -> Path | None:
-        """The folder, with ``~`` as the user's home; None for memory."""
-        return None if self.folder is None else Path(self.folder).expanduser()
+        """The folder as an absolute path, with ``~`` as the user's home; None for memory."""
+        return getattr(self, "_path", None)
 
     def open(self, fingerprint: str) -> SampleStore:
         """The store for what one teacher gives.

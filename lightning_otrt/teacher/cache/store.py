@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_otrt.notices import warn
 from lightning_otrt.teacher.cache.key_index import Integers, KeyIndex
 from lightning_otrt.teacher.cache.row_layout import RowLayout
+from lightning_otrt.teacher.dtypes import named_dtype
 
 __all__ = ["Found", "SampleStore", "Segment", "parse_dtype", "parse_size"]
 
@@ -22,7 +23,6 @@ SEGMENT_BYTES = 32 * 2**20
 #: Bytes of a sample besides its row: its key and its checksum.
 _BYTES_OF_A_KEY = 24
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Found(NamedTuple):
@@ -291,9 +291,11 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     Raises:
         ValueError: If it is neither float32 nor bfloat16.
     """
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"Expected the type of a teacher cache to be one of {list(_DTYPES)}, but got {dtype!r}.")
+    found = named_dtype(dtype)
+    if found not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"Expected the type of a teacher cache to be one of ['float32', 'bfloat16'], but got {dtype!r}."
+        )
     return found
 
 

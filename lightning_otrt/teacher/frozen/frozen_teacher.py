@@ -18,6 +18,7 @@ from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import unwrapped
 from lightning_otrt.reading.traced.arguments import renamed
+from lightning_otrt.teacher.dtypes import DTYPES, named_dtype
 from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
 from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.frozen.identity import checksum_before, stem_checksum, whole_checksum
@@ -27,12 +28,6 @@ from lightning_otrt.teacher.loading.load import wrong_form
 
 __all__ = ["Teacher"]
 
-_DTYPES = {
-    **dict.fromkeys(("float16", "fp16", "half", "16", "16-true"), torch.float16),
-    **dict.fromkeys(("bfloat16", "bf16", "bf16-true"), torch.bfloat16),
-    **dict.fromkeys(("float32", "fp32", "float", "32", "32-true"), torch.float32),
-    **dict.fromkeys(("float64", "fp64", "double", "64", "64-true"), torch.float64),
-}
 #: Modules that define the `forward` which only raises. By name, since this floor does not import lightning.
 _NO_FORWARD = ("torch.nn.modules.module", "lightning.pytorch.core.module", "pytorch_lightning.core.module")
 
@@ -257,10 +252,10 @@ class Teacher:
 
 
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    found = named_dtype(dtype)
     if found is None:
         raise ValueError(
-            f"Expected `teacher_dtype` to be one of {list(_DTYPES)}, or that type of torch, but got {shown(dtype)}. "
+            f"Expected `teacher_dtype` to be one of {list(DTYPES)}, or that type of torch, but got {shown(dtype)}. "
             "For mixed precision leave it out: the teacher runs under the student's autocast."
         )
     return found

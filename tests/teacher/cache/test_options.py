@@ -121,6 +121,29 @@ def test_opens_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert TeacherCache(folder="~/kept").path == tmp_path / "kept"
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "bf16-true", "bfloat16", torch.bfloat16])
+def test_names_of_types(dtype: Any, tmp_path: Path) -> None:
+    """Those of `teacher_dtype`; they mean one sub-folder."""
+    opened = TeacherCache(str(tmp_path), dtype=dtype).open("a teacher")
+    assert isinstance(opened, FolderStore)
+    assert opened.dtype == torch.bfloat16
+    assert opened.path == FolderStore(tmp_path, "a teacher", dtype="bfloat16").path
+    assert TeacherCache(dtype="fp32").open("a teacher").dtype == torch.float32
+
+
+def test_a_relative_folder_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = TeacherCache("kept")
+    monkeypatch.chdir("elsewhere")
+    for each in (options, pickle.loads(pickle.dumps(options))):
+        assert each.path == tmp_path / "kept"
+        assert each == TeacherCache("kept"), "as it was written"
+    options.open("a teacher")
+    assert (tmp_path / "kept").is_dir()
+    assert not Path("kept").exists()
+
+
 def test_pickles() -> None:
     options = TeacherCache("outputs", "4GB", "bfloat16")
     assert pickle.loads(pickle.dumps(options)) == options
