@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_otrt.notices import warn
-from lightning_otrt.teacher.cache.key_index import Integers
+from lightning_otrt.teacher.cache.key_index import Integers, KeyIndex
 from lightning_otrt.teacher.cache.row_layout import RowLayout
 from lightning_otrt.teacher.cache.sample_hash import VERSION as HASH_VERSION
 from lightning_otrt.teacher.cache.store import _BYTES_OF_A_KEY, SampleStore, Segment, as_words, checksums
@@ -42,7 +42,8 @@ class FolderStore(SampleStore):
     A segment is written under another name, flushed to the disk, and renamed when it is complete; then it never
     changes. So nothing has to be locked, and a process that is killed at any moment leaves whole segments, and at worst
     a file that nobody reads and a later process removes. Segments are mapped into memory, whose pages the system can
-    take back at any time. Each row is compared with its checksum before its first use in a process.
+    take back at any time. Each row is compared with its checksum before its first use in a process; of a damaged
+    one another copy is used.
 
     A folder that cannot be written is read; one message says so. The same holds for a full disk.
 
@@ -88,6 +89,8 @@ class FolderStore(SampleStore):
         self._names: set[str] = set()
         self._listed = -np.inf
         self._began = 0.0
+        # Samples that are in several files: where the second of each is, the third, ...
+        self._copies: list[KeyIndex] = []
         # Arrays of the segment that was written last, for the next one: allocators keep some of each freed block.
         self._spare: tuple[RowLayout, Integers, Integers] | None = None
         self._prepare()
@@ -224,13 +227,28 @@ class FolderStore(SampleStore):
 
     def _take(self, segment: Segment) -> None:
         """Add a segment of another process."""
-        new = np.nonzero(self._index.find(segment.keys) < 0)[0]
-        number = len(self._segments)
+        keys, places = segment.keys, (len(self._segments) << 32) + np.arange(segment.count)
         self._segments.append(segment)
-        self._index.insert(segment.keys[new], (number << 32) + new)
+        for index in (self._index, *self._copies):
+            new = index.find(keys) < 0
+            index.insert(keys[new], places[new])
+            keys, places = keys[~new], places[~new]
+        if len(keys):
+            self._copies.append(KeyIndex())
+            self._copies[-1].insert(keys, places)
         # The index has them.
         segment.keys = _NO_KEYS
         self.bytes += segment.count * (segment.rows.shape[1] * 8 + _BYTES_OF_A_KEY)
+
+    def _drop(self, keys: Integers) -> None:
+        """Go on with other copies of damaged samples, which another process or a later run has written."""
+        super()._drop(keys)
+        for copies in self._copies:
+            places = copies.find(keys)
+            there = places >= 0
+            self._index.insert(keys[there], places[there])
+            copies.forget(keys[there])
+            keys = keys[~there]
 
     def _settings(self) -> dict[str, Any]:
         return {"folder": str(self.folder), "fingerprint": self.fingerprint, **super()._settings()}

@@ -92,6 +92,7 @@ class SampleStore:
         self.bytes = 0
         #: Whether no sample is taken any more.
         self.is_full = False
+        self._is_damaged = False
         self._index = KeyIndex()
         self._segments: list[Segment] = []
         # The segment that takes new samples.
@@ -131,10 +132,8 @@ class SampleStore:
             rows, intact = self._gather(wanted[known], places[known], layout, torch.device(device).type == "cuda")
             if not intact.all():
                 self._drop(wanted[known][~intact])
-                known[np.nonzero(known)[0][~intact]] = False
-                rows = rows[torch.from_numpy(intact)]
-            if known.any():
-                return Found(torch.from_numpy(known), layout.unpack(rows.to(device, non_blocking=True)))
+                return self.lookup(keys, device)
+            return Found(torch.from_numpy(known), layout.unpack(rows.to(device, non_blocking=True)))
         return Found(torch.from_numpy(known), {})
 
     def add(self, keys: Tensor, tensors: Mapping[str, Tensor]) -> int:
@@ -239,11 +238,15 @@ class SampleStore:
         return rows, intact
 
     def _drop(self, keys: Integers) -> None:
+        """Forget samples whose rows are damaged, and say so, once."""
         self._index.forget(keys)
-        warn(
-            f"{len(keys)} of the samples of {self.title} are not what was written, and the teacher runs on them again. "
-            "Its files were damaged; delete the folder if this happens again.",
-        )
+        if not self._is_damaged:
+            self._is_damaged = True
+            warn(
+                f"{len(keys)} of the samples of {self.title} are not what was written. Its files were damaged. Other "
+                "copies of these samples are used, and the teacher runs again on those that have none. All runs with "
+                "this folder will say so, until you delete it.",
+            )
 
     def _stop(self, reason: str) -> None:
         """Take no more samples, and say so, once."""

@@ -183,6 +183,47 @@ def test_damage_is_seen(tmp_path: Path, part: str) -> None:
         assert check(later, SAMPLES).all()
 
 
+def damage(path: Path, sample: int) -> None:
+    """Flip a bit in the row of a sample."""
+    content = bytearray(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        wanted = file.get_tensor("rows")[sample].numpy().tobytes()
+    content[content.index(wanted)] ^= 4
+    path.write_bytes(content)
+
+
+def test_good_copies_are_found_behind_damaged_ones(tmp_path: Path) -> None:
+    """Those of two processes, and those of a run after the damage, whichever file is read first."""
+    writers = [FolderStore(tmp_path, FINGERPRINT) for _ in range(2)]
+    for writer in writers:
+        writer.add(keys_of(SAMPLES), tensors_of(SAMPLES))
+    for writer in writers:
+        writer.flush()
+    one, other = files(tmp_path)
+    for path, sample in ((one, 4), (other, 5), (one, 6), (other, 6)):
+        damage(path, sample)
+    for known in (False, True):
+        later = FolderStore(tmp_path, FINGERPRINT)
+        with pytest.warns(UserWarning, match="of the samples of the teacher cache in .* are not what was w") as caught:
+            found = check(later, SAMPLES)
+        assert len(caught) == 1
+        assert found.tolist() == [known or sample != 6 for sample in SAMPLES.tolist()]
+        assert later.add(keys_of(SAMPLES), tensors_of(SAMPLES)) == (not known)
+        assert check(later, SAMPLES).all()
+        later.flush()
+        assert len(files(tmp_path)) == 3, "what was damaged is written once"
+
+
+def test_damage_is_told_once(tmp_path: Path) -> None:
+    filled(tmp_path)
+    for sample in (4, 20):
+        damage(files(tmp_path)[0], sample)
+    later = FolderStore(tmp_path, FINGERPRINT)
+    with pytest.warns(UserWarning, match="are not what was written") as caught:
+        assert [int(check(later, part).sum()) for part in SAMPLES.split(10)] == [9, 10, 9]
+    assert len(caught) == 1
+
+
 def test_rows_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path)
     later, checked = FolderStore(tmp_path, FINGERPRINT), []
