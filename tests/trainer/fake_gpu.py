@@ -151,7 +151,7 @@ def fake_cache(known: list[int]) -> Iterator[list[str]]:
         patch.setattr(f"{cache}.sample_cache._on", lambda index, device: torch.zeros_like(index, device=device))
         patch.setattr(SampleCache, "_find", find)
         patch.setattr(SampleCache, "_keep", keep)
-        patch.setattr(SampleCache, "_add_pending", lambda self: None)
+        patch.setattr(f"{cache}.sample_cache._add", lambda store, adding: adding.clear())
         look, hashed = "weight_watch.WeightWatch.look", "sample_hash.SampleHash.__call__"
         for name, place in (("look", look), ("hash", hashed)):
             patch.setattr(f"{cache}.{place}", noted(name, pkgutil.resolve_name(f"{cache}.{place}")))

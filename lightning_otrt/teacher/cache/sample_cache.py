@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
@@ -23,6 +25,8 @@ __all__ = ["CannotCacheError", "SampleCache"]
 
 #: Makes a context.
 Block: TypeAlias = Callable[[], AbstractContextManager[None]]
+#: Keys of samples and their tensors, which are on their way to the host.
+_Adding: TypeAlias = list[tuple[Tensor, dict[str, HostCopy]]]
 
 #: Epochs of a run without a sample that was known, after which no more are kept until one is.
 PATIENCE = 2
@@ -54,7 +58,9 @@ class SampleCache:
         self.hits = self.misses = self.epoch = 0
         self._fingerprint = ""
         self._hash = SampleHash()
-        self._adding: tuple[Tensor, dict[str, HostCopy]] | None = None
+        # What the last batch added, at most one item: what writes at exit has it without this object.
+        self._adding: _Adding = []
+        self._at_exit: weakref.finalize[..., SampleCache] | None = None
         self._dtype = torch.float32
         # Places of tensors with an entry for each sample, and of the others, among all tensors of the inputs.
         self._own: list[int] = []
@@ -100,6 +106,8 @@ class SampleCache:
         if self.store is None or fingerprint != self._fingerprint:
             self.reopen(fingerprint)
             self._checked = 0
+        else:
+            self._write_at_exit(self.store)
         # Each run may have data of its own, such as another fold.
         self._epochs = self._seen = self._hits_of_run = 0
         self._useless = False
@@ -108,6 +116,7 @@ class SampleCache:
         """Go on with the store of another teacher, such as this one after a change."""
         self.flush()
         self.store, self._fingerprint, self._epochs = self.options.open(fingerprint), fingerprint, 0
+        self._write_at_exit(self.store)
 
     @torch.no_grad()
     def tensors(self, inputs: Inputs, run: Run, verify: Callable[[], None], trace_free: Block) -> dict[str, Tensor]:
@@ -168,7 +177,7 @@ class SampleCache:
             The keys, what is known, and the places of the known and of the other samples in the batch, on the CPU.
         """
         assert self.store is not None
-        self._add_pending()
+        _add(self.store, self._adding)
         keys = copied.wait()
         verify()
         found = self.store.lookup(keys, device)
@@ -200,9 +209,8 @@ class SampleCache:
 
     def flush(self) -> None:
         """Write what was added, for other processes and later runs."""
-        self._add_pending()
         if self.store is not None:
-            self.store.flush()
+            _write(self.store, self._adding)
 
     def _batch_size(self, inputs: Inputs) -> int:
         """Samples of a batch; 0 where it cannot be told which tensors belong to them."""
@@ -229,20 +237,38 @@ class SampleCache:
 
     def _keep(self, keys: Tensor, fresh: dict[str, Tensor]) -> None:
         if self.store is not None and not self._useless and not self.store.is_full:
-            self._adding = keys, {name: HostCopy(tensor) for name, tensor in fresh.items()}
+            self._adding[:] = [(keys, {name: HostCopy(tensor) for name, tensor in fresh.items()})]
 
-    def _add_pending(self) -> None:
-        if self._adding is not None and self.store is not None:
-            (keys, copies), self._adding = self._adding, None
-            self.store.add(keys, {name: copied.wait() for name, copied in copies.items()})
+    def _write_at_exit(self, store: SampleStore) -> None:
+        """Write what was added when this cache, or the process, ends without :meth:`flush`."""
+        if self._at_exit is not None:
+            self._at_exit.detach()
+        self._at_exit = weakref.finalize(self, _write_here, os.getpid(), store, self._adding)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without copies that are under way, and what was counted: a pickle holds no samples of memory."""
-        return {**self.__dict__, "_adding": None, "_epochs": 0}
+        return {**self.__dict__, "_adding": [], "_at_exit": None, "_epochs": 0}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SampleCache:
         """The cache itself: a copied callback goes on with the same samples."""
         return self
+
+
+def _add(store: SampleStore, adding: _Adding) -> None:
+    while adding:
+        keys, copies = adding.pop()
+        store.add(keys, {name: copied.wait() for name, copied in copies.items()})
+
+
+def _write(store: SampleStore, adding: _Adding) -> None:
+    _add(store, adding)
+    store.flush()
+
+
+def _write_here(process: int, store: SampleStore, adding: _Adding) -> None:
+    """Write in the process that added, and not in one that was forked from it."""
+    if os.getpid() == process:
+        _write(store, adding)
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

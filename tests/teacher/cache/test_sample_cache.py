@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lightning_otrt import TeacherCache
-from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
+from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache, _write_here
 
 torch.manual_seed(0)
 X = torch.randn(40, 3)
@@ -271,6 +277,55 @@ class TestEpochs:
         mine.start_epoch()
         take(mine, teacher, X[:8])
         assert not teacher.runs
+
+
+def test_what_was_kept_is_written_when_a_cache_ends(tmp_path: Path) -> None:
+    cache, gone = opened(tmp_path), []
+    weakref.finalize(cache, gone.append, True)
+    take(cache, Teacher(), X[:8])
+    take(cache, Teacher(), X[8:16])
+    del cache
+    gc.collect()
+    assert gone, "what writes it does not keep it alive"
+    assert opened(tmp_path).store.samples == 16
+
+
+def test_a_forked_process_writes_nothing(tmp_path: Path) -> None:
+    cache = opened(tmp_path)
+    take(cache, Teacher(), X[:8])
+    _write_here(os.getpid() + 1, cache.store, cache._adding)
+    assert opened(tmp_path).store.samples == 0
+
+
+LOOP = """
+import sys, torch
+from lightning_otrt import RepresentationTransfer
+from torch import nn
+
+torch.manual_seed(0)
+transfer = RepresentationTransfer(nn.Sequential(nn.Linear(3, 4)), {"0": "0"}, teacher_cache=sys.argv[1])
+student = nn.Sequential(nn.Linear(3, 4))
+transfer.attach(student)
+recording = transfer.recording()
+recording.__enter__()
+for _ in range(3):
+    student(torch.randn(8, 3))
+    transfer.loss()
+if sys.argv[2:]:
+    raise KeyError("on purpose")
+"""
+
+
+@pytest.mark.parametrize("error", [[], ["raise"]])
+def test_what_was_kept_is_written_when_a_process_ends(tmp_path: Path, error: list[str]) -> None:
+    """As that of a plain loop that never detaches."""
+    run = subprocess.run(
+        [sys.executable, "-c", LOOP, str(tmp_path), *error], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == len(error), run.stderr
+    [path] = tmp_path.rglob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        assert len(file.get_tensor("keys")) == 24
 
 
 def test_pickles_hold_no_samples(tmp_path: Path) -> None:
