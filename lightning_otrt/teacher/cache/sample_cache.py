@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_otrt.notices import warn
 from lightning_otrt.reading.traced.arguments import Inputs
+from lightning_otrt.teacher.cache.forms import Form, Forms
 from lightning_otrt.teacher.cache.numerics import Numerics
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.teacher.cache.per_sample import Run, cloned, tolerance, why_not_per_sample
@@ -62,11 +63,7 @@ class SampleCache:
         self._adding: _Adding = []
         self._at_exit: weakref.finalize[..., SampleCache] | None = None
         self._dtype = torch.float32
-        # Places of tensors with an entry for each sample, and of the others, among all tensors of the inputs.
-        self._own: list[int] = []
-        self._common: list[int] = []
-        # Of how many samples a batch has been checked: 1 shows that the teacher is not random, 2 all.
-        self._checked = 0
+        self._forms = Forms()
         self._epochs = self._seen = self._hits_of_run = 0
         self._useless = False
 
@@ -95,17 +92,16 @@ class SampleCache:
         """
         self._dtype = dtype
         try:
-            tensors = _tensors(inputs)
+            named = _tensors(inputs)
         except TypeError as error:
             raise CannotCacheError(str(error)) from error
-        self._own = [place for place, tensor in enumerate(tensors) if tensor.shape[:1] == (batch_size,)]
-        self._common = [place for place in range(len(tensors)) if place not in self._own]
-        if not self._own:
+        if self.store is None or fingerprint != self._fingerprint:
+            self._forms = Forms()
+        if not self._forms.first(named, batch_size).own:
             samples = f"one entry for each of the {batch_size} samples" if batch_size else "an axis of samples"
             raise CannotCacheError(f"none of its inputs has {samples}")
         if self.store is None or fingerprint != self._fingerprint:
             self.reopen(fingerprint)
-            self._checked = 0
         else:
             self._write_at_exit(self.store)
         # Each run may have data of its own, such as another fold.
@@ -134,23 +130,28 @@ class SampleCache:
         """
         assert self.store is not None
         try:
-            size = self._batch_size(inputs)
-            if not size:
-                return run(inputs, size)
-            device = _tensors(inputs)[self._own[0]].device
+            named = _tensors(inputs)
+            form, size = self._forms.of(named)
+            if form is None or not size:
+                self._count(0, next((len(tensor) for _, tensor in named if tensor.dim()), 0))
+                return run(inputs, 0)
+            device = named[form.own[0]][1].device
             numerics = Numerics.now(device)
             copied = HostCopy(self._hash((((inputs[0], dict(inputs[1]), str(numerics)),), {}), size))
         except TypeError as error:
             raise CannotCacheError(str(error)) from error
         keys, found, known, missing = self._find(copied, verify, device)
-        self.hits, self.misses = self.hits + size - len(missing), self.misses + len(missing)
-        self._hits_of_run += size - len(missing)
-        self._useless &= not self._hits_of_run
-        self._seen += size
+        self._count(len(known), len(missing))
         if not len(missing):
             return found.tensors
-        if self._checked < min(size, 2):
-            fresh = self._checked_run(inputs, size, run, numerics, device, trace_free)
+        if form.checked < min(size, 2):
+            try:
+                fresh = self._checked_run(inputs, size, run, numerics, device, trace_free)
+            except CannotCacheError as error:
+                if form.is_first:
+                    raise
+                return self._left_out(form, inputs, run, error)
+            form.checked = min(size, 2)
             self._keep(keys, fresh)
             return fresh
         if len(missing) == size:
@@ -212,17 +213,6 @@ class SampleCache:
         if self.store is not None:
             _write(self.store, self._adding)
 
-    def _batch_size(self, inputs: Inputs) -> int:
-        """Samples of a batch; 0 where it cannot be told which tensors belong to them."""
-        tensors = _tensors(inputs)
-        if len(tensors) != len(self._own) + len(self._common):
-            return 0
-        sizes = {tensors[place].shape[:1] for place in self._own}
-        # A tensor that is common to all samples, such as a matrix (T, T), may have as many rows by chance.
-        if len(sizes) != 1 or any(tensors[place].shape[:1] in sizes for place in self._common):
-            return 0
-        return next(iter(sizes))[0]
-
     def _checked_run(
         self, inputs: Inputs, size: int, run: Run, numerics: Numerics, device: torch.device, trace_free: Block
     ) -> dict[str, Tensor]:
@@ -232,8 +222,22 @@ class SampleCache:
             reason = why_not_per_sample(inputs, size, run, whole, limit, device)
         if reason:
             raise CannotCacheError(reason)
-        self._checked = min(size, 2)
         return whole
+
+    def _left_out(self, form: Form, inputs: Inputs, run: Run, error: CannotCacheError) -> dict[str, Tensor]:
+        """Run the teacher on a batch whose form, unlike that of the first batch, cannot be kept by sample."""
+        form.own = []
+        warn(
+            f"`teacher_cache` keeps no samples of batches that are built as this one, unlike the first: {error}. The "
+            "teacher runs on all of them."
+        )
+        return run(inputs, 0)
+
+    def _count(self, known: int, missing: int) -> None:
+        self.hits, self.misses = self.hits + known, self.misses + missing
+        self._hits_of_run += known
+        self._useless &= not self._hits_of_run
+        self._seen += known + missing
 
     def _keep(self, keys: Tensor, fresh: dict[str, Tensor]) -> None:
         if self.store is not None and not self._useless and not self.store.is_full:
@@ -271,11 +275,11 @@ def _write_here(process: int, store: SampleStore, adding: _Adding) -> None:
         _write(store, adding)
 
 
-def _tensors(inputs: Inputs) -> list[Tensor]:
+def _tensors(inputs: Inputs) -> list[tuple[str, Tensor]]:
     found = [(path, value) for path, value in leaves(inputs) if isinstance(value, Tensor)]
     for path, value in found:
         check_dense(value, path)
-    return [value for _, value in found]
+    return found
 
 
 def _layout(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

@@ -128,6 +128,57 @@ def test_what_is_common_to_all_samples() -> None:
     assert (teacher.runs[runs:], cache.hits) == ([3, 3], 8), "as many samples as the matrix has rows: not by sample"
 
 
+def test_tensors_that_come_from_the_second_batch_on() -> None:
+    """As a mask that a batch without padding leaves out."""
+    mask, cache, teacher = torch.rand(40, 4), opened(), Teacher()
+    for _ in range(2):
+        take(cache, teacher, X[:8])
+        take(cache, teacher, X[8:16], mask[8:16])
+        take(cache, teacher, X[12:24], mask[12:24])
+    assert (cache.hits, cache.misses) == (4 + 28, 24)
+    assert teacher.runs == [8, 8, 3, 5] * 2 + [8], "each form is checked once"
+    take(cache, teacher, X[8:16], mask[:8])
+    assert cache.hits == 32, "the mask is part of the sample"
+
+
+def test_a_first_batch_of_one_sample() -> None:
+    """Positions (1, T) have as many rows as that batch has samples."""
+    positions = torch.arange(5.0)[None]
+    inputs = ((X[:1], positions), {})
+    cache, teacher = opened(batch=1, inputs=inputs), Teacher()
+    take(cache, teacher, X[:1], positions)
+    for _ in range(3):
+        take(cache, teacher, X[1:9], positions)
+        take(cache, teacher, X[5:13], positions)
+    assert (cache.hits, cache.misses) == (4 + 32, 1 + 8 + 4)
+    take(cache, teacher, X[5:6], positions)
+    assert cache.misses == 14, "one sample again: not by sample"
+    cache.open("a teacher", 8, ((X[:8], positions), {}), torch.float32)
+    runs = len(teacher.runs)
+    take(cache, teacher, X[20:28], positions)
+    assert teacher.runs[runs:] == [8], "the next run knows it"
+
+
+def test_a_later_form_that_cannot_be_kept() -> None:
+    def run(inputs: Any, size: int) -> dict[str, Tensor]:
+        (x, *mask), _ = inputs
+        return {"a": x - x.mean() if mask else x}
+
+    cache, calls = opened(), Teacher()
+
+    def call(*args: Tensor) -> Tensor:
+        return cache.tensors((args, {}), run, lambda: None, calls.trace_free)["a"]
+
+    call(X[:8])
+    with pytest.warns(UserWarning, match=r"keeps no samples of batches that are built as this one.*it mixes the sampl"):
+        assert torch.equal(call(X[:8], X[:8]), X[:8] - X[:8].mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(call(X[:6], X[:6]), X[:6] - X[:6].mean())
+        call(X[:8])
+    assert (cache.hits, cache.misses, cache.store.samples) == (8, 8 + 8 + 6, 8)
+
+
 def test_inputs_that_cannot_be_kept() -> None:
     with pytest.raises(CannotCacheError, match="none of its inputs has one entry for each of the 8 samples"):
         opened(inputs=((torch.zeros(5, 8),), {}))
@@ -263,6 +314,18 @@ class TestEpochs:
             warnings.simplefilter("error")
             for batches in ([X[:8]], second, [X[16:24]], [X[24:32]]):
                 self.run(cache, batches)
+
+    def test_samples_that_cannot_be_kept_are_misses(self) -> None:
+        camera = torch.eye(3)
+        cache, teacher = opened(inputs=((X[:8], camera), {})), Teacher()
+        cache.start_epoch()
+        take(cache, teacher, X[:8], camera)
+        cache.end_epoch()
+        cache.start_epoch()
+        take(cache, teacher, X[:3], camera)
+        with pytest.warns(UserWarning, match="In 2 epochs no sample came a second time"):
+            cache.end_epoch()
+        assert (cache.hits, cache.misses) == (0, 11)
 
     def test_epochs_without_a_forward_do_not_count(self) -> None:
         cache = opened()
