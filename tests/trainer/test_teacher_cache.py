@@ -454,6 +454,28 @@ def test_a_teacher_that_writes_to_its_own_buffers_is_refused() -> None:
         fit("memory", teacher=Counting(6))
 
 
+class OfList(nn.Module):
+    """Takes images one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return self.layer(torch.stack(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_images_in_a_list(size: int) -> None:
+    """Also as many as an image has channels."""
+    transfer, student = RepresentationTransfer(OfList(), {"layer": "layer"}, teacher_cache="memory"), OfList()
+    words = r"\(OfList\): its samples enter as items of a list.*stack them in `teacher_inputs`"
+    with transfer.attached(student):
+        with pytest.raises(ValueError, match=words):
+            student(list(torch.randn(size, 3, 8, 8)))
+        transfer.discard()
+
+
 class Padding(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -116,10 +116,10 @@ def has_lists_of_samples(arguments: Iterable[Any], output: Any) -> bool:
     if not (isinstance(output, (list, tuple)) and output and all(isinstance(item, Mapping) for item in output)):
         return False
     lists = [value for value in arguments if isinstance(value, (list, tuple)) and len(value) == len(output)]
-    return any(all(map(_holds_image, value)) for value in lists)
+    return any(all(map(holds_image, value)) for value in lists)
 
 
-def _holds_image(item: Any) -> bool:
+def holds_image(item: Any) -> bool:
     """Whether an item is an image (C, H, W) or holds one. Views of a batch, one output for each, have an axis more."""
     values = item.values() if isinstance(item, Mapping) else (item,)
     return any(isinstance(value, Tensor) and value.dim() == 3 for value in values)

@@ -18,6 +18,7 @@ from lightning_otrt.reading.hooks.recorder import Readers, Recorder
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.traced.arguments import Inputs
+from lightning_otrt.reading.traced.batch_facts import holds_image
 from lightning_otrt.teacher.cache.fingerprint import fingerprint
 from lightning_otrt.teacher.cache.plain_watch import PlainWatch
 from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
@@ -32,6 +33,11 @@ READING = 1
 PATIENCE = 3
 #: Names of the teacher's logits and of their mask in the cache. Those of layers are ``"pair.call"``, two numbers.
 _LOGITS, _LOGIT_MASK = "logits.0", "logit mask.0"
+#: Why teachers such as the detectors of torchvision are refused.
+_ITEMS = (
+    "its samples enter as items of a list, and the cache reads samples along the first axis of tensors. Where all have "
+    "one size and the teacher takes a batch, stack them in `teacher_inputs`"
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class CachedRun:
             self.cache.open(self._known, _batch_size(pairing, inputs), inputs, self.teacher.run_dtype)
             self._fill(inputs)
         except CannotCacheError as error:
-            problem = str(error)
+            problem = _ITEMS if _enter_as_items(pairing, inputs) else str(error)
         problem = self._agree(problem)
         if problem:
             self._give_up(problem, inputs)
@@ -231,13 +237,25 @@ class CachedRun:
         self._run_whole(inputs)
 
 
+def _layer_sizes(pairing: Pairing) -> list[int]:
+    """How many samples each recorded layer had in the trace."""
+    traced = [pairing.teacher.tensor(pair.teacher, pair.select) for pair in pairing.pairs]
+    return [tensor.shape[tensor.batch_axis] for tensor in traced if tensor is not None]
+
+
+def _enter_as_items(pairing: Pairing, inputs: Inputs) -> bool:
+    """Whether an input is a list of images, one for each sample of a recorded layer."""
+    lists = [value for value in (*inputs[0], *inputs[1].values()) if isinstance(value, (list, tuple)) and value]
+    sizes = _layer_sizes(pairing)
+    return any(len(value) in sizes and all(map(holds_image, value)) for value in lists)
+
+
 def _batch_size(pairing: Pairing, inputs: Inputs) -> int:
     """Samples of the traced batch: as many as a recorded layer has, if an input has that many, too.
 
     Layers may have the windows of all samples along that axis, and the inputs of the whole network may be ambiguous.
     """
-    traced = [pairing.teacher.tensor(pair.teacher, pair.select) for pair in pairing.pairs]
-    sizes = [tensor.shape[tensor.batch_axis] for tensor in traced if tensor is not None]
+    sizes = _layer_sizes(pairing)
     given = all_tensors((inputs[0], dict(inputs[1])))
     entered = {len(tensor) for tensor in given if not tensor.is_nested and tensor.dim()}
     return next((size for size in sizes if size in entered), pairing.teacher.batch_size)
