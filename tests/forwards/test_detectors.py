@@ -110,7 +110,7 @@ def test_a_cache_has_no_samples_of_a_list() -> None:
     student = Task(detector(name))
     layers = {"net.backbone.body.3": "backbone.body.3"}
     transfer = RepresentationTransfer(detector(name), layers, teacher_cache="memory")
-    with pytest.raises(ValueError, match="none of its inputs has an axis of samples"), transfer.attached(student):
+    with pytest.raises(ValueError, match="its samples enter as items of a list"), transfer.attached(student):
         student(IMAGES, TARGETS)
 
 
