@@ -87,6 +87,13 @@ class Coupling(ABC):
         """Whether a plan is solved in this call, which comes after ``calls`` others."""
         return state.plan is None or calls in EARLY_SOLVES or calls % self.solve_every == 0
 
+    def can_wait(self, state: PairState) -> bool:
+        """Whether a plan that is due is better left as it is than solved from a batch that is far smaller than others.
+
+        A running cost has earlier batches, too. Without one the batch decides alone, and for many calls.
+        """
+        return state.plan is not None and state.memory == 0
+
     def can_capture(self, is_due: bool) -> bool:
         """Whether a call, with a plan that is due or not, is operations on the device alone, as a CUDA graph is."""
         return self.cost.can_be_captured

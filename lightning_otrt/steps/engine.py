@@ -74,7 +74,11 @@ class TransportEngine(TermEngine):
         """The groups whose plans are solved in this call."""
         if not call.is_new:
             return set()
-        return {group for group, state in states.items() if self.couplings[group[0]].is_due(state, self.calls)}
+        couplings = {group: self.couplings[group[0]] for group in states}
+        due = {group for group, state in states.items() if couplings[group].is_due(state, self.calls)}
+        if due and self._is_small(call.samples):
+            due = {group for group in due if not couplings[group].can_wait(states[group])}
+        return due
 
     def _compute(
         self,

@@ -101,10 +101,10 @@ class GlobalTransportEngine(TermEngine):
         if self.calls == 0 or not self._is_agreed:
             self._agree(call)
         if call.is_new:
-            problems, observed = self._exchange(call)
+            problems, observed, is_small = self._exchange(call)
             solved = list(problems)
             alone: dict[Group, PairState] = {(index,): self.states[index] for index in problems}
-            self._solve({(index,): problem for index, problem in problems.items()}, alone)
+            self._solve({(index,): problem for index, problem in problems.items()}, alone, is_small)
             if solved:
                 self._same_plans.keep(self.ranks, [self.states[index] for index in solved])
             self.calls += 1
@@ -113,27 +113,30 @@ class GlobalTransportEngine(TermEngine):
             observed = {index: Observed(views) for index, views in self._count(call).items()}
         return self._evaluate(call.batches, observed)
 
-    def _exchange(self, call: Call) -> tuple[dict[int, Problem], dict[int, Observed]]:
+    def _exchange(self, call: Call) -> tuple[dict[int, Problem], dict[int, Observed], Tensor | None]:
         """Sum over processes once, and feed the statistics.
 
         Returns:
-            The problems of the pairs whose plans are due, and what each pair that has a term knows of its value.
+            The problems of the pairs whose plans are due; what each pair that has a term knows of its value; and
+            whether the batch of all is too small for plans that can wait, on the device. None if no plan is due.
         """
         if any(state.reference is None for state in self.states):
             self._choose_references(call.batches)
         local = [self._message(call, index) for index in range(len(call.batches))]
         received = self.ranks.sum([message for message, _, _ in local])
         problems, observed = {}, {}
+        samples: Tensor | None = None
         for index, (got, (_, rounds, unsent)) in enumerate(zip(received, local, strict=True)):
             views = self._views(call, index, got.counts)
             if not views:
                 continue
+            samples = samples if got.samples is None else got.samples
             dtype = call.batches[index][0][0].dtype
             observed[index], problem = self._feed(index, got, unsent, views, dtype)
             observed[index].rounds = [rounds[view] for view in views] if rounds else []
             if problem is not None:
                 problems[index] = problem
-        return problems, observed
+        return problems, observed, None if samples is None else torch.as_tensor(self._is_small(samples))
 
     def _count(self, call: Call) -> dict[int, list[int]]:
         """The views in which each pair ran on some process, where no exchange tells. A collective."""

@@ -108,6 +108,7 @@ class TermEngine(ABC):
     Attributes:
         plans: Kind of plan of each pair.
         calls: Number of calls so far.
+        solved_samples: Samples of the last call in which plans were due; 0 if it had too few to solve them again.
         states: What is kept of each pair.
         graphs: The calls that were captured as CUDA graphs.
         bad_calls: Number of calls since the last read whose value was not finite, on the device; None before the first.
@@ -148,6 +149,7 @@ class TermEngine(ABC):
     def reset(self) -> None:
         """Forget plans, statistics and counters."""
         self.calls = 0
+        self.solved_samples: int | Tensor = 0
         self.states = [PairState() for _ in self.names]
         self.graphs.forget()
         self.bad_calls: Tensor | None = None
@@ -195,14 +197,37 @@ class TermEngine(ABC):
     def _values(self, call: Call) -> Values:
         """Value and gradient of each pair that has any."""
 
-    def _solve(self, problems: dict[Group, Problem], states: Mapping[Group, PairState]) -> None:
-        """Solve the plans of each problem, all of which are taken out of ``problems``."""
+    def _is_small(self, samples: int | Tensor) -> bool | Tensor:
+        """Whether the batch of a call in which plans are due is too small for those that can wait.
+
+        That is so below half of the samples of the last such call, as the last batch of an epoch may be, but not twice
+        in a row: batches may stay smaller.
+
+        Args:
+            samples: Samples of the call. If they lie on the device, so does the answer.
+        """
+        is_small = 2 * samples < self.solved_samples
+        self.solved_samples = samples * ~is_small if isinstance(is_small, Tensor) else 0 if is_small else samples
+        return is_small
+
+    def _solve(
+        self, problems: dict[Group, Problem], states: Mapping[Group, PairState], is_small: Tensor | None = None
+    ) -> None:
+        """Solve the plans of each problem, all of which are taken out of ``problems``.
+
+        Args:
+            problems: The problems by group of pairs.
+            states: The states of the groups.
+            is_small: Whether plans that can wait stay as they are, where that is known on the device alone.
+        """
         new = {group for group in problems if states[group].plan is None}
         for group in new:
             self.cost.check_matrix(problems[group][0])
         for coupling in dict.fromkeys(self.couplings):
             own = {group: problems.pop(group) for group in list(problems) if self.couplings[group[0]] is coupling}
             for group, solved in solve_plans(coupling, own, states):
+                if is_small is not None and coupling.can_wait(states[group]):
+                    solved = solved._replace(is_finite=solved.is_finite & ~is_small)
                 states[group].keep(solved)
                 for number, index in enumerate(group if group in new else ()):
                     plan = solved.plan
@@ -301,6 +326,7 @@ class TermEngine(ABC):
                 "memory": self.settings.memory,
             },
             "calls": self.calls,
+            "solved_samples": int(self.solved_samples),
             "pairs": [state.state_dict() for state in self.states],
         }
 
@@ -317,6 +343,7 @@ class TermEngine(ABC):
         self.check_state(state)
         settings = state["settings"]
         self.calls = state["calls"]
+        self.solved_samples = state.get("solved_samples", 0)  # missing in checkpoints of earlier versions
         self._use(settings["plans"])
         self.states = [
             PairState.of(pair, coupling.resumed_memory(pair["memory"], settings["memory"]), device, coupling.plan_type)

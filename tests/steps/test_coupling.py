@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from engines import COSTS, assert_same_state, call, draw, make
+from engines import COSTS, TERMS, assert_same_state, call, draw, make
 from operations import operations
 from torch import Tensor
 
@@ -39,6 +40,48 @@ def test_solve_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert solved_calls(make(), 41, monkeypatch) == [*EARLY_SOLVES, 10, 20, 30, 40]
     assert solved_calls(make(solve_every=1), 5, monkeypatch) == [0, 1, 2, 3, 4]
     assert solved_calls(make(solve_every=3), 10, monkeypatch) == [0, 1, 2, 3, 4, 6, 8, 9]
+
+
+def solved_sizes(engine: TransportEngine, sizes: Sequence[int]) -> list[int]:
+    """The calls that bring a new plan, from batches of these sizes."""
+    solved = []
+    for number, size in enumerate(sizes):
+        before = engine.states[0].plan
+        call(engine, draw(observations=size, seed=number))
+        if before is None or not torch.equal(engine.states[0].plan.matrix, before.matrix):
+            solved.append(number)
+    return solved
+
+
+@pytest.mark.parametrize("term", [name for name in TERMS if not name.startswith("random")])
+def test_a_far_smaller_batch_solves_no_plan(term: str) -> None:
+    """The last batch of an epoch would decide for many calls."""
+    epochs = [40, 40, 19] * 3  # due in calls 0, 1, 2, 4 and 8
+    assert solved_sizes(make(term), epochs) == [0, 1, 4]
+    assert solved_sizes(make(term, solve_every=1), epochs) == [0, 1, 3, 4, 6, 7]
+    assert solved_sizes(make(term, memory=0.9), epochs) == [0, 1, 2, 4, 8]  # earlier batches are in it, too
+
+
+def test_what_counts_as_a_far_smaller_batch() -> None:
+    assert solved_sizes(make(solve_every=1), [40, 20, 10, 4, 40]) == [0, 1, 2, 4]
+    # A batch size that changes in a run holds up one solve, not all.
+    assert solved_sizes(make(solve_every=1), [40, 15, 15, 15, 15]) == [0, 2, 3, 4]
+    # Without a plan there is nothing to go on with.
+    engine = make(solve_every=1)
+    call(engine, draw(observations=40))
+    engine.states[0].plan = None
+    assert solved_sizes(engine, [15]) == [0]
+
+
+def test_a_resumed_run_knows_how_large_batches_were() -> None:
+    engine, resumed = make(solve_every=1), make(solve_every=1)
+    call(engine, draw(observations=40))
+    state = engine.state_dict()
+    resumed.load_state_dict(state, torch.device("cpu"))
+    assert solved_sizes(resumed, [15, 40]) == [1]
+    # A checkpoint of an earlier version does not say it.
+    resumed.load_state_dict({key: state[key] for key in state if key != "solved_samples"}, torch.device("cpu"))
+    assert solved_sizes(resumed, [15, 40]) == [0, 1]
 
 
 def test_reevaluation_keeps_plans_statistics_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
