@@ -63,6 +63,7 @@ ROOMS = {
         "host_copy",
         "frozen",
         "cache",
+        "class_names",
         "logit_makers",
         "task_gradient",
         "logit_recording",

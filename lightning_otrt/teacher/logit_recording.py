@@ -26,6 +26,7 @@ from lightning_otrt.reading.neurons.positions import match_positions
 from lightning_otrt.reading.neurons.reader import NeuronReader
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import version_of
+from lightning_otrt.teacher.class_names import check_class_names
 from lightning_otrt.teacher.logit_makers import LogitMakers
 from lightning_otrt.teacher.task_gradient import UNLIKE_SOFTMAX, TaskGradient
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
@@ -78,7 +79,8 @@ class LogitRecording:
         """Take from the traces what to read, and how.
 
         Raises:
-            ValueError: If the layer that the user named for a regression does not exist or cannot be read.
+            ValueError: If the layer that the user named for a regression does not exist or cannot be read, or if both
+                networks have the same classes in another order.
         """
         self.forget_modules()
         self._student = self._reader(pairing, 0, student)
@@ -100,6 +102,9 @@ class LogitRecording:
         self.features = self._find_features(pairing.student, named_layers(student)) if self._pools else None
         self.regression = self._regressed_on()
         self.note = self._described(counts)
+        if not self._pools:
+            roots = named_layers(student)[pairing.student.root], named_layers(teacher)[pairing.teacher.root]
+            check_class_names(*roots, (counts[0], counts[1]))
 
     def _warn_of_features(self, pairing: Pairing) -> None:
         """Warn where the first item of an output is taken for its logits, and looks like features."""
