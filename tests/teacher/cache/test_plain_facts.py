@@ -180,5 +180,5 @@ def test_processes_agree() -> None:
         check=True,
     )
     with contextlib.redirect_stdout(io.StringIO()) as own:
-        exec(compile(FACTS, "<string>", "exec"), {})
+        exec(compile(FACTS, "<string>", "exec"), {"__name__": "__main__"})
     assert own.getvalue() == other.stdout
