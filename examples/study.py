@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from examples import report
+from examples.files import whole
 
 #: A run saves itself at the end of each of so many epochs, whatever the size of the data.
 EPOCHS = 5
@@ -92,11 +94,12 @@ class Study:
         measures: Mapping[str, Measure],
     ) -> dict[str, float]:
         # All that decides about the result is part of the name: runs with other settings are other runs.
-        source = self.data.name if self.data else "default"
+        source = self.data.resolve() if self.data else "default"
         name = f"{source}, {self.per_class} a class, {self.steps} steps of {self.batch_size}, {method}, seed {seed}"
         path = self.output / "results.json"
         results: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
         if name in results:
+            print(f"Seed {seed + 1}, {method}: taken from {path}. Delete that file where data or code have changed.")
             return results[name]
         folder = self.output / "runs" / re.sub(r"[^\w.]+", "-", name)
         pl.seed_everything(seed, verbose=False)
@@ -110,19 +113,31 @@ class Study:
             callbacks=[
                 report.LabelledProgressBar(f"seed {seed + 1}/{self.seeds}, {method}", leave=False),
                 ModelCheckpoint(folder, filename="last", enable_version_counter=False),
+                _RandomNumbers(),
                 *callbacks(),
             ],
         )
         last = folder / "last.ckpt"
         trainer.fit(module, self._batches(train), ckpt_path=last if last.exists() else None)
         results[name] = {name: measure(module, test) for name, measure in measures.items()}
-        path.write_text(json.dumps(results, indent=1))
+        with whole(path) as part:
+            part.write_text(json.dumps(results, indent=1))
         return results[name]
 
     def _batches(self, data: Dataset[Any]) -> DataLoader[Any]:
         # Epochs of equally many steps, in which each sample is seen equally often.
         sampler = RandomSampler(data, num_samples=self.batch_size * max(1, self.steps // EPOCHS))  # type: ignore[arg-type]
         return DataLoader(data, self.batch_size, sampler=sampler, num_workers=self.workers)
+
+
+class _RandomNumbers(pl.Callback):
+    """A run that goes on draws what it would have drawn, so that all methods have the same batches."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        torch.set_rng_state(state_dict["torch"])
 
 
 def study(description: str | None, name: str, data: str, *, steps: int) -> Study:

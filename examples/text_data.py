@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from benchmarks.real.packages import descriptions
-from examples.image_data import drawn_per_class
+from examples.files import whole
+from examples.image_data import drawn_per_class, split
 
 #: Tokens of a text; what is longer is cut.
 LENGTH = 48
@@ -48,24 +50,46 @@ def texts(path: Path, tokenizer: Any, *, per_class: int, seed: int) -> tuple[Dat
         Data sets of token ids and masks ``(LENGTH,)`` with labels.
 
     Raises:
-        SystemExit: If a column is missing.
+        SystemExit: If a column is missing, a row is torn, or a class has too few texts.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := {"text", "label"} - {*(reader.fieldnames or [])}:
-            raise SystemExit(f"{path} has the columns {reader.fieldnames}, and {sorted(missing)} are missing.")
-        rows = [(row["text"], row["label"]) for row in reader]
+    rows = _rows(path)
     classes = sorted({label for _, label in rows})
     labels = torch.tensor([classes.index(label) for _, label in rows])
-    order = labels.argsort(stable=True)
-    drawn = drawn_per_class(labels, torch.cat([order[0::4], order[1::4], order[2::4]]), per_class, seed)
+    pool, held_out = split(labels, classes, path)
+    drawn = drawn_per_class(labels, pool, per_class, seed)
 
     def tokens(indices: list[int]) -> TensorDataset:
         kept = [rows[index][0] for index in indices]
         found = tokenizer(kept, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         return TensorDataset(found["input_ids"], found["attention_mask"], labels[indices])
 
-    return tokens(drawn), tokens(order[3::4].tolist()), classes
+    return tokens(drawn), tokens(held_out), classes
+
+
+@functools.cache
+def _rows(path: Path) -> list[tuple[str, str]]:
+    """Texts and labels, without those that lack one of them; says how many these are."""
+    rows, left_out = [], []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := {"text", "label"} - {*(reader.fieldnames or [])}:
+                raise SystemExit(f"{path} has the columns {reader.fieldnames}, and {sorted(missing)} are missing.")
+            for row in reader:
+                if None in row:
+                    raise SystemExit(
+                        f"{path}, line {reader.line_num}: more fields than columns. Put texts with commas in quotes."
+                    )
+                text, label = ((row[name] or "").strip() for name in ("text", "label"))
+                if text and label:
+                    rows.append((text, label))
+                else:
+                    left_out.append(reader.line_num)
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not in UTF-8 ({error}). Save it in that encoding.") from None
+    if left_out:
+        print(f"{path}: {len(left_out)} rows without text or label are left out, the first in line {left_out[0]}.")
+    return rows
 
 
 def _docstrings() -> Iterable[tuple[str, str]]:
@@ -86,7 +110,7 @@ def _write(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
     kept: dict[str, list[str]] = {}
     for text, label in rows:
         kept.setdefault(label, []).append(text)
-    with path.open("w", newline="") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("text", "label"))
         # In the order of packages, neighbours are much alike: those kept are spread over all of them.

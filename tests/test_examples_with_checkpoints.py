@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -70,6 +73,44 @@ def test_splits_with_other_classes(tmp_path: Path) -> None:
         image_folder(folder, per_class=3, seed=0)
 
 
+def test_what_folders_of_images_may_hold(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "")
+    (folder / ".git").mkdir()
+    for mode in ("RGBA", "P", "LA", "1"):
+        Image.new(mode, (20, 24)).save(folder / "dark" / f"{mode}.png")
+    # Sixteen bits a pixel: Pillow would cut all above 255 off.
+    Image.fromarray(np.full((20, 24), 30_000, dtype=np.uint16)).save(folder / "dark" / "a.png")
+    train, _, classes = image_folder(folder, per_class=0, seed=0)
+    assert classes == ["dark", "light"]
+    assert all(image.shape == (3, 64, 64) for image, _ in train)
+    [place] = [index for index, (path, _) in enumerate(train.dataset.dataset.samples) if path.endswith("a.png")]
+    assert (
+        abs(float(train.dataset.dataset.loader(train.dataset.dataset.samples[place][0]).getpixel((3, 3))[0]) - 116) < 2
+    )
+
+
+def test_bad_folders_of_images_end_the_program(tmp_path: Path) -> None:
+    def read(folder: Path) -> None:
+        train, test, _ = image_folder(folder, per_class=0, seed=0)
+        assert list(train)
+        assert list(test)
+
+    def said(change: Callable[[Path], object], *splits: str) -> str:
+        folder = make_folder(tmp_path / str(len(list(tmp_path.iterdir()))), *splits)
+        change(folder)
+        with pytest.raises(SystemExit) as ended:
+            read(folder)
+        return str(ended.value)
+
+    assert "light/0.png cannot be read as an image" in said(lambda it: (it / "light/0.png").write_text("no image"), "")
+    assert "no valid file for the classes empty" in said(lambda it: (it / "empty").mkdir(), "")
+    assert "Too few have 'light' (3)" in said(
+        lambda it: [(it / f"light/{number}.png").unlink() for number in range(5)], ""
+    )
+    assert "holds 1 folders of classes" in said(lambda it: shutil.rmtree(it / "train/dark"), "train", "test")
+    assert "No such file or directory" in said(lambda it: shutil.rmtree(it / "test"), "train", "test")
+
+
 def test_glyphs_stand_in_for_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_data, "FASHION", tmp_path / "nothing")
     monkeypatch.setattr(image_data, "COUNTS", {"train": 2, "test": 1})
@@ -88,6 +129,43 @@ def test_texts_of_a_file(tmp_path: Path) -> None:
 def test_a_missing_column(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"'body'.*'text'"):
         texts(make_csv(tmp_path / "a.csv", t="body", l="label"), Words(), per_class=5, seed=0)
+
+
+def test_rows_that_lack_something_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_csv(tmp_path / "a.csv", first="text", second="label")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"only a text\r\n,a\r\nwords,\r\nmore, b \r\n")
+    train, test, classes = texts(path, Words(), per_class=0, seed=0)
+    assert classes == ["a", "b"]
+    assert len(train) + len(test) == 25
+    assert "3 rows without text or label are left out, the first in line 26." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"text,label\nno quotes, so three fields,a\n", "line 2: more fields than columns"),
+        (b"text,label\ngr\xfc\xdfe,a\n", "is not in UTF-8"),
+        (b"text,label\n", "has 0 classes"),
+        (b"text,label\n" + b"words,a\n" * 8, "has 1 classes"),
+        (b"text,label\n" + b"words,a\n" * 8 + b"words,b\n", "Too few have 'b' \\(1\\)"),
+    ],
+)
+def test_bad_files_of_texts_end_the_program(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match=said):
+        texts(tmp_path / "a.csv", Words(), per_class=0, seed=0)
+
+
+def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
+    def rows() -> Iterator[tuple[str, str]]:
+        yield "text", "label"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        text_data._write(tmp_path / "debian.csv", rows())
+    assert not (tmp_path / "debian.csv").exists()
+    text_data._write(tmp_path / "debian.csv", [("text", "label")])
+    assert [path.name for path in tmp_path.iterdir()] == ["debian.csv"]
 
 
 def test_docstrings_stand_in_for_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +221,46 @@ def test_runs_go_on_and_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mon
     assert compare() == {"steps": {"plain": [5.0]}}
     assert len(Stop.epochs) == 6
     assert len(json.loads((tmp_path / "results.json").read_text())) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec|exists and is not empty)")
+def test_a_run_that_goes_on_has_the_result_of_one_that_was_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TensorDataset(torch.randn(20, 3), torch.randint(2, (20,)))
+
+    def compare(folder: str, epochs: list[int]) -> dict[str, Any]:
+        monkeypatch.setattr(Stop, "epochs", epochs)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        options = Study(None, tmp_path / folder, per_class=0, seeds=1, steps=15, batch_size=4, workers=0, quick=False)
+        return options.compare(
+            lambda: Classifier(nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), 2),
+            lambda seed: (data, data),
+            {"plain": lambda: [Stop()]},
+            {"weight": lambda module, test: float(module.net[0].weight.detach().double().sum())},
+        )
+
+    straight = compare("straight", [9])
+    with pytest.raises(ZeroDivisionError):
+        compare("stopped", [])
+    assert compare("stopped", [9]) == straight
+
+
+@pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec|exists and is not empty)")
+def test_folders_of_one_name_are_other_data(tmp_path: Path) -> None:
+    def run(place: str, value: float) -> dict[str, Any]:
+        (tmp_path / place / "clean").mkdir(parents=True)
+        options = Study(tmp_path / place / "clean", tmp_path, 0, seeds=1, steps=5, batch_size=4, workers=0, quick=False)
+        data = TensorDataset(torch.randn(8, 3), torch.randint(2, (8,)))
+        return options.compare(
+            lambda: Classifier(nn.Linear(3, 2), 2),
+            lambda seed: (data, data),
+            {"plain": list},
+            {"value": lambda module, test: value},
+        )
+
+    assert run("a", 1.0) == {"value": {"plain": [1.0]}}
+    assert run("b", 2.0) == {"value": {"plain": [2.0]}}
 
 
 @pytest.mark.slow
