@@ -158,13 +158,16 @@ def study(description: str | None, name: str, data: str, *, steps: int) -> Study
     parser.add_argument("--batch-size", type=int, default=32, help="samples of a step")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed, to see that everything runs")
+    found = vars(parser.parse_args())
+    for name, least in {"per_class": 0, "seeds": 1, "steps": EPOCHS, "batch_size": 2, "workers": 0}.items():
+        if found[name] < least:
+            parser.error(f"--{name.replace('_', '-')} {found[name]}: at least {least}.")
+    if found["data"] and not found["data"].exists():
+        parser.error(f"There is no {found['data']}.")
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     for message in (".*does not have many workers", ".*LeafSpec.*is deprecated", ".*exists and is not empty"):
         warnings.filterwarnings("ignore", message=message)
-    found = vars(parser.parse_args())
-    if found["data"] and not found["data"].exists():
-        parser.error(f"There is no {found['data']}.")
     if found["quick"]:
         found |= {"steps": QUICK_STEPS, "seeds": 1}
     found["output"].mkdir(parents=True, exist_ok=True)

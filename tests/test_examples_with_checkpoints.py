@@ -263,6 +263,16 @@ def test_folders_of_one_name_are_other_data(tmp_path: Path) -> None:
     assert run("b", 2.0) == {"value": {"plain": [2.0]}}
 
 
+@pytest.mark.parametrize("option", ["--per-class=-3", "--seeds=0", "--steps=4", "--batch-size=1", "--workers=-1"])
+def test_numbers_out_of_range(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["images", "--output", str(tmp_path), option])
+    with pytest.raises(SystemExit):
+        study.study(None, "images", "a folder", steps=10)
+    assert f"{option.replace('=', ' ')}: at least" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["images", "texts", "finetuning"])

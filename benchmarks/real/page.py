@@ -33,9 +33,9 @@ subcategories seven of 584 test pictures are equal to one of training (silhouett
 Images are 64 × 64, texts 48 tokens.
 
 - *Tuned alike*: twelve candidates for each method (four learning rates × three weights; three weight decays where there
-  is no weight; six penalties of a ridge head), the best two again on a second seed (of equal ones the first of the grid), on
-  validation samples of the same cell and with half the steps of its runs. Where distillation stands beside a transfer term, the weight of that term is
-  tuned and distillation has weight 1.
+  is no weight; six penalties of a ridge head), the best two again on a second seed (of equal ones the first of the
+  grid), on validation samples of the same cell and with half the steps of its runs. Where distillation stands beside a
+  transfer term, the weight of that term is tuned and distillation has weight 1.
 - *Paired*: within a seed all methods have the same samples, initial weights, order of batches and dropout. Intervals
   are 95 % of Student's t over seeds. The p values of a table are those of paired t tests, corrected by Holm's procedure
   over all tests of that table.
