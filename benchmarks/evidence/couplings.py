@@ -1,4 +1,4 @@
-"""Couplings that are not transport, as losses on all blocks: rotations, their random control, linear regression.
+"""Couplings that are not transport, as losses on all blocks: rotations and what is near them, and linear regression.
 
 They solve from running moments, as the library does: at the first calls, and at every tenth after them.
 """
@@ -73,6 +73,16 @@ class State:
         return value + ((y - own) * gradient).sum()
 
 
+class CorrelatedState(State):
+    """The state of :class:`Correlated`."""
+
+    def solve(self) -> Tensor:
+        """The correlations of the running sums."""
+        assert isinstance(self.coupling, OrthogonalAlignment)
+        problem = self.coupling.problem(self.sums)
+        return self.coupling.align(problem, problem[0]).matrix
+
+
 class Coupled(nn.Module):
     """The mean over blocks of the term of a coupling; positions of maps pooled to 4 x 4 are observations."""
 
@@ -111,6 +121,17 @@ class RandomProjection(Orthogonal):
     def state(self, rows: int, columns: int, block: int) -> State:
         """A state that keeps its projection."""
         return State(OrthogonalAlignment(self.power), random_projection(rows, columns, torch.initial_seed() + block))
+
+
+class Correlated(Orthogonal):
+    """The cross-correlation C itself as the coupling, where a rotation has all its singular values set to 1.
+
+    Linear CKA pulls the student towards C x, which is the target here; but this C is the running one.
+    """
+
+    def state(self, rows: int, columns: int, block: int) -> State:
+        """A state that keeps the singular values."""
+        return CorrelatedState(OrthogonalAlignment(self.power))
 
 
 class LinearRegression(Coupled):

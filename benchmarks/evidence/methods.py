@@ -178,6 +178,15 @@ METHODS = {
     "projection-raw": Method(
         "random fixed projection, raw", partial(couplings.RandomProjection, power=0.0), weights=TRANSPORT, settings=()
     ),
+    "correlated": Method(
+        "cross-correlation, standardised (CKA as a coupling)", couplings.Correlated, weights=TRANSPORT, settings=()
+    ),
+    "correlated-raw": Method(
+        "cross-correlation, raw (CKA as a coupling)",
+        partial(couplings.Correlated, power=0.0),
+        weights=TRANSPORT,
+        settings=(),
+    ),
     "linear": Method("linear regression", couplings.LinearRegression, weights=TRANSPORT, settings=()),
 }
 
