@@ -54,6 +54,7 @@ def main() -> None:
         return other_task(module.net)
 
     results = options.compare(
+        folder,
         copy_with_new_head,
         lambda seed: image_folder(folder, per_class=options.per_class, seed=seed)[:2],
         {"plain": list, "OT": lambda: [transfer()], "OT, logits": lambda: [transfer(distillation=1.0)]},

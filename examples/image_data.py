@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -82,7 +82,7 @@ def split(labels: Tensor, classes: Sequence[str], source: Path) -> tuple[Tensor,
         SystemExit: If there are fewer than two classes, or one of them has too few samples for both.
     """
     if len(classes) < 2:
-        raise SystemExit(f"{source} has {len(classes)} classes, and at least two are needed.")
+        raise SystemExit(f"{source} needs samples of at least two classes, and holds {list(classes)}.")
     counts = Counter(labels.tolist())
     if few := [f"{name!r} ({counts[index]})" for index, name in enumerate(classes) if counts[index] < EVERY]:
         raise SystemExit(
@@ -110,14 +110,14 @@ class _Images(ImageFolder):
     def __init__(self, root: Path, transform: v2.Transform) -> None:
         try:
             super().__init__(root, transform, loader=_read)
-        except FileNotFoundError as error:
-            raise SystemExit(f"{error} Expected in {root}: one folder of images for each class.") from None
+        except OSError as error:
+            raise SystemExit(f"{error}. Expected in {root}: one folder of images for each class.") from None
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """The folders of the classes."""
         found = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
         if len(found) < 2:
-            raise SystemExit(f"{directory} holds {len(found)} folders of classes, and at least two are needed.")
+            raise SystemExit(f"{directory} needs a folder for each of at least two classes, and holds {found}.")
         return found, {name: index for index, name in enumerate(found)}
 
 
@@ -125,13 +125,16 @@ def _read(path: str) -> Image.Image:
     """An image in colour; 16 bits a pixel become 8, which Pillow would cut off."""
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise OSError("its pixels are floating-point numbers")
             if not image.mode.startswith("I"):
                 return image.convert("RGB")
             values = np.asarray(image)
     except OSError as error:
-        raise SystemExit(f"{path} cannot be read as an image ({error}). Repair it, or take it out.") from None
-    values = values // 257 if values.max() > 255 else values
-    return Image.fromarray(values.astype("uint8")).convert("RGB")
+        message = f"{path} cannot be read as an image ({error}). Repair it, or take it out."
+        # A process that loads data passes on errors, but not that the program is to end.
+        raise SystemExit(message) if get_worker_info() is None else ValueError(message) from None
+    return Image.fromarray((values.clip(0, 65535) // 257).astype("uint8")).convert("RGB")
 
 
 def _write(folder: Path, names: tuple[str, ...] | str, splits: dict[str, tuple[Tensor, Tensor]]) -> Path:

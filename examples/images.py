@@ -32,6 +32,7 @@ def main() -> None:
         return Classifier(net, len(classes), lr=5e-3, weight_decay=0.05)
 
     results = options.compare(
+        folder,
         student,
         lambda seed: image_folder(folder, per_class=options.per_class, seed=seed)[:2],
         {

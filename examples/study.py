@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
-import re
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Study:
 
     def compare(
         self,
+        data: Path,
         build: Callable[[], pl.LightningModule],
         draw: Callable[[int], tuple[Dataset[Any], Dataset[Any]]],
         methods: Mapping[str, Callable[[], list[pl.Callback]]],
@@ -66,6 +68,7 @@ class Study:
         """Trains with each method on the same samples and from the same initial weights.
 
         Args:
+            data: Where the data are; it tells results apart.
             build: Makes the module that is trained.
             draw: Makes the training set and the test set of a seed.
             methods: Makes the callbacks of a run, by the name of the method.
@@ -78,7 +81,7 @@ class Study:
         for seed in range(self.seeds):
             train, test = draw(seed)
             for method, callbacks in methods.items():
-                values = self._run(seed, method, build, train, test, callbacks, measures)
+                values = self._run(seed, method, data, build, train, test, callbacks, measures)
                 for name in measures:
                     found[name][method].append(values[name])
         return found
@@ -87,6 +90,7 @@ class Study:
         self,
         seed: int,
         method: str,
+        data: Path,
         build: Callable[[], pl.LightningModule],
         train: Dataset[Any],
         test: Dataset[Any],
@@ -94,14 +98,14 @@ class Study:
         measures: Mapping[str, Measure],
     ) -> dict[str, float]:
         # All that decides about the result is part of the name: runs with other settings are other runs.
-        source = self.data.resolve() if self.data else "default"
-        name = f"{source}, {self.per_class} a class, {self.steps} steps of {self.batch_size}, {method}, seed {seed}"
+        size = f"{self.per_class} a class, {self.steps} steps of {self.batch_size}"
+        name = f"{data.resolve()}, {size}, {method}, seed {seed}"
         path = self.output / "results.json"
         results: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
         if name in results:
             print(f"Seed {seed + 1}, {method}: taken from {path}. Delete that file where data or code have changed.")
             return results[name]
-        folder = self.output / "runs" / re.sub(r"[^\w.]+", "-", name)
+        folder = self.output / "runs" / hashlib.sha256(name.encode()).hexdigest()[:16]
         pl.seed_everything(seed, verbose=False)
         module = build()
         trainer = pl.Trainer(
@@ -122,6 +126,7 @@ class Study:
         results[name] = {name: measure(module, test) for name, measure in measures.items()}
         with whole(path) as part:
             part.write_text(json.dumps(results, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # else a later run of that name would go on with it, at its end
         return results[name]
 
     def _batches(self, data: Dataset[Any]) -> DataLoader[Any]:
@@ -134,10 +139,13 @@ class _RandomNumbers(pl.Callback):
     """A run that goes on draws what it would have drawn, so that all methods have the same batches."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"torch": torch.get_rng_state()}
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"cpu": torch.get_rng_state(), "devices": devices}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        torch.set_rng_state(state_dict["torch"])
+        torch.set_rng_state(state_dict["cpu"])
+        if state_dict["devices"]:
+            torch.cuda.set_rng_state_all(state_dict["devices"])
 
 
 def study(description: str | None, name: str, data: str, *, steps: int) -> Study:

@@ -87,6 +87,8 @@ def _rows(path: Path) -> list[tuple[str, str]]:
                     left_out.append(reader.line_num)
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path} is not in UTF-8 ({error}). Save it in that encoding.") from None
+    except (OSError, csv.Error) as error:
+        raise SystemExit(f"{path} cannot be read as a CSV file ({error}).") from None
     if left_out:
         print(f"{path}: {len(left_out)} rows without text or label are left out, the first in line {left_out[0]}.")
     return rows

@@ -45,6 +45,7 @@ def main() -> None:
     # The teacher reads each text once, whatever the method, and again only where the folder is deleted.
     transfer = partial(OTRTCallback, teacher, student_root="net", teacher_cache=options.output / "teacher")
     results = options.compare(
+        path,
         lambda: Classifier(SmallBert(len(tokenizer), len(classes)), len(classes), lr=2e-3, weight_decay=0.01),
         lambda seed: texts(path, tokenizer, per_class=options.per_class, seed=seed)[:2],
         {"plain": list, "OT": lambda: [transfer()], "OT, rotation": lambda: [transfer(plan="orthogonal")]},

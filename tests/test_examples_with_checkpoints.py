@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from examples import image_data, study, text_data
 from examples.image_data import image_folder
@@ -107,8 +107,20 @@ def test_bad_folders_of_images_end_the_program(tmp_path: Path) -> None:
     assert "Too few have 'light' (3)" in said(
         lambda it: [(it / f"light/{number}.png").unlink() for number in range(5)], ""
     )
-    assert "holds 1 folders of classes" in said(lambda it: shutil.rmtree(it / "train/dark"), "train", "test")
+    assert "at least two classes, and holds ['light']" in said(
+        lambda it: shutil.rmtree(it / "train/dark"), "train", "test"
+    )
     assert "No such file or directory" in said(lambda it: shutil.rmtree(it / "test"), "train", "test")
+
+
+def test_a_process_that_loads_data_says_what_is_wrong(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "")
+    Image.fromarray(np.zeros((20, 24), dtype=np.float32)).save(folder / "dark" / "a.tiff")
+    train, _, _ = image_folder(folder, per_class=0, seed=0)
+    with pytest.raises(ValueError, match=r"dark/a.tiff cannot be read as an image \(its pixels are floating-point"):
+        list(DataLoader(train, 64, num_workers=1))
+    with pytest.raises(SystemExit, match="Expected in"):
+        image_folder(folder / "dark" / "0.png", per_class=0, seed=0)
 
 
 def test_glyphs_stand_in_for_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +157,8 @@ def test_rows_that_lack_something_are_left_out(tmp_path: Path, capsys: pytest.Ca
     [
         (b"text,label\nno quotes, so three fields,a\n", "line 2: more fields than columns"),
         (b"text,label\ngr\xfc\xdfe,a\n", "is not in UTF-8"),
-        (b"text,label\n", "has 0 classes"),
-        (b"text,label\n" + b"words,a\n" * 8, "has 1 classes"),
+        (b"text,label\n", r"at least two classes, and holds \[\]"),
+        (b"text,label\n" + b"words,a\n" * 8, r"at least two classes, and holds \['a'\]"),
         (b"text,label\n" + b"words,a\n" * 8 + b"words,b\n", "Too few have 'b' \\(1\\)"),
     ],
 )
@@ -154,6 +166,8 @@ def test_bad_files_of_texts_end_the_program(content: bytes, said: str, tmp_path:
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(SystemExit, match=said):
         texts(tmp_path / "a.csv", Words(), per_class=0, seed=0)
+    with pytest.raises(SystemExit, match="cannot be read as a CSV file"):
+        texts(tmp_path, Words(), per_class=0, seed=0)
 
 
 def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
@@ -208,6 +222,7 @@ def test_runs_go_on_and_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mon
 
     def compare() -> dict[str, Any]:
         return options.compare(
+            tmp_path,
             lambda: Classifier(nn.Linear(3, 2), 2),
             lambda seed: (data, data),
             {"plain": lambda: [Stop()]},
@@ -234,6 +249,7 @@ def test_a_run_that_goes_on_has_the_result_of_one_that_was_not_stopped(
         (tmp_path / folder).mkdir(exist_ok=True)
         options = Study(None, tmp_path / folder, per_class=0, seeds=1, steps=15, batch_size=4, workers=0, quick=False)
         return options.compare(
+            tmp_path,
             lambda: Classifier(nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), 2),
             lambda seed: (data, data),
             {"plain": lambda: [Stop()]},
@@ -249,10 +265,10 @@ def test_a_run_that_goes_on_has_the_result_of_one_that_was_not_stopped(
 @pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec|exists and is not empty)")
 def test_folders_of_one_name_are_other_data(tmp_path: Path) -> None:
     def run(place: str, value: float) -> dict[str, Any]:
-        (tmp_path / place / "clean").mkdir(parents=True)
-        options = Study(tmp_path / place / "clean", tmp_path, 0, seeds=1, steps=5, batch_size=4, workers=0, quick=False)
+        options = Study(None, tmp_path, per_class=0, seeds=1, steps=5, batch_size=4, workers=0, quick=False)
         data = TensorDataset(torch.randn(8, 3), torch.randint(2, (8,)))
         return options.compare(
+            tmp_path / place / "clean",
             lambda: Classifier(nn.Linear(3, 2), 2),
             lambda seed: (data, data),
             {"plain": list},
@@ -261,6 +277,11 @@ def test_folders_of_one_name_are_other_data(tmp_path: Path) -> None:
 
     assert run("a", 1.0) == {"value": {"plain": [1.0]}}
     assert run("b", 2.0) == {"value": {"plain": [2.0]}}
+    assert run("a", 3.0) == {"value": {"plain": [1.0]}}  # as found before
+    # Without the results a run is trained again, and does not go on at its end.
+    (tmp_path / "results.json").unlink()
+    assert run("a", 3.0) == {"value": {"plain": [3.0]}}
+    assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.parametrize("option", ["--per-class=-3", "--seeds=0", "--steps=4", "--batch-size=1", "--workers=-1"])

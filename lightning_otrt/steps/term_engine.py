@@ -201,7 +201,7 @@ class TermEngine(ABC):
         """Whether the batch of a call in which plans are due is too small for those that can wait.
 
         That is so below half of the samples of the last such call, as the last batch of an epoch may be, but not twice
-        in a row: batches may stay smaller.
+        in a row: batches may stay smaller. What it is compared with is kept here, so this is asked once in such a call.
 
         Args:
             samples: Samples of the call. If they lie on the device, so does the answer.

@@ -18,14 +18,15 @@ UNNAMED = "label_"
 
 
 def class_names(model: nn.Module, count: int | None = None) -> tuple[str, ...] | None:
-    """The names of the classes by index, in lower case.
+    """The names of the classes by index, in lower case where they are then still different.
 
     Args:
         model: The network whose output are the logits.
         count: The number of its classes, where it is known.
 
     Returns:
-        None where nobody has named them, or where parts of the network name different ones.
+        None where nobody has named them, where parts of the network name different ones, or where what holds the names
+        has no layer of that width: the body of a checkpoint keeps those of the head that it once had.
 
     Example:
         >>> from types import SimpleNamespace
@@ -68,8 +69,19 @@ def check_class_names(student: nn.Module, teacher: nn.Module, counts: tuple[int 
 
 
 def _own_names(module: nn.Module) -> tuple[str, ...] | None:
-    names = getattr(getattr(module, "config", None), "id2label", None)
-    if not isinstance(names, Mapping) or set(names) != set(range(len(names))):
+    try:
+        names = getattr(getattr(module, "config", None), "id2label", None)
+    except Exception:  # a property of the user's that fails says nothing of classes
         return None
-    ordered = tuple(str(names[index]).strip().lower() for index in range(len(names)))
-    return None if all(name.startswith(UNNAMED) for name in ordered) else ordered
+    if not isinstance(names, Mapping) or not names:
+        return None
+    # From JSON the indices are words.
+    by_index = {str(index): str(name).strip() for index, name in names.items()}
+    if set(by_index) != set(map(str, range(len(names)))):
+        return None
+    ordered = [by_index[str(index)] for index in range(len(names))]
+    widths = {getattr(layer, "out_features", getattr(layer, "out_channels", None)) for layer in module.modules()}
+    lower = [name.lower() for name in ordered]
+    if all(name.startswith(UNNAMED) for name in lower) or len(names) not in widths:
+        return None
+    return tuple(lower if len(set(lower)) == len(lower) else ordered)

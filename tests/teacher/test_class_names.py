@@ -66,6 +66,30 @@ def test_parts_with_different_names_tell_nothing() -> None:
     assert class_names(nn.ModuleList([net(MNLI), net(("a", "b"))]), 3) == MNLI
 
 
+def test_a_body_keeps_the_names_of_the_head_that_it_had() -> None:
+    body = nn.Sequential(nn.Linear(5, 8), nn.ReLU())
+    body.config = SimpleNamespace(id2label=dict(enumerate(OTHER_ORDER)))
+    student = nn.Sequential(body, nn.Linear(8, 3))
+    assert call(student, net(MNLI), layers={"0.0": "0"}).isfinite()
+
+
+def test_names_from_json_and_names_that_differ_in_case_alone() -> None:
+    model = nn.Linear(2, 3)
+    model.config = SimpleNamespace(id2label={"2": "c", "0": "a", "1": "b"})
+    assert class_names(model) == ("a", "b", "c")
+    model.config = SimpleNamespace(id2label={0: "A", 1: "a", 2: "b"})
+    assert class_names(model) == ("A", "a", "b")
+
+
+def test_a_config_that_fails_says_nothing() -> None:
+    class Broken(nn.Linear):
+        @property
+        def config(self) -> Any:
+            raise RuntimeError("not yet")
+
+    assert class_names(Broken(2, 3)) is None
+
+
 @pytest.mark.parametrize("id2label", [{}, {1: "a", 2: "b"}, ["a", "b"], None])
 def test_other_tables_are_no_names(id2label: Any) -> None:
     model = nn.Linear(2, 2)
