@@ -78,7 +78,7 @@ def test_every_public_name_is_in_the_reference(built: Path) -> None:
 
 
 def test_every_example_has_a_page() -> None:
-    shared = {"__init__", "digits", "glyphs", "image_data", "networks", "report", "study", "text_data"}
+    shared = {"__init__", "digits", "files", "glyphs", "image_data", "networks", "report", "study", "text_data"}
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")} - shared
     assert examples | {"cli"} == {path.stem for path in (DOCS / "gallery").glob("*.md")}
 
