@@ -13,7 +13,7 @@ from lightning_otrt.layers.pairs import LayerPair, LayerSpec
 from lightning_otrt.notices import TransferWarning
 from lightning_otrt.reading.neurons.reader import neurons
 from lightning_otrt.schedules import CosineDecay, LinearWarmup, Schedule
-from lightning_otrt.steps.term_engine import PairDistance
+from lightning_otrt.steps.pair_distance import PairDistance
 from lightning_otrt.teacher.cache.options import TeacherCache
 from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
 from lightning_otrt.trainer.callback import OTRTCallback

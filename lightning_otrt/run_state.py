@@ -21,9 +21,10 @@ from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.first_process import choice_of_first
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
 from lightning_otrt.steps.last_student import LastStudent
+from lightning_otrt.steps.pair_distance import PairDistance
 from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.steps.step_graphs import StepGraphs
-from lightning_otrt.steps.term_engine import PairDistance, TermEngine
+from lightning_otrt.steps.term_engine import TermEngine
 from lightning_otrt.teacher.identities import Identities, difference
 from lightning_otrt.teacher.pair_choice import ChoosePairs
 

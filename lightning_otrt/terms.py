@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_otrt.reading.hooks.views import NoTermError, View
 from lightning_otrt.run_state import RunState
+from lightning_otrt.steps.pair_distance import PairDistance
 from lightning_otrt.steps.ranks import Ranks
-from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
 from lightning_otrt.weights import Weights
 

@@ -22,8 +22,8 @@ from lightning_otrt.recording import RecordedStudent
 from lightning_otrt.run_state import RunState
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.steps.distillation_term import Distillation
+from lightning_otrt.steps.pair_distance import PairDistance
 from lightning_otrt.steps.settings import TermSettings
-from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.teacher.attachment import Attachment
 from lightning_otrt.teacher.cache.cached_run import CacheUse
 from lightning_otrt.teacher.cache.options import TeacherCache

@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -171,15 +171,17 @@ def test_bad_files_of_texts_end_the_program(content: bytes, said: str, tmp_path:
 
 
 def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
-    def rows() -> Iterator[tuple[str, str]]:
-        yield "text", "label"
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        text_data._write(tmp_path / "debian.csv", rows())
-    assert not (tmp_path / "debian.csv").exists()
-    text_data._write(tmp_path / "debian.csv", [("text", "label")])
-    assert [path.name for path in tmp_path.iterdir()] == ["debian.csv"]
+    path = tmp_path / "debian.csv"
+    unwritable = [("text", "label"), ("half of a character: \ud800", "label")]
+    with pytest.raises(UnicodeEncodeError):
+        text_data._write(path, unwritable)
+    assert not path.exists()
+    text_data._write(path, [("text", "label")])
+    assert [found.name for found in tmp_path.iterdir()] == ["debian.csv"]
+    written = path.read_text()
+    with pytest.raises(UnicodeEncodeError):
+        text_data._write(path, unwritable)
+    assert path.read_text() == written
 
 
 def test_docstrings_stand_in_for_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

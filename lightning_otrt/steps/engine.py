@@ -76,7 +76,7 @@ class TransportEngine(TermEngine):
             return set()
         couplings = {group: self.couplings[group[0]] for group in states}
         due = {group for group, state in states.items() if couplings[group].is_due(state, self.calls)}
-        if due and self._is_small(call.samples):
+        if due and self._compare_size(call.samples):
             due = {group for group in due if not couplings[group].can_wait(states[group])}
         return due
 

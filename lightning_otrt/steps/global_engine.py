@@ -136,7 +136,7 @@ class GlobalTransportEngine(TermEngine):
             observed[index].rounds = [rounds[view] for view in views] if rounds else []
             if problem is not None:
                 problems[index] = problem
-        return problems, observed, None if samples is None else torch.as_tensor(self._is_small(samples))
+        return problems, observed, None if samples is None else torch.as_tensor(self._compare_size(samples))
 
     def _count(self, call: Call) -> dict[int, list[int]]:
         """The views in which each pair ran on some process, where no exchange tells. A collective."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from lightning_otrt.steps.call import Batch, Call
 from lightning_otrt.steps.coupling import Coupling, Problem
 from lightning_otrt.steps.first_batch import inspect_batch
 from lightning_otrt.steps.kinds import get_coupling
+from lightning_otrt.steps.pair_distance import PairDistance
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.settings import TermSettings
 from lightning_otrt.steps.solving import solve_plans
@@ -30,69 +30,10 @@ from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import ORTHOGONAL
 from lightning_otrt.transport.tensors import common_dtype, without_autocast
 
-__all__ = ["PairDistance", "TermEngine", "Values"]
+__all__ = ["TermEngine", "Values"]
 
 #: Value and gradient of each pair in the term, for each view in which its layers ran.
 Values: TypeAlias = dict[int, dict[int, ValueAndGradient]]
-
-
-@dataclass(frozen=True, eq=False)
-class PairDistance:
-    """The distance of one pair of layers in one call, with the :attr:`plan` or the :attr:`rotation` behind it.
-
-    Attributes:
-        name: Name of the student layer.
-        value: ⟨P, M⟩, the mean over views, detached; NaN if the pair was skipped.
-        matrix: The plan or the rotation, ``(N, M)``. If the pair was skipped, its last one, or None if it had none yet.
-        memory: Decay of the running cost behind the plan; 0 if the plan sees the batch of its solve alone, None before
-            the first call of the pair.
-        observations: Observations of the call over all views. Other processes are taken to have as many as this one.
-        is_skipped: Whether the pair is left out of the term of this call: its layers did not run, or there are too few
-            observations.
-        alignment: The orthogonal coupling behind it, None for a transport plan.
-
-    Example:
-        >>> from lightning_otrt import PairDistance
-        >>> PairDistance("layer4", torch.tensor(0.5), torch.eye(4) / 4, memory=0.0, observations=64)
-        PairDistance('layer4', 0.5, plan (4, 4), 64 observations)
-    """
-
-    name: str
-    value: Tensor
-    matrix: Tensor | None
-    memory: float | None
-    observations: int
-    is_skipped: bool = False
-    alignment: Alignment | None = None
-
-    def __repr__(self) -> str:
-        """The value, and the shape of the plan in place of its entries. To read the value waits for the device."""
-        kind = "plan" if self.alignment is None else "rotation"
-        matrix = f"no {kind}" if self.matrix is None else f"{kind} {tuple(self.matrix.shape)}"
-        value = "skipped" if self.is_skipped else f"{float(self.value):.4g}"
-        return f"{type(self).__name__}({self.name!r}, {value}, {matrix}, {self.observations} observations)"
-
-    @property
-    def plan(self) -> Tensor | None:
-        """The transport plan P, ``(N, M)``; None as for :attr:`matrix`.
-
-        Raises:
-            AttributeError: If an orthogonal coupling is behind the distance.
-        """
-        if self.alignment is not None:
-            raise AttributeError("An orthogonal coupling has no transport plan: use `rotation`, or `matrix` for both.")
-        return self.matrix
-
-    @property
-    def rotation(self) -> Tensor | None:
-        """The matrix Q from centred teacher neurons to the targets of the student's; None as for :attr:`matrix`.
-
-        Raises:
-            AttributeError: If a transport plan is behind the distance.
-        """
-        if self.alignment is None and self.matrix is not None:
-            raise AttributeError("A transport plan is no rotation: use `plan`, or `matrix` for both.")
-        return self.matrix
 
 
 class TermEngine(ABC):
@@ -197,14 +138,17 @@ class TermEngine(ABC):
     def _values(self, call: Call) -> Values:
         """Value and gradient of each pair that has any."""
 
-    def _is_small(self, samples: int | Tensor) -> bool | Tensor:
-        """Whether the batch of a call in which plans are due is too small for those that can wait.
+    def _compare_size(self, samples: int | Tensor) -> bool | Tensor:
+        """Compare a call in which plans are due with the last such call, and keep its size for the next.
 
-        That is so below half of the samples of the last such call, as the last batch of an epoch may be, but not twice
-        in a row: batches may stay smaller. What it is compared with is kept here, so this is asked once in such a call.
+        Below half of its samples a batch is too small for plans that can wait, as the last one of an epoch may be. But
+        not twice in a row: batches may stay smaller.
 
         Args:
-            samples: Samples of the call. If they lie on the device, so does the answer.
+            samples: Samples of the call.
+
+        Returns:
+            Whether the batch is too small; on the device, if the samples are.
         """
         is_small = 2 * samples < self.solved_samples
         self.solved_samples = samples * ~is_small if isinstance(is_small, Tensor) else 0 if is_small else samples

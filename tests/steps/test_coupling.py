@@ -48,7 +48,8 @@ def solved_sizes(engine: TransportEngine, sizes: Sequence[int]) -> list[int]:
     for number, size in enumerate(sizes):
         before = engine.states[0].plan
         call(engine, draw(observations=size, seed=number))
-        if before is None or not torch.equal(engine.states[0].plan.matrix, before.matrix):
+        after = engine.states[0].plan
+        if after is not None and (before is None or not torch.equal(after.matrix, before.matrix)):
             solved.append(number)
     return solved
 
@@ -66,11 +67,19 @@ def test_what_counts_as_a_far_smaller_batch() -> None:
     assert solved_sizes(make(solve_every=1), [40, 20, 10, 4, 40]) == [0, 1, 2, 4]
     # A batch size that changes in a run holds up one solve, not all.
     assert solved_sizes(make(solve_every=1), [40, 15, 15, 15, 15]) == [0, 2, 3, 4]
+    # Not twice in a row, however small the second one is.
+    assert solved_sizes(make(solve_every=1), [40, 15, 5]) == [0, 2]
     # Without a plan there is nothing to go on with.
     engine = make(solve_every=1)
     call(engine, draw(observations=40))
     engine.states[0].plan = None
     assert solved_sizes(engine, [15]) == [0]
+    # The plan of a pair that runs for the first time in such a batch.
+    engine = make(pairs=2, solve_every=1)
+    nothing = draw(observations=0)
+    engine.term([[draw(observations=40), nothing]], 40, absent=[1])
+    engine.term([[draw(observations=15), draw(observations=15)]], 15)
+    assert engine.states[1].plan is not None
 
 
 def test_a_resumed_run_knows_how_large_batches_were() -> None:

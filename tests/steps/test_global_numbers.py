@@ -190,7 +190,8 @@ def test_a_far_smaller_batch_of_all_solves_no_plan() -> None:
     # One process alone may have few samples, or as many as before while all together have too few.
     shards = [((8, 8), 1, None), ((4, 3), 1, None), ((1, 11), 1, None), ((3, 1), 1, None), ((6, 1), 2, None)]
     options = [{**term, "memory": memory, "solve_every": 1} for term in TERMS.values() for memory in (0, 0.9, "auto")]
-    check_calls([*shards, ((8, 8), 1, None), ((3, 4), 1, None), ((2, 5), 1, None)], options)
+    # Not twice in a row, however small the second one is.
+    check_calls([*shards, ((8, 8), 1, None), ((3, 4), 1, None), ((1, 2), 1, None), ((2, 5), 1, None)], options)
 
 
 def own_group() -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_otrt.steps.coupling import EARLY_SOLVES
 from lightning_otrt.steps.engine import TransportEngine
 from lightning_otrt.steps.global_engine import GlobalTransportEngine
+from lightning_otrt.steps.pair_distance import PairDistance
 from lightning_otrt.steps.settings import TermSettings
-from lightning_otrt.steps.term_engine import PairDistance
 from lightning_otrt.transport import orthogonal
 from lightning_otrt.transport.named_costs import get_cost
 from lightning_otrt.transport.orthogonal import random_projection
