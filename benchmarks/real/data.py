@@ -10,6 +10,7 @@ section has fewer texts than asked for, all others train.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -231,6 +232,15 @@ def _sections(sections: Sequence[str], per_class: int, seed: int, split: str) ->
 @functools.cache
 def _descriptions() -> list[tuple[str, str]]:
     return packages.descriptions()
+
+
+@functools.cache
+def texts_of(target: str) -> str:
+    """A short hash of the texts that a target is drawn from, "" for images: other lists of apt give other samples."""
+    if target not in _TEXTS:
+        return ""
+    rows = "\n".join(f"{section} {text}" for section, text in _descriptions() if section in _TEXTS[target])
+    return hashlib.sha256(rows.encode()).hexdigest()[:12]
 
 
 @functools.cache

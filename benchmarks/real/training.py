@@ -19,7 +19,7 @@ from benchmarks.evidence.networks import Features
 from benchmarks.evidence.runs import Row, Run
 from benchmarks.evidence.training import Batches, make_optimizer
 from benchmarks.real.checkpoints import efficientnet_lite
-from benchmarks.real.data import Batch, Problem, Samples, problem_of
+from benchmarks.real.data import Batch, Problem, Samples, problem_of, texts_of
 from benchmarks.real.methods import METHODS
 from benchmarks.real.networks import ResNet10, bert, mobilenet, sentence_encoder
 from benchmarks.real.recorded import Recorded, Replay, Taps, default_pairs
@@ -37,6 +37,8 @@ STUDENTS: dict[str, Callable[[int], nn.Module]] = {
     "BERT 3 × 192": lambda classes: bert(classes, 3, 192, 6),
     "itself": lambda classes: efficientnet_lite(num_classes=classes),
 }
+#: Option of a run: the teacher's layer for each pair that the default chooses; "" leaves the pair out.
+TEACHER_LAYERS = "teacher_layers"
 #: Layer of each teacher whose output a linear head reads.
 FEATURES = {"EfficientNet-Lite0": "global_pool", "EfficientNet-Lite2": "global_pool", "MiniLM": "head"}
 
@@ -49,8 +51,8 @@ def execute(run: Run, device: str = "cpu") -> Row:
         device: Where teacher and student are.
 
     Returns:
-        ``accuracy`` in percent, ``seconds`` of the whole run, and the ``layers`` that were compared. On a CPU
-        ``step_ms``, processor time of a training step with the teacher's outputs at hand; else the ``device``.
+        ``accuracy`` in percent, ``seconds`` of the whole run, the ``layers`` that were compared, and of texts a hash.
+        On a CPU ``step_ms``, processor time of a training step with the teacher's outputs at hand; else the ``device``.
     """
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -65,6 +67,8 @@ def execute(run: Run, device: str = "cpu") -> Row:
     if device != "cpu":
         found.pop("step_ms", None)  # several processes share the device, so that the time of one says little
         found["device"] = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__.partition('+')[0]}"
+    if texts := texts_of(run.target):
+        found["texts"] = texts
     return {**found, "accuracy": round(found["accuracy"], 3), "seconds": round(time.perf_counter() - start, 2)}
 
 
@@ -87,7 +91,7 @@ def new_student(run: Run, num_classes: int, device: str = "cpu") -> nn.Module:
 
 
 def recorded_of(run: Run, device: str = "cpu") -> Recorded:
-    """What the teacher of a run computes on its training samples, at the layers that the default chooses."""
+    """What the teacher of a run computes on its training samples, at the layers that it names, or of the default."""
     return _recorded(replace(run, method="", lr=0.0, weight_decay=0.0, weight=0.0, steps=0), device)
 
 
@@ -95,6 +99,8 @@ def recorded_of(run: Run, device: str = "cpu") -> Recorded:
 def _recorded(run: Run, device: str) -> Recorded:
     problem, teacher = problem_of(run, device), teacher_of(names_of(run)[0], device)
     pairs = default_pairs(new_student(run, problem.num_classes, device), teacher, problem.train)
+    if names := dict(run.options).get(TEACHER_LAYERS):
+        pairs = tuple(replace(pair, teacher=name) for pair, name in zip(pairs, names, strict=True) if name)
     return Recorded.of(teacher, pairs, problem.train)
 
 

@@ -82,7 +82,7 @@ def few_tokens(rows: list[tuple[str, str]], sections: Sequence[str]) -> data.Sam
 
 
 def clear() -> None:
-    for cached in (data._problem, training.teacher_of, training._recorded, training._frozen_features):
+    for cached in (data._problem, data.texts_of, training.teacher_of, training._recorded, training._frozen_features):
         cached.cache_clear()
 
 
@@ -153,6 +153,29 @@ def test_replay_gives_the_term_of_the_teacher_itself(run: Run, name: str) -> Non
                 samples.batch(replay.indices)(student)
                 found.append(float(transfer.loss().detach()))
     assert found[:2] == pytest.approx(found[2:], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["orthogonal+kd", "cka"])
+def test_a_run_may_name_the_layers_of_the_teacher(name: str) -> None:
+    first, last = "bert.layers.0", "bert.layers.2"
+    for names, pairs in {(last, first): [("0", last), ("1", first)], ("", last): [("1", last)]}.items():
+        run = replace(TEXTS, method=name, weight=8.0, options=((training.TEACHER_LAYERS, names),))
+        expected = [f"bert.layers.{student} -> {teacher}" for student, teacher in pairs]
+        assert training.execute(run)["layers"] == expected
+
+
+def test_rows_of_other_texts_are_not_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = Results(tmp_path / "rows.jsonl")
+    run = replace(TEXTS, method="frozen", weight=1.0)
+    found = training.execute(run)
+    assert found["texts"] == data.texts_of("sections")
+    assert "texts" not in training.execute(replace(IMAGES, method="frozen", weight=1.0))
+    results.add(run, found)
+    texts = [(name, f"{number} and more") for name in SECTIONS for number in range(140)]
+    monkeypatch.setattr(data, "_descriptions", lambda: texts)
+    clear()
+    with pytest.raises(ValueError, match="of other texts"):
+        command.run("sections-20-bert2", CELLS["sections-20-bert2"], results, seeds=1)
 
 
 def test_all_methods_of_a_seed_start_alike() -> None:
