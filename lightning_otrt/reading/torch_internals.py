@@ -26,6 +26,7 @@ __all__ = [
     "is_in_functional_transform",
     "module_tables",
     "remove_hook",
+    "tensor_tables",
     "unwrapped",
     "version_of",
     "without_earlier_pre_hooks",
@@ -98,6 +99,12 @@ def forward_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
 def module_tables(module: nn.Module) -> list[dict[str, Any]]:
     """The dictionaries that hold the attributes of a module, its children, and its forward pre-hooks and hooks."""
     tables: list[Any] = [vars(module), module._modules, module._forward_pre_hooks, module._forward_hooks]
+    return tables
+
+
+def tensor_tables(module: nn.Module) -> list[dict[str, Any]]:
+    """The dictionaries that hold the parameters, buffers and children of a module."""
+    tables: list[Any] = [module._parameters, module._buffers, module._modules]
     return tables
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.reading.torch_internals import version_of
+from lightning_otrt.reading.torch_internals import tensor_tables, version_of
 from lightning_otrt.teacher.host_copy import HostCopy
 
 __all__ = ["WeightWatch"]
@@ -39,6 +39,10 @@ class WeightWatch:
         self._module = module
         self._tensors = _tensors(module)
         self._state = _state(self._tensors)
+        # They are held, so that no other module gets the identity of one that is gone.
+        self._parts = list(module.modules())
+        self._tables = [table for part in self._parts for table in tensor_tables(part)]
+        self._holding = self._held()
         self._groups: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
         with torch.no_grad():
             for name, tensor in self._tensors.items():
@@ -68,9 +72,11 @@ class WeightWatch:
         Args:
             looked: What :meth:`look` returned.
         """
-        tensors = _tensors(self._module)
-        if tensors.keys() != self._tensors.keys():
-            return min(tensors.keys() ^ self._tensors.keys())
+        tensors = self._tensors
+        if self._held() != self._holding:  # to walk the modules by name takes six times as long
+            tensors = _tensors(self._module)
+            if tensors.keys() != self._tensors.keys():
+                return min(tensors.keys() ^ self._tensors.keys())
         state = _state(tensors)
         if state != self._state:
             return next(name for name, before, now in zip(tensors, self._state, state, strict=True) if before != now)
@@ -82,6 +88,10 @@ class WeightWatch:
                 differs = (now != values).view(len(group), -1).any(1)
                 return group[int(differs.nonzero()[0])]
         return ""
+
+    def _held(self) -> list[int]:
+        """Which parameters, buffers and modules the modules hold."""
+        return [*map(id, chain.from_iterable(table.values() for table in self._tables))]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -70,6 +70,18 @@ def test_is_the_multilinear_hash() -> None:
     assert keys(x).tolist() == [python_key(row.numpy().tobytes(), structure) for row in x]
 
 
+@pytest.mark.parametrize("width", [1, 7, BLOCK])
+def test_floats_and_integers_give_the_same_sums(width: int) -> None:
+    """The first is the way of a CPU, the second that of other devices; also where words and keys are the largest."""
+    extremes = torch.tensor([-(2**31), 2**31 - 1, -1, 0, 0xFFFF, -0x10000]).int()[:, None].expand(-1, width)
+    words = torch.cat([extremes, torch.randint(-(2**31), 2**31, (5, width)).int()])
+    table = torch.from_numpy(sample_hash._keys("values 0")[:, 1 : width + 1].copy())
+    for keys in (table, *(torch.full_like(table, key) for key in (-1, -(2**63), 2**63 - 1))):
+        limbs = SampleHash()._limbs_of("", keys)
+        parts = words.split(4)
+        assert torch.equal(sample_hash._sums_in_floats(parts, limbs), sample_hash._sums_in_integers(parts, keys))
+
+
 def test_keys_are_those_of_earlier_versions() -> None:
     assert keys(torch.arange(2 * 3 * 50 * 50).view(2, 3, 50, 50).double()).tolist() == RECORDED
 
