@@ -35,7 +35,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "lightning_otrt/teacher",
         *(f"benchmarks/{name}.py" for name in ("gpu", "gpu_runs", "problems", "rivals", "steps")),
     ),
-    "depths_on_real_checkpoints": (*_TERM, "lightning_otrt/layers", "benchmarks/real"),
+    "layers_and_plans_on_real_checkpoints": (*_TERM, "lightning_otrt/layers", "benchmarks/real"),
     "launches": (*_ENGINE, "benchmarks/launches.py"),
     "weight_on_real_checkpoints": (
         *_TERM,

@@ -37,7 +37,8 @@ STUDENTS: dict[str, Callable[[int], nn.Module]] = {
     "BERT 3 × 192": lambda classes: bert(classes, 3, 192, 6),
     "itself": lambda classes: efficientnet_lite(num_classes=classes),
 }
-#: Option of a run: the teacher's layer for each pair that the default chooses; "" leaves the pair out.
+#: Option of a run: the teacher's layer for each pair that the default chooses; "" leaves the pair out. Others are those
+#: of the transfer.
 TEACHER_LAYERS = "teacher_layers"
 #: Layer of each teacher whose output a linear head reads.
 FEATURES = {"EfficientNet-Lite0": "global_pool", "EfficientNet-Lite2": "global_pool", "MiniLM": "head"}
@@ -160,7 +161,8 @@ def fit(run: Run, method: Method, student: nn.Module, samples: Samples) -> Row:
         if method.transfer is not None and recorded is not None:
             replay = Replay(recorded)
             tuned = "distillation" if method.distillation else "weight"
-            options = {**method.transfer, tuned: run.weight, "seed": run.seed}
+            changed = {name: value for name, value in run.options if name != TEACHER_LAYERS}
+            options = {**method.transfer, tuned: run.weight, "seed": run.seed, **changed}
             transfer = RepresentationTransfer(replay, replay.pairs, teacher_inputs=replay.inputs, **options)
             stack.enter_context(transfer.attached(student))
         if method.loss is not None and recorded is not None:

@@ -164,6 +164,14 @@ def test_a_run_may_name_the_layers_of_the_teacher(name: str) -> None:
         assert training.execute(run)["layers"] == expected
 
 
+def test_a_run_may_change_options_of_the_transfer() -> None:
+    run = replace(IMAGES, method="orthogonal", weight=8.0)
+    accuracy = training.execute(run)["accuracy"]
+    assert training.execute(replace(run, options=(("plan", "orthogonal"),)))["accuracy"] == accuracy
+    with pytest.raises(ValueError, match="plan"):
+        training.execute(replace(run, options=(("plan", "none"),)))
+
+
 def test_rows_of_other_texts_are_not_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = Results(tmp_path / "rows.jsonl")
     run = replace(TEXTS, method="frozen", weight=1.0)
