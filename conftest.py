@@ -1,4 +1,4 @@
-"""What every test runs under: warnings are errors, fixed seeds, and autograd as the test found it."""
+"""What every test runs under: warnings are errors, fixed seeds, autograd and default type as the test found them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from expected_warnings import EXPECTED_WARNINGS
+from old_versions import skip_newer_models
 from processes import set_threads
 
 # Before a file of it is collected for its examples, which would make a second module of that file otherwise.
@@ -34,6 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_warn_always(True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what old versions of other packages cannot do."""
+    skip_newer_models(items)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _only_new_objects() -> None:
     """Leave what lives already out of garbage collection: to look at all that was imported takes half a second."""
@@ -49,10 +55,12 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _autograd_left_on() -> Iterator[None]:
+def _left_as_found() -> Iterator[None]:
     yield
-    enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    enabled, inference, dtype = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
     # Set back first: one culprit must not fail every test after it.
     torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    assert dtype == torch.float32, f"the default type was left at {dtype}"
     assert enabled, "autograd was left switched off"
     assert not inference, "inference mode was left switched on"

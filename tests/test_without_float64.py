@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import COSTS, TERMS, make
+from old_versions import needs_fake_cuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,8 @@ from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Plan
 from lightning_otrt.transport.plans import exact_plan
 from lightning_otrt.transport.tensors import FLOAT64_OBSERVATIONS
+
+pytestmark = needs_fake_cuda
 
 
 class NoFloat64(TorchDispatchMode):

@@ -265,7 +265,7 @@ class Attachment:
     def _on_forward(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A module that may be the root starts a forward: choose the pairs if need be, and run the teacher."""
         assert self.student is not None
-        if self.root.serves_another(name, tensors_in((args, kwargs))):
+        if self.root.serves_another(name, (args, kwargs)):
             return False
         if self.root.name is not None:
             # In containers of their own: the teacher must not change those of the student.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from old_versions import needs_freed_graphs
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -97,6 +98,7 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[nn.Module, Contex
 }
 
 
+@needs_freed_graphs
 @pytest.mark.parametrize("name", STEPS)
 def test_the_error_says_how_to_leave_an_inner_step_out(name: str) -> None:
     build, layers, step = STEPS[name]
@@ -148,6 +150,7 @@ def test_a_penalty_on_gradients_keeps_its_graph_and_is_no_error() -> None:
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
+@needs_freed_graphs
 def test_a_backward_pass_before_the_term_is_named_too() -> None:
     student, transfer = mlp(), RepresentationTransfer(mlp(), {"1": "1"})
     x, y = data()
@@ -157,6 +160,7 @@ def test_a_backward_pass_before_the_term_is_named_too() -> None:
             transfer.loss()
 
 
+@needs_freed_graphs
 def test_not_strict_leaves_the_term_out() -> None:
     student, transfer = mlp(), RepresentationTransfer(mlp(), {"1": "1"}, strict=False)
     with transfer.attached(student):
@@ -192,7 +196,7 @@ class Attacked(BoringModel):
         return self.loss(self.layer(batch.detach() + 0.1 * gradient.sign()))
 
 
-@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("paused", [pytest.param(False, marks=needs_freed_graphs), True])
 def test_a_fit_of_the_demo_module(paused: bool) -> None:
     task = Attacked()
     task.layer = nn.Sequential(nn.Linear(32, 5), nn.Tanh(), nn.Linear(5, 2))

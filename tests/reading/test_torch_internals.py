@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from old_versions import needs_freed_graphs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -145,7 +146,7 @@ GRAPHS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.skipif(not hasattr(torch._C._autograd.SavedTensor, "data"), reason="torch cannot tell what hooks save")
+@needs_freed_graphs
 @pytest.mark.parametrize("name", GRAPHS)
 def test_has_freed_graph(name: str) -> None:
     x = X.clone().requires_grad_()

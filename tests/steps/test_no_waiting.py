@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from engines import TERMS, call, draw, make
+from old_versions import needs_fake_cuda
 from operations import operations
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lightning_otrt.steps.engine import TransportEngine
-
-needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a build of torch with CUDA")
 
 
 def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
@@ -29,7 +28,7 @@ def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
             assert engine.term([pairs], 40)[0].device.type == "cuda"
 
 
-@needs_cuda_build
+@needs_fake_cuda
 @pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 def test_nothing_waits_for_the_device(cost: str, memory: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,13 +38,13 @@ def test_nothing_waits_for_the_device(cost: str, memory: float, monkeypatch: pyt
     call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=10))
 
 
-@needs_cuda_build
+@needs_fake_cuda
 @pytest.mark.parametrize("plan", ["uniform", "random"])
 def test_controls_do_not_wait(plan: str) -> None:
     call_on_a_fake_gpu(make("sqeuclidean", pairs=2, plan=plan))
 
 
-@needs_cuda_build
+@needs_fake_cuda
 @pytest.mark.parametrize("options", [{"plan": "exact"}, {"plan": "static"}])
 def test_plans_that_are_known_to_wait(options: dict[str, Any]) -> None:
     """They solve on the CPU, or have to count finite samples. So a test above would notice, too."""

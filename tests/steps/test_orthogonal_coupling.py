@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import OneRank, assert_same_state, call, draw, make
 from operations import operations
+from packaging.version import Version
 from torch import Tensor
 
 from lightning_otrt.steps.coupling import EARLY_SOLVES
@@ -137,7 +138,8 @@ def test_one_product_between_solves(memory: float, between: int, solving: int, m
     engine.calls = 11
     found = operations(lambda: call(engine, pair).backward())
     assert found.products == between
-    assert sum(found.counts.values()) <= (66 if memory == 0 else 116)
+    slack = 0 if Version(torch.__version__) >= Version("2.9") else 2
+    assert sum(found.counts.values()) <= (66 if memory == 0 else 116) + slack
 
 
 @pytest.mark.parametrize("term", KINDS)

@@ -30,11 +30,8 @@ __all__ = [
     "fake_gpu",
     "images",
     "layers_of_images",
-    "needs_cuda_build",
     "network",
 ]
-
-needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a build of torch with CUDA")
 
 #: Steps of a fit: plans are solved in calls 0, 1, 2 and 4.
 BATCH, STEPS = 12, 5

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from old_versions import needs_fake_cuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
-from trainer.fake_gpu import BATCH, STEPS, Task, fake_cache, fake_fit, fake_gpu, images, needs_cuda_build, network
+from trainer.fake_gpu import BATCH, STEPS, Task, fake_cache, fake_fit, fake_gpu, images, network
 
 from lightning_otrt import LinearWarmup, LogitDistillation, OTRTCallback, OTRTModule, OTRTMonitor
 
-pytestmark = needs_cuda_build
+pytestmark = needs_fake_cuda
 
 
 def check(copies: list[int]) -> None:

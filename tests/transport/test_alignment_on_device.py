@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from old_versions import needs_fake_cuda
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lightning_otrt.transport.cost import Rounds, ValueAndGradient
 from lightning_otrt.transport.orthogonal import OrthogonalAlignment, random_projection
 from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
+
+pytestmark = needs_fake_cuda
 
 RULES = [OrthogonalAlignment(0.0), OrthogonalAlignment(0.5), OrthogonalAlignment(1.0), Regression(), Regression(False)]
 

@@ -11,6 +11,7 @@ from lightning_otrt.layers.grammar import only_words
 from lightning_otrt.layers.names import named_layers, primary_names
 from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.notices import warn
+from lightning_otrt.reading.containers import tensors_in
 from lightning_otrt.reading.extra_forwards.eager import EagerCode
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.student_root.caller import with_caller
@@ -23,6 +24,7 @@ from lightning_otrt.reading.student_root.errors import (
 )
 from lightning_otrt.reading.student_root.rules import can_be_root, split_root
 from lightning_otrt.reading.student_root.trained_forwards import TrainedForwards
+from lightning_otrt.reading.traced.arguments import Inputs
 
 __all__ = ["RootSearch"]
 
@@ -90,7 +92,7 @@ class RootSearch:
         else:
             self._eager.release()
 
-    def serves_another(self, name: str, inputs: Iterable[Tensor]) -> bool:
+    def serves_another(self, name: str, inputs: Inputs) -> bool:
         """Whether this forward only leads a gradient to what made its inputs.
 
         So does a critic in the step of the generator: ``toggle_optimizer`` has frozen its weights for that step.
@@ -99,7 +101,7 @@ class RootSearch:
             name: Name of the module.
             inputs: What enters it.
         """
-        if torch.compiler.is_compiling() or not any(tensor.requires_grad for tensor in inputs):
+        if torch.compiler.is_compiling() or not any(tensor.requires_grad for tensor in tensors_in(inputs)):
             return False
         assert self._student is not None
         own = list(named_layers(self._student)[name].parameters())

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from old_versions import needs_fake_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -338,6 +339,7 @@ def test_autograd_and_inference_mode() -> None:
         assert torch.equal(keys(x, 2 * x), found)
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.int64])
 def test_does_not_wait_for_a_device(dtype: torch.dtype) -> None:
     """Fake tensors on a GPU raise where a value is read."""
