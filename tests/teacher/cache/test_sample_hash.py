@@ -83,6 +83,16 @@ def test_floats_and_integers_give_the_same_sums(width: int) -> None:
         assert torch.equal(sample_hash._sums_in_floats(parts, limbs), sample_hash._sums_in_integers(parts, keys))
 
 
+def test_other_lengths_make_no_other_tables() -> None:
+    """Texts that are padded to the longest of a batch have another length in each."""
+    hash_samples = SampleHash()
+    hash_samples(((torch.rand(2, 3000),), {}))
+    tables = len(hash_samples._tables)
+    for length in range(10, 2000, 100):
+        hash_samples(((torch.rand(2, length),), {}))
+    assert len(hash_samples._tables) == tables
+
+
 def test_keys_are_those_of_earlier_versions() -> None:
     assert keys(torch.arange(2 * 3 * 50 * 50).view(2, 3, 50, 50).double()).tolist() == RECORDED
 
