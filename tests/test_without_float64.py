@@ -21,8 +21,6 @@ from lightning_otrt.transport.cost import Plan
 from lightning_otrt.transport.plans import exact_plan
 from lightning_otrt.transport.tensors import FLOAT64_OBSERVATIONS
 
-pytestmark = needs_fake_cuda
-
 
 class NoFloat64(TorchDispatchMode):
     """Raises where a float64 tensor is made on the fake GPU, or moved to it."""
@@ -46,11 +44,13 @@ def draw(rows: int, observations: int = 40) -> Tensor:
     return torch.randn(rows, observations, device="cuda")
 
 
+@needs_fake_cuda
 def test_float64_raises() -> None:
     with apple_gpu(), pytest.raises(TypeError, match="no float64"):
         draw(2).double()
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 @pytest.mark.parametrize("observations", [40, FLOAT64_OBSERVATIONS + 1])
@@ -63,6 +63,7 @@ def test_training(cost: str, memory: float, observations: int) -> None:
             assert (term.device.type, term.dtype) == ("cuda", torch.float32)
 
 
+@needs_fake_cuda
 def test_values_that_are_exchanged() -> None:
     with apple_gpu():
         y, x = draw(7), draw(9)
@@ -74,6 +75,7 @@ def test_values_that_are_exchanged() -> None:
         assert (value.dtype, gradient.dtype) == (torch.float32, torch.float32)
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("cost", COSTS)
 def test_the_metric_stays_on_the_cpu(cost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_otrt.analysis.metric.check_finite", lambda *args: None)
@@ -89,6 +91,7 @@ def test_the_metric_stays_on_the_cpu(cost: str, monkeypatch: pytest.MonkeyPatch)
         assert metric.sums.device.type == "cpu"
 
 
+@needs_fake_cuda
 def test_what_is_read_on_the_host() -> None:
     """It leaves the device first. Fake tensors have no values, which is what the errors are about."""
     with apple_gpu():

@@ -20,7 +20,7 @@ from benchmarks.evidence.tuning import tune
 from benchmarks.pages import write_page
 from benchmarks.real.cells import CELLS, quick
 from benchmarks.real.confirmations import CONFIRMATIONS, TakenOver
-from benchmarks.real.data import texts_of
+from benchmarks.real.data import check_texts
 from benchmarks.real.methods import METHODS
 from benchmarks.real.networks_table import NETWORKS, measure
 from benchmarks.real.page import page
@@ -33,20 +33,10 @@ ALL = {**CELLS, **CONFIRMATIONS}
 
 
 def run(name: str, cell: Experiment, results: Results, seeds: int, device: str = "cpu") -> None:
-    """Tune, then run what is missing.
-
-    Raises:
-        ValueError: If there are rows of texts that the lists of packages no longer give.
-    """
-    for target in cell.targets:
-        others = {row["texts"] for row in results.rows.values() if "texts" in row} - {texts_of(target)}
-        if others:
-            raise ValueError(
-                f"Rows in {results.path} are of other texts ({', '.join(sorted(others))}) than apt's lists have now "
-                f"({texts_of(target)}), so that seeds would not be paired. Give another --folder for new rows."
-            )
+    """Tune, then run what is missing."""
 
     def go(runs: Sequence[Run], title: str) -> None:
+        check_texts(runs, results)
         complete(runs, results, partial(execute, device=device), title=f"{name}, {title}")
 
     methods = cell.tuned_methods()

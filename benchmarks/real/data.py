@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.evidence.runs import Run
+from benchmarks.evidence.runs import Results, Run
 from benchmarks.real import packages
 from benchmarks.real.checkpoints import minilm, normalised
 from benchmarks.real.classes import EMOJI_CLASSES, MORE_SECTIONS, OTHER_EMOJI_CLASSES, SECTIONS
@@ -241,6 +241,21 @@ def texts_of(target: str) -> str:
         return ""
     rows = "\n".join(f"{section} {text}" for section, text in _descriptions() if section in _TEXTS[target])
     return hashlib.sha256(rows.encode()).hexdigest()[:12]
+
+
+def check_texts(runs: Iterable[Run], results: Results) -> None:
+    """Before runs that are missing are added: rows of the same file must be of the same texts, or seeds are not paired.
+
+    Raises:
+        ValueError: If rows are of texts that the lists of packages no longer give, or do not say of which.
+    """
+    for target in sorted({run.target for run in runs if run not in results}):
+        known = {row.get("texts", "unknown") for row in results.rows.values() if row["target"] == target}
+        if (now := texts_of(target)) and (others := sorted(known - {now})):
+            raise ValueError(
+                f"Rows in {results.path} are of other texts ({', '.join(others)}) than apt's lists have now ({now}), "
+                "so that seeds would not be paired. Give another --folder for new rows."
+            )
 
 
 @functools.cache

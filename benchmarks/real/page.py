@@ -44,9 +44,10 @@ Images are 64 × 64, texts 48 tokens.
 - *Distillation* is that of the library: with other classes the teacher's output regressed on what enters the student's
   head. *Controls* are a fixed random assignment, or rotation, in place of the one that is solved.
 - *Cost* is the processor time of a training step on one thread of a CPU, with the teacher's outputs at hand
-  (`teacher_cache`): the median over all cells of the same two networks that ran on a CPU, or one run of 40 steps where
-  none did (`--times`). Without a cache the teacher's forward comes on top: its time for a batch of 32 is in the first
-  table. Each image has eight fixed views.
+  (`teacher_cache`): the median over all tuned cells of the same two networks that ran on a CPU (else over the others),
+  or one run of 40 steps where none did (`--times`). They ran on several days and processors, beside other jobs.
+  Without a cache the teacher's forward comes on top: its time for a batch of 32 is in the first table. Each image has
+  eight fixed views.
 - The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
 
 _CONFIRMED = """\
@@ -79,7 +80,8 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
     tests = {name: comparisons_of(accuracies(one)) for name, one in found.items()}
     lines += _goals("Goals on real checkpoints", f"The recipe is {label(RECIPE)}.", found, tests, CELLS)
     lines += _goals("The same goals on tasks where nothing was tuned", _CONFIRMED, found, tests, CONFIRMATIONS)
-    times = step_times(Results(folder / TIMES).rows.values()) | step_times(rows)
+    tuned = [row for name, one in results.items() if name in CELLS for row in one.rows.values()]
+    times = step_times(Results(folder / TIMES).rows.values()) | step_times(rows) | step_times(tuned)
     for name, one in found.items():
         command = f"python -m benchmarks.real --cells {name}"
         lines += [f"## {one.experiment.title}", "", f"`{command}{_device(one)}", ""]

@@ -1,4 +1,4 @@
-"""Other layers, and `plan="auto"`: ``python -m benchmarks.real.variants``, an hour of one core.
+"""Other layers, and `plan="auto"`: ``python -m benchmarks.real.variants``, an hour and a half of one core.
 
 A student of two layers follows a teacher of six. ``layers="auto"`` takes the third and the last of these, at the same
 relative depths; here students follow other ones. And where some pairs of layers are linear streams and others are not,
@@ -22,6 +22,7 @@ from benchmarks.evidence.statistics import estimate, family
 from benchmarks.pages import write_page
 from benchmarks.real.__main__ import RESULTS
 from benchmarks.real.cells import CELLS, label
+from benchmarks.real.data import check_texts
 from benchmarks.real.methods import CONTROLS, DEFAULT, ORTHOGONAL
 from benchmarks.real.page import RECIPE
 from benchmarks.real.training import TEACHER_LAYERS, execute
@@ -112,24 +113,27 @@ def main() -> None:
         for row in rows
         for of_seed in row.runs().values()
     ]
+    check_texts(everything, results)
     complete(everything, results, execute, title="variants")
     lines = [
         "# Layers and plans on real checkpoints",
         "",
         f"`python -m benchmarks.real.variants`: validation accuracy in %, {len(SEEDS)} paired seeds with 95 % "
         "intervals. Options are those that tuning chose for the method as it is. Differences are to the first row of a "
-        "table; their p values are corrected over the table.",
+        "table; their p values are corrected over the table, the intervals are not. With few seeds and many tests "
+        "hardly any difference could be certain.",
         "",
         "## Which layers of a teacher of six a student of two follows",
         "",
         "MiniLM → BERT 2 × 128, 20 texts of each of 12 sections. The first column names the teacher's layer for each "
-        'layer of the student; `layers="auto"` takes 3 and 6.',
+        'layer of the student; `layers="auto"` takes 3 and 6, and options were tuned for these.',
         "",
         *table(LAYERS, results, ["layers", *(cell for name in LAYERS[0].methods for cell in (label(name), "to 3; 6"))]),
         "## A plan for each pair of layers",
         "",
         "EfficientNet-Lite0's blocks end in linear bottlenecks, and its last layer in ReLU6. For the first four pairs "
-        '`plan="auto"` takes the rotation, for the last one transport. It has the options of the rotation.',
+        '`plan="auto"` takes the rotation, for the last one transport. The values tell, since what the '
+        'teacher computed is replayed. `plan="auto"` has the options that were tuned for the rotation.',
         "",
     ]
     columns = ("alone", "with distillation")

@@ -182,8 +182,13 @@ def test_rows_of_other_texts_are_not_continued(monkeypatch: pytest.MonkeyPatch, 
     texts = [(name, f"{number} and more") for name in SECTIONS for number in range(140)]
     monkeypatch.setattr(data, "_descriptions", lambda: texts)
     clear()
-    with pytest.raises(ValueError, match="of other texts"):
+    data.check_texts([run], results)  # nothing is missing
+    with pytest.raises(ValueError, match=f"of other texts .{found['texts']}"):
         command.run("sections-20-bert2", CELLS["sections-20-bert2"], results, seeds=1)
+    old = Results(tmp_path / "old.jsonl")
+    old.add(run, {"accuracy": 1.0, "seconds": 1.0})
+    with pytest.raises(ValueError, match=r"of other texts \(unknown\)"):
+        data.check_texts([replace(run, seed=1)], old)
 
 
 def test_all_methods_of_a_seed_start_alike() -> None:

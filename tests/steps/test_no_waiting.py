@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engines import TERMS, call, draw, make
-from old_versions import needs_fake_cuda
+from old_versions import needs_cuda_build, needs_fake_cuda
 from operations import operations
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -28,6 +28,7 @@ def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
             assert engine.term([pairs], 40)[0].device.type == "cuda"
 
 
+@needs_cuda_build
 @needs_fake_cuda
 @pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
@@ -38,12 +39,14 @@ def test_nothing_waits_for_the_device(cost: str, memory: float, monkeypatch: pyt
     call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=10))
 
 
+@needs_cuda_build
 @needs_fake_cuda
 @pytest.mark.parametrize("plan", ["uniform", "random"])
 def test_controls_do_not_wait(plan: str) -> None:
     call_on_a_fake_gpu(make("sqeuclidean", pairs=2, plan=plan))
 
 
+@needs_cuda_build
 @needs_fake_cuda
 @pytest.mark.parametrize("options", [{"plan": "exact"}, {"plan": "static"}])
 def test_plans_that_are_known_to_wait(options: dict[str, Any]) -> None:

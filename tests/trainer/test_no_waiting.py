@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from old_versions import needs_fake_cuda
+from old_versions import needs_cuda_build, needs_fake_cuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ from trainer.fake_gpu import BATCH, STEPS, Task, fake_cache, fake_fit, fake_gpu,
 
 from lightning_otrt import LinearWarmup, LogitDistillation, OTRTCallback, OTRTModule, OTRTMonitor
 
-pytestmark = needs_fake_cuda
+pytestmark = [needs_cuda_build, needs_fake_cuda]
 
 
 def check(copies: list[int]) -> None:

@@ -13,8 +13,8 @@ Long samples are cut into blocks, whose hashes are hashed again, with other keys
 of which adds :math:`2^{-128}` to the probability that two samples get one key. Among :math:`10^9` samples that is about
 :math:`10^{-20}`. The keys are fixed, so that this does not hold for samples that somebody made to collide.
 
-On a CPU the same integers come from products of floating point, which take a third less time: words in halves of 16 bits
-times keys in limbs of 22 bits, whose sums stay below :math:`2^{51}`, and so are exact in float64 in any order.
+On a CPU the same integers come from products of floating point, which take less time: words in halves of 16 bits times
+keys in limbs of 22 bits, whose sums stay below :math:`2^{51}`, and so are exact in float64 in any order.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = ["SampleHash", "check_dense"]
 
 #: Changed with every change of the hash: keys of another version are those of other samples.
 VERSION = 1
-#: Words of a block. Its keys, 64 KiB, stay in the second-level cache.
+#: Words of a block. Its keys, 64 KiB or 384 KiB in limbs, stay in the second-level cache.
 BLOCK = 2048
 #: Sums of 64 bits, the upper half of each of which is kept.
 LANES = 4
-#: Words that are worked on at once, so that temporary memory stays flat: 2.5 MiB, and 80 MiB on other devices.
+#: Words that are worked on at once, so that temporary memory stays flat: 2 MiB, and 80 MiB on other devices.
 _WORDS_AT_ONCE = {"cpu": 2**16}
 _WORDS_AT_ONCE_ELSEWHERE = 2**21
 _LOW = 2**32 - 1
@@ -175,7 +175,7 @@ def _sums_in_integers(parts: Sequence[Tensor], keys: Tensor) -> Tensor:
 def _sums_in_floats(parts: Sequence[Tensor], limbs: Tensor) -> Tensor:
     """The same integers, of keys in limbs ``(2, width or more, 3 * LANES)``."""
     rows, width = parts[0].shape
-    halves = torch.empty(2, rows, width, dtype=torch.float64)
+    halves = torch.empty(2, rows, width, dtype=torch.float64, device=limbs.device)
     of_lower, of_upper = limbs[:, :width]
     sums = []
     for part in parts:

@@ -41,7 +41,6 @@ class WeightWatch:
         self._state = _state(self._tensors)
         # They are held, so that no other module gets the identity of one that is gone.
         self._parts = list(module.modules())
-        self._tables = [table for part in self._parts for table in tensor_tables(part)]
         self._holding = self._held()
         self._groups: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
         with torch.no_grad():
@@ -91,7 +90,8 @@ class WeightWatch:
 
     def _held(self) -> list[int]:
         """Which parameters, buffers and modules the modules hold."""
-        return [*map(id, chain.from_iterable(table.values() for table in self._tables))]
+        tables = (table for part in self._parts for table in tensor_tables(part))
+        return [*map(id, chain.from_iterable(table.values() for table in tables))]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

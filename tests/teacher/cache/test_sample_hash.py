@@ -83,6 +83,13 @@ def test_floats_and_integers_give_the_same_sums(width: int) -> None:
         assert torch.equal(sample_hash._sums_in_floats(parts, limbs), sample_hash._sums_in_integers(parts, keys))
 
 
+def test_a_default_device_is_not_that_of_the_samples() -> None:
+    x = torch.rand(2, 3000)
+    expected = keys(x)
+    with torch.device("meta"):
+        assert torch.equal(keys(x), expected)
+
+
 def test_other_lengths_make_no_other_tables() -> None:
     """Texts that are padded to the longest of a batch have another length in each."""
     hash_samples = SampleHash()

@@ -38,6 +38,10 @@ CHANGES: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "a step of an optimizer": (lambda net: net[1].weight.data.sub_(0.1), "1.weight"),
     "other data": (lambda net: setattr(net[0].bias, "data", net[0].bias.data.clone()), "0.bias"),
     "another parameter": (lambda net: setattr(net[0], "bias", nn.Parameter(net[0].bias.clone())), "0.bias"),
+    "another table of parameters": (
+        lambda net: setattr(net[0], "_parameters", {**net[0]._parameters, "bias": nn.Parameter(torch.ones(8))}),
+        "0.bias",
+    ),
     "loaded weights": (lambda net: net.load_state_dict(network().state_dict()), "0.weight"),
     "assigned weights": (lambda net: net.load_state_dict(network().state_dict(), assign=True), "0.weight"),
     "a counter": (lambda net: net[1].num_batches_tracked.add_(1), "1.num_batches_tracked"),
