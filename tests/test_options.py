@@ -77,7 +77,7 @@ class TestSignature:
             name: kind for name, kind in get_type_hints(RepresentationTransfer.__init__).items() if name in SHARED
         }
         for name in OPTIONS:
-            assert f"\n        {name}: " in RepresentationTransfer.__doc__, name
+            assert f"\n    {name}: " in inspect.getdoc(RepresentationTransfer), name
 
     @pytest.mark.parametrize(("function", "own"), [(OTRTCallback, []), (OTRTModule, ["task"])])
     def test_shown_at_run_time(self, function, own):
