@@ -301,6 +301,7 @@ class Attachment:
                         self.teacher,
                         self._guard,
                         first_step.input,
+                        distils=self._logits is not None,
                         compiled=self._is_compiled,
                     )
                 if self._logits is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_otrt.layers.names import is_inside, named_layers
 
-__all__ = ["calling_method", "with_caller"]
+__all__ = ["calling_method", "is_called_by_network", "with_caller"]
 
 
 def calling_method(student: nn.Module, root: str) -> str:
@@ -39,6 +39,34 @@ def calling_method(student: nn.Module, root: str) -> str:
             found = f"{name}:{method}"
         frame = frame.f_back
     return found
+
+
+def is_called_by_network(student: nn.Module, root: str) -> bool:
+    """Whether the forward of a module of the student around ``root`` is running.
+
+    Args:
+        student: The student.
+        root: Name of a module whose forward starts.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.stem = nn.Linear(2, 2)
+        ...     def forward(self) -> bool:
+        ...         return is_called_by_network(self, "stem")
+        ...     def training_step(self) -> bool:
+        ...         return is_called_by_network(self, "stem")
+        >>> Net()(), Net().training_step()
+        (True, False)
+    """
+    around = {id(module) for name, module in named_layers(student).items() if name != root and is_inside(root, name)}
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and id(frame.f_locals.get("self")) in around:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def with_caller(error: Exception, student: nn.Module, root: str) -> Exception:

@@ -17,6 +17,8 @@ __all__ = [
     "can_be_root",
     "describe_teacher_root",
     "find_teacher_root",
+    "has_names",
+    "is_of_same_network",
     "same_part",
     "split_root",
     "warn_of_whole_teacher",
@@ -80,6 +82,36 @@ def same_part(student: nn.Module, root: str, teacher: nn.Module) -> str:
     return ""
 
 
+def is_of_same_network(student: nn.Module, root: str, part: str, teacher: nn.Module) -> bool:
+    """Whether the module of the student around its root, of which the teacher has this part, is of the teacher's type.
+
+    Example:
+        >>> student, teacher = nn.ModuleDict({"net": nn.Linear(2, 2)}), nn.ModuleDict({"net": nn.Linear(2, 3)})
+        >>> is_of_same_network(student, "net", "net", teacher)
+        True
+    """
+    around = root.removesuffix(part).removesuffix(".")
+    return type(named_layers(student)[around]) is type(teacher)
+
+
+def has_names(layers: LayerSpec, teacher: nn.Module) -> bool:
+    """Whether the layers of the teacher are named as the whole teacher names them, or not at all.
+
+    Example:
+        >>> teacher = nn.ModuleDict({"net": nn.Sequential(nn.Linear(2, 2))})
+        >>> has_names("blocks", teacher), has_names({"0": "net.0"}, teacher), has_names({"0": "0"}, teacher)
+        (True, True, False)
+    """
+    names, no_names = LayerNames("teacher", tuple(named_layers(teacher)), ""), LayerNames("student", ())
+    try:
+        for selector in {entry.teacher for entry in parse_layers(layers)}:
+            if isinstance(selector, str) and selector not in WORDS:
+                names.find(selector, no_names)
+    except ValueError:
+        return False
+    return True
+
+
 def find_teacher_root(layers: LayerSpec, student: nn.Module, root: str, teacher: nn.Module) -> str:
     """The submodule of the teacher that runs on the inputs of the student's root; ``""`` for the whole.
 
@@ -114,21 +146,35 @@ def same_method(teacher: nn.Module, method: str) -> str:
     return method if method and callable(getattr(teacher, method, None)) else ""
 
 
-def describe_teacher_root(root: str, teacher_root: str, method: str) -> str:
-    """Which part or method of the teacher runs, for the log; empty for the forward of the whole teacher.
+def describe_teacher_root(root: str, teacher_root: str, method: str, part: str) -> str:
+    """Which part or method of the teacher runs, for the log; empty for the forward of a teacher without such a part.
+
+    Args:
+        root: Name of the student's root.
+        teacher_root: Name of the teacher's submodule that runs, ``""`` for the whole.
+        method: Name of its method that runs, ``""`` for the forward.
+        part: Name of its submodule that corresponds to the root, ``""`` if there is none.
 
     Example:
-        >>> describe_teacher_root("net.encoder", "encoder", "")
+        >>> describe_teacher_root("net.encoder", "encoder", "", "encoder")
         "teacher: its part 'encoder' runs alone, on what enters 'net.encoder' of the student"
-        >>> describe_teacher_root("net", "", "decode")
+        >>> describe_teacher_root("net", "", "decode", "")
         "teacher: its method 'decode' runs, on what enters that of the student"
+        >>> print(describe_teacher_root("net", "", "", "net"))
+        teacher: all of it runs, on what enters 'net' of the student; to run 'net' of the teacher alone, pass that as \
+the teacher
     """
     if method:
         of_part = f" of its part {teacher_root!r}" if teacher_root else ""
         return f"teacher: its method {method!r}{of_part} runs, on what enters that of the student"
-    if not teacher_root:
-        return ""
-    return f"teacher: its part {teacher_root!r} runs alone, on what enters {root!r} of the student"
+    if teacher_root:
+        return f"teacher: its part {teacher_root!r} runs alone, on what enters {root!r} of the student"
+    if part:
+        return (
+            f"teacher: all of it runs, on what enters {root!r} of the student; to run {part!r} of the teacher alone, "
+            "pass that as the teacher"
+        )
+    return ""
 
 
 def warn_of_whole_teacher(part: str, pairs: Sequence[LayerPair], root: str, teacher: Trace) -> None:
@@ -144,6 +190,8 @@ def warn_of_whole_teacher(part: str, pairs: Sequence[LayerPair], root: str, teac
     if not part or teacher.root or any(layer.takes_model_input for layer in inside):
         return
     outside = list(dict.fromkeys(pair.teacher for pair in pairs if not is_inside(pair.teacher, part)))
+    if not outside:  # it runs for what it does before and after that part
+        return
     warn(
         f"The whole teacher ({teacher.layer('').kind}) runs on what enters {root!r} of the student, because its layers "
         f"{outside} lie outside of its own {part!r}. Its {part!r} gets something else, such as inputs that are "
