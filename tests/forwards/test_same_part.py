@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,3 +211,146 @@ def test_the_backbone_of_a_detector():
     found = value(transfer, student, lambda net: net([torch.rand(3, 40, 64), torch.rand(3, 50, 50)]))
     torch.testing.assert_close(seen[0][-1], seen[1][-1])
     assert found == pytest.approx(0.0, abs=1e-5)
+
+
+class Wrapped(nn.Module):
+    """Does something before, or after, it calls a network of the student's type under the student's name."""
+
+    def __init__(self, net: nn.Module, before: Any = lambda x: x, after: Any = lambda y: y) -> None:
+        super().__init__()
+        self.net, self.before, self.after = net, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.net(self.before(x)))
+
+
+class Lit(pl.LightningModule):
+    """The same as a LightningModule, whose type is another one than that of the student's module."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - 0.5) / 0.05)
+
+
+class Task(pl.LightningModule):
+    """A step that calls a network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, x: Tensor, _: int = 0) -> Tensor:
+        return self.net(x).square().mean()
+
+
+def normalised(x: Tensor) -> Tensor:
+    return (x - 0.5) / 0.05
+
+
+def values(teacher: nn.Module, **options: Any) -> tuple[float, float]:
+    torch.manual_seed(2)
+    student = Task(Net())
+    transfer = RepresentationTransfer(teacher, plan="exact", distillation=1.0, **options)
+    with transfer.attached(student):
+        student.training_step(X)
+        transfer.loss()
+    return float(transfer.transport_value), float(transfer.distillation_value)
+
+
+@pytest.mark.parametrize("root", [None, "net"])
+@pytest.mark.parametrize("cache", [None, "memory"])
+@pytest.mark.parametrize("layers", ["blocks", {"net.backbone.3": "net.backbone.3"}], ids=["word", "names"])
+def test_a_teacher_that_normalises_does_so(root, cache, layers):
+    """Also where it calls its network by the student's name."""
+    torch.manual_seed(1)
+    net = Net(9).eval()
+    options = {"student_root": root, "teacher_cache": cache}
+    named = layers if isinstance(layers, str) else {"net.backbone.3": "backbone.3"}
+    right = values(net, layers=named, teacher_inputs=normalised, **options)
+    assert right != pytest.approx(values(net, layers=named, **options), rel=1e-3)
+    for teacher in (Wrapped(net, normalised), Lit(net)):
+        assert values(teacher, layers=layers, **options) == pytest.approx(right, rel=1e-5)
+        assert values(teacher, layers=layers, teacher_inputs=lambda x: x, **options) == pytest.approx(right, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "after", [lambda y: y[:, [2, 0]], lambda y: y / 0.2, lambda y: y.div_(0.2)], ids=["chosen", "scaled", "in place"]
+)
+def test_outputs_of_the_whole_teacher_are_distilled(after):
+    torch.manual_seed(1)
+    net = Net(9).eval()
+    student, seen = Net(), []
+    transfer = RepresentationTransfer(Wrapped(net, after=after), "blocks", distillation=1.0)
+    with transfer.attached(nn.ModuleDict({"net": student})):
+        student(X)
+        seen.append(transfer.teacher_output)
+        transfer.loss()
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0], after(net(X)))
+
+
+def test_a_teacher_that_calls_parts_of_its_network_runs_its_own_forward():
+    class Around(Wrapped):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net.head(-self.net.backbone(x).mean((2, 3)))
+
+    torch.manual_seed(1)
+    teacher, student = Around(Net(9)), Net()
+    transfer = RepresentationTransfer(teacher, {"net.backbone.3": "net.backbone.3"}, distillation=1.0)
+    with transfer.attached(nn.ModuleDict({"net": student})):
+        student(X)
+        found = transfer.teacher_output
+        transfer.loss()
+    torch.testing.assert_close(found, teacher(X).detach())
+
+
+def test_inputs_that_are_made_for_the_whole_teacher_reach_it():
+    class Two(Wrapped):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.net(x + y)
+
+    torch.manual_seed(1)
+    net = Net(9).eval()
+    found = values(Two(net), layers="blocks", teacher_inputs=lambda x: (x, x.flip(3)))
+    assert found == pytest.approx(values(net, layers="blocks", teacher_inputs=lambda x: x + x.flip(3)), rel=1e-5)
+
+
+def test_the_part_runs_alone_where_the_teacher_does_no_more_or_cannot_run():
+    """One that passes its inputs on, one that takes other inputs, and names that only the part has."""
+
+    class Two(Wrapped):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.net(x + y)
+
+    torch.manual_seed(1)
+    net = Net(9).eval()
+    right = values(net, layers={"backbone.3": "backbone.3"})
+    for teacher in (Wrapped(net), Two(net)):
+        assert values(teacher, layers={"net.backbone.3": "net.backbone.3"}) == pytest.approx(right, rel=1e-5)
+    assert values(Lit(net), layers={"backbone.3": "backbone.3"}) == pytest.approx(right, rel=1e-5)
+
+
+def test_the_part_runs_alone_where_the_network_around_the_root_has_run():
+    """What enters the root is then normalised already, as the teacher's own backbone would get it."""
+
+    class Other(Net):
+        pass
+
+    torch.manual_seed(1)
+    student, teacher = Net(), Other(9)
+    transfer = RepresentationTransfer(teacher, {"backbone.3": "backbone.3"}, student_root="backbone")
+    enters = seen_by(teacher.backbone)
+    value(transfer, student, lambda net: net(X))
+    torch.testing.assert_close(enters[-1], student.normalised(X))
+
+
+def test_the_report_says_that_the_whole_teacher_runs():
+    lines: list[str] = []
+    torch.manual_seed(1)
+    transfer = RepresentationTransfer(Wrapped(Net(9), normalised), "blocks")
+    transfer.report = lines.append
+    value(transfer, Task(Net()), lambda task: task.training_step(X))
+    assert "teacher: all of it runs, on what enters 'net' of the student; to run 'net' of the teacher alone" in lines[0]
