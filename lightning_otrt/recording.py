@@ -27,7 +27,7 @@ class RecordedStudent:
     def __init__(self, attachment: Attachment, weights: StepWeights) -> None:
         self._attachment, self._weights = attachment, weights
         self._is_recording = self._is_choosing = False
-        #: What the hooks were last told: whether to record, whether to read the pairs, and whether there were any yet.
+        #: What the hooks were last told: whether to record, whether to read the pairs, and whether these were chosen.
         self._switches: tuple[bool, bool, bool] | None = None
         #: Whether the term of the attached student was asked for.
         self._was_asked = False
@@ -147,5 +147,4 @@ class RecordedStudent:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is attached to no student: copies of hooks do nothing."""
         vars(self).update(state)
-        if self.is_attached:
-            self.detach()
+        self._attachment.forget_student()  # and not `detach`: the teacher is that of the original, which may run

@@ -132,15 +132,18 @@ class RunState:
         Returns:
             The number of calls, and a message about them.
         """
-        kept = [each.bad_calls for each in (self.engine, self.distillation) if each is not None]
-        counts = [count for count in kept if count is not None]
-        bad = max(map(int, counts), default=0)
-        for count in counts:
-            count.zero_()
+        terms = {"transport": self.engine, "distillation": self.distillation}
+        found = {name: term.bad_calls for name, term in terms.items() if term is not None}
+        counts = {name: int(count) for name, count in found.items() if count is not None}
+        for count in found.values():
+            if count is not None:
+                count.zero_()
+        bad = max(counts.values(), default=0)
+        which = " and of the ".join(name for name, count in counts.items() if count)
         names = [each.name for each in distances if bad and not each.is_skipped and not each.value.isfinite()]
         where = f" (last in the layers {names})" if names else ""
         return bad, (
-            f"{bad} recent values of the transfer term were NaN or infinite{where}. They stay in the loss, so that a "
+            f"{bad} recent values of the {which} term were NaN or infinite{where}. They stay in the loss, so that a "
             "gradient scaler skips the step and anomaly detection sees them; plans and statistics leave them out."
         )
 
@@ -157,7 +160,8 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """Pairs, plans and statistics; plain data and tensors."""
-        if self.engine is None or self._pairing is None:
+        # A loaded state stays until an engine has taken it over, also where a check refuses it.
+        if self._saved is not None or self.engine is None or self._pairing is None:
             return dict(self._saved or dict.fromkeys(_KEYS))
         return {
             "layers": self._paired_for,

@@ -288,13 +288,13 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         weights, views = self._weights.now(), self._attachment.take()
         if not reevaluation:
             self.step += 1
-        self.samples = sum(view.samples for view in views)
+        self.samples = self._attachment.samples(views)
         self.transport_value = self.distillation_value = None
+        self.distances = []
         if not any(weights):
             return self._zero()
         if (problem := self._attachment.root.take_problem()) is not None:
             self._notices.fail(RuntimeError(problem), otherwise=problem, key="root")
-        self.distances = []
         try:
             terms = make_terms(self._attachment, self.run_state, views, self.samples, weights, reevaluation)
         except NoTermError as error:
@@ -360,6 +360,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         """Forget plans, statistics and counters, as at the start of a training run."""
         self.step = 0
         self.run_state.reset()
+        self._attachment.reset()
         self._notices = Notices(strict=self.strict)
 
     def _choose_pairs(self, choose: ChoosePairs) -> Pairing:

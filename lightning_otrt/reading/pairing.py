@@ -83,6 +83,15 @@ class Pairing:
         """The neurons of each pair, for steps in which its layers do not run."""
         return [_neuron_counts(self, pair) for pair in self.pairs]
 
+    def rows_of_a_sample(self) -> list[int]:
+        """For each pair, how many rows of its student layer belong to a sample, such as frames or windows; else 1."""
+        counts, samples = [], self.student.batch_size
+        for pair in self.pairs:
+            tensor = self.student.tensor(pair.student, pair.select)
+            rows = 0 if tensor is None else tensor.shape[tensor.batch_axis]
+            counts.append(rows // samples if samples and rows > samples and rows % samples == 0 else 1)
+        return counts
+
     def table(self) -> str:
         """The pairs as a table with types and shapes."""
         masks = [pair_masks(pair, self.student, self.teacher) for pair in self.pairs]

@@ -42,13 +42,14 @@ class Distillation:
     """
 
     def __init__(self, temperature: float, *, strict: bool = True) -> None:
-        self.temperature, self._notices = temperature, Notices(strict=strict)
+        self.temperature, self._strict = temperature, strict
         self._regression = Regression(standardised=False, ridge=RIDGE)
         self.reset()
 
     def reset(self) -> None:
         """Forget the moments and the counters."""
         self.calls = 0
+        self._notices = Notices(strict=self._strict)
         self.bad_calls: Tensor | None = None
         self._sums: Sums | None = None
         self._reference: tuple[Tensor, Tensor] | None = None

@@ -77,7 +77,6 @@ class TermEngine(ABC):
         self._otherwise = "cost='euclidean'"
         if settings.plan in (*ORTHOGONAL, "auto"):
             self._otherwise = f"plan='sinkhorn' with {self._otherwise}"
-        self._notices = Notices(strict=settings.strict)
         self.graphs = StepGraphs() if graphs is None else graphs
         self.reset()
 
@@ -90,6 +89,7 @@ class TermEngine(ABC):
     def reset(self) -> None:
         """Forget plans, statistics and counters."""
         self.calls = 0
+        self._notices = Notices(strict=self.settings.strict)
         self.solved_samples: int | Tensor = 0
         self.states = [PairState() for _ in self.names]
         self.graphs.forget()
@@ -233,8 +233,8 @@ class TermEngine(ABC):
         if count >= self.cost.min_observations:
             return True
         message = (
-            f"{self._places[index]} has {count} observations, and fewer than {self.cost.min_observations} carry no "
-            "correlation"
+            f"{self._places[index]} has {count} observations, and {self.cost.name!r} needs at least "
+            f"{self.cost.min_observations}"
         )
         skipped = f"{message}: the pair is skipped for such batches. Use drop_last=True."
         if self.calls == 0:

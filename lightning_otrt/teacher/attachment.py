@@ -74,6 +74,8 @@ class Attachment:
         #: The resolved pairs with the traces of both networks. They stay when the student is detached.
         self.pairing: Pairing | None = None
         self._counts: list[NeuronCounts] = []
+        #: For each pair, the rows of its student layer for each sample.
+        self._rows: list[int] = []
         self._readers: Readers = {}
         self._places: Places = {}
         self._graph_checks = 0
@@ -124,11 +126,15 @@ class Attachment:
             torch.compiler.reset()
         # The module in a compiled one: compiled code cannot hold the hooks' student under two names.
         self.student = student = unwrapped(student)
-        self._teacher_run.start(student)
         self._guard = InputGuard()
         self._graph_checks = GRAPH_CHECKS
         self._is_reach_known = False
-        self.choose_again()
+        try:
+            self._teacher_run.start(student)
+            self.choose_again()
+        except BaseException:
+            self.detach()
+            raise
 
     def choose_again(self) -> None:
         """Forget what was recorded, and let the next forward choose the root and the pairs."""
@@ -138,10 +144,14 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
+        self._teacher_run.stop()
+        self.forget_student()
+
+    def forget_student(self) -> None:
+        """Remove all hooks, and leave the teacher as it is."""
         self.root.stop()
         self._forget_first_step()
         self._recorder.remove()
-        self._teacher_run.stop()
         if self._logits is not None:
             self._logits.forget_modules()
         self.student, self._readers, self._places = None, {}, {}
@@ -245,6 +255,17 @@ class Attachment:
         assert self._logits is not None
         return self._logits.matched(views)
 
+    def reset(self) -> None:
+        """Look again at the gradient of the task, as at the start of a training run."""
+        if self._logits is not None:
+            self._logits.reset()
+
+    def samples(self, views: Sequence[View]) -> int:
+        """Number of samples in the views: a layer may have several rows for each, such as frames or windows."""
+        if self.pairing is None:
+            return 0
+        return sum(view.samples(self._rows) for view in views)
+
     def check_task(self) -> None:
         """Warn once where the distillation of logits does not suit the task, as far as earlier calls show it."""
         if self._logits is not None:
@@ -268,6 +289,7 @@ class Attachment:
         if self.root.serves_another(name, (args, kwargs)):
             return False
         if self.root.name is not None:
+            self.root.note_forward()
             # In containers of their own: the teacher must not change those of the student.
             self._teacher_run(self.student, *self._guard.copied((args, kwargs)))
             return True
@@ -309,7 +331,7 @@ class Attachment:
                 return pairing
 
         self.pairing = self._settle(choose)
-        self._counts = self.pairing.neuron_counts()
+        self._counts, self._rows = self.pairing.neuron_counts(), self.pairing.rows_of_a_sample()
         self._watch_student(student)
         self.root.found(self.pairing.student.root, tensors_in((args, kwargs)))
         self._teacher_run.watch(self.pairing)

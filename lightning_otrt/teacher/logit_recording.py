@@ -106,6 +106,10 @@ class LogitRecording:
             roots = named_layers(student)[pairing.student.root], named_layers(teacher)[pairing.teacher.root]
             check_class_names(*roots, (counts[0], counts[1]))
 
+    def reset(self) -> None:
+        """Look again at the gradient of the task, which may be another one."""
+        self._task = TaskGradient()
+
     def _warn_of_features(self, pairing: Pairing) -> None:
         """Warn where the first item of an output is taken for its logits, and looks like features."""
         selects, traces = self.option.selects, (pairing.student, pairing.teacher)
@@ -189,6 +193,7 @@ class LogitRecording:
         if self._pools:
             logits, mask = self._pooled(logits, mask), None
         view.teacher_logits, view.teacher_logit_mask = logits, mask
+        view.teacher_version = None if torch.compiler.is_compiling() else version_of(logits)
 
     def matched(self, views: Sequence[View]) -> MatchedLogits:
         """The logits of each view in one form.
@@ -230,6 +235,11 @@ class LogitRecording:
             raise NoTermError(
                 "No logits were recorded in a forward of the student. Its output is recorded where its root is called "
                 "as a module; code that was compiled before the transfer was attached does not tell it."
+            )
+        if view.teacher_version not in (None, version_of(teacher)):
+            raise NoTermError(
+                "Code wrote to the teacher's logits in place after its forward, so that the distillation would be that "
+                "of other logits. Change a copy: `transfer.teacher_output.clone()`."
             )
         where = "Distillation of logits"
         shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} as (batch, classes, *positions)"

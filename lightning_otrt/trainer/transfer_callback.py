@@ -173,7 +173,9 @@ class TransferCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Raise if another training step ran."""
-        if self.transfer.strict and not (self._term is not None and self._term.has_run):
+        # Lightning skips the step for a batch that is None.
+        has_run = batch is None or (self._term is not None and self._term.has_run)
+        if self.transfer.strict and not has_run:
             raise MisconfigurationException(
                 f"The `training_step` of {type(pl_module).__name__} was replaced after the fit began, so that the "
                 "transfer term is not added any more. Replace it before `trainer.fit`, or call the one that was there."

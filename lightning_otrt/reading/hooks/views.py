@@ -45,6 +45,7 @@ class View:
         teacher_logit_mask: The mask of the teacher's logits.
         output: The tensor that the student returned and ``logits`` is a copy of, the axis of its classes, and its
             version at that time, None in compiled code.
+        teacher_version: The version of the teacher's logits when they were read, where it is known.
         reads_pairs: Whether the student's layers of pairs were to be read.
     """
 
@@ -59,6 +60,7 @@ class View:
     teacher_logits: Tensor | None = None
     teacher_logit_mask: Tensor | None = None
     output: tuple[Tensor, int, int | None] | None = None
+    teacher_version: int | None = None
     reads_pairs: bool = True
 
     @property
@@ -77,10 +79,15 @@ class View:
         """Whether nothing was recorded, as where training skips layers at random."""
         return not self.recorded
 
-    @property
-    def samples(self) -> int:
-        """The number of samples, 0 if nothing was recorded."""
-        return next((tensor.shape[0] for tensor in self.recorded), 0)
+    def samples(self, rows: Sequence[int]) -> int:
+        """The number of samples, 0 if nothing was recorded.
+
+        Args:
+            rows: For each pair, how many rows of its student layer belong to a sample.
+        """
+        of_pairs = (calls[0].shape[0] // rows[index] for index, calls in self.student.items() if calls)
+        others = (tensor.shape[0] for tensor in (self.logits, *self.features) if tensor is not None)
+        return next(chain(of_pairs, others), 0)
 
 
 class NoTermError(Exception):

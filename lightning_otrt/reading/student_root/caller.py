@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 from torch import nn
 
 from lightning_otrt.layers.names import is_inside, named_layers
 
-__all__ = ["calling_method", "is_called_by_network", "with_caller"]
+__all__ = ["calling_method", "holders", "running_holder", "with_caller"]
 
 
 def calling_method(student: nn.Module, root: str) -> str:
@@ -41,32 +42,38 @@ def calling_method(student: nn.Module, root: str) -> str:
     return found
 
 
-def is_called_by_network(student: nn.Module, root: str) -> bool:
-    """Whether the forward of a module of the student around ``root`` is running.
+def holders(student: nn.Module, root: str) -> dict[int, str]:
+    """The names of the modules of the student around ``root``, by the ids of the modules."""
+    return {
+        id(module): name for name, module in named_layers(student).items() if name != root and is_inside(root, name)
+    }
+
+
+def running_holder(around: Mapping[int, str]) -> str | None:
+    """The outermost of these modules whose forward is running, by name; None where there is none.
 
     Args:
-        student: The student.
-        root: Name of a module whose forward starts.
+        around: Names of modules by their ids, see :func:`holders`.
 
     Example:
         >>> class Net(nn.Module):
         ...     def __init__(self) -> None:
         ...         super().__init__()
         ...         self.stem = nn.Linear(2, 2)
-        ...     def forward(self) -> bool:
-        ...         return is_called_by_network(self, "stem")
-        ...     def training_step(self) -> bool:
-        ...         return is_called_by_network(self, "stem")
+        ...     def forward(self) -> str | None:
+        ...         return running_holder(holders(nn.ModuleDict({"net": self}), "net.stem"))
+        ...     def training_step(self) -> str | None:
+        ...         return running_holder(holders(nn.ModuleDict({"net": self}), "net.stem"))
         >>> Net()(), Net().training_step()
-        (True, False)
+        ('net', None)
     """
-    around = {id(module) for name, module in named_layers(student).items() if name != root and is_inside(root, name)}
-    frame = inspect.currentframe()
+    found, frame = None, inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "forward" and id(frame.f_locals.get("self")) in around:
-            return True
+        if frame.f_code.co_name == "forward" and frame.f_code.co_argcount:
+            own = frame.f_locals.get(frame.f_code.co_varnames[0])  # `self`, whatever it is called
+            found = around.get(id(own), found)
         frame = frame.f_back
-    return False
+    return found
 
 
 def with_caller(error: Exception, student: nn.Module, root: str) -> Exception:

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_otrt.layers.names import listed
 from lightning_otrt.layers.pairs import LayerSpec
 
-__all__ = ["check_initialised", "logits_outside", "why_before", "why_no_view", "why_outside"]
+__all__ = ["check_initialised", "logits_outside", "why_before", "why_inside", "why_no_view", "why_outside"]
 
 _listed = partial(listed, at_most=5)
 #: Such code cannot be found from the student.
@@ -102,6 +102,22 @@ def why_before(root: str, before: Sequence[str]) -> str:
         f"the student. If you want this, pass student_root={root!r}. If a method is called, such as net.encode(x), "
         "pass student_root='net:encode'. Otherwise call the module that holds them all, with what enters these, such "
         "as ids in place of embeddings."
+    )
+
+
+def why_inside(root: str, holder: str) -> str:
+    """The error for a root that was called by itself when it was found, and later inside of a module around it.
+
+    Args:
+        root: Name of the root.
+        holder: Name of the module that called it.
+    """
+    whole = repr(holder) if holder else "the student"
+    return (
+        f"The distillation takes what {root!r} returns as logits, because it was called by itself in the first step. "
+        f"Now it ran inside of {whole}, whose output may be the logits. If so, pass student_root={holder!r}, and leave "
+        f"calls of {root!r} alone out by `transfer.paused()` (in a Trainer: `callback.transfer.paused()`). If the "
+        f"outputs of {root!r} are the logits, pass student_root={root!r}."
     )
 
 

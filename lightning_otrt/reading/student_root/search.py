@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +15,12 @@ from lightning_otrt.notices import warn
 from lightning_otrt.reading.containers import tensors_in
 from lightning_otrt.reading.extra_forwards.eager import EagerCode
 from lightning_otrt.reading.hooks.recorder import Recorder
-from lightning_otrt.reading.student_root.caller import with_caller
+from lightning_otrt.reading.student_root.caller import holders, running_holder, with_caller
 from lightning_otrt.reading.student_root.errors import (
     check_initialised,
     logits_outside,
     why_before,
+    why_inside,
     why_no_view,
     why_outside,
 )
@@ -53,6 +55,9 @@ class RootSearch:
         self._trained: TrainedForwards | None = None
         #: Trained modules that made what entered the root, before it ran.
         self._before: list[str] = []
+        #: Names of the modules around the root by id, where one that runs later would make the logits.
+        self._holders: dict[int, str] = {}
+        self._holder: str | None = None
         #: The parameters that were trained when the student was attached, by id.
         self._trained_at_start: frozenset[int] = frozenset()
         self._eager = EagerCode()
@@ -61,6 +66,7 @@ class RootSearch:
         """Forget the root, and watch all modules of ``student`` that may be it."""
         modules = named_layers(student)
         self._student, self.name, self._before = student, None, []
+        self._holders, self._holder = {}, None
         self._trained_at_start = frozenset(id(each) for each in student.parameters() if each.requires_grad)
         self._forget_trained()
         # A head outside of the root would make features of what is taken for logits.
@@ -136,11 +142,24 @@ class RootSearch:
         if self._trained is not None:
             self._before = self._trained.that_made(inputs)
         self._recorder.watch_roots([(name, named_layers(self._student)[name])], self.method)
+        if self._distills and self._student_root is None:
+            self._holders = holders(self._student, name)
+            if isinstance(self._student, pl.LightningModule):  # its forward is what its step does
+                self._holders.pop(id(self._student), None)
+
+    def note_forward(self) -> None:
+        """Note whether a module around the root runs now: what the root returns is then no output of the network."""
+        if self._holders and not torch.compiler.is_compiling():
+            self._holder = running_holder(self._holders)
 
     def take_problem(self) -> str | None:
-        """Why the root that was found may be the wrong one; given once, after the step in which it was found."""
-        if self._trained is None or self.name is None:
+        """Why the root that was found may be the wrong one; given once, after the step that shows it."""
+        if self.name is None:
             return None
+        if self._trained is None:
+            holder, self._holder = self._holder, None
+            return None if holder is None else why_inside(self.name, holder)
+        self._holder = None
         outside = self._trained.outside(None if self.method else self.name)
         self._forget_trained()
         if outside and self._student_root is not None:

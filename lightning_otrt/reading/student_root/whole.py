@@ -13,7 +13,7 @@ from lightning_otrt.layers.pairs import LayerSpec
 from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
-from lightning_otrt.reading.student_root.caller import is_called_by_network
+from lightning_otrt.reading.student_root.caller import holders, running_holder
 from lightning_otrt.reading.student_root.rules import has_names, is_of_same_network
 from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook
 from lightning_otrt.reading.traced.network_call import NetworkCall
@@ -34,7 +34,7 @@ def may_run_whole(layers: LayerSpec, student: NetworkCall, teacher: nn.Module, p
     """
     if is_of_same_network(student.model, student.root, part, teacher) or not has_names(layers, teacher):
         return False
-    return not is_called_by_network(student.model, student.root)
+    return running_holder(holders(student.model, student.root)) is None
 
 
 def does_more_than_its_part(teacher: NetworkCall, part: str, *, distils: bool) -> bool:
