@@ -739,3 +739,45 @@ def test_it_trains():
             optimizer.step()
     assert values[-1] < 0.5 * values[0]
     assert differ(weights(student), start)
+
+
+class Parts(nn.Module):
+    """An encoder and a head, which a step may call alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.head = nn.Linear(width, 5)
+
+    def forward(this, x: Tensor) -> Tensor:
+        return this.head(this.encoder(x))
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_logits_of_an_encoder_that_later_runs_inside_of_its_network(is_whole):
+    """The first step of a warm-up calls the encoder alone. What that returns are no logits of later steps."""
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    student = Parts(16) if is_whole else nn.ModuleDict({"net": Parts(16)})
+    net, name = (student, "") if is_whole else (student["net"], "net")
+    layers = {f"{name}.encoder.0".removeprefix("."): "encoder.0"}
+    transfer = RepresentationTransfer(Parts(32), layers, distillation=1.0)
+    with transfer.attached(student):
+        net.encoder(x)
+        transfer.loss()
+        net(x)
+        with pytest.raises(RuntimeError, match=f"ran inside of .*pass student_root='{name}'"):
+            transfer.loss()
+    # Without the logits the encoder is read in both.
+    transfer = RepresentationTransfer(Parts(32), layers)
+    with transfer.attached(student):
+        for call in (net.encoder, net):
+            call(x)
+            assert transfer.loss() > 0
+    # And as told.
+    transfer = RepresentationTransfer(Parts(32), layers, distillation=1.0, student_root=name)
+    with transfer.attached(student):
+        with transfer.paused():
+            net.encoder(x)
+        net(x)
+        transfer.loss()
+        assert transfer.distillation_value > 0

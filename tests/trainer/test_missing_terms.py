@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from helpers import (
     Task,
     assert_same,
     hooks,
+    loader,
     make_task,
+    make_trainer,
     weights,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -87,3 +90,22 @@ def test_not_strict_leaves_the_term_out_with_one_warning():
         fitted([make_callback(strict=False)], task=task)
     assert sum("strict=False" in str(warning.message) for warning in caught) == 1
     assert_same(weights(task), weights(fitted([], task=make_task(Elsewhere))))
+
+
+class WithNone:
+    """Batches of which the first is None: Lightning leaves its step out."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield None
+        yield from loader()
+
+    def __len__(self) -> int:
+        return 1 + len(loader())
+
+
+def test_a_batch_that_is_none_is_no_missing_term():
+    callback, trainer = make_callback(), make_trainer(max_epochs=1)
+    trainer.callbacks.append(callback)
+    with pytest.warns(UserWarning, match="train_dataloader yielded None"):
+        trainer.fit(make_task(), WithNone())
+    assert callback.transfer.engine.calls == len(loader())

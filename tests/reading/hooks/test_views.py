@@ -40,8 +40,10 @@ def test_gradient_of_a_view() -> None:
 
 
 def test_samples_of_a_view() -> None:
-    assert View("").samples == 0
-    assert recorded([reading()]).samples == 5
+    assert View("").samples([1, 1]) == 0
+    assert recorded([reading()]).samples([1, 1]) == 5
+    assert recorded([reading()]).samples([5, 1]) == 1
+    assert View("", logits=torch.zeros(7, 3)).samples([1, 1]) == 7
 
 
 def test_views_without_gradient_are_left_out_unless_all_are() -> None:
