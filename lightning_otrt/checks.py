@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -43,7 +44,7 @@ def check_number(name: str, value: Any, hint: str = "") -> None:
         TypeError: If it is no number.
         ValueError: If it is negative, infinite or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are such, too
         raise TypeError(_expected(name, "a number", _typed(value), hint))
     if not math.isfinite(value) or value < 0:
         raise ValueError(_expected(name, "finite and not negative", str(value), hint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from lightning_otrt.checks import check_number, constructor_call, is_int, shown
@@ -120,7 +121,7 @@ def check_distillation(value: Any) -> None:
     """
     if isinstance(value, LogitDistillation):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             "Expected argument `distillation` to be the weight of the distillation of logits or "
             f"LogitDistillation(weight, temperature), but got {shown(value)} of type {type(value).__name__}."

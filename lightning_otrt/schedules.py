@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from lightning_otrt.checks import check_count, check_number, constructor_call
 
@@ -97,7 +98,7 @@ def factor_at(step: int, schedule: Schedule | None) -> float:
         ValueError: If the schedule gives anything but a finite number that is not negative.
     """
     factor = 1.0 if schedule is None else schedule(step)
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor < 0:
+    if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor) or factor < 0:
         raise ValueError(
             f"Expected `schedule` to give a finite number that is not negative, but {schedule!r} gave {factor!r} at "
             f"step {step}. A schedule maps the step to a factor on `weight` and on the weight of `distillation`: "

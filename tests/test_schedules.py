@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+from torch import nn
 
-from lightning_otrt import CosineDecay, LinearWarmup
+from lightning_otrt import CosineDecay, LinearWarmup, LogitDistillation, RepresentationTransfer
 from lightning_otrt.schedules import factor_at
 
 
@@ -62,3 +64,9 @@ def test_a_schedule_that_gives_no_factor(factor: Any):
         factor_at(7, lambda step: factor)
     assert factor_at(7, lambda step: step) == 7.0
     assert factor_at(7, None) == 1.0
+
+
+def test_a_number_of_numpy_is_a_factor():
+    assert factor_at(3, lambda step: np.float32(0.5)) == 0.5
+    assert float(LogitDistillation(np.float32(2)).weight) == 2
+    RepresentationTransfer(nn.Linear(2, 2), weight=np.int64(2))

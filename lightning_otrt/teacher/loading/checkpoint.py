@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,15 +69,28 @@ def from_checkpoint(path: str, model_class: Any, kwargs: Mapping[str, Any]) -> n
                 if _VERSION not in error.args:
                     raise
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, SafetensorError) as error:
+    except (pickle.UnpicklingError, EOFError, KeyError, SafetensorError, struct.error) as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition(". ")[0] or repr(error)
         raise RuntimeError(
             f"The checkpoint {path!r} could not be read ({reason}). Either it is damaged or of another kind, or it "
             "holds more than tensors and plain values, and loading those can run any code. If you trust the file, load "
             "the teacher with `weights_only=False` (torch.load or load_from_checkpoint) and pass the module."
         ) from error
-    module = model_class(**kwargs)
+    module = _built(model_class, kwargs, path)
     _load_state(module, state, f"The weights in {path!r} do not fit {type(module).__name__}")
+    return module
+
+
+def _built(model_class: Any, kwargs: Mapping[str, Any], path: str) -> nn.Module:
+    try:
+        module: nn.Module = model_class(**kwargs)
+    except TypeError as error:
+        name = getattr(model_class, "__name__", str(model_class))
+        raise TypeError(
+            f"The network for the weights in {path!r} could not be built by {name}: {error}. The file holds no "
+            f"arguments. Pass them, as in load_teacher({path!r}, model_class={name}, width=64), or a function "
+            "without arguments that builds the network."
+        ) from error
     return module
 
 

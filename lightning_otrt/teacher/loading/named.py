@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from typing import Any
+from urllib.error import URLError
 
 from torch import nn
 
@@ -34,7 +35,14 @@ def from_torchvision(source: str, weights: Any, kwargs: Mapping[str, Any], *, fo
         raise ValueError(
             f"{name!r} has no weights {weights!r}. Choose from {choices}, or None for an untrained network."
         )
-    model: nn.Module = models.get_model(name, weights=weights, **kwargs)
+    try:
+        model: nn.Module = models.get_model(name, weights=weights, **kwargs)
+    except URLError as error:
+        raise RuntimeError(
+            f"The weights of {source!r} could not be downloaded ({error.reason}). With a connection torchvision keeps "
+            "them in the folder of `torch.hub.get_dir()`; copy that to this machine. Or pass a checkpoint with its "
+            "class, or None as the weights for an untrained network."
+        ) from error
     return model
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import lightning
 import pytest
@@ -83,6 +84,15 @@ class TestTorchvision:
         monkeypatch.setattr(models, "get_model", lambda name, weights: asked.append((name, weights)) or Net())
         load_teacher(source, **options)
         assert asked == [("resnet50", expected)]
+
+    def test_no_connection(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(*args: Any, **kwargs: Any) -> Any:
+            raise URLError("no route to host")
+
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fails)
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fails)
+        with pytest.raises(RuntimeError, match=r"'resnet18' could not be downloaded \(no route to host\)"):
+            load_teacher("resnet18")
 
     def test_enum(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from torchvision import models
@@ -261,8 +271,18 @@ class TestCheckpoint:
         with pytest.raises(RuntimeError, match=f"^{re.escape(expected)}.*If you trust the file, load the teacher with"):
             load_teacher(path, model_class=model_class)
 
-    @pytest.mark.parametrize("content", [b"", b"hello"])
+    def test_a_class_with_arguments(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pt"
+        torch.save(torch.nn.Linear(3, 2).state_dict(), path)
+        with pytest.raises(TypeError, match=r"could not be built by Linear: .*missing 2 required .* Pass them, as in"):
+            load_teacher(path, model_class=torch.nn.Linear)
+        module = load_teacher(path, model_class=torch.nn.Linear, in_features=3, out_features=2)
+        assert isinstance(module, torch.nn.Linear)
+
+    @pytest.mark.parametrize("content", [b"", b"hello", b"junk"])
     def test_a_damaged_file(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(content)
-        with pytest.raises(RuntimeError, match=r"could not be read \((EOF|Key)Error.*\)\. Either it is damaged or of"):
+        with pytest.raises(
+            RuntimeError, match=r"could not be read \((EOFError|KeyError|error)\(.*\)\. Either it is damaged or of"
+        ):
             load_teacher(tmp_path / "a.pt", model_class=Net)
