@@ -132,7 +132,7 @@ class RunState:
         Returns:
             The number of calls, and a message about them.
         """
-        terms = {"transport": self.engine, "distillation": self.distillation}
+        terms = {"transfer": self.engine, "distillation": self.distillation}
         found = {name: term.bad_calls for name, term in terms.items() if term is not None}
         counts = {name: int(count) for name, count in found.items() if count is not None}
         for count in found.values():

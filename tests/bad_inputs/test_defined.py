@@ -123,7 +123,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
     (Fit("smaller last batch", data=lambda: batches(8, 8, 3)), [], check_all),
     (
         Fit("last batches too small", layers="penultimate", data=lambda: batches(8, 1, 8, 1)),
-        ["'net.dropout:input' -> 'dropout:input' has 1 observations, and fewer than 3 carry no correlation: the pair"],
+        ["'net.dropout:input' -> 'dropout:input' has 1 observations, and 'correlation' needs at least 3: the pair"],
         check_steps(True, False, True, False),
     ),
     (
@@ -133,7 +133,7 @@ DEFINED: list[tuple[Fit, list[str], Callable[[Seen], None]]] = [
             options={"strict": False},
             data=lambda: batches(1, 1),
         ),
-        ["'net.dropout:input' -> 'dropout:input' has 1 observations, and fewer than 3 carry no correlation: the pair"],
+        ["'net.dropout:input' -> 'dropout:input' has 1 observations, and 'correlation' needs at least 3: the pair"],
         check_none,
     ),
     (

@@ -58,7 +58,7 @@ MISTAKES = [
         ValueError,
         (
             "'net.dropout:input' -> 'dropout:input' has 1 observations",
-            "fewer than 3",
+            "needs at least 3",
             "larger batch",
             "cost='euclidean'",
         ),
@@ -68,7 +68,7 @@ MISTAKES = [
     Fit(
         "batch of none",
         ValueError,
-        ("'net.block1' -> 'block1' has 0 observations", "fewer than 3", "larger batch"),
+        ("'net.block1' -> 'block1' has 0 observations", "needs at least 3", "larger batch"),
         data=lambda: batches(0, 0),
     ),
     Fit(

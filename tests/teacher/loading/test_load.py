@@ -283,6 +283,6 @@ class TestCheckpoint:
     def test_a_damaged_file(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(content)
         with pytest.raises(
-            RuntimeError, match=r"could not be read \((EOFError|KeyError|error)\(.*\)\. Either it is damaged or of"
+            RuntimeError, match=r"read \((EOFError|KeyError|error)\(.*\)\. Either it is damaged or of"
         ):
             load_teacher(tmp_path / "a.pt", model_class=Net)
