@@ -24,6 +24,7 @@ __all__ = [
     "is_compiled",
     "is_in_backward",
     "is_in_functional_transform",
+    "lightning_base",
     "module_tables",
     "remove_hook",
     "tensor_tables",
@@ -94,6 +95,12 @@ def forward_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
     of_hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
     flags: list[dict[int, Any]] = [module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs]
     return [*of_hooks, *flags, module._forward_hooks_always_called]
+
+
+def lightning_base(kind: type) -> type | None:
+    """``LightningModule`` of the package that a class takes it from, without an import of either; None for others."""
+    bases = (base for base in kind.__mro__ if base.__name__ == "LightningModule")
+    return next((base for base in bases if base.__module__.startswith(("lightning.", "pytorch_lightning."))), None)
 
 
 def module_tables(module: nn.Module) -> list[dict[str, Any]]:

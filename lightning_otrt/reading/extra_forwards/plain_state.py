@@ -17,7 +17,7 @@ from lightning_otrt.reading.torch_internals import all_buffers, forward_hook_tab
 
 __all__ = ["PlainState"]
 
-#: Code whose objects are left alone: it keeps books of its own that an extra forward may change.
+#: Code whose objects are left alone: they have internal counters and caches that a forward may change.
 _FOREIGN = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_otrt", "deepspeed", "unittest")
 #: Modules that manage weights across processes.
 _MANAGED = ("torch.distributed", "torch.nn.parallel", "torch._dynamo", "deepspeed")

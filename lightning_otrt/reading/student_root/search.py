@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from lightning_otrt.reading.student_root.errors import (
 )
 from lightning_otrt.reading.student_root.rules import can_be_root, split_root
 from lightning_otrt.reading.student_root.trained_forwards import TrainedForwards
+from lightning_otrt.reading.torch_internals import lightning_base
 from lightning_otrt.reading.traced.arguments import Inputs
 
 __all__ = ["RootSearch"]
@@ -144,7 +144,7 @@ class RootSearch:
         self._recorder.watch_roots([(name, named_layers(self._student)[name])], self.method)
         if self._distills and self._student_root is None:
             self._holders = holders(self._student, name)
-            if isinstance(self._student, pl.LightningModule):  # its forward is what its step does
+            if lightning_base(type(self._student)) is not None:  # its forward is what its step does
                 self._holders.pop(id(self._student), None)
 
     def note_forward(self) -> None:

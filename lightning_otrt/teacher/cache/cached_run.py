@@ -20,10 +20,10 @@ from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.reading.traced.batch_facts import holds_image
 from lightning_otrt.teacher.cache.fingerprint import fingerprint
-from lightning_otrt.teacher.cache.plain_watch import PlainWatch
 from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
 from lightning_otrt.teacher.cache.weight_watch import WeightWatch
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
+from lightning_otrt.teacher.frozen.plain_watch import PlainWatch
 
 __all__ = ["CacheUse", "CachedRun"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.reading.torch_internals import unwrapped
-from lightning_otrt.teacher.cache.plain_facts import plain_facts, tensor_attributes
 from lightning_otrt.teacher.cache.sample_hash import SampleHash
+from lightning_otrt.teacher.frozen.plain_facts import plain_facts, tensor_attributes
 
 __all__ = ["fingerprint"]
 

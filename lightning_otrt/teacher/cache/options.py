@@ -34,7 +34,7 @@ class TeacherCache:
         folder: A folder that runs and processes share; None: the memory of this process. A relative one begins at the
             working directory in which this object is made.
         limit: Most that it may take, such as ``"4GB"``; None: half of the memory that is free at first, and all of the
-            disk. What is full takes no more samples.
+            disk. A full cache takes no more samples.
         dtype: Type in which numbers are kept, ``"float32"`` or ``"bfloat16"`` (or ``"bf16"``). The latter takes half,
             and rounds to three digits: the term of later epochs then differs by about as much.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.reading.torch_internals import unwrapped, version_of
+from lightning_otrt.teacher.frozen.plain_watch import PlainWatch
 
 __all__ = ["FollowingCopy", "has_dtype"]
 
@@ -38,22 +39,25 @@ class FollowingCopy:
         self.dtype = dtype
         self.module = _deep_copy(self.source).to(dtype)
         self._seen = _values(self.source)
+        self._plain = PlainWatch(self.source)
 
     def refresh(self) -> None:
-        """Copy parameters and buffers where the source changed. Nothing waits for a device.
+        """Copy parameters and buffers where the source changed, and all of it where its code, attributes or hooks did.
+
+        Nothing waits for a device.
 
         Every write to a tensor raises its version, but for writes to its ``data``. On the CPU one value of each tensor
         shows those; on other devices a look would wait, and the weights are copied every time.
         """
-        now = _values(self.source)
-        if now == self._seen and now != [None]:
+        now, is_other = _values(self.source), bool(self._plain.changed())
+        if now == self._seen and now != [None] and not is_other:
             return
         own, theirs = _tensors(self.module), _tensors(self.source)
-        if [tensor.shape for tensor in own] == [tensor.shape for tensor in theirs]:
+        if not is_other and [tensor.shape for tensor in own] == [tensor.shape for tensor in theirs]:
             with torch.no_grad():
                 for tensor, given in zip(own, theirs, strict=True):
                     tensor.copy_(given)
-        else:  # the owner changed its structure
+        else:  # the owner changed more than its weights
             self.module = _deep_copy(self.source).to(self.dtype)
         self._seen = now
 

@@ -282,7 +282,5 @@ class TestCheckpoint:
     @pytest.mark.parametrize("content", [b"", b"hello", b"junk"])
     def test_a_damaged_file(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(content)
-        with pytest.raises(
-            RuntimeError, match=r"read \((EOFError|KeyError|error)\(.*\)\. Either it is damaged or of"
-        ):
+        with pytest.raises(RuntimeError, match=r"read \((EOFError|KeyError|error)\(.*\)\. Either it is damaged or of"):
             load_teacher(tmp_path / "a.pt", model_class=Net)

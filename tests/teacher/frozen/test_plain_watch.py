@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.teacher.cache.fingerprint import fingerprint
-from lightning_otrt.teacher.cache.plain_watch import PlainWatch
+from lightning_otrt.teacher.frozen.plain_watch import PlainWatch
 
 
 class Net(nn.Module):
@@ -61,6 +61,47 @@ def test_in_place_is_seen_in_a_longer_look() -> None:
     net.settings["depth"].append(3)
     assert not watch.changed()
     assert watch.changed(everything=True)
+
+
+def test_a_plain_loop_looks_longer_from_time_to_time() -> None:
+    net = Net()
+    watch = PlainWatch(net)
+    net.settings["depth"].append(3)
+    found = [bool(watch.changed()) for _ in range(100)]
+    assert found == [False] * 99 + [True]
+
+
+AGAIN: dict[str, Callable[[Net, int], object]] = {
+    "numbers": lambda net, step: [setattr(net, "heads", 1000.5 + step + part / 2) for part in range(2)],
+    "objects": lambda net, step: [setattr(net, "settings", value) for value in (None, Settings(step))],
+    "functions": lambda net, step: [setattr(net, "act", value) for value in (None, lambda x: x * step)],
+}
+
+
+class Settings:
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_gets_the_address_of_what_was_there(name: str) -> None:
+    """An object that is set twice between two looks often has the address of the first one."""
+    net = Net()
+    AGAIN[name](net, 0)
+    watch = PlainWatch(net)
+    for step in range(1, 20):
+        AGAIN[name](net, step)
+        assert watch.changed()
+
+
+def test_a_hook_that_is_put_on_again() -> None:
+    net = Net()
+    handle = net.register_forward_hook(lambda module, args, output: output + 0)
+    watch = PlainWatch(net)
+    for step in range(1, 20):
+        handle.remove()
+        handle = net.register_forward_hook(eval(f"lambda module, args, output: output + {step}"))
+        assert watch.changed()
 
 
 @pytest.mark.parametrize("everything", [False, True])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lightning_otrt.reading.torch_internals import module_tables
-from lightning_otrt.teacher.cache.plain_facts import plain_facts, tensor_attributes
+from lightning_otrt.teacher.frozen.plain_facts import plain_facts, tensor_attributes
 
 __all__ = ["PlainWatch"]
+
+#: Calls between two looks at everything, which take some ten milliseconds for a large network.
+_ALL_EVERY = 100
+#: What cannot hold an activation.
+_HELD = (bool, int, float, complex, str, bytes, type(None), type, np.generic)
 
 
 class PlainWatch:
@@ -40,15 +47,17 @@ class PlainWatch:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.changing: set[str] = set()
+        self._looks = 0
         self._read()
 
     def changed(self, *, everything: bool = False) -> list[str]:
         """Names of the facts that count and are others than at the last call.
 
         Args:
-            everything: Whether to look into objects and code, too, which may change in place.
+            everything: Whether to look into objects and code, too, which may change in place. Each hundredth call does.
         """
-        return sorted(self._new_names(everything) - self.changing)
+        self._looks += 1
+        return sorted(self._new_names(everything or self._looks % _ALL_EVERY == 0) - self.changing)
 
     def learn(self, *, everything: bool = False) -> bool:
         """Note what the forward since the last call has changed. Whether that leaves less that counts."""
@@ -58,7 +67,7 @@ class PlainWatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the tables of the modules, which a copy of these would not share. A longer look finds them anew."""
-        return {**vars(self), "_tables": [], "_last": []}
+        return {**vars(self), "_tables": [], "_last": [], "_held": [], "_alive": []}
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -78,7 +87,8 @@ class PlainWatch:
 
     def _new_names(self, everything: bool = False) -> set[str]:
         """The names of all facts that are others than at the last call."""
-        if not everything and self._look() == self._last:
+        # An object that is gone may have left its address to another one.
+        if not everything and self._look() == self._last and all(alive() is not None for alive in self._alive):
             return set()
         before = self._facts
         self._read()
@@ -90,13 +100,26 @@ class PlainWatch:
         self._facts = {**plain_facts(self.module), **{name: f"Tensor {id(value)}" for name, value in tensors.items()}}
         self._tables = [table for part in self.module.modules() for table in module_tables(part)]
         self._last = self._look()
+        values = [*chain.from_iterable(table.values() for table in self._tables)]
+        self._held = [value for value in values if isinstance(value, _HELD)]
+        self._alive = [*filter(None, map(_reference, values))]
 
     def _look(self) -> list[int]:
         """Which objects the attributes and hooks are, in a fraction of a millisecond.
 
-        They are not held: that would keep activations alive. A list that code writes to stays the same object.
+        Numbers and texts are held, so that no other object gets their address. Of others it is only known whether they
+        are alive: to hold them would keep activations. Of lists, tuples and dictionaries not even that, and one that
+        code writes to stays the same object: what changes there shows in a longer look.
         """
         return [*map(id, chain.from_iterable(table.values() for table in self._tables))]
+
+
+def _reference(value: Any) -> weakref.ref[Any] | None:
+    """A reference that does not hold an object; None for what is held, and where there can be none."""
+    try:
+        return None if isinstance(value, _HELD) else weakref.ref(value)
+    except TypeError:
+        return None
 
 
 class _Call:

@@ -7,36 +7,43 @@ import functools
 import hashlib
 import sys
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterable, Mapping
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.reading.torch_internals import forward_hook_tables
+from lightning_otrt.reading.torch_internals import forward_hook_tables, lightning_base
 
 __all__ = ["plain_facts", "tensor_attributes"]
 
-#: Code that is known by its name: that of the standard library, and of packages whose objects keep books of their own.
+#: Code that is known by its name: that of the standard library, and of packages whose objects have internal counters
+#: and caches that a forward may change.
 _FOREIGN = frozenset(
     (*sys.stdlib_module_names, "torch", "numpy", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_otrt")
 )
 #: Plain holders of settings in the standard library.
 _HOLDERS = (Namespace, SimpleNamespace)
-_CONSTANT = (bool, int, float, complex, str, bytes, type(None), torch.dtype, range, slice)
+#: Packages of which a value is seen by what `pickle` would keep of it: a fraction, a date, a distribution.
+_OF_VALUES = (*(sys.stdlib_module_names - {"random"}), "numpy")
+_CONSTANT = (bool, int, float, complex, str, bytes, type(None), torch.dtype, range, slice, np.generic)
+#: Folders of packages that are installed.
+_INSTALLED = ("site-packages", "dist-packages")
 #: What ``nn.Module`` itself keeps in the dictionary of a module, and what Lightning's `torch.compile` adds.
 _OF_MODULES = frozenset((*vars(nn.Module()), "_is_torch_compile", "_compile_kwargs"))
-#: Of longer containers the length counts, and of deeper objects the type.
-_LONG, _DEPTH = 10_000, 6
+#: Of longer containers the length counts, of larger tensors the shape, and of deeper objects the type.
+_LONG, _LARGE, _DEPTH = 10_000, 64, 6
 
 
 def plain_facts(module: nn.Module) -> dict[str, str]:
     """What a network computes, by names of its modules and their attributes: equal texts in each process.
 
     It sees the code of the classes and functions that are not part of Python or torch, numbers, texts and flags,
-    containers and objects that hold these, and forward hooks of users. Of tensors inside of these it sees the shape.
+    containers and objects that hold these, and forward hooks of users. Of tensors inside of these it sees the shape,
+    and up to 64 values of one on the CPU.
 
     Args:
         module: The network.
@@ -73,14 +80,19 @@ def _held(part: nn.Module) -> dict[str, Any]:
     if isinstance(part, torch.jit.ScriptModule):
         return {}  # a fingerprint reads its graph; its dictionary holds what was looked up so far
     held = {key: value for key, value in vars(part).items() if key not in _OF_MODULES}
-    if any(base.__module__.startswith(("lightning.", "pytorch_lightning.")) for base in type(part).__mro__):
-        # Lightning keeps its Trainer and the like in private attributes.
-        held = {key: value for key, value in held.items() if not key.startswith("_")}
+    if (base := lightning_base(type(part))) is not None:
+        held = {key: value for key, value in held.items() if key not in _of_lightning(base)}
     before, after = forward_hook_tables(part)[:2]
     for when, table in (("before", before), ("after", after)):
         hooks = [hook for hook in table.values() if not _is_from(type(hook), "lightning_otrt")]
         held.update({f"hook {place} {when} the forward": hook for place, hook in enumerate(hooks)})
     return held
+
+
+@functools.cache
+def _of_lightning(base: type) -> frozenset[str]:
+    """What Lightning keeps in attributes, such as its Trainer. The hyperparameters count, as they are now."""
+    return frozenset((*vars(base()), "_hparams_initial", "_hparams_name"))
 
 
 class _Description:
@@ -101,7 +113,9 @@ class _Description:
         if isinstance(value, torch.device):
             return "device"
         if isinstance(value, Tensor):
-            return f"Tensor {tuple(value.shape)} {value.dtype}"
+            is_small = value.device.type == "cpu" and value.layout is torch.strided and value.numel() <= _LARGE
+            values = f" {value.tolist()}" if is_small and not value.is_quantized else ""
+            return f"Tensor {tuple(value.shape)} {value.dtype}{values}"
         if isinstance(value, type):
             return self.kind(value)
         if id(value) in self._running or depth > _DEPTH:  # it holds itself, perhaps
@@ -129,22 +143,40 @@ class _Description:
         return self._kinds[kind]
 
     def _object(self, value: Any, depth: int) -> str:
-        if isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        if isinstance(value, (list, tuple, set, frozenset, deque, Mapping)):
             return self._container(value, depth)
         if isinstance(value, np.ndarray):
             return f"array {value.shape} {value.dtype} {_digest([repr(value.tolist())])}"
         if isinstance(value, functools.partial):
             return f"partial {self._all((value.func, value.args, value.keywords), depth)}"
         if isinstance(value, MethodType):
-            return f"method {self(value.__func__, depth)} of {type(value.__self__).__qualname__}"
+            # A module that holds its own method would hold itself.
+            is_module = isinstance(value.__self__, (nn.Module, type))
+            owner = type(value.__self__).__qualname__ if is_module else self(value.__self__, depth)
+            return f"method {self(value.__func__, depth)} of {owner}"
         if isinstance(value, FunctionType):
             return self._function(value, depth)
         if isinstance(value, BuiltinFunctionType):
             return value.__qualname__
+        if callable(wrapped := getattr(value, "__wrapped__", None)):  # as by `functools.lru_cache`
+            return f"{type(value).__qualname__} of {self(wrapped, depth)}"
         if isinstance(value, nn.Module):
             return _digest(f"{name}: {fact}" for name, fact in plain_facts(value).items())
-        held = {} if _is_from(type(value), *_FOREIGN) and not isinstance(value, _HOLDERS) else _attributes(value)
-        return f"{self.kind(type(value))}({self._container(held, depth)})"
+        if _is_from(type(value), *_FOREIGN) and not isinstance(value, _HOLDERS):
+            return f"{self.kind(type(value))}({self._kept(value, depth)})"
+        return f"{self.kind(type(value))}({self._container(_attributes(value), depth)})"
+
+    def _kept(self, value: Any, depth: int) -> str:
+        """What `pickle` would keep of an object of Python, NumPy or `torch.distributions`; nothing of others."""
+        module = type(value).__module__
+        is_value = _top(module) in _OF_VALUES or module.startswith("torch.distributions")
+        if not is_value or module.startswith("numpy.random"):  # generators change with each number
+            return ""
+        try:
+            kept = value.__reduce_ex__(2)
+        except Exception:  # a file, a lock, a thread
+            return ""
+        return kept if isinstance(kept, str) else self(list(kept[:3]), depth)
 
     def _container(self, value: Any, depth: int) -> str:
         name = type(value).__qualname__
@@ -165,14 +197,40 @@ class _Description:
             return name
         held = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
         held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        package = _top(function.__module__)
-        names = (used for used in sorted(_names(function.__code__)) if used in function.__globals__)
-        for used in names:
-            value = function.__globals__[used]
-            is_ours = isinstance(value, FunctionType) and _top(value.__module__) == package
-            if is_ours or (used.isupper() and isinstance(value, (*_CONSTANT, tuple))):
-                held.append(value)
+        held += _used(function)
         return f"{name} {_digest([_code(function.__code__), *self._all(held, depth)])}"
+
+
+def _used(function: FunctionType) -> list[Any]:
+    """What a function uses by global names: functions, classes, those of modules, and constants in capitals.
+
+    Of a package that is installed it is functions of that package alone: there are too many others, and they change
+    with its version.
+    """
+    found: list[Any] = []
+    package = _top(function.__module__)
+    names, known = sorted(_names(function.__code__)), function.__globals__
+    for used in names:
+        value = known.get(used)
+        if isinstance(value, (FunctionType, type)):
+            is_near = isinstance(value, FunctionType) and _top(value.__module__) == package
+            if is_near or _is_written_here(value.__module__):
+                found.append(value)
+        elif isinstance(value, ModuleType) and _is_written_here(value.__name__):
+            inside = (vars(value).get(name) for name in names)
+            found += [part for part in inside if isinstance(part, (FunctionType, type))]
+        elif used.isupper() and isinstance(value, (*_CONSTANT, tuple)):
+            found.append(value)
+    return found
+
+
+@functools.cache
+def _is_written_here(module: str | None) -> bool:
+    """Whether a module is the user's own: no part of Python, and of no package that is installed."""
+    if _top(module) in _FOREIGN:
+        return False
+    place = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return not any(folder in place for folder in _INSTALLED)
 
 
 def _attributes(value: Any) -> dict[str, Any]:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fractions
+import functools
+import importlib
 import io
+import operator
 import os
 import pickle
+import random
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable
+from datetime import datetime
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_otrt.teacher.cache.plain_facts import plain_facts
+from lightning_otrt.teacher.frozen.plain_facts import plain_facts
 
 SCALE = 2.0
 
@@ -34,6 +44,9 @@ class Settings:
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.depth
 
 
 class Net(nn.Module):
@@ -112,6 +125,25 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "methods": (nn.Module.eval, nn.Module.train),
     "classes": (nn.ReLU, nn.GELU),
     "networks in a list": ([nn.Dropout(0.1)], [nn.Dropout(0.2)]),
+    "numbers of NumPy": (np.int64(1), np.int64(2)),
+    "fractions of NumPy": (np.float16(0.5), np.float16(0.25)),
+    "methods of objects": (Settings(1).scaled, Settings(2).scaled),
+    "functions with a cache": (functools.lru_cache(clamped(0.0)), functools.lru_cache(clamped(1.0))),
+    "getters": (operator.itemgetter(0), operator.itemgetter(1)),
+    "fractions": (fractions.Fraction(1, 2), fractions.Fraction(1, 3)),
+    "queues": (deque([1, 2]), deque([1, 3])),
+    "paths": (Path("a"), Path("b")),
+    "dates": (datetime(2026, 1, 1), datetime(2026, 1, 2)),
+    "polynomials": (np.poly1d([1, 2]), np.poly1d([1, 3])),
+    "distributions": (torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.0, 2.0)),
+    "tensors in a list": ([torch.ones(2)], [torch.zeros(2)]),
+}
+#: Nothing of these is told apart: they change by themselves, or are those of the process.
+SAME: dict[str, tuple[Any, Any]] = {
+    "generators": (random.Random(0), random.Random(1)),
+    "generators of NumPy": (np.random.default_rng(0), np.random.default_rng(1)),
+    "generators of torch": (torch.Generator(), torch.Generator().manual_seed(3)),
+    "locks": (threading.Lock(), threading.Lock()),
 }
 
 
@@ -120,6 +152,45 @@ def test_values(name: str) -> None:
     one, other = VALUES[name]
     assert plain_facts(Net(one)) == plain_facts(Net(one))
     assert plain_facts(Net(one)) != plain_facts(Net(other))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_not_told_apart(name: str) -> None:
+    one, other = SAME[name]
+    assert plain_facts(Net(one)) == plain_facts(Net(other))
+
+
+def test_hyperparameters() -> None:
+    class Module(pl.LightningModule):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self._secret = 1
+
+    module = Module(1.0)
+    before = plain_facts(module)
+    assert before == plain_facts(Module(1.0)) != plain_facts(Module(2.0))
+    module._secret = 2
+    assert plain_facts(module) != before
+
+
+@pytest.mark.parametrize("use", ["helpers.scaled(x)", "scaled(x)", "Scaler()(x)", "helpers.Scaler()(x)"])
+def test_code_in_another_file(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the user: that of packages which are installed is known by its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for factor in (2, 2, 3):
+        (tmp_path / "helpers_of_test.py").write_text(
+            f"def scaled(x):\n    return {factor} * x\n\n\nclass Scaler:\n    __call__ = lambda self, x: {factor} * x\n"
+        )
+        sys.modules.pop("helpers_of_test", None)
+        importlib.invalidate_caches()
+        helpers = importlib.import_module("helpers_of_test")
+        importlib.reload(helpers)
+        names = {"nn": nn, "helpers": helpers, "scaled": helpers.scaled, "Scaler": helpers.Scaler, "__name__": "main_"}
+        exec(f"class Net(nn.Module):\n    def forward(self, x):\n        return {use}\n", names)
+        found.append(plain_facts(names["Net"]()))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("options", [{"nhead": 4}, {"activation": "gelu"}, {"norm_first": True}])
@@ -163,8 +234,12 @@ def test_what_lightning_keeps_does_not_count() -> None:
 
 FACTS = """
 import hashlib, torch
-from lightning_otrt.teacher.cache.plain_facts import plain_facts
+from fractions import Fraction
+from operator import itemgetter
+from torch.distributions import Normal
+from lightning_otrt.teacher.frozen.plain_facts import plain_facts
 net = torch.nn.TransformerEncoderLayer(8, 2)
+net.lag, net.range, net.getter = Fraction(1, 3), Normal(0.0, 2.0), itemgetter(1)
 net.config = {"names": set("abcdef"), "act": lambda x: x + 1 if x in {"t", "u", "v", "w", "x", "y"} else x}
 print(hashlib.sha256(repr(sorted(plain_facts(net).items())).encode()).hexdigest())
 """
