@@ -104,6 +104,4 @@ class Notices:
         """
         if self.strict:
             raise error
-        if (key or otherwise) not in self._told:
-            self._told.add(key or otherwise)
-            self._tell(otherwise)
+        self.warn(otherwise, key)

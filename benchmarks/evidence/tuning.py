@@ -29,6 +29,8 @@ class Tuning:
         pair: The architectures.
         steps: Steps of the student.
         teacher_steps: Steps of the teacher.
+        teacher_seed: Decides the teacher.
+        batch_size: Images of a batch.
     """
 
     setting: str
@@ -38,6 +40,8 @@ class Tuning:
     pair: str = "conv"
     steps: int = 400
     teacher_steps: int = 800
+    teacher_seed: int = TEACHER_SEED
+    batch_size: int = 64
 
     def runs(self, method: str, seed: int) -> list[Run]:
         """The candidates of a method on one tuning seed."""
@@ -50,16 +54,21 @@ class Tuning:
                 weight_decay=weight_decay,
                 weight=weight,
                 seed=seed,
-                teacher_seed=TEACHER_SEED,
+                teacher_seed=self.teacher_seed,
                 split="validation",
                 per_class=self.per_class,
                 pool=self.pool,
                 pair=self.pair,
                 steps=self.steps,
                 teacher_steps=self.teacher_steps,
+                batch_size=self.batch_size,
             )
-            for lr, weight_decay, weight in candidates(method, self.setting, self.pair)
+            for lr, weight_decay, weight in self.candidates(method)
         ]
+
+    def candidates(self, method: str) -> list[tuple[float, float, float]]:
+        """Learning rate, weight decay and weight of each candidate of a method."""
+        return candidates(method, self.setting, self.pair)
 
     def first(self, methods: Iterable[str]) -> list[Run]:
         """All candidates on the first seed."""

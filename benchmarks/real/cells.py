@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from benchmarks.evidence.experiments import Experiment
-from benchmarks.evidence.runs import Results, Run
+from benchmarks.evidence.runs import Results
 from benchmarks.evidence.tuning import SEEDS as TUNING_SEEDS
 from benchmarks.evidence.tuning import Tuning
 from benchmarks.real.methods import METHODS, candidates, methods_of
@@ -29,25 +29,12 @@ DATA = {
 class CellTuning(Tuning):
     """Choices of one cell: on validation data, with the tuning seeds of all benchmarks."""
 
-    def runs(self, method: str, seed: int) -> list[Run]:
-        """The candidates of a method on one tuning seed."""
-        return [
-            Run(
-                setting=self.setting,
-                target=self.target,
-                method=method,
-                lr=lr,
-                weight_decay=weight_decay,
-                weight=weight,
-                seed=seed,
-                split="validation",
-                per_class=self.per_class,
-                pair=self.pair,
-                steps=self.steps,
-                batch_size=BATCH_SIZE,
-            )
-            for lr, weight_decay, weight in candidates(method, kind_of(self.setting, self.target))
-        ]
+    teacher_seed: int = 0
+    batch_size: int = BATCH_SIZE
+
+    def candidates(self, method: str) -> list[tuple[float, float, float]]:
+        """Learning rate, weight decay and weight of each candidate of a method."""
+        return candidates(method, kind_of(self.setting, self.target))
 
     def edge(self, method: str, results: Results) -> bool:
         """Whether the chosen learning rate is the smallest or the largest."""

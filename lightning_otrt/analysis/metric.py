@@ -27,7 +27,7 @@ from lightning_otrt.transport.plans import (
     fixed_plan,
     solve_plan,
 )
-from lightning_otrt.transport.tensor_checks import check_finite
+from lightning_otrt.transport.tensor_checks import check_finite, check_floating
 from lightning_otrt.transport.tensors import lacks_float64
 
 if TYPE_CHECKING:
@@ -275,9 +275,7 @@ class NeuronTransportDistance(Metric):
         return self
 
     def _check(self, name: str, neurons: Tensor, width: int) -> None:
-        if not isinstance(neurons, Tensor) or not neurons.is_floating_point():
-            got = neurons.dtype if isinstance(neurons, Tensor) else type(neurons).__name__
-            raise TypeError(f"Expected argument `{name}` to be a floating-point tensor, but got {got}.")
+        check_floating(name, neurons)
         if neurons.dim() != 2 or neurons.shape[0] != width:
             hint = " Is it (observations, neurons)? Transpose it." if neurons.shape[1:] == (width,) else ""
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.notices import Notices, warn
-from lightning_otrt.steps.process_checks import check_same
+from lightning_otrt.steps.process_checks import agree
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.transport.cost import Sums, all_finite, decay_and_add
@@ -18,7 +18,7 @@ from lightning_otrt.transport.moments import centred
 from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 from lightning_otrt.transport.soft_targets import soft_targets
-from lightning_otrt.transport.tensors import common_dtype, finite, widest
+from lightning_otrt.transport.tensors import common_dtype, finite, joined, widest
 
 __all__ = ["Distillation"]
 
@@ -139,7 +139,7 @@ class Distillation:
         """
         if ranks is None and not self._has_enough(batches, None):
             return False
-        y, x = batches[0] if len(batches) == 1 else (torch.cat(side, -1) for side in zip(*batches, strict=True))
+        y, x = joined(batches)
         self._check_state(y, x)
         if self._reference is None and not self._start(batches, y, x, ranks):
             return False
@@ -191,11 +191,7 @@ class Distillation:
                 self._check(views, is_regression=is_regression)
             except ValueError as error:
                 problem = str(error)
-        gathered = ranks.gather((self._exchanged(views, is_regression=is_regression), problem))
-        check_same([mine for mine, _ in gathered])
-        for rank, (_, theirs) in enumerate(gathered):
-            if theirs:
-                raise ValueError(f"Process {rank} of {ranks.size}: {theirs}")
+        agree(ranks, self._exchanged(views, is_regression=is_regression), problem)
         self._is_agreed = True
 
     def _exchanged(self, views: LogitViews, *, is_regression: bool) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import partial
 
-import torch
-
 from lightning_otrt.steps.call import Call
 from lightning_otrt.steps.coupling import Problem
 from lightning_otrt.steps.pair_state import PairState
@@ -14,6 +12,7 @@ from lightning_otrt.steps.stacking import Group, Stacks, group_pairs, is_stacked
 from lightning_otrt.steps.step_graphs import Views
 from lightning_otrt.steps.term_engine import TermEngine, Values
 from lightning_otrt.transport.cost import Evaluate, ValueAndGradient
+from lightning_otrt.transport.tensors import joined
 
 __all__ = ["TransportEngine"]
 
@@ -120,8 +119,7 @@ class TransportEngine(TermEngine):
         """
         problems, evaluations = {}, {}
         for group, batch in batches.items():
-            y, x = batch[0] if len(batch) == 1 else (torch.cat(side, -1) for side in zip(*batch, strict=True))
-            found = self.couplings[group[0]].observe(states[group], y, x, samples, group in due)
+            found = self.couplings[group[0]].observe(states[group], *joined(batch), samples, group in due)
             if found is not None:
                 problems[group] = found.problem
                 # Of several views the problem is that of all together.

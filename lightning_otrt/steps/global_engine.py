@@ -18,7 +18,7 @@ from lightning_otrt.steps.call import Batch, Call
 from lightning_otrt.steps.coupling import MEMORY, Problem
 from lightning_otrt.steps.messages import Message, Observed, added, fed, scaled
 from lightning_otrt.steps.pair_state import PairState
-from lightning_otrt.steps.process_checks import SamePlans, check_same
+from lightning_otrt.steps.process_checks import SamePlans, agree
 from lightning_otrt.steps.ranks import Ranks
 from lightning_otrt.steps.rounds import run_rounds
 from lightning_otrt.steps.settings import TermSettings
@@ -267,15 +267,11 @@ class GlobalTransportEngine(TermEngine):
                 settings.seed,
             ),
         }
-        gathered = self.ranks.gather((mine, problem, call.counts, call.samples))
-        check_same([each[0] for each in gathered])
-        for rank, (_, theirs, *_) in enumerate(gathered):
-            if theirs:
-                raise ValueError(f"Process {rank} of {self.ranks.size}: {theirs}")
+        observed = agree(self.ranks, mine, problem, (call.counts, call.samples))
         self._is_agreed = True
         # After a resume with another memory, "auto" has to choose, too.
         if self.calls == 0 or any(state.memory is None for state in self.states):
-            self._choose_memories(call, [each[2] for each in gathered], sum(each[3] for each in gathered))
+            self._choose_memories(call, [counts for counts, _ in observed], sum(samples for _, samples in observed))
 
     def _choose_memories(self, call: Call, counts: Sequence[list[list[int]]], samples: int) -> None:
         """Check the observations of all processes (process, pair, view), and choose what depends on their samples."""

@@ -9,7 +9,30 @@ from lightning_otrt.notices import warn
 from lightning_otrt.steps.pair_state import PairState
 from lightning_otrt.steps.ranks import Ranks
 
-__all__ = ["SamePlans", "check_same"]
+__all__ = ["SamePlans", "agree", "check_same"]
+
+
+def agree(ranks: Ranks, settings: Mapping[str, Any], problem: str = "", facts: Any = None) -> list[Any]:
+    """Compare the settings of all processes, and raise on each of them what is wrong on one. A collective.
+
+    Args:
+        ranks: The processes.
+        settings: See :func:`check_same`; those of this process.
+        problem: What is wrong on this process; empty if nothing is.
+        facts: What the others are to know besides.
+
+    Returns:
+        The facts of each process.
+
+    Raises:
+        ValueError: If a process has other settings than process 0, or a problem.
+    """
+    gathered = ranks.gather((settings, problem, facts))
+    check_same([theirs for theirs, _, _ in gathered])
+    for rank, (_, theirs, _) in enumerate(gathered):
+        if theirs:
+            raise ValueError(f"Process {rank} of {ranks.size}: {theirs}")
+    return [theirs for _, _, theirs in gathered]
 
 
 def check_same(settings: Sequence[Mapping[str, Any]]) -> None:

@@ -100,6 +100,7 @@ class StepGraphs:
 
     def forget(self) -> None:
         """Let go of all graphs and of their memory."""
+        # By the hash of a kind: a kind with many pairs takes tens of kilobytes, and thousands of them are counted.
         self._seen: Counter[int] = Counter()
         self._lost: Counter[int] = Counter()
         self._captured: dict[Hashable, _Captured] = {}

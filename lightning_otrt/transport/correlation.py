@@ -9,11 +9,11 @@ from lightning_otrt.transport.cost import Cost, Evaluate, Plan, Rounds, Sums, Va
 from lightning_otrt.transport.moments import (
     around_mean,
     centred,
+    centred_over_processes,
     centred_squares,
     deviations,
     inverse_norm,
     moments,
-    recentre,
 )
 from lightning_otrt.transport.tensors import (
     add_product,
@@ -22,7 +22,6 @@ from lightning_otrt.transport.tensors import (
     expanded,
     is_long,
     matrix_vector,
-    means,
     observation_count,
     product,
     widen_if_long,
@@ -107,17 +106,9 @@ class CorrelationCost(Cost):
 
     def shared_value(self, y: Tensor, x: Tensor, plan: Plan, energy: Tensor | None) -> Rounds:
         """The same in two rounds: the moments of the neurons, then the products ŷ_i·z_i."""
-        mean_y, mean_x = means(y), means(x)
-        y, x = y - mean_y, x - mean_x
-        squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
-        # Processes have different means, so moments are exchanged: in float64, where their cancellation is harmless.
-        count = y.shape[-1]
-        all_y, all_x = yield [moments(count, mean_y, squares_y), moments(count, mean_x, squares_x)]
-        shift_y, squares_y = recentre(all_y, mean_y)
-        shift_x, squares_x = recentre(all_x, mean_x)
-        y, x = y.add_(shift_y), x.add_(shift_x)
-        inverse_y, dead_y = inverse_norm(squares_y.sqrt())
-        inverse_x, dead_x = inverse_norm(squares_x.sqrt())
+        (y, norm_y), (x, norm_x) = yield from centred_over_processes(y, x)
+        inverse_y, dead_y = inverse_norm(norm_y)
+        inverse_x, dead_x = inverse_norm(norm_x)
         z = plan.matrix @ x.mul_(inverse_x[..., None])
         y.mul_(inverse_y[..., None])
         [products] = yield [torch.linalg.vecdot(y, z)]

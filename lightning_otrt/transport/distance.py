@@ -22,7 +22,7 @@ from lightning_otrt.transport.plans import (
     check_plan_and_cost,
     solve_plan,
 )
-from lightning_otrt.transport.tensor_checks import check_cost, check_values
+from lightning_otrt.transport.tensor_checks import check_cost, check_floating, check_values
 from lightning_otrt.transport.tensors import common_dtype, without_autocast
 
 __all__ = ["TransportResult", "transport_distance"]
@@ -194,9 +194,7 @@ def transport_distance(
 
 def _check_neurons(student: Tensor, teacher: Tensor, rule: Cost) -> None:
     for name, tensor in (("student", student), ("teacher", teacher)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"Expected argument `{name}` to be a floating-point tensor, but got {got}.")
+        check_floating(name, tensor)
         if tensor.dim() not in (2, 3) or 0 in tensor.shape:
             raise ValueError(
                 f"Expected argument `{name}` to have the non-empty shape (neurons, observations) or "

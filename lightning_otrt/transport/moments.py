@@ -6,20 +6,23 @@ variance must not be taken for activity. The moments here tell the two apart.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 from torch import Tensor
 
+from lightning_otrt.transport.cost import Sums
 from lightning_otrt.transport.tensors import all_nonzero, means, norms, widest
 
 __all__ = [
     "DEAD_SHARE",
     "around_mean",
     "centred",
+    "centred_over_processes",
     "centred_squares",
     "deviations",
     "inverse_norm",
     "moments",
-    "recentre",
     "reciprocal_norm",
     "without_means",
     "without_rounding",
@@ -34,11 +37,8 @@ ROUNDING_SHARE = 1e-12
 
 def inverse_norm(norm: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors: 1 / norm of live neurons and 0 of dead ones; 1 for dead neurons and 0 for live ones."""
-    mean = norm.mean(-1, keepdim=True)
-    # If one norm is infinite this makes all of them NaN. Otherwise all other neurons would count as dead.
-    norm = torch.add(norm, mean, alpha=0)
-    dead = norm <= DEAD_SHARE * mean
-    return torch.where(dead, 0.0, 1.0 / norm), dead.to(norm.dtype)
+    inverse = reciprocal_norm(norm)
+    return inverse, (inverse == 0).to(norm.dtype)
 
 
 def centred(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,8 @@ def _around_own_mean(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def reciprocal_norm(norm: Tensor, rounding: Tensor | None = None) -> Tensor:
     """1 / norm of live neurons and 0 of dead ones; those are dead, too, whose norm is at most ``rounding``."""
     average = norm.mean(-1, keepdim=True)
-    norm = torch.add(norm, average, alpha=0)  # see `inverse_norm`
+    # If one norm is infinite this makes all of them NaN. Otherwise all other neurons would count as dead.
+    norm = torch.add(norm, average, alpha=0)
     least = average.mul_(DEAD_SHARE)
     dead = norm <= (least if rounding is None else torch.maximum(rounding, least))
     return norm.reciprocal_().masked_fill_(dead, 0.0)
@@ -84,13 +85,31 @@ def around_mean(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
     return without_rounding(squares - total * mean, count, mean).clamp_min(0)
 
 
+def centred_over_processes(
+    y: Tensor, x: Tensor
+) -> Generator[Sums, Sums, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Centre the neurons of two layers by their means on all processes: one round of vectors.
+
+    Returns:
+        For each layer, its neurons on this process and their norms over all processes.
+    """
+    count, mean_y, mean_x = y.shape[-1], means(y), means(x)
+    y, x = y - mean_y, x - mean_x
+    squares_y, squares_x = torch.linalg.vecdot(y, y), torch.linalg.vecdot(x, x)
+    # Processes have different means, so moments are exchanged: in float64, where their cancellation is harmless.
+    all_y, all_x = yield [moments(count, mean_y, squares_y), moments(count, mean_x, squares_x)]
+    shift_y, squares_y = _recentre(all_y, mean_y)
+    shift_x, squares_x = _recentre(all_x, mean_x)
+    return (y.add_(shift_y), squares_y.sqrt()), (x.add_(shift_x), squares_x.sqrt())
+
+
 def moments(count: int, mean: Tensor, squares: Tensor) -> Tensor:
     """Count, sum and sum of squares ``(..., N, 3)`` from a mean and centred squares; in the widest type."""
     mean = mean.squeeze(-1).to(widest(mean))
     return torch.stack((torch.full_like(mean, count), count * mean, count * mean**2 + squares), -1)
 
 
-def recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _recentre(total: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The shift from neurons centred by ``mean`` to neurons centred by the mean of all, and their centred squares."""
     count, sums, squares = total.unbind(-1)
     overall = sums / count

@@ -44,7 +44,6 @@ from lightning_otrt.transport.moments import (
     around_mean,
     centred,
     deviations,
-    inverse_norm,
     reciprocal_norm,
     without_means,
     without_rounding,
@@ -133,7 +132,7 @@ class OrthogonalAlignment:
         """
         count, sum_y, sum_x, yy, xx, yx = sums
         inverse_y, inverse_x = (
-            inverse_norm(around_mean(count[..., None], total, squares).sqrt())[0]
+            reciprocal_norm(around_mean(count[..., None], total, squares).sqrt())
             for total, squares in ((sum_y, yy), (sum_x, xx))
         )
         left, right = (sum_y / count[..., None])[..., None].to(yx.dtype), sum_x[..., None, :].to(yx.dtype)
@@ -201,11 +200,13 @@ class OrthogonalAlignment:
         zz, yz = (zz - sum_z * all_z).clamp_min(0), yz - sum_y * all_z
         y = y + (mean_y - all_y[..., None]).to(y.dtype)
         z = z + (mean_z - all_z[..., None]).to(z.dtype)
-        inverse_y, inverse_z = inverse_norm(yy.sqrt())[0], inverse_norm(zz.sqrt())[0]
+        inverse_y, inverse_z = reciprocal_norm(yy.sqrt()), reciprocal_norm(zz.sqrt())
         return self._evaluate(y, z, inverse_y.to(y.dtype), inverse_z.to(y.dtype), yz.to(y.dtype))
 
     def value_of_sums(self, sums: Sums, squares: Tensor, matrix: Tensor) -> Tensor:
         """Ω ``(...)`` without the neurons, where the products of the teacher's neurons with each other are known.
+
+        Rounding takes no value below 0.
 
         Args:
             sums: Of :meth:`sums`.
@@ -217,10 +218,10 @@ class OrthogonalAlignment:
         mean_y, mean_z = sum_y / count, torch.linalg.vecdot(matrix, (sum_x / count)[..., None, :])
         zz = torch.linalg.vecdot(matrix @ squares, matrix) - count * mean_z.square()
         yz = torch.linalg.vecdot(matrix, yx) - count * mean_y * mean_z
-        inverse_y = inverse_norm(around_mean(count, sum_y, yy).sqrt())[0]
+        inverse_y = reciprocal_norm(around_mean(count, sum_y, yy).sqrt())
         scale_y, unit_y = self._units(inverse_y)
-        scale_z, unit_z = self._units(inverse_norm(zz.clamp_min(0).sqrt())[0])
-        return 1 - (yz * scale_y * scale_z).sum(-1) * unit_y * unit_z
+        scale_z, unit_z = self._units(reciprocal_norm(zz.clamp_min(0).sqrt()))
+        return (1 - (yz * scale_y * scale_z).sum(-1) * unit_y * unit_z).clamp_min(0)
 
     def _scale(self, inverse: Tensor) -> Tensor:
         """1 / norm to the power p, 0 where a neuron is dead."""

@@ -14,14 +14,11 @@ from torch import Tensor
 
 __all__ = ["polar_factor"]
 
-#: Singular values down to this share of the largest are brought to 1 by the iteration; those of rounding stay near 0.
-REACH = 1e-5
-#: Coefficients of s, s³ and s⁵. Each step has the least largest error |p(s) - 1| on the interval that the steps before
-#: leave, with two changes for the sake of rounding. Its end is SLACK times farther, because the polynomials are steep
-#: there. Its start is at least CUSHION times its end: otherwise some large singular values are mapped near 0, and lose
-#: their digits on the way back.
-SLACK = 1.02
-CUSHION = 0.1
+#: Coefficients of s, s³ and s⁵. Singular values from 1e-5 to 1 come to 1 by these steps; those of rounding stay near 0.
+#: Each step has the least largest error |p(s) - 1| on the interval that the steps before leave, with two changes for
+#: the sake of rounding. The end of the interval is moved up by 2 %, because the polynomials are steep there. Its start
+#: is at least a tenth of the old end: otherwise some large singular values are mapped near 0, and lose their digits on
+#: the way back.
 EXPRESS: tuple[tuple[float, float, float], ...] = (
     (5.530254486059, -13.218132011641, 8.918216250780),
     (3.787577032279, -4.246382953691, 1.343877822860),

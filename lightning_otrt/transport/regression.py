@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.cost import Rounds, Sums, ValueAndGradient
-from lightning_otrt.transport.moments import around_mean, centred, inverse_norm, moments, recentre
-from lightning_otrt.transport.tensors import add_product, means, product, widen_if_long
+from lightning_otrt.transport.moments import around_mean, centred, centred_over_processes, reciprocal_norm
+from lightning_otrt.transport.tensors import add_product, product, widen_if_long
 
 __all__ = ["Regression"]
 
@@ -88,8 +88,8 @@ class Regression:
         """
         count, sum_y, sum_x, squares_y, squares_x, yy, yx = sums
         count, dtype = count[..., None], yx.dtype
-        inverse_y = inverse_norm(around_mean(count, sum_y, squares_y).sqrt())[0].to(dtype)
-        inverse_x = inverse_norm(around_mean(count, sum_x, squares_x).sqrt())[0].to(dtype)
+        inverse_y = reciprocal_norm(around_mean(count, sum_y, squares_y).sqrt()).to(dtype)
+        inverse_x = reciprocal_norm(around_mean(count, sum_x, squares_x).sqrt()).to(dtype)
         mean, sum_y, sum_x = (part.to(dtype) for part in (sum_y / count, sum_y, sum_x))
         yy = add_product(yy.clone(), mean[..., None], sum_y[..., None, :], alpha=-1)
         yx = add_product(yx.clone(), mean[..., None], sum_x[..., None, :], alpha=-1)
@@ -133,17 +133,8 @@ class Regression:
 
     def shared_value(self, y: Tensor, x: Tensor, weights: Tensor) -> Rounds:
         """:meth:`value` where several processes each hold a part of the observations: two rounds of vectors."""
-        mean_y, mean_x = means(y), means(x)
-        y, x = y - mean_y, x - mean_x
-        count = y.shape[-1]
-        total_y, total_x = yield [
-            moments(count, mean_y, torch.linalg.vecdot(y, y)),
-            moments(count, mean_x, torch.linalg.vecdot(x, x)),
-        ]
-        shift_y, squares_y = recentre(total_y, mean_y)
-        shift_x, squares_x = recentre(total_x, mean_x)
-        y, x = y + shift_y, x + shift_x
-        inverse_y, inverse_x = inverse_norm(squares_y.sqrt())[0], inverse_norm(squares_x.sqrt())[0]
+        (y, norm_y), (x, norm_x) = yield from centred_over_processes(y, x)
+        inverse_y, inverse_x = reciprocal_norm(norm_y), reciprocal_norm(norm_x)
         local, pull = self._residual(y, x, weights, inverse_y, inverse_x)
         total, along = yield [local, self._along(y, pull, inverse_y)]
         return total, self._gradient(y, pull, along, inverse_y)

@@ -22,12 +22,11 @@ from torch import Tensor
 from lightning_otrt.transport.geomloss_loop import EXPONENT_LIMIT, annealed_potential
 from lightning_otrt.transport.tensors import matrix_vector, without_autocast
 
-__all__ = ["TRAINING_ITERATIONS", "WARM_ITERATIONS", "EntropicPlan", "sinkhorn_plan"]
+__all__ = ["TRAINING_ITERATIONS", "EntropicPlan", "sinkhorn_plan"]
 
 #: Updates of a training step at the last ε, where nothing may wait for the device to report the error: after the
 #: annealed loop, and from the potential of an earlier solve, since when the network and the batch have changed.
 TRAINING_ITERATIONS = 20
-WARM_ITERATIONS = 20
 #: Updates between two absorptions of the potentials. Each absorption costs a pass of exponentials over the cost matrix.
 #: In between, entries of the kernel that are below e^-40 of the largest one in their row stay at that floor.
 BLOCK = 20
@@ -94,13 +93,14 @@ def sinkhorn_plan(
 
 def _converge(cost: Tensor, potential: Tensor, epsilon: float, inverse: Tensor) -> EntropicPlan:
     """Alternating updates until the marginal error is below the tolerance; each block waits for the device."""
+    # Where the error is NaN, each `not error <= ...` holds.
     spent = 0
     while True:
         start = _raise_unreachable(cost, potential, epsilon, inverse)
         result = _alternate(cost, start, epsilon, BLOCK, inverse)
         spent += BLOCK
         error = result.marginal_error.max().item()
-        if error <= TOLERANCE or not spent < MAX_ITERATIONS:
+        if error <= TOLERANCE or spent >= MAX_ITERATIONS:
             break
         potential = result.potential
     # The floor of the kernel can hold up masses that the true plan does not have. Without it the error shows them.

@@ -1,4 +1,4 @@
-"""Checks of tensors that raise. All of them wait for the device."""
+"""Checks of tensors that raise. All that look at values wait for the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_otrt.transport.tensors import finite
 
-__all__ = ["check_cost", "check_finite", "check_values"]
+__all__ = ["check_cost", "check_finite", "check_floating", "check_values"]
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
@@ -24,6 +24,17 @@ def check_finite(tensor: Tensor, where: str) -> None:
             f"{where} has {bad} NaN or infinite values of {tensor.numel()} (shape {tuple(tensor.shape)}), so no "
             "transport cost can be formed. Check its inputs and its weights."
         )
+
+
+def check_floating(name: str, value: object) -> None:
+    """Raise a TypeError unless the argument ``name`` is a floating-point tensor.
+
+    Example:
+        >>> check_floating("student", torch.zeros(3))
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"Expected argument `{name}` to be a floating-point tensor, but got {got}.")
 
 
 def check_values(tensor: Tensor, where: str) -> None:

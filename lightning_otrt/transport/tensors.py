@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "expanded",
     "finite",
     "is_long",
+    "joined",
     "lacks_float64",
     "matrix_vector",
     "means",
@@ -47,6 +48,20 @@ def common_dtype(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def is_long(y: Tensor) -> bool:
     """Whether neurons ``(..., N, n)`` have too many observations for sums in float32."""
     return y.shape[-1] > FLOAT64_OBSERVATIONS
+
+
+def joined(views: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The neurons of both sides over the observations of all views.
+
+    Example:
+        >>> y, x = joined([(torch.ones(3, 4), torch.ones(2, 4)), (torch.ones(3, 5), torch.ones(2, 5))])
+        >>> y.shape, x.shape
+        (torch.Size([3, 9]), torch.Size([2, 9]))
+    """
+    if len(views) == 1:
+        return views[0]
+    y, x = (torch.cat(side, -1) for side in zip(*views, strict=True))
+    return y, x
 
 
 def widen_if_long(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,16 @@ def test_constant_layers_are_at_distance_zero() -> None:
     assert metric.compute() == 0
 
 
+def test_no_rotation_has_a_negative_distance() -> None:
+    """Rounding alone would give -2.2e-16 for most of these."""
+    for seed in range(10):
+        teacher = torch.randn(N, 50, generator=torch.Generator().manual_seed(seed))
+        metric = NeuronTransportDistance(N, N, plan="orthogonal")
+        metric.set_dtype(torch.float64)
+        metric.update(teacher.flip(0), teacher)
+        assert 0 <= metric.compute() < 1e-12
+
+
 def test_memory_does_not_grow_with_the_data() -> None:
     metric = NeuronTransportDistance(64, 32)
     before = metric.sums.shape

@@ -34,8 +34,8 @@ def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 def test_nothing_waits_for_the_device(cost: str, memory: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third of the calls is one between two solves."""
-    for name in ("TRAINING_ITERATIONS", "WARM_ITERATIONS"):  # all of which are alike
-        monkeypatch.setattr(f"lightning_otrt.steps.entropic_coupling.{name}", 3)
+    # All of them are alike.
+    monkeypatch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", 3)
     call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=10))
 
 

@@ -8,8 +8,14 @@ import torch
 from scipy.linalg import orthogonal_procrustes, polar
 from torch import Tensor
 
-from lightning_otrt.transport.polar import CUSHION, EXPRESS, LAST, LAST_STEPS, REACH, SLACK, newton_schulz, polar_factor
+from lightning_otrt.transport.polar import EXPRESS, LAST, LAST_STEPS, newton_schulz, polar_factor
 
+#: Singular values down to this share of the largest are brought to 1 by the iteration.
+REACH = 1e-5
+#: The interval of each step, from the one that the steps before leave (see `EXPRESS`): its end is SLACK times the old
+#: one, and its start is at least CUSHION times the old end.
+SLACK = 1.02
+CUSHION = 0.1
 SHAPES = ((5, 9), (7, 7), (9, 5), (1, 4), (4, 1))
 
 

@@ -166,7 +166,7 @@ def test_a_potential_of_another_layer_does_not_mislead(kind: str) -> None:
     stale = sinkhorn_plan(cost_between(cloud(64, 64), 30 * cloud(48, 64, seed=1), kind)[None], 0.01).potential
     x = cloud(48, 64, seed=2) * torch.exp(1.5 * torch.randn(48, 1, generator=torch.Generator().manual_seed(0)))
     cost = cost_between(cloud(64, 64, seed=3), x, kind)[None]
-    result = sinkhorn_plan(cost, 0.01, potential=100 * stale, iterations=sinkhorn.WARM_ITERATIONS)
+    result = sinkhorn_plan(cost, 0.01, potential=100 * stale, iterations=sinkhorn.TRAINING_ITERATIONS)
     distance = (result.matrix.double() - oracle_sinkhorn(cost, 0.01)).abs().sum().item()
     # What is not converged says so: a plan this far from the right one must show it in its marginal error.
     assert distance < 10 * result.marginal_error.item() + 0.05
@@ -314,7 +314,7 @@ def test_a_given_number_of_iterations_never_waits_for_the_device() -> None:
     with FakeTensorMode():
         cost = torch.rand(2, 8, 6)
         cold = sinkhorn_plan(cost, 0.01, iterations=sinkhorn.TRAINING_ITERATIONS)
-        sinkhorn_plan(cost, 0.01, potential=cold.potential, iterations=sinkhorn.WARM_ITERATIONS)
+        sinkhorn_plan(cost, 0.01, potential=cold.potential, iterations=sinkhorn.TRAINING_ITERATIONS)
         with pytest.raises(DataDependentOutputException):
             sinkhorn_plan(cost, 0.01)
 
