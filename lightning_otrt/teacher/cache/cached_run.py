@@ -23,7 +23,7 @@ from lightning_otrt.teacher.cache.fingerprint import fingerprint
 from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCache
 from lightning_otrt.teacher.cache.weight_watch import WeightWatch
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
-from lightning_otrt.teacher.frozen.plain_watch import PlainWatch
+from lightning_otrt.teacher.frozen.plain_watch import STEPS_BETWEEN_LOOKS, PlainWatch
 
 __all__ = ["CacheUse", "CachedRun"]
 
@@ -74,8 +74,8 @@ class CachedRun:
         self._plain: PlainWatch | None = None
         self._settings: dict[str, Any] = {}
         self._known = ""
-        self._compared = self._changes = 0
-        self._off = False
+        self._compared = self._changes = self._batches = 0
+        self._off = self._is_deep = False
 
     def learning(self) -> AbstractContextManager[None]:
         """Learn what forwards of the teacher in the block change, such as counters, which make no other teacher."""
@@ -93,7 +93,7 @@ class CachedRun:
         Raises:
             ValueError: If the teacher cannot be cached, here or on another process, and ``strict``.
         """
-        self._off, self._compared, self._changes, problem = False, self.cache.epoch, 0, ""
+        self._off, self._compared, self._changes, self._batches, problem = False, self.cache.epoch, 0, 0, ""
         kept = [
             (str(index), layer.name, layer.reader, [mask for mask, _ in layer.masks])
             for index, layer in readers.items()
@@ -138,18 +138,22 @@ class CachedRun:
 
     def _fill(self, inputs: Inputs) -> None:
         assert self.recorder.current is not None
-        assert self._plain is not None
-        watch, plain = self._watch or WeightWatch(self.teacher.source), self._plain
+        watch, plain, is_other = self._watch or WeightWatch(self.teacher.source), self._plain, self._is_other_copy()
+        if is_other:
+            plain = self._watch_of_module()
+        assert plain is not None
         # At the start of each epoch all of the weights, since a short look sees some of each tensor.
         everything = self._compared != self.cache.epoch
         looked = watch.look(everything=everything)
+        self._is_deep = is_deep = everything or self._batches % STEPS_BETWEEN_LOOKS == 0
+        self._batches += 1
         self._watch, self._compared = watch, self.cache.epoch
 
         def verify() -> None:
             if name := watch.changed(looked):
                 self._compare(name)
-            if names := plain.changed(everything=everything):
-                self._warn_of_changes(names)
+            if is_other or (names := plain.changed(everything=is_deep)):
+                self._warn_of_changes(["its copy in another type"] if is_other else names)
                 self._change_store()
 
         given = list(all_tensors((inputs[0], dict(inputs[1]))))
@@ -174,7 +178,7 @@ class CachedRun:
         assert view is not None
         _forget(view)
         self._run_whole(inputs)
-        if self._plain is not None and self._plain.learn():
+        if self._plain is not None and self._plain.learn(everything=self._is_deep):
             self._change_store()
         tensors = _as_tensors(view, size)
         _forget(view)
@@ -183,10 +187,15 @@ class CachedRun:
     def _run_whole(self, inputs: Inputs) -> None:
         self._read(self.teacher.run_recorded(self.recorder, *inputs))
 
+    def _is_other_copy(self) -> bool:
+        return self._plain is None or self._plain.module is not self.teacher.module
+
     def _watch_of_module(self) -> PlainWatch:
-        """The watch of the teacher as it runs: another copy has another one."""
-        if self._plain is None or self._plain.module is not self.teacher.module:
+        """The watch of the teacher as it runs: another copy has another one, where the same does not count."""
+        if self._plain is None or self._is_other_copy():
+            changing = set() if self._plain is None else self._plain.changing
             self._plain = PlainWatch(self.teacher.module)
+            self._plain.changing |= changing
         return self._plain
 
     def _warn_of_changes(self, names: Sequence[str]) -> None:

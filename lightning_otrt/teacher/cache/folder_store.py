@@ -19,14 +19,14 @@ from lightning_otrt.notices import warn
 from lightning_otrt.teacher.cache.key_index import Integers, KeyIndex
 from lightning_otrt.teacher.cache.row_layout import RowLayout
 from lightning_otrt.teacher.cache.sample_hash import VERSION as HASH_VERSION
-from lightning_otrt.teacher.cache.store import _BYTES_OF_A_KEY, SampleStore, Segment, as_words, checksums
+from lightning_otrt.teacher.cache.store import SampleStore, Segment, as_words, checksums
 
 __all__ = ["FolderStore"]
 
 #: Version of the file format; each version has sub-folders of its own.
 VERSION = 1
 _ENDING = ".safetensors"
-#: Samples wait no longer than this to be written. A process that is killed loses that much.
+#: Samples wait no longer than this to be written, as long as batches come. A process that is killed loses that much.
 SECONDS_UNTIL_WRITTEN = 60.0
 #: A folder is listed no more often than this, when samples are missing.
 SECONDS_BETWEEN_LISTINGS = 1.0
@@ -72,6 +72,9 @@ class FolderStore(SampleStore):
         >>> del first
         >>> folder.cleanup()
     """
+
+    #: Bytes of a sample in a file besides its row: its key and its checksum.
+    bytes_of_a_key = 16 + 8
 
     def __init__(
         self,
@@ -146,6 +149,7 @@ class FolderStore(SampleStore):
         return self.path / f".{uuid.uuid4().hex}.tmp"
 
     def _find(self, keys: Integers) -> Integers:
+        self._write_what_waits()  # also where no new sample comes
         found = super()._find(keys)
         if (found < 0).any() and time.monotonic() - self._listed > SECONDS_BETWEEN_LISTINGS:
             self.refresh()
@@ -156,7 +160,10 @@ class FolderStore(SampleStore):
         if self._open is None:
             self._began = time.monotonic()
         super()._append(keys, rows, layout)
-        if time.monotonic() - self._began > SECONDS_UNTIL_WRITTEN:
+        self._write_what_waits()
+
+    def _write_what_waits(self) -> None:
+        if self._open is not None and time.monotonic() - self._began > SECONDS_UNTIL_WRITTEN:
             self._close()
 
     def _close(self) -> None:
@@ -238,7 +245,7 @@ class FolderStore(SampleStore):
             self._copies[-1].insert(keys, places)
         # The index has them.
         segment.keys = _NO_KEYS
-        self.bytes += segment.count * (segment.rows.shape[1] * 8 + _BYTES_OF_A_KEY)
+        self.bytes += segment.count * (segment.rows.shape[1] * 8 + self.bytes_of_a_key)
 
     def _drop(self, keys: Integers) -> None:
         """Go on with other copies of damaged samples, which another process or a later run has written."""

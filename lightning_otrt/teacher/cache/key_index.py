@@ -37,9 +37,6 @@ class KeyIndex:
     def __init__(self) -> None:
         self._runs: list[_Run] = []
 
-    def __len__(self) -> int:
-        return sum(len(run.numbers) for run in self._runs)
-
     def insert(self, keys: Integers, numbers: Integers) -> None:
         """Add keys ``(n, 2)`` that are not there yet, with numbers ``(n,)`` that are not negative."""
         run = _sorted(keys[:, 0], keys[:, 1], numbers)

@@ -82,7 +82,7 @@ def why_not_per_sample(
 def _part(size: int) -> Tensor:
     """Which samples of a batch make the first part, ``(size,)``: every third or so.
 
-    How many they are has no divisor with the size of the batch in common. Where samples come several times, as in
+    Their number and the batch size have no common divisor. Where samples come several times, as in
     ``torch.cat([x, x])``, the part then never holds each of them equally often, which would hide a mean.
     """
     count = min((n for n in range(1, size) if math.gcd(n, size) == 1), key=lambda n: abs(3 * n - size))

@@ -115,14 +115,14 @@ class SampleCache:
         self._write_at_exit(self.store)
 
     @torch.no_grad()
-    def tensors(self, inputs: Inputs, run: Run, verify: Callable[[], None], trace_free: Block) -> dict[str, Tensor]:
+    def tensors(self, inputs: Inputs, run: Run, verify: Callable[[], None], undone: Block) -> dict[str, Tensor]:
         """What the teacher gives for a batch, ``(B, ...)`` by name.
 
         Args:
             inputs: The teacher's inputs.
             run: Runs the teacher on inputs.
             verify: Called when the host has waited for the keys, before anything is looked up.
-            trace_free: Makes a context in which further runs leave no trace, for the check of the first batch.
+            undone: Makes a context in which further runs leave no trace, for the check of the first batch.
 
         Raises:
             CannotCacheError: If the inputs cannot be read, or on the first batch, if the teacher mixes samples or is
@@ -146,7 +146,7 @@ class SampleCache:
             return found.tensors
         if form.checked < min(size, 2):
             try:
-                fresh = self._checked_run(inputs, size, run, numerics, device, trace_free)
+                fresh = self._checked_run(inputs, size, run, numerics, device, undone)
             except CannotCacheError as error:
                 if form.is_first:
                     raise
@@ -214,11 +214,11 @@ class SampleCache:
             _write(self.store, self._adding)
 
     def _checked_run(
-        self, inputs: Inputs, size: int, run: Run, numerics: Numerics, device: torch.device, trace_free: Block
+        self, inputs: Inputs, size: int, run: Run, numerics: Numerics, device: torch.device, undone: Block
     ) -> dict[str, Tensor]:
         whole = run(cloned(inputs), size)
         limit = tolerance(numerics.autocast or self._dtype, is_float32_shortened=numerics.is_float32_shortened)
-        with trace_free():
+        with undone():
             reason = why_not_per_sample(inputs, size, run, whole, limit, device)
         if reason:
             raise CannotCacheError(reason)

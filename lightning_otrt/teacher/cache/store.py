@@ -20,8 +20,6 @@ __all__ = ["Found", "SampleStore", "Segment", "parse_dtype", "parse_size"]
 
 #: Rows are kept in segments of so many bytes.
 SEGMENT_BYTES = 32 * 2**20
-#: Bytes of a sample besides its row: its key and its checksum.
-_BYTES_OF_A_KEY = 24
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -84,6 +82,9 @@ class SampleStore:
         Found(mask=tensor([ True,  True, False]), tensors={'logits': tensor([[0.5000],
                 [0.2500]])})
     """
+
+    #: Bytes of a sample besides its row: its key beside the row, and key and place in the index.
+    bytes_of_a_key = 16 + 24
 
     def __init__(self, *, limit: int | str | None = None, dtype: torch.dtype | str = torch.float32) -> None:
         self.limit = None if limit is None else parse_size(limit)
@@ -158,7 +159,7 @@ class SampleStore:
             return 0
         layout = RowLayout.of(tensors)
         chosen = self._new(wanted)
-        size = layout.width * self.dtype.itemsize + _BYTES_OF_A_KEY
+        size = layout.width * self.dtype.itemsize + self.bytes_of_a_key
         space = len(chosen) if self.limit is None else max(0, self.limit - self.bytes) // size
         if space < len(chosen):
             chosen = chosen[:space]
@@ -243,9 +244,8 @@ class SampleStore:
         if not self._is_damaged:
             self._is_damaged = True
             warn(
-                f"{len(keys)} of the samples of {self.title} are not what was written. Its files were damaged. Other "
-                "copies of these samples are used, and the teacher runs again on those that have none. All runs with "
-                "this folder will say so, until you delete it.",
+                f"{len(keys)} samples in {self.title} are damaged: their checksums do not fit. Another copy is used, "
+                "or the teacher runs again. This warning comes in each run until you delete the folder."
             )
 
     def _stop(self, reason: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.reading.torch_internals import unwrapped, version_of
-from lightning_otrt.teacher.frozen.plain_watch import PlainWatch
+from lightning_otrt.teacher.frozen.plain_watch import STEPS_BETWEEN_LOOKS, PlainWatch
 
 __all__ = ["FollowingCopy", "has_dtype"]
 
@@ -39,7 +39,7 @@ class FollowingCopy:
         self.dtype = dtype
         self.module = _deep_copy(self.source).to(dtype)
         self._seen = _values(self.source)
-        self._plain = PlainWatch(self.source)
+        self._plain, self._calls = PlainWatch(self.source), 0
 
     def refresh(self) -> None:
         """Copy parameters and buffers where the source changed, and all of it where its code, attributes or hooks did.
@@ -49,7 +49,9 @@ class FollowingCopy:
         Every write to a tensor raises its version, but for writes to its ``data``. On the CPU one value of each tensor
         shows those; on other devices a look would wait, and the weights are copied every time.
         """
-        now, is_other = _values(self.source), bool(self._plain.changed())
+        self._calls += 1
+        is_other = bool(self._plain.changed(everything=self._calls % STEPS_BETWEEN_LOOKS == 0))
+        now = _values(self.source)
         if now == self._seen and now != [None] and not is_other:
             return
         own, theirs = _tensors(self.module), _tensors(self.source)

@@ -14,10 +14,10 @@ from torch import nn
 from lightning_otrt.reading.torch_internals import module_tables
 from lightning_otrt.teacher.frozen.plain_facts import plain_facts, tensor_attributes
 
-__all__ = ["PlainWatch"]
+__all__ = ["STEPS_BETWEEN_LOOKS", "PlainWatch"]
 
-#: Calls between two looks at everything, which take some ten milliseconds for a large network.
-_ALL_EVERY = 100
+#: Steps between two looks at everything, which take some ten milliseconds for a large network.
+STEPS_BETWEEN_LOOKS = 100
 #: What cannot hold an activation.
 _HELD = (bool, int, float, complex, str, bytes, type(None), type, np.generic)
 
@@ -47,17 +47,15 @@ class PlainWatch:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.changing: set[str] = set()
-        self._looks = 0
         self._read()
 
     def changed(self, *, everything: bool = False) -> list[str]:
         """Names of the facts that count and are others than at the last call.
 
         Args:
-            everything: Whether to look into objects and code, too, which may change in place. Each hundredth call does.
+            everything: Whether to look into objects and code, too, which may change in place.
         """
-        self._looks += 1
-        return sorted(self._new_names(everything or self._looks % _ALL_EVERY == 0) - self.changing)
+        return sorted(self._new_names(everything) - self.changing)
 
     def learn(self, *, everything: bool = False) -> bool:
         """Note what the forward since the last call has changed. Whether that leaves less that counts."""

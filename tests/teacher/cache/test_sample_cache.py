@@ -41,7 +41,7 @@ class Teacher:
         return {"map": (x[:, :, None] * x[:, None]).contiguous(), "vector": x @ MIX, "double": x.double().sum(1) ** 2}
 
     @contextmanager
-    def trace_free(self) -> Iterator[None]:
+    def undone(self) -> Iterator[None]:
         self.checks += 1
         yield
 
@@ -55,7 +55,7 @@ def opened(option: Any = "memory", batch: int = 8, inputs: Any = None) -> Sample
 
 def take(cache: SampleCache, teacher: Teacher, x: Tensor, *others: Any) -> None:
     """A batch, compared with what the teacher gives without a cache."""
-    found = cache.tensors(((x, *others), {}), teacher, lambda: None, teacher.trace_free)
+    found = cache.tensors(((x, *others), {}), teacher, lambda: None, teacher.undone)
     expected = Teacher()(((x,), {}), len(x))
     assert list(found) == list(expected)
     for name, tensor in expected.items():
@@ -167,7 +167,7 @@ def test_a_later_form_that_cannot_be_kept() -> None:
     cache, calls = opened(), Teacher()
 
     def call(*args: Tensor) -> Tensor:
-        return cache.tensors((args, {}), run, lambda: None, calls.trace_free)["a"]
+        return cache.tensors((args, {}), run, lambda: None, calls.undone)["a"]
 
     call(X[:8])
     with pytest.warns(UserWarning, match=r"keeps no samples of batches that are built as this one.*it mixes the sampl"):
@@ -186,7 +186,7 @@ def test_inputs_that_cannot_be_kept() -> None:
         opened(inputs=((X[:8], object()), {}))
     cache, teacher = opened(), Teacher()
     with pytest.raises(CannotCacheError, match="is of type object"):
-        cache.tensors(((X[:8], object()), {}), teacher, lambda: None, teacher.trace_free)
+        cache.tensors(((X[:8], object()), {}), teacher, lambda: None, teacher.undone)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_inputs_that_cannot_be_kept() -> None:
 def test_refused(net: Any, words: str) -> None:
     cache = opened()
     with pytest.raises(CannotCacheError, match=words):
-        cache.tensors(((X[:8],), {}), lambda inputs, size: {"a": net(inputs[0][0])}, lambda: None, Teacher().trace_free)
+        cache.tensors(((X[:8],), {}), lambda inputs, size: {"a": net(inputs[0][0])}, lambda: None, Teacher().undone)
     cache.flush()
     assert cache.store.samples == 0
 
@@ -212,7 +212,7 @@ def test_verify_comes_before_what_is_found_is_used() -> None:
         raise CannotCacheError("changed")
 
     with pytest.raises(CannotCacheError, match="changed"):
-        cache.tensors(((X[:8],), {}), teacher, refuse, teacher.trace_free)
+        cache.tensors(((X[:8],), {}), teacher, refuse, teacher.undone)
     assert cache.hits == 0
 
 
@@ -220,7 +220,7 @@ def test_settings_of_the_process_make_other_samples() -> None:
     cache, teacher = opened(), Teacher()
     take(cache, teacher, X[:8])
     with torch.autocast("cpu", torch.bfloat16, enabled=True):
-        cache.tensors(((X[:8],), {}), teacher, lambda: None, teacher.trace_free)
+        cache.tensors(((X[:8],), {}), teacher, lambda: None, teacher.undone)
     assert cache.hits == 0
     take(cache, teacher, X[:8])
     assert cache.hits == 8
@@ -254,7 +254,7 @@ def test_full_is_full() -> None:
 def test_short_types_are_rounded_once() -> None:
     cache, teacher = opened(TeacherCache(dtype="bfloat16")), Teacher()
     take(cache, teacher, X[:8])
-    found = cache.tensors(((X[:8],), {}), teacher, lambda: None, teacher.trace_free)
+    found = cache.tensors(((X[:8],), {}), teacher, lambda: None, teacher.undone)
     expected = Teacher()(((X[:8],), {}), 8)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype

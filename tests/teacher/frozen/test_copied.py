@@ -31,13 +31,18 @@ CHANGES: dict[str, Callable[[Net], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_reaches_the_copy(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [*((name, None) for name in CHANGES), *((name, "memory") for name in ("an attribute", "a hook"))],
+)
+def test_a_change_reaches_the_copy(name: str, cache: str | None) -> None:
     """As where the teacher runs in its own type."""
     found: list[list[float]] = []
     for dtype in (None, torch.float64):
         teacher, student = seeded(1, Net, 8), seeded(2, Net, 6)
-        transfer = RepresentationTransfer(teacher, ["head:input"], distillation=1.0, teacher_dtype=dtype)
+        transfer = RepresentationTransfer(
+            teacher, ["head:input"], distillation=1.0, teacher_dtype=dtype, teacher_cache=cache
+        )
         values = []
         with transfer.attached(student):
             for step in range(3):
@@ -51,3 +56,38 @@ def test_a_change_reaches_the_copy(name: str) -> None:
         found.append(values)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[0][0] != pytest.approx(found[0][1], rel=1e-2)
+
+
+class Holder:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+class WithHolder(Net):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.holder = Holder(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.holder.scale * self.body(x)))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_what_changes_inside_of_an_object_is_seen_in_a_loop_without_epochs(dtype: torch.dtype | None) -> None:
+    teacher, student = seeded(1, WithHolder, 8), seeded(2, Net, 6)
+    options = {"distillation": 1.0, "teacher_dtype": dtype}
+    transfer = RepresentationTransfer(teacher, ["head:input"], teacher_cache="memory", **options)
+    values = []
+    with transfer.attached(student):
+        for step in range(103):
+            if step == 1:
+                teacher.holder.scale = 3.0
+            student(X)
+            transfer.loss()
+            values.append(float(transfer.distillation_value))
+    fresh = RepresentationTransfer(teacher, ["head:input"], **options)
+    with fresh.attached(student):
+        student(X)
+        fresh.loss()
+    assert values[0] != pytest.approx(values[-1], rel=1e-2)
+    assert values[-1] == pytest.approx(float(fresh.distillation_value), rel=1e-4)

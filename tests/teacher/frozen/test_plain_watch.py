@@ -63,14 +63,6 @@ def test_in_place_is_seen_in_a_longer_look() -> None:
     assert watch.changed(everything=True)
 
 
-def test_a_plain_loop_looks_longer_from_time_to_time() -> None:
-    net = Net()
-    watch = PlainWatch(net)
-    net.settings["depth"].append(3)
-    found = [bool(watch.changed()) for _ in range(100)]
-    assert found == [False] * 99 + [True]
-
-
 AGAIN: dict[str, Callable[[Net, int], object]] = {
     "numbers": lambda net, step: [setattr(net, "heads", 1000.5 + step + part / 2) for part in range(2)],
     "objects": lambda net, step: [setattr(net, "settings", value) for value in (None, Settings(step))],
