@@ -22,7 +22,7 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[l
 
     Args:
         model: The model that runs in the block.
-        inputs: Its inputs; the random number generators of their devices are restored too.
+        inputs: Its inputs; the random number generators of their CUDA devices are restored too.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
@@ -55,7 +55,7 @@ def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[
 
     Args:
         model: The model that runs in the block.
-        inputs: Its inputs; the random number generators of their devices are restored too.
+        inputs: Its inputs; the random number generators of their CUDA devices are restored too.
     """
     modules = list(model.modules())
     flags = [(module, module.training) for module in _with_flags(model)]

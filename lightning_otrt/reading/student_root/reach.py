@@ -48,7 +48,9 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
         return f"{line}: what leads to them is frozen, or in no module that is called."
     after = sum(key in ran and not is_before for key, is_before in trained.items())
     idle = total - before - after
-    line += f". Of the others {after} run after them, and {idle} in no module that the root runs in evaluation mode."
+    line += f". {after} of the others run after them." if after else "."
+    if idle:
+        line += f" {idle} are in modules that the root does not call in evaluation mode."
     if not (block_names(trace) and penultimate_names(trace)):
         return line
     return f'{line} Later layers, such as those of ["blocks", "penultimate"], let the term train more.'
