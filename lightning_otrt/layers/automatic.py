@@ -109,7 +109,7 @@ def block_groups(trace: Trace) -> list[list[str]]:
 
 
 def evenly_spaced(wanted: int, names: Sequence[str]) -> list[str]:
-    """Cuts the names into ``wanted`` equal parts and gives the last name of each. Too few names are repeated.
+    """Cut the names into ``wanted`` equal parts, and give the last name of each. Too few names are repeated.
 
     Example:
         >>> evenly_spaced(2, ["a", "b", "c", "d", "e", "f"])

@@ -94,7 +94,7 @@ def _repeats(trace: Trace, side: str) -> str:
             else f"Name the module around the loop: layers=[LayerPair({end[0]!r}, {end[0]!r}, select={end[1]!r})]."
         )
         return (
-            f"one forward runs {shown}, each time on the output of the time before, but a representation is the output "
+            f"one forward runs {shown}, each time on the output of the run before, but a representation is the output "
             f"of one call. {remedy}"
         )
     part = next((part for part in parts if part.takes_model_input), parts[0])

@@ -43,8 +43,9 @@ def choose_plans(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> 
 def has_own_axes(trace: Trace, name: str, select: str | int | None = None) -> bool:
     """Whether the neurons of a layer stand behind a pointwise nonlinearity.
 
-    Values without negative ones show a rectifier, also one that is a function. Else the type of the module that made
-    the tensor may tell, as for a hyperbolic tangent. Behind pooling, dropout and the like, the module before it counts.
+    Few and small negative values show a nonlinearity that cuts them off, also one that is a function. Else the type of
+    the module that made the tensor may tell, as for a hyperbolic tangent. Behind pooling, dropout and the like, the
+    module before it counts.
 
     Args:
         trace: A trace that looked at values.

@@ -77,8 +77,8 @@ def trace(
 ) -> Trace:
     """Run one forward of ``root`` inside ``model`` and note what every module did.
 
-    The forward runs without gradient and in evaluation mode; flags, buffers and random number generators are as before
-    afterwards, also when it fails.
+    The forward runs without gradient and in evaluation mode; flags, buffers and the random number generators
+    of CPU and CUDA are as before afterwards, also when it fails.
 
     Args:
         model: The whole model; names in the trace are relative to it.

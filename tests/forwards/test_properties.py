@@ -239,12 +239,12 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "convolutions before a deep head": (
         DeepHead,
         torch.randn(BATCH, 3, 16, 16),
-        "4 of 18 trained tensors lie before the recorded layers. 14 of the others run after them.",
+        "4 of 18 trained tensors lie before the recorded layers. Of the others 14 run after them.",
     ),
     "a decoder that does not run": (
         WithUnused,
         torch.randn(BATCH, 3, 16, 16),
-        "2 of 10 trained tensors lie before the recorded layers. 2 of the others run after them. 6 are in modules",
+        "2 of 10 trained tensors lie before the recorded layers. Of the others 2 run after them and 6 are in modules",
     ),
     "one layer that runs four times": (
         albert,

@@ -196,7 +196,7 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[Tensor, ...], str, dict
         albert,
         (IDS,),
         "one forward runs 'encoder.albert_layer_groups.0' (AlbertLayerGroup) 4 times, each time on the output of the "
-        "time before, but a representation is the output of one call. Name the module around the loop: "
+        "run before, but a representation is the output of one call. Name the module around the loop: "
         "layers=[LayerPair('encoder', 'encoder', select='last_hidden_state')].",
         {"layers": [LayerPair("encoder", "encoder", select="last_hidden_state")]},
     ),
@@ -209,7 +209,7 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[Tensor, ...], str, dict
     "a loop": (
         Universal,
         (TOKENS,),
-        "one forward runs 'layer' (TransformerEncoderLayer) 3 times, each time on the output of the time before, but a "
+        "one forward runs 'layer' (TransformerEncoderLayer) 3 times, each time on the output of the run before, but a "
         "representation is the output of one call. Put the loop into a module of its own, and name that in `layers`. "
         "Layers that run once and have positions or tokens: ['embed'].",
         {"layers": ["embed"]},
