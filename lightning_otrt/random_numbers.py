@@ -70,7 +70,7 @@ def random_numbers_restored(tensors: Iterable[Tensor] = ()) -> Iterator[None]:
     """Restore the global generators after the block, also where it raises.
 
     Args:
-        tensors: The generators of their devices are restored, beside those of the CPU.
+        tensors: The generators of their CUDA devices are restored, beside those of the CPU.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ def random_state(tensors: Iterable[Tensor] = (), own: Iterable[Generator] = ()) 
     """States of the same generators, to be compared.
 
     Args:
-        tensors: Those of their devices are among them.
+        tensors: Those of their CUDA devices are among them.
         own: More generators.
     """
     states: list[Any] = [

@@ -156,6 +156,15 @@ def test_every_file_that_the_page_of_the_architecture_names_is_there() -> None:
     assert not [floor for floor in BELOW if not {f"{floor}/", f"{floor}.py"} & named], "each floor is named"
 
 
+def test_the_page_of_the_architecture_names_every_file() -> None:
+    """By itself or by its folder; a floor with rooms has to name each of its rooms."""
+    page = ROOT.joinpath("docs/architecture.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", page)) - {f"{floor}/" for floor in ROOMS}
+    files = [path.relative_to(PACKAGE) for path in PATHS.values() if path.name != "__init__.py"]
+    places = {file: {file.as_posix(), *(f"{folder.as_posix()}/" for folder in file.parents)} for file in files}
+    assert not [file for file in files if not places[file] & named]
+
+
 def test_names_in_the_docs_are_exported() -> None:
     """What a page for users mentions can be imported from `lightning_otrt`."""
     defined = {

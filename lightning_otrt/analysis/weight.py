@@ -91,7 +91,7 @@ def suggest_weight(
     measured apart.
 
     The student keeps its modes (train or eval) while it runs. Afterwards its parameters, gradients, buffers and modes,
-    the state of ``transfer`` and the random number generators are as before.
+    the state of ``transfer`` and the random number generators of CPU and CUDA are as before.
 
     Args:
         student: The network to train, or the LightningModule, in the state in which training starts.

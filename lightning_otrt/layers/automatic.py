@@ -35,7 +35,7 @@ def penultimate_names(trace: Trace) -> list[str]:
 
 
 def input_before_dropout(trace: Trace, layer: TracedLayer) -> str:
-    """What enters a layer, or a dropout before it: behind that the student has noise in training, the teacher none."""
+    """What enters a layer, or what enters a dropout before it: behind a dropout the student alone has noise."""
     before = trace.layer(layer.input_from) if layer.input_from is not None else None
     if before and before.role == "dropout" and before.calls == 1 and before.input and before.input.neuron_axis:
         return before.name + INPUT
@@ -109,7 +109,7 @@ def block_groups(trace: Trace) -> list[list[str]]:
 
 
 def evenly_spaced(wanted: int, names: Sequence[str]) -> list[str]:
-    """``wanted`` of the names: the last of each of as many equal parts. Names repeat if there are fewer.
+    """Cut the names into ``wanted`` equal parts, and give the last name of each. Too few names are repeated.
 
     Example:
         >>> evenly_spaced(2, ["a", "b", "c", "d", "e", "f"])
@@ -154,7 +154,7 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
         if not branches.isdisjoint((layer.name, *ancestors(layer.name))):
             continue
         if not any(known[name].has_weights for name in (layer.name, *layer.reached_by)):
-            continue  # what code and pooling make of the inputs is nothing that the network has learned
+            continue  # made from the inputs without weights, as by pooling: nothing that was learned
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
         if after_head or (holds_all and layer.gives_model_output) or _is_turned(layer, known):
@@ -187,7 +187,7 @@ def unclear_stacks(trace: Trace) -> list[list[TracedLayer]]:
 
 
 def _branches(layers: Sequence[TracedLayer]) -> set[str]:
-    """Numbered layers of one type that get the same tensor, as in a spatial pyramid: each is a part of a layer."""
+    """Numbered layers of one type that all get the same tensor, as in a spatial pyramid. They are no blocks."""
     groups: dict[tuple[str, str, frozenset[str]], list[str]] = {}
     for layer in layers:
         if layer.reached_by and layer.calls:

@@ -16,11 +16,16 @@ _CHANNELS_OF_RECTIFIED = 3
 def output_layers(trace: Trace) -> set[str]:
     """Names of the layers that make a dense output of the model, or are part of making it.
 
-    These are the linear maps and convolutions on whose output no layer with weights computes, whatever code follows, as
-    the heads of a detector; those with as many channels as an output, or with one, whose output no other layer gets as
-    it is, as the heads of the earlier stages of a stack; the activations after them; containers that return what one of
-    these made; and containers whose code adds several of these up, as LRASPP does with class logits. Where the model
-    returns no such tensor, such as its loss alone, they are those of :func:`assumed_output`.
+    These are:
+
+    - linear maps and convolutions whose output enters no layer with weights, such as the heads of a detector;
+    - those with as many channels as an output of the model, or with one channel, whose output enters no other layer
+      unchanged, such as the heads of the earlier stages of a stack;
+    - the activations after them;
+    - containers that return what one of these made;
+    - containers whose code adds several of these up, as LRASPP does with class logits.
+
+    Where the model returns no such tensor, such as its loss alone, they are those of :func:`assumed_output`.
 
     Args:
         trace: One forward of the model.

@@ -29,8 +29,9 @@ def nothing_found(word: str, trace: Trace, side: str) -> str:
     elif (head := classification_head(trace)) is not None:
         message = (
             f"The classification head {head.name!r} ({head.kind}) of the {side} ({kind}) ran {head.calls} times in one "
-            "forward, and a representation is one call. Name a layer that runs once. Where the network takes several "
-            "inputs, call it once for each of them, or pass as `student_root` a part that runs once for each."
+            "forward, but a representation is the output of one call. Name a layer that runs once. Where the network "
+            "takes several inputs, call it once for each of them, or pass as `student_root` a part that runs once for "
+            "each."
         )
     else:
         message = (
@@ -48,7 +49,7 @@ def why_no_blocks(trace: Trace, side: str) -> str:
         side: ``"student"`` or ``"teacher"``.
     """
     if inner_hint(trace, side):  # which says what to pass
-        return "its layers are those of a network inside of it."
+        return "the layers are those of a network inside of it."
     repeats = _repeats(trace, side)
     tokens = _outermost([each for each in block_candidates(trace) if each.output and each.output.position_count > 1])
     if repeats:
@@ -58,22 +59,22 @@ def why_no_blocks(trace: Trace, side: str) -> str:
     has_unknown_blocks = any(layer.is_container and layer.name != trace.root for layer in unknown)
     if tokens and not has_unknown_blocks:
         return (
-            "its layers with positions or tokens give no maps, and are no stack of numbered modules of one type, such "
-            f"as `layers.0` and `layers.1`. Name some of them as `layers`: {_last_names(tokens)}."
+            "the layers with tokens give no maps, and they are not a stack of numbered modules of one type, such as "
+            f"`layers.0` and `layers.1`. To match such layers, name them: layers={_last_names(tokens)}."
         )
     if unknown:
         unknown.sort(key=lambda layer: layer.is_container)
         name, shape = unknown[-1].name, unknown[-1].output_shape
         return (
-            f"the types of its modules do not tell along which axis the neurons of {name!r} lie, of shape {shape}. Say "
-            f"it, as LayerPair({name!r}, {name!r}, neuron_axis=1) for (B, C, ...) and -1 for (B, ..., C)."
+            f"the types of the modules do not tell which axis of {name!r} (shape {shape}) holds the neurons. Give it: "
+            f"LayerPair({name!r}, {name!r}, neuron_axis=1) for (B, C, ...), or neuron_axis=-1 for (B, ..., C)."
         )
     rows = _rows(trace)
     if not rows:
-        return "no layer of it has positions or tokens."
+        return "no layer has positions or tokens."
     return (
-        f"its layers give a row for each sample or node and no positions, as {rows[-1].name!r} of shape "
-        f"{rows[-1].output_shape}. Name some of them as `layers`: {_last_names(rows)}."
+        f"the layers have no positions or tokens (for example {rows[-1].name!r}, shape {rows[-1].output_shape}). To "
+        f"match such layers, name them: layers={_last_names(rows)}."
     )
 
 
@@ -88,11 +89,14 @@ def _repeats(trace: Trace, side: str) -> str:
         remedy = (
             "Put the loop into a module of its own, and name that in `layers`."
             if end is None
-            else f"Name what comes out of the loop: layers=[LayerPair({end[0]!r}, {end[0]!r})]."
+            else f"Name the module around the loop: layers=[LayerPair({end[0]!r}, {end[0]!r})]."
             if end[1] is None
-            else f"Name what comes out of the loop: layers=[LayerPair({end[0]!r}, {end[0]!r}, select={end[1]!r})]."
+            else f"Name the module around the loop: layers=[LayerPair({end[0]!r}, {end[0]!r}, select={end[1]!r})]."
         )
-        return f"it runs {shown}, on what that gave before, and a representation is one call. {remedy}"
+        return (
+            f"one forward runs {shown}, each time on the output of the run before, but a representation is the output "
+            f"of one call. {remedy}"
+        )
     part = next((part for part in parts if part.takes_model_input), parts[0])
     part_alone = (
         f"pass student_root={part.name!r}: each call is then a forward of its own"
@@ -100,8 +104,8 @@ def _repeats(trace: Trace, side: str) -> str:
         else f"pass its part {part.name!r} as the teacher"
     )
     return (
-        f"it runs {shown} in one forward, as for several views of a sample, and a representation is one call. Call it "
-        f"once for each of them, or {part_alone}."
+        f"one forward runs {shown}, as for several views of a sample, but a representation is the output of one call. "
+        f"Call the {side} once for each of them, or {part_alone}."
     )
 
 

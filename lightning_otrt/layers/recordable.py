@@ -38,7 +38,7 @@ def recorded_tensor(side: str, trace: Trace, name: str, select: str | int | None
         around = f", such as {parent!r}" if parent and trace.layer(parent).calls == 1 else ""
         raise ValueError(
             f"{where} ran {layer.calls} times in one forward, so it has no single representation. Name a module that "
-            f"runs once around or before one of the calls{around}."
+            f"runs once, around this layer or before one of its calls{around}."
         )
     tensor = trace.tensor(name, select)
     if tensor is None:

@@ -75,13 +75,13 @@ def fallback_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
     without = [(side, trace) for side, trace in (("student", student), ("teacher", teacher)) if not block_names(trace)]
     if not words or not without:
         return ""
-    kinds = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace in without]
+    kinds = [f"{side} ({trace.layer(trace.root).kind})" for side, trace in without]
     reasons = [why_no_blocks(trace, side) for side, trace in without]
     # A part that is the root of the student is that of the teacher, too.
     if len({why_no_blocks(trace, "student") for _, trace in without}) == 1:
         kinds, reasons = [" and ".join(kinds)], reasons[:1]
-    told = " ".join(f"Of {kind}: {reason}" for kind, reason in zip(kinds, reasons, strict=True))
-    return f'"{words[0]}" is "penultimate" here, because no blocks were found. {told}'
+    told = " ".join(f"{kind[0].upper()}{kind[1:]}: {reason}" for kind, reason in zip(kinds, reasons, strict=True))
+    return f'No blocks were found, so "{words[0]}" uses "penultimate". {told}'
 
 
 def output_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
@@ -89,8 +89,8 @@ def output_note(spec: LayerSpec, student: Trace, teacher: Trace) -> str:
     if not any(entry.student in WORDS or entry.teacher in WORDS for entry in parse_layers(spec)):
         return ""
     lines = [
-        f"the {side} ({trace.layer(trace.root).kind}) returns no logits, map or tokens; taken for what makes its "
-        f"output and left out: {', '.join(map(repr, made))}. Name the layers where that is wrong."
+        f"the {side} ({trace.layer(trace.root).kind}) returns no logits, map or tokens. These layers are taken to make "
+        f"its output, and are left out: {', '.join(map(repr, made))}. If that is wrong, name the layers to match."
         for side, trace in (("student", student), ("teacher", teacher))
         if (made := assumed_output(trace))
     ]

@@ -1,7 +1,7 @@
 """Which kind of plan suits a pair of layers: do their neurons have axes of their own, or may they be rotated?
 
-Neurons behind a pointwise nonlinearity have: a rotation of them is another network. A residual stream, a linear
-bottleneck and the output of a linear layer or a normalisation have not: the next layer can undo any rotation of them.
+Neurons behind a pointwise nonlinearity have axes of their own: rotating them changes the network. A residual stream, a
+linear bottleneck and the output of a linear layer or a normalisation have none: the next layer can undo any rotation.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def choose_plans(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> 
 def has_own_axes(trace: Trace, name: str, select: str | int | None = None) -> bool:
     """Whether the neurons of a layer stand behind a pointwise nonlinearity.
 
-    Values tell that they are cut off at 0, also by a function. Where they are not, the type of the module that made the
-    tensor may tell, as for a hyperbolic tangent; behind pooling, dropout and the like it is that of the module before.
+    Few and small negative values show a nonlinearity that cuts them off, also one that is a function. Else the type of
+    the module that made the tensor may tell, as for a hyperbolic tangent. Behind pooling, dropout and the like, the
+    module before it counts.
 
     Args:
         trace: A trace that looked at values.

@@ -77,8 +77,8 @@ def trace(
 ) -> Trace:
     """Run one forward of ``root`` inside ``model`` and note what every module did.
 
-    The forward runs without gradient and in evaluation mode; flags, buffers and random number generators are as before
-    afterwards, also when it fails.
+    The forward runs without gradient and in evaluation mode; flags, buffers and the random number generators
+    of CPU and CUDA are as before afterwards, also when it fails.
 
     Args:
         model: The whole model; names in the trace are relative to it.
@@ -237,39 +237,27 @@ class _TraceHooks:
         self._axes.enter(ModuleCall(name, module, taken), entered_tensor(args, kwargs), takes_model_input=starts)
         self._has_inner.append(False)
 
-    def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], returned: Any) -> None:
         """Forward hook."""
         if is_in_backward():
             return
         frame = self._axes.leave(module)
-        returned, output = output, sequence_output(module, output)
+        output = sequence_output(module, returned)
         tensors = [(key, value) for key, value in output_items(output) if isinstance(value, Tensor)]
-        entered = frame.input
-        masks: tuple[TracedMask, ...] = ()
         around = [running.call for running in reversed(self._axes.running)]
-        self.padding.note(frame.call, around)
-        if not has_children(module):
-            self._search.pass_on(frame.call, [value for _, value in tensors], around)
-        if any(value.dim() == 3 for value in (entered, *(value for _, value in tensors)) if value is not None):
-            masks = self._search.masks([frame.call, *around])
+        masks = self._note_masks(frame, around, [value for _, value in tensors])
         length = next((mask.shape[1] for mask in masks if mask.shape is not None), None)
         traced = tuple((key, self._traced(frame, key, value, length)) for key, value in tensors)
         is_single = len(traced) == 1 and not isinstance(as_container(output), Mapping)
         known = self._layers.get(name)
         made_by = self._axes.source(tensors[0][1]) if is_single and has_children(module) else None
-        reached_by = self.flow.sources(all_tensors(frame.call.arguments))
-        if not self._has_inner.pop():
-            has_weights = next(module.parameters(), None) is not None
-            self.flow.enter(all_tensors(returned), {name} if has_weights else {name, *reached_by})
-        # What computes the weights of a layer, such as a spectral norm, is no layer inside of it.
-        if self._has_inner and "parametrizations" not in name.split("."):
-            self._has_inner[-1] = True
+        reached_by = self._note_flow(name, frame, returned)
         self._layers[name] = TracedLayer(
             name=name,
             kind=type(module).__name__,
             order=self._completed,
             calls=known.calls + 1 if known else 1,
-            input=None if entered is None else self._traced_input(frame, entered, length),
+            input=None if frame.input is None else self._traced_input(frame, frame.input, length),
             output=traced[0][1] if is_single else None,
             output_kind=describe(output),
             parts=() if isinstance(returned, Tensor) else traced,
@@ -303,6 +291,28 @@ class _TraceHooks:
             gives_model_output=is_returned,
             has_weights=next(module.parameters(), None) is not None,
         )
+
+    def _note_masks(
+        self, frame: Frame, around: Sequence[ModuleCall], outputs: Sequence[Tensor]
+    ) -> tuple[TracedMask, ...]:
+        """Note the padding that a call shows and the masks that it passes on; its own masks, if it has sequences."""
+        self.padding.note(frame.call, around)
+        if not has_children(frame.module):
+            self._search.pass_on(frame.call, outputs, around)
+        if any(value.dim() == 3 for value in (frame.input, *outputs) if value is not None):
+            return self._search.masks([frame.call, *around])
+        return ()
+
+    def _note_flow(self, name: str, frame: Frame, returned: Any) -> frozenset[str]:
+        """Note where the tensors of a call come from; the layers whose outputs reach its arguments."""
+        reached_by = self.flow.sources(all_tensors(frame.call.arguments))
+        if not self._has_inner.pop():
+            has_weights = next(frame.module.parameters(), None) is not None
+            self.flow.enter(all_tensors(returned), {name} if has_weights else {name, *reached_by})
+        # What computes the weights of a layer, such as a spectral norm, is no layer inside of it.
+        if self._has_inner and "parametrizations" not in name.split("."):
+            self._has_inner[-1] = True
+        return reached_by
 
     def _without_doubtful_axes(self, layer: TracedLayer) -> TracedLayer:
         if layer.name + INPUT in self._axes.doubtful and layer.input is not None:

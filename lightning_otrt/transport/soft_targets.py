@@ -10,9 +10,10 @@ from torch.nn.functional import kl_div, log_softmax
 
 __all__ = ["SoftTargets", "as_two_classes", "logit_neurons", "soft_targets"]
 
-#: A class is masked if its logits are negative and so many times as large as the largest of all, or as 1,
+#: A class counts as masked only if each of its logits is negative, and its size is at least this many times that of the
+#: largest logit of all classes, and of 1.
 HUGE = 1000.0
-#: and differ by no more than this share.
+#: The logits of a masked class may differ by this share of their size.
 SAME_VALUE = 1e-6
 #: Below this a series gives exp(v) - 1 - v with more digits than its three terms.
 NEAR = 0.03

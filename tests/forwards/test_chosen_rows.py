@@ -214,5 +214,5 @@ def points(width: int) -> nn.Module:
 
 @pytest.mark.parametrize(("make", "such_as"), [(points, "'0'"), (Shared, "'embed'")])
 def test_an_error_of_the_fallback_gives_its_reason(make, such_as):
-    with pytest.raises(ValueError, match=f'"auto" is "penultimate" here.*{such_as}.*No classification head'):
+    with pytest.raises(ValueError, match=f'so "auto" uses "penultimate".*{such_as}.*No classification head'):
         run(make(6), make(9), "auto", torch.randn(6, 10, 8))

@@ -59,7 +59,7 @@ def test_other_numbers_of_patches_are_told(token: bool) -> None:
     torch.manual_seed(0)
     _, told = term(Cut(8, 4, token=token), Cut(12, 8, token=token), IMAGES)
     assert len(told) == 1
-    assert told[0].startswith("The pairs ['mix -> mix'] have different numbers of tokens, which come from images")
+    assert told[0].startswith("The pairs ['mix -> mix'] have different numbers of tokens. These are patches of images")
 
 
 def test_as_many_patches_are_the_same_parts() -> None:

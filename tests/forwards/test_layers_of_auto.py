@@ -367,7 +367,7 @@ def test_the_table_names_layers_that_run_twice() -> None:
     with transfer.attached(student := Twice()):
         student(torch.randn(4, 3, 8, 8))
         transfer.loss()
-    assert "runs 'encoder' (Sequential) 2 times in one forward" in lines[0]
+    assert "one forward runs 'encoder' (Sequential) 2 times" in lines[0]
     assert "pass student_root='encoder'" in lines[0]
 
 

@@ -239,17 +239,17 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "convolutions before a deep head": (
         DeepHead,
         torch.randn(BATCH, 3, 16, 16),
-        "4 of 18 trained tensors lie before the recorded layers. Of the others 14 run after them, and 0 in",
+        "4 of 18 trained tensors lie before the recorded layers. Of the others 14 run after them.",
     ),
     "a decoder that does not run": (
         WithUnused,
         torch.randn(BATCH, 3, 16, 16),
-        "2 of 10 trained tensors lie before the recorded layers. Of the others 2 run after them, and 6 in",
+        "2 of 10 trained tensors lie before the recorded layers. Of the others 2 run after them and 6 are in modules",
     ),
     "one layer that runs four times": (
         albert,
         torch.randint(50, (BATCH, 9)),
-        '"auto" is "penultimate" here, because no blocks were found. Of the student (AlbertModel) and the teacher',
+        'No blocks were found, so "auto" uses "penultimate". Student (AlbertModel) and teacher (AlbertModel): one',
     ),
 }
 

@@ -118,11 +118,11 @@ def test_blocks_that_are_left_out_are_told(words: int, is_square: bool) -> None:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         transfer = _run(Merged(18), Merged(24), *inputs)
-    told = [str(each.message) for each in found if "it is not known along which axis" in str(each.message)]
+    told = [str(each.message) for each in found if "it is not known which axis" in str(each.message)]
     names = {pair.student for pair in transfer.pairs}
     if is_square:
         assert len(told) == 1
-        assert "2 blocks of the student, from 'layers.0' to 'layers.1' (PreNorm), are not among" in told[0]
+        assert "2 blocks of the student, from 'layers.0' to 'layers.1' (PreNorm), are left out" in told[0]
         assert "LayerPair('layers.1', 'layers.1', neuron_axis=-1)" in told[0]
         assert "layers.1" not in names
         named = _run(Merged(18), Merged(24), *inputs, layers=LayerPair("layers.1", "layers.1", neuron_axis=-1))

@@ -181,23 +181,23 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[Tensor, ...], str, dict
     "nodes of a graph": (
         Nodes,
         (NODES, ADJACENCY),
-        "a row for each sample or node and no positions, as 'conv2' of shape (30, {width}). Name some of them as "
-        "`layers`: ['conv1', 'conv2'].",
+        "the layers have no positions or tokens (for example 'conv2', shape (30, {width})). To match such layers, name "
+        "them: layers=['conv1', 'conv2'].",
         {"layers": ["conv1", "conv2"]},
     ),
     "graphs": (
         Graphs,
         (NODES, ADJACENCY),
-        "Name some of them as `layers`: ['conv1', 'conv2'].",
+        "To match such layers, name them: layers=['conv1', 'conv2'].",
         {"layers": ["conv1", "conv2"]},
     ),
-    "rows": (mlp, (torch.randn(BATCH, 8),), "Name some of them as `layers`: ['0', '1'].", {"layers": ["0", "1"]}),
+    "rows": (mlp, (torch.randn(BATCH, 8),), "name them: layers=['0', '1'].", {"layers": ["0", "1"]}),
     "one layer for all depths": (
         albert,
         (IDS,),
-        "it runs 'encoder.albert_layer_groups.0' (AlbertLayerGroup) 4 times, on what that gave before, and a "
-        "representation is one call. Name what comes out of the loop: layers=[LayerPair('encoder', 'encoder', "
-        "select='last_hidden_state')].",
+        "one forward runs 'encoder.albert_layer_groups.0' (AlbertLayerGroup) 4 times, each time on the output of the "
+        "run before, but a representation is the output of one call. Name the module around the loop: "
+        "layers=[LayerPair('encoder', 'encoder', select='last_hidden_state')].",
         {"layers": [LayerPair("encoder", "encoder", select="last_hidden_state")]},
     ),
     "two layers for all depths": (
@@ -209,22 +209,22 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[Tensor, ...], str, dict
     "a loop": (
         Universal,
         (TOKENS,),
-        "it runs 'layer' (TransformerEncoderLayer) 3 times, on what that gave before, and a representation is one "
-        "call. Put the loop into a module of its own, and name that in `layers`. Layers that run once and have "
-        "positions or tokens: ['embed'].",
+        "one forward runs 'layer' (TransformerEncoderLayer) 3 times, each time on the output of the run before, but a "
+        "representation is the output of one call. Put the loop into a module of its own, and name that in `layers`. "
+        "Layers that run once and have positions or tokens: ['embed'].",
         {"layers": ["embed"]},
     ),
     "a loop in a module": (
         InModule,
         (TOKENS,),
-        "Name what comes out of the loop: layers=[LayerPair('depths', 'depths')].",
+        "Name the module around the loop: layers=[LayerPair('depths', 'depths')].",
         {"layers": [LayerPair("depths", "depths")]},
     ),
     "two views": (
         simclr,
         (IMAGES, IMAGES.flip(3)),
-        "it runs 'encoder' (Sequential) 2 times and 'projector' (Sequential) 2 times in one forward, as for several "
-        "views of a sample, and a representation is one call. Call it once for each of them, or pass "
+        "one forward runs 'encoder' (Sequential) 2 times and 'projector' (Sequential) 2 times, as for several views of "
+        "a sample, but a representation is the output of one call. Call the student once for each of them, or pass "
         "student_root='encoder': each call is then a forward of its own.",
         {"student_root": "encoder"},
     ),
@@ -237,22 +237,22 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[Tensor, ...], str, dict
     "two views for one head": (
         Siamese,
         (IMAGES, IMAGES.flip(3)),
-        "it runs 'branch' (Sequential) 2 times in one forward, as for several views of a sample, and a representation "
-        "is one call. Call it once for each of them, or pass student_root='branch'",
+        "one forward runs 'branch' (Sequential) 2 times, as for several views of a sample, but a representation is the "
+        "output of one call. Call the student once for each of them, or pass student_root='branch'",
         {"student_root": "branch"},
     ),
     "neurons along an unknown axis": (
         Unclear,
         (TOKENS,),
-        "the types of its modules do not tell along which axis the neurons of 'mixed' lie, of shape (6, {width}, 10). "
-        "Say it, as LayerPair('mixed', 'mixed', neuron_axis=1) for (B, C, ...)",
+        "the types of the modules do not tell which axis of 'mixed' (shape (6, {width}, 10)) holds the neurons. "
+        "Give it: LayerPair('mixed', 'mixed', neuron_axis=1) for (B, C, ...)",
         {"layers": [LayerPair("mixed", "mixed", neuron_axis=1)]},
     ),
     "tokens of unlike layers": (
         Unlike,
         (TOKENS,),
-        "its layers with positions or tokens give no maps, and are no stack of numbered modules of one type, such as "
-        "`layers.0` and `layers.1`. Name some of them as `layers`: ['first', 'norm'].",
+        "the layers with tokens give no maps, and they are not a stack of numbered modules of one type, such as "
+        "`layers.0` and `layers.1`. To match such layers, name them: layers=['first', 'norm'].",
         {"layers": ["first", "norm"]},
     ),
 }
@@ -278,7 +278,7 @@ class TestWhatToWrite:
     def test_of_auto(self, name: str) -> None:
         build, inputs, words, _ = CASES[name]
         message = told(build, inputs, {"layers": "auto"})
-        assert '"auto" is "penultimate" here, because no blocks were found. Of the student' in message
+        assert 'No blocks were found, so "auto" uses "penultimate". Student' in message
         assert words.format(width=6) in message
 
     def test_of_blocks(self, name: str) -> None:
@@ -297,8 +297,8 @@ def test_a_head_that_runs_for_each_view() -> None:
     message = told(simclr, (IMAGES, IMAGES), {"layers": "penultimate"})
     assert message == (
         "error: The classification head 'projector.2' (Linear) of the student (Contrastive) ran 2 times in one "
-        "forward, and a representation is one call. Name a layer that runs once. Where the network takes several "
-        "inputs, call it once for each of them, or pass as `student_root` a part that runs once for each."
+        "forward, but a representation is the output of one call. Name a layer that runs once. Where the network "
+        "takes several inputs, call it once for each of them, or pass as `student_root` a part that runs once for each."
     )
 
 
@@ -309,8 +309,8 @@ def test_each_network_has_its_own_reason() -> None:
     with transfer.attached(student):
         student(torch.randn(BATCH, 8))
         transfer.loss()
-    assert "Of the student (Sequential): its layers give a row for each sample" in reports[0]
-    assert "Of the teacher (Siamese): it runs 'branch'" in reports[0]
+    assert "Student (Sequential): the layers have no positions or tokens" in reports[0]
+    assert "Teacher (Siamese): one forward runs 'branch'" in reports[0]
     assert "or pass its part 'branch' as the teacher." in reports[0]
 
 
@@ -331,5 +331,5 @@ def test_a_shared_activation_is_no_reason() -> None:
             return self.head(self.relu(self.norm(self.relu(self.first(x)))).mean(1))
 
     message = told(SharedRelu, (TOKENS,), {"layers": "auto"})
-    assert "are no stack of numbered modules" in message
+    assert "are not a stack of numbered modules" in message
     assert "times" not in message

@@ -37,7 +37,7 @@ RESOLVE_ERRORS = [
     (LayerPair("cube", "cube", neuron_axis=4), ["`neuron_axis` to lie in [-4, 3], but got 4"]),
     (LayerPair("fc", "fc", neuron_axis=0), ["`neuron_axis` 0 is the axis of the samples"]),
     (99, ["Index 99 is out of range in the student", "[-", "recordable layers"]),
-    ("blocks", ["finds none in the student (Odd)", "along which axis the neurons of 'cube' lie", "neuron_axis=1"]),
+    ("blocks", ["finds none in the student (Odd)", "which axis of 'cube'", "neuron_axis=1"]),
     ("penultimate", ["No classification head was found in the student (Odd)", "Name the layer"]),
 ]
 

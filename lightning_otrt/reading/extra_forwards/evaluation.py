@@ -22,7 +22,7 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[l
 
     Args:
         model: The model that runs in the block.
-        inputs: Its inputs; the random number generators of their devices are restored too.
+        inputs: Its inputs; the random number generators of their CUDA devices are restored too.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
@@ -50,12 +50,13 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[l
 def state_restored(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[list[Generator]]:
     """Restore what a forward changes after the block, also where it raises.
 
-    That is training flags, buffers, random number generators, plain attributes of modules, and what forward hooks of
-    users write to, see ``plain_state.py``. The block gets the random number generators that modules have of their own.
+    That is training flags, buffers, random number generators of CPU and CUDA, plain attributes of modules, and what
+    forward hooks of users write to, see ``plain_state.py``. The block gets the random number generators that modules
+    have of their own.
 
     Args:
         model: The model that runs in the block.
-        inputs: Its inputs; the random number generators of their devices are restored too.
+        inputs: Its inputs; the random number generators of their CUDA devices are restored too.
     """
     modules = list(model.modules())
     flags = [(module, module.training) for module in _with_flags(model)]

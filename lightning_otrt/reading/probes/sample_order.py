@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -21,6 +21,8 @@ __all__ = ["follows", "roll", "rolled", "settle_order"]
 
 #: Puts indices along an axis into other places.
 _Move: TypeAlias = Callable[[Tensor, int], Tensor]
+#: What :func:`profiles` gives.
+_Profiles: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
 def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, input_axis: int = 0) -> Trace:
@@ -43,7 +45,6 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
         layer.name for layer in traced.layers if any(_is_unclear(t, traced) for t in (layer.input, layer.output))
     }
     tensors = list(all_tensors(inputs))
-    has_lengths = any(tensor.dim() == 1 and not tensor.is_floating_point() for tensor in tensors)
     # Where the first input holds no samples, such as a hidden state of so many layers, nothing may have moved at all.
     first_input = next((tensor for tensor in tensors if tensor.dim() > 0), None)
     is_moved = (
@@ -53,9 +54,7 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
     )
     # A part of the network that takes (T, B, C) makes those around it look alike, where they transpose the sequences.
     may_transpose = is_moved and any(_has_axis(tensor, 1 - input_axis) for tensor in _tensors_of(traced))
-    if traced.batch_size < 2 or not (
-        unclear or has_lengths or may_transpose or any(layer.role == "recurrent" for layer in traced.layers)
-    ):
+    if traced.batch_size < 2 or not (unclear or may_transpose or _may_sort(traced, tensors)):
         return traced
     for move in (roll, _repeat_last):
         try:
@@ -63,11 +62,29 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
             first, second = (profiles(model, traced, each, method) for each in (InputGuard().copied(inputs), changed))
         except Exception:  # these samples cannot stand in another order
             continue
-        break
-    else:  # the sizes have to tell, where the module does not
-        modules = named_layers(model)
-        told = {name for name in unclear if isinstance(getattr(modules[name], "batch_first", None), bool)}
-        return replace(traced, unclear_axes=tuple(sorted(unclear - told)))
+        return _settled(traced, first, second, move, is_moved)
+    # The sizes have to tell, where the module does not.
+    modules = named_layers(model)
+    told = {name for name in unclear if isinstance(getattr(modules[name], "batch_first", None), bool)}
+    return replace(traced, unclear_axes=tuple(sorted(unclear - told)))
+
+
+def _may_sort(traced: Trace, inputs: Sequence[Tensor]) -> bool:
+    """Whether a network may sort its samples: it gets one number for each, or has a recurrent layer."""
+    has_lengths = any(tensor.dim() == 1 and not tensor.is_floating_point() for tensor in inputs)
+    return has_lengths or any(layer.role == "recurrent" for layer in traced.layers)
+
+
+def _settled(traced: Trace, first: _Profiles, second: _Profiles, move: _Move, is_moved: bool) -> Trace:
+    """The trace with what two forwards show.
+
+    Args:
+        traced: The trace.
+        first: Profiles of the inputs as they are.
+        second: Profiles of the inputs with samples in other places.
+        move: How they were moved.
+        is_moved: Whether the first input holds samples, so that these have moved.
+    """
     layers, reordered, still = [], [], []
     for layer in traced.layers:
         sides: dict[str, TracedTensor | None] = {"": layer.output, INPUT: layer.input}

@@ -48,7 +48,8 @@ def describe_reach(student: nn.Module, trace: Trace, pairs: Sequence[LayerPair],
         return f"{line}: what leads to them is frozen, or in no module that is called."
     after = sum(key in ran and not is_before for key, is_before in trained.items())
     idle = total - before - after
-    line += f". Of the others {after} run after them, and {idle} in no module that the root runs in evaluation mode."
+    others = {"run after them": after, "are in modules that the root does not call in evaluation mode": idle}
+    line += f". Of the others {' and '.join(f'{count} {where}' for where, count in others.items() if count)}."
     if not (block_names(trace) and penultimate_names(trace)):
         return line
     return f'{line} Later layers, such as those of ["blocks", "penultimate"], let the term train more.'

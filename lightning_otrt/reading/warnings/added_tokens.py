@@ -35,8 +35,8 @@ def warn_of_added_tokens(pairs: Sequence[LayerPair], student: Trace, teacher: Tr
         warn(
             f"The {side} adds {max(layers.values())} more tokens to its input than the other network, such as learned "
             f"prompts. In its layers {list(layers)} they are averaged like the others, so that the positions of a pair "
-            "do not match. Put an nn.Identity where the network has cut them off again, and match that with "
-            "neuron_axis=-1; or pass LayerPair(mask=None) if this is meant.",
+            "do not match. Put an nn.Identity behind the place where the network cuts them off again, and match that "
+            "layer with neuron_axis=-1; or pass LayerPair(mask=None) if this is meant.",
         )
 
 

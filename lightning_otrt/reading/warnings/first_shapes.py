@@ -49,10 +49,11 @@ class FirstShapes:
         if others:
             (name, (in_training, traced)), *_ = others.items()
             warn(
-                f"The student layers {list(others)} have other positions in training than in evaluation mode, on one "
-                f"batch: {name!r} has {in_training} and {traced}. The teacher runs in evaluation mode, so that the two "
-                "networks are averaged over different places. This happens where the forward drops tokens. Change the "
-                "batch before the network, or match layers without positions, such as 'penultimate'.",
+                f"The student layers {list(others)} have other positions in training than in evaluation mode, on the "
+                f"same batch: {name!r} has {in_training} in training and {traced} in evaluation mode. The teacher runs "
+                "in evaluation mode, so the two networks are averaged over different places. This happens where the "
+                "forward drops tokens. Change the batch before the network, or match layers without positions, such as "
+                "'penultimate'.",
             )
 
     def forget(self) -> None:

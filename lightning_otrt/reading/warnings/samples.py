@@ -89,9 +89,9 @@ def warn_of_other_axes(student: Trace, teacher: Trace) -> None:
         kinds = [trace.layer(trace.root).kind for trace in (student, teacher)]
         warn(
             f"The student ({kinds[0]}) has the samples along axis {axes[0]} of its sequences, and the teacher "
-            f"({kinds[1]}) along axis {axes[1]}, but both get the same inputs. So what "
-            "is a sample for the one is a time for the other, and different ones are matched. Let `teacher_inputs` "
-            "exchange the axes, such as `lambda x: x.transpose(0, 1)`.",
+            f"({kinds[1]}) along axis {axes[1]}, but both get the same inputs. So a sample of one network is a time "
+            "step of the other, and unlike things are matched. Let `teacher_inputs` exchange the axes, as in "
+            "`lambda x: x.transpose(0, 1)`.",
         )
 
 
@@ -107,10 +107,10 @@ def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: T
             found.append(f"{pair.student} -> {pair.teacher}")
     if found:
         warn(
-            f"The pairs {found} have different numbers of tokens, which come from images, but no layer gives a map "
-            "that shows their rows and columns, as where the patches are cut out by code. They are read as sequences, "
-            "whose segments are different parts of the image on both sides. Embed the patches by a convolution, match "
-            "networks with as many tokens, or pass grid=1.",
+            f"The pairs {found} have different numbers of tokens. These are patches of images, but no layer gives a "
+            "map that shows their rows and columns, as a convolution does. So the tokens are read as sequences, and a "
+            "segment of them is another part of the image in the student than in the teacher. Embed the patches by a "
+            "convolution, match networks with equal numbers of tokens, or pass grid=1.",
         )
 
 

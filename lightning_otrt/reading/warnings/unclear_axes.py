@@ -25,8 +25,8 @@ def warn_of_unclear_axes(layers: LayerSpec, student: Trace, teacher: Trace) -> N
         for stack in unclear_stacks(trace):
             first, last = stack[0], stack[-1]
             warn(
-                f"{len(stack)} blocks of the {side}, from {first.name!r} to {last.name!r} ({last.kind}), are not among "
-                f"those that {layers!r} chooses from: of their shape {last.output_shape} it is not known along which "
-                f"axis the neurons lie. To match them, name them with a `neuron_axis`, as LayerPair({last.name!r}, "
-                f"{last.name!r}, neuron_axis=-1) for (B, T, C), or use a batch of other sizes.",
+                f"{len(stack)} blocks of the {side}, from {first.name!r} to {last.name!r} ({last.kind}), are left out "
+                f"by {layers!r}: it is not known which axis of their shape {last.output_shape} holds the neurons. To "
+                f"match them, name them with a `neuron_axis`, as LayerPair({last.name!r}, {last.name!r}, "
+                "neuron_axis=-1) for (B, T, C), or use a batch of other sizes.",
             )
