@@ -273,6 +273,7 @@ def _batch_size(pairing: Pairing, inputs: Inputs) -> int:
 def _forget(view: View) -> None:
     """Take out of a view what was read of the teacher."""
     view.teacher, view.teacher_logits, view.teacher_logit_mask = {}, None, None
+    view.teacher_version = None
 
 
 def _as_tensors(view: View, size: int) -> dict[str, Tensor]:

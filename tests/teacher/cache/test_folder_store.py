@@ -204,7 +204,7 @@ def test_good_copies_are_found_behind_damaged_ones(tmp_path: Path) -> None:
         damage(path, sample)
     for known in (False, True):
         later = FolderStore(tmp_path, FINGERPRINT)
-        with pytest.warns(UserWarning, match="of the samples of the teacher cache in .* are not what was w") as caught:
+        with pytest.warns(UserWarning, match="samples in the teacher cache in .* are damaged") as caught:
             found = check(later, SAMPLES)
         assert len(caught) == 1
         assert found.tolist() == [known or sample != 6 for sample in SAMPLES.tolist()]
@@ -446,3 +446,13 @@ def test_many_samples_in_little_memory(tmp_path: Path) -> None:
     assert late - early < 48
     assert after - early < 48
     shutil.rmtree(tmp_path)
+
+
+def test_known_samples_do_not_keep_new_ones_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = FolderStore(tmp_path, FINGERPRINT)
+    monkeypatch.setattr(folder_store, "SECONDS_UNTIL_WRITTEN", 1e6)
+    waiting.add(keys_of(SAMPLES), tensors_of(SAMPLES))
+    assert not files(tmp_path)
+    monkeypatch.setattr(folder_store, "SECONDS_UNTIL_WRITTEN", 0.0)
+    assert check(waiting, SAMPLES).all()
+    assert len(files(tmp_path)) == 1

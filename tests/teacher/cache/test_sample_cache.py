@@ -240,7 +240,7 @@ def test_another_teacher_empties_the_memory(tmp_path: Path) -> None:
 
 def test_full_is_full() -> None:
     # A row of 9 + 3 + 1 numbers is filled up to 16.
-    cache, teacher = opened("880B"), Teacher()
+    cache, teacher = opened(f"{10 * (4 * 16 + 40)}B"), Teacher()
     take(cache, teacher, X[:8])
     with pytest.warns(UserWarning, match="The teacher cache in memory takes no more samples: it holds 10 samples"):
         [take(cache, teacher, x) for x in (X[8:16], X[:16])]
