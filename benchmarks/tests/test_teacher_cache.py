@@ -65,7 +65,7 @@ def test_all_figures() -> None:
     found = measure(tiny, 4, 2)
     assert found["steps"]["hit rates"] == dict(zip(CACHED, (0.0, 1.0, 1.0), strict=True))
     # 2 layers of 6 neurons at 4 x 4 positions, a key and a checksum.
-    assert found["steps"]["bytes per sample"] == 4 * 2 * 6 * 16 + 24
+    assert found["steps"]["bytes per sample"] == 4 * 2 * 6 * 16 + 40
     assert {len(seconds) for seconds in found["steps"]["seconds"].values()} == {4}
     assert {len(seconds) for seconds in found["sweep"].values()} == {teacher_cache.FITS}
     results: dict[str, Any] = {"command": "c", "epochs": 2}
