@@ -28,7 +28,7 @@ from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import version_of
 from lightning_otrt.teacher.class_names import check_class_names
 from lightning_otrt.teacher.logit_makers import LogitMakers
-from lightning_otrt.teacher.task_gradient import UNLIKE_SOFTMAX, TaskGradient
+from lightning_otrt.teacher.task_gradient import TaskGradient
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
 
 __all__ = ["LogitRecording", "MatchedLogits"]
@@ -217,17 +217,7 @@ class LogitRecording:
 
     def check_task(self) -> None:
         """Warn once if softmaxes are compared, and the gradient of an earlier call shows that the task trains none."""
-        left = self._task.take()
-        if left is not None and left > UNLIKE_SOFTMAX:
-            warn(
-                "`distillation` compares the softmax over all outputs of the networks, but the task seems to train "
-                "none: over the classes of a sample the gradients of the outputs sum to 0 for a cross-entropy, and to "
-                f"{left:.0%} of their size here. For labels that do not exclude each other (binary cross-entropy) pass "
-                "distillation=LogitDistillation(activation='sigmoid'), which compares each by itself. For a regression "
-                "leave it out, or let the teacher's outputs be regressed on a layer of the student: "
-                "LogitDistillation(features='name of the layer'). Where the outputs are classes and have another loss, "
-                "too, LogitDistillation(activation='softmax') says that it is meant.",
-            )
+        self._task.check()
 
     def _of_view(self, view: View) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None]]:
         student, teacher = view.logits, view.teacher_logits

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["UNLIKE_SOFTMAX", "TaskGradient"]
+from lightning_otrt.notices import warn
+
+__all__ = ["TaskGradient"]
 
 #: A larger share of the gradient than this is no rounding, and no small penalty beside a cross-entropy.
 UNLIKE_SOFTMAX = 0.05
@@ -57,6 +59,20 @@ class TaskGradient:
             values = tensor.detach().float()
             is_logarithm = (torch.logsumexp(values, axis).abs() < _OF_ROUNDING).all()
             tensor.register_hook(_Add(sums, axis, is_logarithm))  # type: ignore[no-untyped-call]
+
+    def check(self) -> None:
+        """Warn once where the gradient of an earlier call shows that the task trains no softmax."""
+        left = self.take()
+        if left is not None and left > UNLIKE_SOFTMAX:
+            warn(
+                "`distillation` compares the softmax over all outputs of the networks, but the task seems to train "
+                "none: over the classes of a sample the gradients of the outputs sum to 0 for a cross-entropy, and to "
+                f"{left:.0%} of their size here. For labels that do not exclude each other (binary cross-entropy) pass "
+                "distillation=LogitDistillation(activation='sigmoid'), which compares each by itself. For a regression "
+                "leave it out, or let the teacher's outputs be regressed on a layer of the student: "
+                "LogitDistillation(features='name of the layer'). Where the outputs are classes and have another loss, "
+                "too, LogitDistillation(activation='softmax') says that it is meant.",
+            )
 
     def take(self) -> float | None:
         """How much of the gradient is left in its sum over classes, from 0 to 1: once, and None before it is known."""

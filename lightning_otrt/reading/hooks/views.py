@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -85,9 +86,10 @@ class View:
         Args:
             rows: For each pair, how many rows of its student layer belong to a sample.
         """
-        of_pairs = (calls[0].shape[0] // rows[index] for index, calls in self.student.items() if calls)
-        others = (tensor.shape[0] for tensor in (self.logits, *self.features) if tensor is not None)
-        return next(chain(of_pairs, others), 0)
+        of_pairs = ((len(calls[0]), rows[index]) for index, calls in self.student.items() if calls)
+        others = ((len(tensor), 1) for tensor in (self.logits, *self.features) if tensor is not None)
+        count, of_a_sample = next(chain(of_pairs, others), (0, 1))
+        return math.ceil(count / of_a_sample)
 
 
 class NoTermError(Exception):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers
 from lightning_otrt.layers.pairs import LayerSpec
+from lightning_otrt.notices import warn
 from lightning_otrt.reading.containers import all_tensors
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
@@ -63,7 +64,12 @@ def does_more_than_its_part(teacher: NetworkCall, part: str, *, distils: bool) -
             args, kwargs = InputGuard(clones=True).copied(teacher.inputs)
             output = teacher.model(*args, **kwargs)
         gives_the_same = not distils or len(outputs) != 1 or _are_equal(outputs[0], all_tensors(output))
-    except Exception:  # it has no forward, or takes other inputs
+    except Exception as error:
+        warn(
+            f"The teacher ({type(teacher.model).__name__}) failed on what enters the root of the student, so that its "
+            f"part {part!r} runs alone, and nothing of its own forward. {type(error).__name__}: {error}. If it takes "
+            f"other inputs, make them with `teacher_inputs`. If {part!r} is what should run, pass that as the teacher."
+        )
         return False
     finally:
         for hook in hooks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import inspect
 import sys
 from argparse import Namespace
 from collections import deque
@@ -113,7 +114,12 @@ class _Description:
         if isinstance(value, torch.device):
             return "device"
         if isinstance(value, Tensor):
-            is_small = value.device.type == "cpu" and value.layout is torch.strided and value.numel() <= _LARGE
+            is_small = (
+                type(value) in (Tensor, nn.Parameter)
+                and value.device.type == "cpu"
+                and value.layout is torch.strided
+                and value.numel() <= _LARGE
+            )
             values = f" {value.tolist()}" if is_small and not value.is_quantized else ""
             return f"Tensor {tuple(value.shape)} {value.dtype}{values}"
         if isinstance(value, type):
@@ -158,7 +164,8 @@ class _Description:
             return self._function(value, depth)
         if isinstance(value, BuiltinFunctionType):
             return value.__qualname__
-        if callable(wrapped := getattr(value, "__wrapped__", None)):  # as by `functools.lru_cache`
+        # As by `functools.lru_cache`; static, since objects may answer to any name, or raise.
+        if callable(wrapped := inspect.getattr_static(value, "__wrapped__", None)):
             return f"{type(value).__qualname__} of {self(wrapped, depth)}"
         if isinstance(value, nn.Module):
             return _digest(f"{name}: {fact}" for name, fact in plain_facts(value).items())

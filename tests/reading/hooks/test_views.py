@@ -43,6 +43,7 @@ def test_samples_of_a_view() -> None:
     assert View("").samples([1, 1]) == 0
     assert recorded([reading()]).samples([1, 1]) == 5
     assert recorded([reading()]).samples([5, 1]) == 1
+    assert recorded([reading()]).samples([8, 1]) == 1, "fewer frames than in the trace"
     assert View("", logits=torch.zeros(7, 3)).samples([1, 1]) == 7
 
 

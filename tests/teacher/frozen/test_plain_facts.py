@@ -178,6 +178,7 @@ def test_hyperparameters() -> None:
 def test_code_in_another_file(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the user: that of packages which are installed is known by its name."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the files have one size, and are written in one second
     found = []
     for factor in (2, 2, 3):
         (tmp_path / "helpers_of_test.py").write_text(
@@ -257,3 +258,14 @@ def test_processes_agree() -> None:
     with contextlib.redirect_stdout(io.StringIO()) as own:
         exec(compile(FACTS, "<string>", "exec"), {"__name__": "__main__"})
     assert own.getvalue() == other.stdout
+
+
+class Answers:
+    """Has an answer, or an error, for each name."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_objects_that_raise_for_a_name() -> None:
+    assert plain_facts(Net(Answers())) == plain_facts(Net(Answers()))
