@@ -15,6 +15,7 @@ from trainer.fits import make_callback
 
 from lightning_otrt import RepresentationTransfer
 from lightning_otrt.reading.student_root.search import RootSearch
+from lightning_otrt.teacher.teacher_run import TeacherRun
 
 X = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -191,6 +192,17 @@ def test_an_attach_that_fails_leaves_nothing(monkeypatch):
 
 def fail(*args: Any) -> None:
     raise MemoryError
+
+
+def test_a_detach_that_fails_leaves_no_hook(monkeypatch):
+    """As where what the cache holds cannot be written."""
+    transfer, student = RepresentationTransfer(make_teacher(), {"block1": "block1"}), Net()
+    with pytest.raises(MemoryError), transfer.attached(student):
+        student(X)
+        transfer.loss()
+        monkeypatch.setattr(TeacherRun, "stop", fail)
+    assert not hooks(student, transfer.teacher.module)
+    assert not transfer.is_attached
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

@@ -144,8 +144,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove all hooks, and give the teacher back on its device and in its mode."""
+        self.forget_student()  # first: a cache that cannot be written must not leave hooks
         self._teacher_run.stop()
-        self.forget_student()
 
     def forget_student(self) -> None:
         """Remove all hooks, and leave the teacher as it is."""

@@ -138,10 +138,9 @@ class CachedRun:
 
     def _fill(self, inputs: Inputs) -> None:
         assert self.recorder.current is not None
-        watch, plain, is_other = self._watch or WeightWatch(self.teacher.source), self._plain, self._is_other_copy()
-        if is_other:
-            plain = self._watch_of_module()
-        assert plain is not None
+        before, watch = self._plain, self._watch or WeightWatch(self.teacher.source)
+        plain = self._watch_of_module()
+        is_other = plain is not before
         # At the start of each epoch all of the weights, since a short look sees some of each tensor.
         everything = self._compared != self.cache.epoch
         looked = watch.look(everything=everything)
@@ -187,12 +186,9 @@ class CachedRun:
     def _run_whole(self, inputs: Inputs) -> None:
         self._read(self.teacher.run_recorded(self.recorder, *inputs))
 
-    def _is_other_copy(self) -> bool:
-        return self._plain is None or self._plain.module is not self.teacher.module
-
     def _watch_of_module(self) -> PlainWatch:
         """The watch of the teacher as it runs: another copy has another one, where the same does not count."""
-        if self._plain is None or self._is_other_copy():
+        if self._plain is None or self._plain.module is not self.teacher.module:
             changing = set() if self._plain is None else self._plain.changing
             self._plain = PlainWatch(self.teacher.module)
             self._plain.changing |= changing
