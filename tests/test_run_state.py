@@ -15,7 +15,7 @@ from trainer.fits import make_callback
 
 from lightning_otrt import RepresentationTransfer
 from lightning_otrt.reading.student_root.search import RootSearch
-from lightning_otrt.teacher.teacher_run import TeacherRun
+from lightning_otrt.teacher.cache.cached_run import CachedRun
 
 X = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -196,11 +196,16 @@ def fail(*args: Any) -> None:
 
 def test_a_detach_that_fails_leaves_no_hook(monkeypatch):
     """As where what the cache holds cannot be written."""
-    transfer, student = RepresentationTransfer(make_teacher(), {"block1": "block1"}), Net()
-    with pytest.raises(MemoryError), transfer.attached(student):
+    teacher = make_teacher().train()
+    transfer, student = RepresentationTransfer(teacher, {"block1": "block1"}, teacher_cache="memory"), Net()
+    monkeypatch.setattr(CachedRun, "close", fail)
+    transfer.attach(student)
+    with transfer.recording():
         student(X)
         transfer.loss()
-        monkeypatch.setattr(TeacherRun, "stop", fail)
+    with pytest.raises(MemoryError):
+        transfer.detach()
+    assert teacher.training
     assert not hooks(student, transfer.teacher.module)
     assert not transfer.is_attached
 

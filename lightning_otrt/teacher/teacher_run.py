@@ -60,10 +60,12 @@ class TeacherRun:
 
     def stop(self) -> None:
         """Write what was kept, and give the teacher back on its device and in its mode."""
-        if self._cached is not None:
-            self._cached.close()
-        self.teacher.release()
         self._parameter = None
+        try:
+            if self._cached is not None:
+                self._cached.close()
+        finally:
+            self.teacher.release()
 
     def prepare(self, student: nn.Module) -> None:
         """Bring the teacher to the student's device, and to its type where a precision plugin changed that."""
