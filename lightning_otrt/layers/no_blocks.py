@@ -10,6 +10,7 @@ from lightning_otrt.layers.automatic import (
     classification_head,
     penultimate_names,
 )
+from lightning_otrt.layers.graphs import graph_hint
 from lightning_otrt.layers.inner_network import inner_hint
 from lightning_otrt.layers.repeats import end_of_loop, feeds_itself, repeated_parts
 from lightning_otrt.layers.trace import Trace, TracedLayer
@@ -23,6 +24,8 @@ _SHOWN = 4
 def nothing_found(word: str, trace: Trace, side: str) -> str:
     """The error of ``"blocks"`` or ``"penultimate"`` where a network has none."""
     kind = trace.layer(trace.root).kind
+    if graph := graph_hint(trace, side):
+        return f'"{word}" finds nothing in the {side} ({kind}): {graph}'
     if word == "blocks":
         other = ' Or use "penultimate".' if penultimate_names(trace) else ""
         message = f'"blocks" finds none in the {side} ({kind}): {why_no_blocks(trace, side)}{other}'
@@ -50,6 +53,8 @@ def why_no_blocks(trace: Trace, side: str) -> str:
     """
     if inner_hint(trace, side):  # which says what to pass
         return "the layers are those of a network inside of it."
+    if graph := graph_hint(trace, side):
+        return graph
     repeats = _repeats(trace, side)
     tokens = _outermost([each for each in block_candidates(trace) if each.output and each.output.position_count > 1])
     if repeats:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from lightning_otrt.layers.automatic import block_names, penultimate_names
 from lightning_otrt.layers.depth import pair_blocks
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
+from lightning_otrt.layers.graphs import graph_hint
 from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
 from lightning_otrt.layers.model_output import assumed_output
 from lightning_otrt.layers.no_blocks import nothing_found, why_no_blocks
@@ -127,6 +128,8 @@ def _expand(entry: LayerEntry, student: Trace, teacher: Trace, find_matches: Fin
             try:
                 return _expand(replace(entry, student="penultimate", teacher="penultimate"), student, teacher, None)
             except ValueError as error:
+                if graph_hint(student, "student") or graph_hint(teacher, "teacher"):
+                    raise  # which says all of the note
                 raise ValueError(f"{fallback_note(str(entry.student), student, teacher)} {error}") from None
         entry = replace(entry, student="blocks", teacher="blocks")
     if entry.student == entry.teacher == "blocks" and block_names(student) and block_names(teacher):

@@ -76,6 +76,8 @@ class TracedLayer:
         has_own_mask: Whether what it returns tells its own padding: packed sequences and nested tensors do.
         has_weights: Whether it has parameters, its own or those of modules inside.
         in_transform: Whether it ran inside a transform of ``torch.func``, which its tensors cannot leave.
+        is_graph: Whether its forward is a graph of torch.fx, torch.export or TorchScript, in which modules inside may
+            not run as modules.
     """
 
     name: str
@@ -99,6 +101,7 @@ class TracedLayer:
     has_own_mask: bool = False
     has_weights: bool = True
     in_transform: bool = False
+    is_graph: bool = False
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:

@@ -37,6 +37,7 @@ from lightning_otrt.reading.traced.network_call import NetworkCall
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.warnings.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
+from lightning_otrt.reading.warnings.inside_graphs import warn_of_blocks_in_graphs
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.reading.warnings.samples import warn_of_other_samples
 from lightning_otrt.reading.warnings.unclear_axes import warn_of_unclear_axes
@@ -137,6 +138,8 @@ def pair_layers(
     else:
         pairs = resolve_layers(layers, *traces, lambda: match_layers(traces, (student, teacher)))
         warn_of_unclear_axes(layers, *traces)
+        warn_of_blocks_in_graphs(layers, "student", traces[0], [pair.student for pair in pairs])
+        warn_of_blocks_in_graphs(layers, "teacher", traces[1], [pair.teacher for pair in pairs])
         notes = [fallback_note(layers, *traces), output_note(layers, *traces)]
     student_trace = _settled(traces[0], student, [pair.student for pair in pairs])
     teacher_trace = _settled(traces[1], teacher, [pair.teacher for pair in pairs])

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import TracedMask
@@ -290,6 +291,7 @@ class _TraceHooks:
             role=role_of(module),
             gives_model_output=is_returned,
             has_weights=next(module.parameters(), None) is not None,
+            is_graph=isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule)),
         )
 
     def _note_masks(
