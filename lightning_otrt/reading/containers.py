@@ -101,38 +101,47 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def map_inputs(
-    inputs: tuple[Sequence[Any], Mapping[str, Any]], function: Callable[[Tensor], Tensor]
+    inputs: tuple[Sequence[Any], Mapping[str, Any]],
+    function: Callable[[Tensor], Tensor],
+    of_list: Callable[[Sequence[Any]], Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments, in containers of their own, with what a function gives for each tensor.
 
     Args:
         inputs: Positional and keyword arguments: tensors in nested containers and dataclasses.
         function: What is applied.
+        of_list: What is applied to each list or tuple without tensors, such as one of texts.
 
     Example:
         >>> import torch
         >>> map_inputs(((torch.tensor(1), "a"), {"ids": [torch.tensor(2)]}), torch.neg)
         ((tensor(-1), 'a'), {'ids': [tensor(-2)]})
+        >>> map_inputs(((torch.tensor(1), ["a", "b"]), {}), torch.neg, of_list=len)
+        ((tensor(-1), 2), {})
     """
     args, kwargs = inputs
     return (
-        tuple(_mapped(value, function) for value in args),
-        {name: _mapped(value, function) for name, value in kwargs.items()},
+        tuple(_mapped(value, function, of_list) for value in args),
+        {name: _mapped(value, function, of_list) for name, value in kwargs.items()},
     )
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(
+    value: Any, function: Callable[[Tensor], Tensor], of_list: Callable[[Sequence[Any]], Any] | None = None
+) -> Any:
     kind = type(value)
+    if of_list is not None and kind in (tuple, list) and next(all_tensors(value), None) is None:
+        return of_list(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*(_mapped(item, function) for item in value))
+        return kind(*(_mapped(item, function, of_list) for item in value))
     if kind in (tuple, list):
-        return kind(_mapped(item, function) for item in value)
+        return kind(_mapped(item, function, of_list) for item in value)
     if kind is dict:
-        return {key: _mapped(item, function) for key, item in value.items()}
+        return {key: _mapped(item, function, of_list) for key, item in value.items()}
     if not dataclasses.is_dataclass(value) or isinstance(value, (type, Mapping, Sequence, Tensor, nn.Module)):
         return apply_to_collection(value, Tensor, function)
     own = copy.copy(value)  # `apply_to_collection` refuses frozen dataclasses, and those that hold one
     for field in dataclasses.fields(value):
         if hasattr(value, field.name):
-            object.__setattr__(own, field.name, _mapped(getattr(value, field.name), function))
+            object.__setattr__(own, field.name, _mapped(getattr(value, field.name), function, of_list))
     return own

@@ -70,7 +70,7 @@ def test_named_layers_of_a_graph(layers: Any) -> None:
 
 
 def test_a_graph_without_blocks_of_its_own() -> None:
-    """What the next module gets is whole: no warning. The stack around the last layer, which gives the same, is gone."""
+    """What the next module gets is whole: no warning. The stack around the last layer gives the same tensor."""
     plain = torchvision.models.vgg11(num_classes=10, init_weights=False)
     found, expected = pairs(torch.fx.symbolic_trace(plain)), pairs(plain)
     assert found[:-1] == expected[:-1]

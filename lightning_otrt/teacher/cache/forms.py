@@ -18,12 +18,15 @@ class Form:
         own: Places of these tensors, among all tensors of the inputs; none where nothing of the form can be kept.
         is_first: Whether the layers showed how many samples that batch had, as in the first batch of a run.
         checked: Of how many samples a batch has been checked: 1 shows that the teacher is not random, 2 all.
+        has_entries: Whether lists of texts or numbers that are as long as the batch have an entry for each sample. True
+            until a check shows that the teacher takes them as a whole, such as the names of classes.
     """
 
     size: int
     own: list[int]
     is_first: bool
     checked: int = 0
+    has_entries: bool = True
 
 
 class Forms:

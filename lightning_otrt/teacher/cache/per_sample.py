@@ -32,7 +32,14 @@ _LEAST = 1e-2
 
 
 def why_not_per_sample(
-    inputs: Inputs, size: int, run: Run, whole: Mapping[str, Tensor], limit: float, device: torch.device
+    inputs: Inputs,
+    size: int,
+    run: Run,
+    whole: Mapping[str, Tensor],
+    limit: float,
+    device: torch.device,
+    *,
+    by_entry: bool = False,
 ) -> str:
     """Run a batch again, and two parts of it, and say why what comes out is not that of the whole; ``""`` if it is.
 
@@ -43,15 +50,21 @@ def why_not_per_sample(
         whole: What it gave for the whole batch.
         limit: Largest relative difference between parts and whole that counts as rounding.
         device: Device of the inputs.
+        by_entry: Whether the parts get their entries of lists without tensors, or the whole of these lists.
     """
     if reason := _is_random(run(cloned(inputs), size), whole, REPEATED * limit):
         return reason
     if size == 1:
         return ""
     chosen = _part(size)
-    parts = [torch.nonzero(mask)[:, 0].to(device) for mask in (chosen, ~chosen)]
+    places = [torch.nonzero(mask)[:, 0] for mask in (chosen, ~chosen)]
+    parts = [part.to(device) for part in places]
+    given = (
+        select_samples(inputs, part, size, place.tolist() if by_entry else None)
+        for part, place in zip(parts, places, strict=True)
+    )
     try:
-        first, second = (run(cloned(select_samples(inputs, part, size)), len(part)) for part in parts)
+        first, second = (run(cloned(one), len(part)) for one, part in zip(given, parts, strict=True))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

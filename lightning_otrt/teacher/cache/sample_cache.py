@@ -18,7 +18,7 @@ from lightning_otrt.teacher.cache.numerics import Numerics
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.teacher.cache.per_sample import Run, cloned, tolerance, why_not_per_sample
 from lightning_otrt.teacher.cache.sample_hash import SampleHash, check_dense
-from lightning_otrt.teacher.cache.samples import leaves, select_samples
+from lightning_otrt.teacher.cache.samples import entries_as_tensors, has_entries, leaves, select_samples
 from lightning_otrt.teacher.cache.store import Found, SampleStore
 from lightning_otrt.teacher.host_copy import HostCopy
 
@@ -136,8 +136,7 @@ class SampleCache:
                 self._count(0, next((len(tensor) for _, tensor in named if tensor.dim()), 0))
                 return run(inputs, 0)
             device = named[form.own[0]][1].device
-            numerics = Numerics.now(device)
-            copied = HostCopy(self._hash((((inputs[0], dict(inputs[1]), str(numerics)),), {}), size))
+            copied = self._keys(inputs, size, form, device)
         except TypeError as error:
             raise CannotCacheError(str(error)) from error
         keys, found, known, missing = self._find(copied, verify, device)
@@ -146,20 +145,21 @@ class SampleCache:
             return found.tensors
         if form.checked < min(size, 2):
             try:
-                fresh = self._checked_run(inputs, size, run, numerics, device, undone)
+                fresh = self._checked_run(inputs, size, run, form, device, undone)
             except CannotCacheError as error:
                 if form.is_first:
                     raise
                 return self._left_out(form, inputs, run, error)
             form.checked = min(size, 2)
-            self._keep(keys, fresh)
+            self._keep(self._keys(inputs, size, form, device).wait(), fresh)
             return fresh
         if len(missing) == size:
             fresh = run(inputs, size)
             self._keep(keys, fresh)
             return fresh
         index = _on(missing, device)
-        fresh = run(select_samples(inputs, index, size), len(missing))
+        places_of_entries = missing.tolist() if form.has_entries else None
+        fresh = run(select_samples(inputs, index, size, places_of_entries), len(missing))
         if _layout(fresh) != _layout(found.tensors):
             return run(inputs, size)
         self._keep(keys[missing], fresh)
@@ -168,6 +168,13 @@ class SampleCache:
             name: part.new_empty(size, *part.shape[1:]).index_copy_(0, index, part).index_copy_(0, places, kept)
             for (name, part), kept in zip(fresh.items(), found.tensors.values(), strict=True)
         }
+
+    def _keys(self, inputs: Inputs, size: int, form: Form, device: torch.device) -> HostCopy:
+        """The keys of the samples of a batch, on their way to the host."""
+        # A list of one, in a batch of one, may be common to the samples of other batches.
+        is_by_entry = form.has_entries and (size > 1 or form.checked > 1)
+        args, kwargs = entries_as_tensors(inputs, size) if is_by_entry else inputs
+        return HostCopy(self._hash((((args, dict(kwargs), str(Numerics.now(device))),), {}), size))
 
     def _find(
         self, copied: HostCopy, verify: Callable[[], None], device: torch.device
@@ -214,15 +221,21 @@ class SampleCache:
             _write(self.store, self._adding)
 
     def _checked_run(
-        self, inputs: Inputs, size: int, run: Run, numerics: Numerics, device: torch.device, undone: Block
+        self, inputs: Inputs, size: int, run: Run, form: Form, device: torch.device, undone: Block
     ) -> dict[str, Tensor]:
-        whole = run(cloned(inputs), size)
+        """Run the teacher on a batch, and check that what it gives for a sample is of that sample alone."""
+        whole, numerics = run(cloned(inputs), size), Numerics.now(device)
         limit = tolerance(numerics.autocast or self._dtype, is_float32_shortened=numerics.is_float32_shortened)
-        with undone():
-            reason = why_not_per_sample(inputs, size, run, whole, limit, device)
-        if reason:
-            raise CannotCacheError(reason)
-        return whole
+        # A list that is as long as the batch has entries of its samples, or by chance the names of as many classes.
+        is_unclear = size > 1 and form.has_entries and has_entries(inputs, size)
+        reason = ""
+        for by_entry in (True, False) if is_unclear else (False,):
+            with undone():
+                reason = why_not_per_sample(inputs, size, run, whole, limit, device, by_entry=by_entry)
+            if not reason:
+                form.has_entries = by_entry if size > 1 else form.has_entries
+                return whole
+        raise CannotCacheError(reason)
 
     def _left_out(self, form: Form, inputs: Inputs, run: Run, error: CannotCacheError) -> dict[str, Tensor]:
         """Run the teacher on a batch whose form, unlike that of the first batch, cannot be kept by sample."""

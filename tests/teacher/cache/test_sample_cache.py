@@ -128,6 +128,72 @@ def test_what_is_common_to_all_samples() -> None:
     assert (teacher.runs[runs:], cache.hits) == ([3, 3], 8), "as many samples as the matrix has rows: not by sample"
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [f"{i}.png" for i in range(40)],
+        tuple(range(40)),
+        [{"id": i, "size": (64, i % 3)} for i in range(40)],
+        [None] * 39 + ["x"],
+        [[f"word {i}", b"bytes"] for i in range(40)],
+    ],
+)
+def test_lists_with_an_entry_for_each_sample(option: Any, entries: Any) -> None:
+    """Names of files, numbers and other facts of the samples, as a DataLoader collates them."""
+    cache, teacher = opened(option, inputs=((X[:8], entries[:8]), {})), Teacher()
+    shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    for order in (torch.arange(40), shuffled, shuffled.flip(0)):
+        for part in order.split(8):
+            take(cache, teacher, X[part], type(entries)(entries[i] for i in part.tolist()))
+    assert (cache.hits, cache.misses) == (80, 40)
+    take(cache, teacher, X[3:6], type(entries)(["new", *entries[4:6]]))
+    assert cache.misses == 41, "an entry is part of its sample"
+    take(cache, teacher, X[:1], entries[:1])
+    assert cache.misses == 41, "also in a batch of one"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_a_list_that_is_as_long_as_the_batch_by_chance(option: Any, size: int) -> None:
+    """As the names of the classes, which a teacher takes as a whole."""
+
+    def run(inputs: Any, _: int) -> dict[str, Tensor]:
+        (x, names), _ = inputs
+        return {"scores": x[:, :1] * torch.tensor([float(len(name)) for name in names]).mean()}
+
+    names = ["cat", "ostrich", "dog", "bird", "cattle", "a", "bee", "goose"][:size]
+    calls = Teacher()
+    for _ in range(2):
+        cache = opened(option, batch=size, inputs=((X[:size], names), {}))
+        for others in (names, [*names[:-1], "other"], names):
+            for x in (X[:size], X[:1], X[size:3], X[4:12], X[:size].flip(0)):
+                if len(x):
+                    found = cache.tensors(((x, others), {}), run, lambda: None, calls.undone)
+                    assert torch.equal(found["scores"], run(((x, others), {}), 0)["scores"])
+    assert cache.hits
+
+
+def test_a_list_that_the_teacher_needs_whole() -> None:
+    """It fails where it gets a part: so the list is common to the samples, and the samples are kept."""
+
+    def run(inputs: Any, _: int) -> dict[str, Tensor]:
+        (x, sizes), _ = inputs
+        height, width = sizes
+        return {"scores": x * height * width}
+
+    cache, calls = opened(batch=2, inputs=((X[:2], [4, 5]), {})), Teacher()
+    for _ in range(2):
+        for sizes in ([4, 5], [4, 6], (4, 5)):
+            found = cache.tensors(((X[:2], sizes), {}), run, lambda: None, calls.undone)
+            assert torch.equal(found["scores"], X[:2] * sizes[0] * sizes[1])
+    assert (cache.hits, cache.misses) == (6, 6)
+
+
+def test_entries_of_samples_that_nothing_can_be_read_of() -> None:
+    cache = opened()
+    with pytest.raises(CannotCacheError, match="is of type object, whose content cannot be read"):
+        cache.tensors(((X[:2], [object(), object()]), {}), Teacher(), lambda: None, Teacher().undone)
+
+
 def test_tensors_that_come_from_the_second_batch_on() -> None:
     """As a mask that a batch without padding leaves out."""
     mask, cache, teacher = torch.rand(40, 4), opened(), Teacher()
