@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,7 +124,9 @@ def fake_cache(known: list[int]) -> Iterator[list[str]]:
         count = next(steps)
         tensors = {name: like.new_empty(count, *like.shape[1:]) for name, like in rows.items()} if count else {}
         keys = torch.zeros(BATCH, 2, dtype=torch.int64)
-        return keys, Found(torch.zeros(0), tensors), torch.arange(count), torch.arange(count, BATCH)
+        with unset_fake_temporarily():  # the host knows which samples are new
+            known, missing = torch.arange(count), torch.arange(count, BATCH)
+        return keys, Found(torch.zeros(0), tensors), known, missing
 
     def keep(self: SampleCache, keys: Tensor, fresh: dict[str, Tensor]) -> None:
         rows.update(fresh)
@@ -143,7 +145,7 @@ def fake_cache(known: list[int]) -> Iterator[list[str]]:
         patch.setattr(f"{cache}.weight_watch.WeightWatch.changed", lambda self, looked: "")
         patch.setattr(f"{cache}.cached_run.fingerprint", lambda *args, **options: "teacher")
         patch.setattr(f"{cache}.cached_run.state_restored", lambda *args: contextlib.nullcontext())
-        patch.setattr(f"{cache}.sample_cache.why_not_per_sample", lambda *args: "")
+        patch.setattr(f"{cache}.sample_cache.why_not_per_sample", lambda *args, **options: "")
         patch.setattr(f"{cache}.sample_cache._on", lambda index, device: torch.zeros_like(index, device=device))
         patch.setattr(SampleCache, "_find", find)
         patch.setattr(SampleCache, "_keep", keep)

@@ -212,6 +212,35 @@ def test_teacher_cache(options: dict[str, Any]) -> None:
     assert events.count("look") >= STEPS
 
 
+class Named(nn.Module):
+    """Gets the names of the files, too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = network(width)
+
+    def forward(self, x: Tensor, names: list[str]) -> Tensor:
+        """The logits."""
+        assert len(x) == len(names)
+        return self.net(x)
+
+
+class NamedImages(Task):
+    """The batch goes to the network as it is."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        (images, names), labels = batch
+        return F.cross_entropy(self.net(images, names), labels)
+
+
+def test_teacher_cache_of_images_with_names() -> None:
+    with fake_gpu(), fake_cache(KNOWN) as events:
+        callback = OTRTCallback(Named(12), teacher_cache="memory")
+        check(fake_fit(NamedImages(Named(8)), [callback], lambda: (images(), [f"{i}.png" for i in range(BATCH)])))
+    assert [int(event) for event in events if event.isdigit()] == [BATCH - known for known in KNOWN if known < BATCH]
+
+
 def test_teacher_cache_of_padded_words() -> None:
     with fake_gpu(), torch.device("cuda"):
         student, teacher = Encoder(8), Encoder(12)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from lightning_otrt.notices import warn
 from lightning_otrt.reading.traced.arguments import Inputs
+from lightning_otrt.teacher.cache.entries import SampleKeys, has_entries, split_entries
 from lightning_otrt.teacher.cache.forms import Form, Forms
 from lightning_otrt.teacher.cache.numerics import Numerics
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.teacher.cache.per_sample import Run, cloned, tolerance, why_not_per_sample
 from lightning_otrt.teacher.cache.sample_hash import SampleHash, check_dense
-from lightning_otrt.teacher.cache.samples import entries_as_tensors, has_entries, leaves, select_samples
+from lightning_otrt.teacher.cache.samples import leaves, select_samples
 from lightning_otrt.teacher.cache.store import Found, SampleStore
 from lightning_otrt.teacher.host_copy import HostCopy
 
@@ -144,6 +145,7 @@ class SampleCache:
         if not len(missing):
             return found.tensors
         if form.checked < min(size, 2):
+            had_entries = form.has_entries
             try:
                 fresh = self._checked_run(inputs, size, run, form, device, undone)
             except CannotCacheError as error:
@@ -151,7 +153,9 @@ class SampleCache:
                     raise
                 return self._left_out(form, inputs, run, error)
             form.checked = min(size, 2)
-            self._keep(self._keys(inputs, size, form, device).wait(), fresh)
+            if had_entries and not form.has_entries and has_entries(inputs, size):
+                keys = self._keys(inputs, size, form, device).wait()
+            self._keep(keys, fresh)
             return fresh
         if len(missing) == size:
             fresh = run(inputs, size)
@@ -169,15 +173,17 @@ class SampleCache:
             for (name, part), kept in zip(fresh.items(), found.tensors.values(), strict=True)
         }
 
-    def _keys(self, inputs: Inputs, size: int, form: Form, device: torch.device) -> HostCopy:
+    def _keys(self, inputs: Inputs, size: int, form: Form, device: torch.device) -> SampleKeys:
         """The keys of the samples of a batch, on their way to the host."""
+        entries = None
         # A list of one, in a batch of one, may be common to the samples of other batches.
-        is_by_entry = form.has_entries and (size > 1 or form.checked > 1)
-        args, kwargs = entries_as_tensors(inputs, size) if is_by_entry else inputs
-        return HostCopy(self._hash((((args, dict(kwargs), str(Numerics.now(device))),), {}), size))
+        if form.has_entries and (size > 1 or form.checked > 1):
+            inputs, entries = split_entries(inputs, size)
+        hashed = self._hash((((tuple(inputs[0]), dict(inputs[1]), str(Numerics.now(device))),), {}), size)
+        return SampleKeys(HostCopy(hashed), entries)
 
     def _find(
-        self, copied: HostCopy, verify: Callable[[], None], device: torch.device
+        self, copied: SampleKeys, verify: Callable[[], None], device: torch.device
     ) -> tuple[Tensor, Found, Tensor, Tensor]:
         """Look samples up on the host, which waits for their keys: the only wait of a step.
 

@@ -78,7 +78,7 @@ class SampleHash:
             batch_size: Samples of the batch; None: the size of the first axis of the first tensor.
 
         Returns:
-            ``(B, 2)`` int64, on the device of the first tensor.
+            ``(B, 2)`` int64, on the device of the first tensor that is not on the CPU, if there is one.
 
         Raises:
             TypeError: If a value is no dense tensor and no plain value.
@@ -104,7 +104,9 @@ class SampleHash:
             raise ValueError(f"No tensor among the teacher's inputs has {size} samples along its first axis.")
         words = digests[0]
         if len(digests) > 1:
-            joined = torch.cat([digest.to(words.device, non_blocking=True) for digest in digests], dim=1)
+            # Never a copy to the host that nobody waits for.
+            device = next((digest.device for digest in digests if digest.device.type != "cpu"), words.device)
+            joined = torch.cat([digest.to(device, non_blocking=True) for digest in digests], dim=1)
             words = self._digest(joined, "tensors")
         common = hashlib.blake2b("\n".join(structure).encode(), digest_size=16).digest()
         upper, lower = (int.from_bytes(common[i : i + 8], "little", signed=True) for i in (0, 8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -15,15 +14,7 @@ from torch import Tensor
 from lightning_otrt.reading.containers import map_inputs
 from lightning_otrt.reading.traced.arguments import Inputs
 
-__all__ = [
-    "batch_size_of",
-    "entries_as_tensors",
-    "has_entries",
-    "is_per_sample",
-    "leaves",
-    "select_samples",
-    "shown_path",
-]
+__all__ = ["batch_size_of", "is_per_sample", "leaves", "select_samples", "shown_path"]
 
 #: Types whose `repr` shows the whole value.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, slice, torch.dtype, torch.device)
@@ -114,32 +105,3 @@ def select_samples(inputs: Inputs, index: Tensor, batch_size: int, places: Seque
         return tuple(chosen) if isinstance(values, tuple) else chosen
 
     return map_inputs(inputs, select, None if places is None else select_entries)
-
-
-def has_entries(inputs: Inputs, batch_size: int) -> bool:
-    """Whether there are lists or tuples without tensors, such as names of files, that are as long as the batch.
-
-    Example:
-        >>> has_entries((({"image": torch.zeros(2, 3), "file": ["a.png", "b.png"]},), {}), 2)
-        True
-    """
-    lengths: list[int] = []
-    map_inputs(inputs, lambda tensor: tensor, lambda values: lengths.append(len(values)))
-    return batch_size in lengths
-
-
-def entries_as_tensors(inputs: Inputs, batch_size: int) -> Inputs:
-    """The same, with a tensor ``(B, 2)`` of hashes in place of each list that :func:`has_entries` finds.
-
-    Raises:
-        TypeError: If an entry is no text, no number, and no container of these.
-    """
-
-    def hashed(values: Sequence[Any]) -> Sequence[Any] | Tensor:
-        if len(values) != batch_size:
-            return values
-        content = ("\n".join(f"{path}={value!r}" for path, value in leaves(entry)) for entry in values)
-        digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in content)
-        return torch.frombuffer(bytearray(digests), dtype=torch.int64).view(batch_size, 2)
-
-    return map_inputs(inputs, lambda tensor: tensor, hashed)

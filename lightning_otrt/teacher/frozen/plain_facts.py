@@ -35,7 +35,7 @@ _CONSTANT = (bool, int, float, complex, str, bytes, type(None), torch.dtype, ran
 _INSTALLED = ("site-packages", "dist-packages")
 #: What ``nn.Module`` itself keeps in the dictionary of a module, and what Lightning's `torch.compile` adds.
 _OF_MODULES = frozenset((*vars(nn.Module()), "_is_torch_compile", "_compile_kwargs"))
-#: Of longer containers the length counts, of larger tensors the shape, and of deeper objects the type.
+#: Of longer containers the length counts, of larger tensors the shape, and of objects deeper in others the type.
 _LONG, _LARGE, _DEPTH = 10_000, 64, 6
 
 
@@ -63,7 +63,7 @@ def plain_facts(module: nn.Module) -> dict[str, str]:
                 facts[f"{name}.{key}".removeprefix(".")] = describe(value)
         if isinstance(part, torch.fx.GraphModule):
             facts[f"{name} (graph)"] = part.code
-    return facts
+    return {**facts, **describe.used()}
 
 
 def tensor_attributes(module: nn.Module) -> dict[str, Tensor]:
@@ -104,6 +104,16 @@ class _Description:
         self._known: dict[tuple[int, int], tuple[Any, str]] = {}
         self._running: set[int] = set()
         self._kinds: dict[type, str] = {}
+        # Code that functions use, by module and name; each is described once, however long the way to it is.
+        self._used: dict[str, FunctionType | type] = {}
+
+    def used(self) -> dict[str, str]:
+        """The functions and classes that what was described so far uses by global names, and those that they use."""
+        facts: dict[str, str] = {}
+        while waiting := self._used.keys() - facts.keys():
+            for name in sorted(waiting):
+                facts[name] = self(self._used[name])
+        return {f"{name} (used)": fact for name, fact in facts.items()}
 
     def __call__(self, value: Any, depth: int = 0) -> str:
         """A text that is equal for equal values."""
@@ -129,7 +139,8 @@ class _Description:
         place = id(value), depth
         if place not in self._known:
             self._running.add(id(value))
-            self._known[place] = value, self._object(value, depth + 1)
+            # However many decorators a function has, its code counts.
+            self._known[place] = value, self._object(value, depth + (not isinstance(value, FunctionType)))
             self._running.discard(id(value))
         return self._known[place][1]
 
@@ -202,32 +213,38 @@ class _Description:
         name = f"{function.__module__}.{function.__qualname__}"
         if _top(function.__module__) in _FOREIGN:
             return name
-        held = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
-        held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        held += _used(function)
-        return f"{name} {_digest([_code(function.__code__), *self._all(held, depth)])}"
+        cells = function.__closure__ or ()
+        held = self._all([cell.cell_contents if _is_filled(cell) else "no value yet" for cell in cells], depth)
+        held += self._all([*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items())], depth)
+        for used, value in _used(function).items():
+            if isinstance(value, (FunctionType, type)):
+                self._used[used] = value
+                held.append(used)
+            else:
+                held.append(f"{used}={self(value, depth)}")
+        return f"{name} {_digest([_code(function.__code__), *held])}"
 
 
-def _used(function: FunctionType) -> list[Any]:
+def _used(function: FunctionType) -> dict[str, Any]:
     """What a function uses by global names: functions, classes, those of modules, and constants in capitals.
 
     Of a package that is installed it is functions of that package alone: there are too many others, and they change
     with its version.
     """
-    found: list[Any] = []
+    found: dict[str, Any] = {}
     package = _top(function.__module__)
     names, known = sorted(_names(function.__code__)), function.__globals__
     for used in names:
-        value = known.get(used)
+        value, place = known.get(used), f"{function.__module__}.{used}"
         if isinstance(value, (FunctionType, type)):
             is_near = isinstance(value, FunctionType) and _top(value.__module__) == package
             if is_near or _is_written_here(value.__module__):
-                found.append(value)
+                found[place] = value
         elif isinstance(value, ModuleType) and _is_written_here(value.__name__):
-            inside = (vars(value).get(name) for name in names)
-            found += [part for part in inside if isinstance(part, (FunctionType, type))]
+            inside = {f"{value.__name__}.{name}": vars(value).get(name) for name in names}
+            found.update((name, part) for name, part in inside.items() if isinstance(part, (FunctionType, type)))
         elif used.isupper() and isinstance(value, (*_CONSTANT, tuple)):
-            found.append(value)
+            found[place] = value
     return found
 
 
@@ -265,11 +282,12 @@ def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _is_empty(cell: Any) -> bool:
+def _is_filled(cell: Any) -> bool:
     try:
-        return cell.cell_contents is None
+        cell.cell_contents  # noqa: B018 (raises where the variable has no value yet)
     except ValueError:
-        return True
+        return False
+    return True
 
 
 def _top(module: str | None) -> str:

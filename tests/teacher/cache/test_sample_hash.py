@@ -367,6 +367,15 @@ def test_does_not_wait_for_a_device(dtype: torch.dtype) -> None:
     assert (found.shape, found.dtype, found.device.type) == ((4, 2), torch.int64, "cuda")
 
 
+@needs_fake_cuda
+@pytest.mark.parametrize("order", [1, -1])
+def test_tensors_of_two_devices_are_joined_on_the_gpu(order: int) -> None:
+    """A copy to the host that nobody waits for may not be complete when it is read."""
+    with FakeTensorMode():
+        tensors = [torch.zeros(4, dtype=torch.int64), torch.zeros(4, 3, device="cuda")][::order]
+        assert SampleHash()((tuple(tensors), {})).device.type == "cuda"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])

@@ -64,6 +64,20 @@ def clamped(low: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x.clamp_min(low)
 
 
+def normalise(mean: float | None, scale: float | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: (x if mean is None else x - mean) * (1.0 if scale is None else scale)
+
+
+def decorated(function: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
+    for _ in range(times):
+        function = twice(function)
+    return function
+
+
+def twice(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: function(function(x))
+
+
 def made(code: str) -> nn.Module:
     """A network whose class has this code."""
     names: dict[str, Any] = {"nn": nn, "F": F, "__name__": "somewhere"}
@@ -104,6 +118,34 @@ def test_code(edit: str) -> None:
     assert plain_facts(made(CODE)) != plain_facts(made(CODE.replace(before, after)))
 
 
+@pytest.mark.parametrize("helpers", [1, 8, 400])
+def test_code_at_the_end_of_a_long_way(helpers: int) -> None:
+    way = [f"def help{i}(x):\n    return help{i + 1}(x)\n" for i in range(helpers)]
+    code = "\n".join([*way, f"def help{helpers}(x):\n    return x + 1\n", CODE.replace("x * FACTOR", "help0(x)")])
+    assert plain_facts(made(code)) == plain_facts(made(code))
+    assert plain_facts(made(code)) != plain_facts(made(code.replace("x + 1", "x + 2")))
+
+
+def test_names_of_equal_functions_that_change_places() -> None:
+    code = """
+def plus(number):
+    def add(x):
+        return x + number
+    return add
+
+first, second = plus(1), plus(2)
+"""
+    code += CODE.replace("x * FACTOR", "first(x) * 3 + second(x)")
+    assert plain_facts(made(code)) == plain_facts(made(code))
+    assert plain_facts(made(code)) != plain_facts(made(code.replace("plus(1), plus(2)", "plus(2), plus(1)")))
+
+
+def test_functions_that_call_each_other() -> None:
+    code = CODE.replace("x * FACTOR", "scaled(x - 1) if x else even(x)") + "\ndef even(x):\n    return scaled(x) + 1\n"
+    assert plain_facts(made(code)) == plain_facts(made(code))
+    assert plain_facts(made(code)) != plain_facts(made(code.replace("scaled(x) + 1", "scaled(x) + 2")))
+
+
 def test_where_code_stands_does_not_count() -> None:
     assert plain_facts(made(CODE)) == plain_facts(made("\n\n# moved\n" + CODE))
 
@@ -121,6 +163,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "slots": (Settings(1), Settings(2)),
     "functions": (F.relu, F.gelu),
     "closures": (clamped(0.0), clamped(1.0)),
+    "closures over None": (normalise(None, 2.0), normalise(2.0, None)),
+    "many decorators": (decorated(clamped(0.0), 20), decorated(clamped(1.0), 20)),
+    "defaults by name": (lambda x, *, low=0, high=None: x, lambda x, *, low=None, high=0: x),
     "defaults": (lambda x, low=0: x + low, lambda x, low=1: x + low),
     "methods": (nn.Module.eval, nn.Module.train),
     "classes": (nn.ReLU, nn.GELU),
