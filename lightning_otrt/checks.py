@@ -90,10 +90,10 @@ def check_name(name: str, value: Any, hint: str = "") -> None:
         raise TypeError(_expected(name, "a string or None", _typed(value), hint))
 
 
-def check_module(name: str, value: Any, hint: str = "") -> None:
+def check_module(name: str, value: Any) -> None:
     """Raise a ``TypeError`` unless an argument is a PyTorch module."""
     if not isinstance(value, nn.Module):
-        raise TypeError(_expected(name, "a torch.nn.Module", type(value).__name__, hint))
+        raise TypeError(_expected(name, "a torch.nn.Module", type(value).__name__, ""))
 
 
 def check_decay(name: str, value: Any, hint: str = "") -> None:

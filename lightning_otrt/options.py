@@ -26,6 +26,7 @@ from lightning_otrt.checks import (
     check_seed,
 )
 from lightning_otrt.distillation import LogitDistillation, check_distillation
+from lightning_otrt.layers.grammar import parse_layers
 from lightning_otrt.schedules import Schedule
 from lightning_otrt.teacher.cache.options import TeacherCache, parse_cache
 from lightning_otrt.transport.plans import check_epsilon, check_plan
@@ -81,8 +82,9 @@ def _check_global_batch(value: Any) -> None:
         check_flag("global_batch", value, "None, the default, means: wherever several processes train together.")
 
 
-#: Checks of single options. The teacher, the layers and the cost are checked where they are used.
+#: Checks of single options. The teacher, the cost and the names of layers are checked where they are used.
 _CHECKS: dict[str, Callable[[Any], object]] = {
+    "layers": parse_layers,
     "weight": lambda value: check_number("weight", value, "It is the factor α on the term; 0 switches the term off."),
     "student_root": lambda value: check_name(
         "student_root",
@@ -205,6 +207,8 @@ def check_option_names(caller: str, names: Iterable[str]) -> None:
         hint = f". Its options: {known}."
         if name == "process_group":
             hint = ": in a Trainer the strategy says which processes share a batch. Leave it out."
+        elif name in LogitDistillation.__dataclass_fields__:
+            hint = f": it belongs to the distillation. Pass distillation=LogitDistillation({name}=...)."
         elif close := difflib.get_close_matches(name, known, 1):
             hint = f". Did you mean {close[0]!r}?"
         raise TypeError(f"{caller} got an unexpected keyword argument {name!r}{hint}")

@@ -95,9 +95,17 @@ def factor_at(step: int, schedule: Schedule | None) -> float:
         schedule: From the step to a factor; None: always the full weights.
 
     Raises:
-        ValueError: If the schedule gives anything but a finite number that is not negative.
+        RuntimeError: If the schedule fails.
+        ValueError: If it gives anything but a finite number that is not negative.
     """
-    factor = 1.0 if schedule is None else schedule(step)
+    try:
+        factor = 1.0 if schedule is None else schedule(step)
+    except Exception as error:
+        name = getattr(schedule, "__qualname__", schedule)
+        raise RuntimeError(
+            f"`schedule` ({name}) failed at step {step}. {type(error).__name__}: {error}. It is called with the step "
+            "alone, and returns a factor on the weights of both terms."
+        ) from error
     if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor) or factor < 0:
         raise ValueError(
             f"Expected `schedule` to give a finite number that is not negative, but {schedule!r} gave {factor!r} at "

@@ -66,6 +66,11 @@ def test_a_schedule_that_gives_no_factor(factor: Any):
     assert factor_at(7, None) == 1.0
 
 
+def test_a_schedule_that_fails():
+    with pytest.raises(RuntimeError, match=r"^`schedule` \(.*\) failed at step 3. TypeError: .*with the step alone"):
+        factor_at(3, lambda epoch, step: 1.0)
+
+
 def test_a_number_of_numpy_is_a_factor():
     assert factor_at(3, lambda step: np.float32(0.5)) == 0.5
     assert float(LogitDistillation(np.float32(2)).weight) == 2

@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-__all__ = ["Inputs", "batch_inputs", "check_accepted", "to_device"]
+__all__ = ["Inputs", "batch_inputs", "check_accepted", "check_batches", "to_device"]
 
 #: Positional and keyword arguments of a network.
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -22,6 +22,19 @@ class _Movable(Protocol):
 
     def to(self, device: torch.device) -> Any:
         """The object on a device."""
+
+
+def check_batches(dataloader: Any) -> None:
+    """Check that a user passed batches, and not one of them.
+
+    Raises:
+        TypeError: If it is a tensor, whose rows would be taken for batches.
+    """
+    if isinstance(dataloader, Tensor):
+        raise TypeError(
+            "Expected argument `dataloader` to give batches, such as a DataLoader or a list of batches, but got one "
+            f"tensor of shape {tuple(dataloader.shape)}. If it is one batch, pass it in a list."
+        )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

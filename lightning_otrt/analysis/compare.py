@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_otrt.analysis.batches import Inputs, batch_inputs, check_accepted, to_device
+from lightning_otrt.analysis.batches import Inputs, batch_inputs, check_accepted, check_batches, to_device
 from lightning_otrt.analysis.comparison import RepresentationComparison
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.checks import check_count, check_module
@@ -109,6 +109,7 @@ def compare_representations(
         >>> figure, axes = result.plot()
     """
     check_module("student", student)
+    check_batches(dataloader)
     check_count("grid", grid, optional=True)
     check_count("max_batches", max_batches, optional=True)
     with ExitStack() as stack:

@@ -76,6 +76,7 @@ def new_axes(width: float, height: float) -> Axes:
 
 def plan_colours() -> Any:
     """The colour map of plans: most entries are 0, which is white; darker is more, with any colour vision."""
+    pyplot()  # says what to install
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("plan", ["#FFFFFF", "#A6CEE9", CURVE_COLOURS[0], "#00263D"])

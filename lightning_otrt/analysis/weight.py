@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_otrt.analysis.batches import to_device
+from lightning_otrt.analysis.batches import check_batches, to_device
 from lightning_otrt.analysis.gradient_share import GradientNorms, GradientProbe
 from lightning_otrt.analysis.task_loss import find_task_loss
 from lightning_otrt.checks import check_count, check_module
@@ -128,6 +128,7 @@ def suggest_weight(
         raise ValueError(f"Expected argument `ratio` to be positive and finite, but got {ratio!r}.")
     check_count("max_batches", max_batches)
     check_module("student", student)
+    check_batches(dataloader)
     given: Any = getattr(transfer, "transfer", transfer)  # a callback holds its transfer
     transfer = given if isinstance(given, RepresentationTransfer) else RepresentationTransfer(given)
     loss_of = find_task_loss(student, task_loss, loss_fn)

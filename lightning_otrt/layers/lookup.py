@@ -84,7 +84,7 @@ class LayerNames:
                 )
         message = f"No layer {name!r} in the {self._model()}."
         relative = [known.removeprefix(prefix) for known in self.names]
-        close = difflib.get_close_matches(name, dict.fromkeys([*self.names, *relative]), n=3)
+        close = difflib.get_close_matches(name, dict.fromkeys([*self.names, *relative, *WORDS]), n=3)
         if close:
             message += f" Did you mean {' or '.join(map(repr, close))}?"
         if other.names and name in other.names:

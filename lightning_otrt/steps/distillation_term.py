@@ -18,7 +18,7 @@ from lightning_otrt.transport.moments import centred
 from lightning_otrt.transport.reference import move_reference
 from lightning_otrt.transport.regression import Regression
 from lightning_otrt.transport.soft_targets import soft_targets
-from lightning_otrt.transport.tensors import common_dtype, finite, joined, widest
+from lightning_otrt.transport.tensors import common_dtype, count_bad, finite, joined, widest
 
 __all__ = ["Distillation"]
 
@@ -93,9 +93,7 @@ class Distillation:
             self.calls += 1
         if total is None:
             return None
-        with torch.no_grad():
-            is_bad = (total - total) != 0
-            self.bad_calls = is_bad.long() if self.bad_calls is None else self.bad_calls.add_(is_bad)
+        self.bad_calls = count_bad(self.bad_calls, total)
         return total
 
     def _softened(self, views: LogitViews, ranks: Ranks | None) -> Tensor:
@@ -114,7 +112,11 @@ class Distillation:
     def _regressed(self, views: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None, *, is_new: bool) -> Tensor | None:
         with torch.no_grad():
             batches = [(y.detach(), x) for y, x in views]
-            if not (self._observe(batches, ranks) if is_new or self._map is None else self._count(batches, ranks)):
+            if not (
+                self._observe(batches, ranks)
+                if is_new or self._map is None
+                else self._has_enough_on_all(batches, ranks)
+            ):
                 return None
             assert self._map is not None
             weights = self._map
@@ -127,7 +129,7 @@ class Distillation:
         students, gradients = [y for y, _ in views], [gradient for _, gradient in values]
         return attach_gradients(total, students, gradients, [factor] * len(views))
 
-    def _count(self, batches: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> bool:
+    def _has_enough_on_all(self, batches: Sequence[tuple[Tensor, Tensor]], ranks: Ranks | None) -> bool:
         """Whether the views have enough observations, where no exchange of moments tells."""
         return self._has_enough(batches, ranks.sum(_counts(batches)) if ranks is not None else None)
 

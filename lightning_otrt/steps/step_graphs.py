@@ -90,12 +90,12 @@ def graph_pool() -> Any:
 class StepGraphs:
     """The captured calls of a run.
 
-    Args:
+    Attributes:
         is_enabled: Whether calls are captured.
     """
 
-    def __init__(self, *, is_enabled: bool = True) -> None:
-        self.is_enabled = is_enabled
+    def __init__(self) -> None:
+        self.is_enabled = True
         self.forget()
 
     def forget(self) -> None:
@@ -112,7 +112,8 @@ class StepGraphs:
         return {"is_enabled": self.is_enabled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__()  # type: ignore[misc]
+        self.is_enabled = state["is_enabled"]
 
     def run(
         self,

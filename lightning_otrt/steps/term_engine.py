@@ -28,7 +28,7 @@ from lightning_otrt.transport.cost import ValueAndGradient
 from lightning_otrt.transport.gradient import attach_gradients
 from lightning_otrt.transport.orthogonal import Alignment
 from lightning_otrt.transport.plans import ORTHOGONAL
-from lightning_otrt.transport.tensors import common_dtype, without_autocast
+from lightning_otrt.transport.tensors import common_dtype, count_bad, without_autocast
 
 __all__ = ["TermEngine", "Values"]
 
@@ -199,9 +199,7 @@ class TermEngine(ABC):
             distances.append(PairDistance(name, value, matrix, state.memory, observations, skipped, alignment))
         if total is None:
             total = call.batches[0][0][0].new_zeros(())
-        # The difference is NaN for an infinite total, too. `isfinite` would take four operations.
-        is_bad = (total - total) != 0
-        self.bad_calls = is_bad.long() if self.bad_calls is None else self.bad_calls.add_(is_bad)
+        self.bad_calls = count_bad(self.bad_calls, total)
         return total, distances
 
     def _attach(

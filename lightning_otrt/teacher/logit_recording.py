@@ -318,7 +318,9 @@ class LogitRecording:
     def _described(self, counts: Sequence[int | None]) -> str:
         if self.features is not None:
             return f"Distillation: the teacher's logits, regressed on {self.features.name!r} of the student"
-        count = "the same" if counts[0] is None else str(counts[0])
+        if self._pools:  # the first step says which option names the layer
+            return "Distillation: the teacher's logits, regressed on a layer of the student that `features` has to name"
+        count = "the" if counts[0] is None else str(counts[0])
         classes = "labels, each by itself," if self.option.activation == "sigmoid" else "classes"
         return f"Distillation: T² KL of {count} {classes} at temperature {self.option.temperature:g}"
 

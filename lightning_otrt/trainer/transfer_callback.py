@@ -71,7 +71,8 @@ class TransferCallback(pl.Callback):
             "plan": transfer.plan,
         }
         # None of them can change. Lightning reads the key at each of its hooks.
-        self._state_key = f"{type(self).__qualname__}{settings}"
+        self._settings = str(settings)
+        self._state_key = f"{type(self).__qualname__}{self._settings}"
         #: The term of the fit that runs.
         self._term: TransferTerm | None = None
         self._resumed = False
@@ -128,6 +129,7 @@ class TransferCallback(pl.Callback):
                 f"{type(self).__name__} is a callback of the `lightning` package, but this Trainer or LightningModule "
                 "is one of `pytorch_lightning`. Use one of the two throughout: `import lightning as L`."
             )
+        self._warn_of_the_same_term(trainer)
         transfer = self.transfer
         if not self._resumed:
             transfer.reset()  # here, since a finder saves the state, tries some steps and loads it again
@@ -138,6 +140,17 @@ class TransferCallback(pl.Callback):
         if not any(is_overridden(name, pl_module) for name in ("setup", "configure_model")):
             transfer.attach(pl_module)
         add_term(pl_module, self._term)
+
+    def _warn_of_the_same_term(self, trainer: pl.Trainer) -> None:
+        """Warn where a callback before this one adds the same term, as beside a wrapped module."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        before = [each for each in callbacks[: callbacks.index(self)] if isinstance(each, TransferCallback)]
+        if any(each._settings == self._settings for each in before):
+            rank_zero_warn(
+                f"Two transfers of this Trainer have the same teacher ({type(self.transfer.teacher.source).__name__}), "
+                "layers, plan and cost, so that their term counts twice, as where a wrapped module is trained with a "
+                "callback of its own. Leave one of them out, or add up their weights."
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -125,7 +125,7 @@ def exact_plan(cost: Tensor) -> Tensor:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'plan="exact" between {rows} student and {columns} teacher neurons needs POT, because the widths differ: '
-            "pip install lightning_otrt[exact]."
+            "pip install POT."
         ) from error
     # POT compares reduced costs with an absolute tolerance: in units of its own mean no cost is too small for it.
     scales = [problem.mean() or 1.0 for problem in costs]

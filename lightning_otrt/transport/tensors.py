@@ -12,6 +12,7 @@ __all__ = [
     "add_product",
     "all_nonzero",
     "common_dtype",
+    "count_bad",
     "decay_into",
     "dot",
     "expanded",
@@ -83,6 +84,22 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off for the device of the tensor. Where it is off, this costs less than doing so again."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@torch.no_grad()
+def count_bad(before: Tensor | None, total: Tensor) -> Tensor:
+    """How many totals were not finite, up to now, without a wait for the device.
+
+    Args:
+        before: The number of earlier ones, which is added to in place; None at the first.
+        total: A value.
+
+    Example:
+        >>> count_bad(count_bad(None, torch.tensor(1.0)), torch.tensor(float("inf")))
+        tensor(1)
+    """
+    is_bad = (total - total) != 0  # NaN for an infinite one, too; `isfinite` would take four operations
+    return is_bad.long() if before is None else before.add_(is_bad)
 
 
 def all_nonzero(values: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_otrt import compare_representations
-from lightning_otrt.analysis.batches import batch_inputs, check_accepted, to_device
+from lightning_otrt.analysis.batches import batch_inputs, check_accepted, check_batches, to_device
 
 META = torch.device("meta")
 Pair = namedtuple("Pair", ["x", "y"])
@@ -63,6 +63,11 @@ def test_inputs() -> None:
         assert [*args, *kwargs.values()][0] is x
     assert batch_inputs(1, lambda batch: (x, x)) == ((x, x), {})
     assert batch_inputs(1, lambda batch: {"a": x}) == ((), {"a": x})
+
+
+def test_one_batch_in_place_of_batches() -> None:
+    with pytest.raises(TypeError, match=r"got one tensor of shape \(2, 3\). If it is one batch, pass it in a list"):
+        check_batches(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("batch", [3, ("text",), ()])

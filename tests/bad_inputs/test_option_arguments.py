@@ -113,6 +113,14 @@ ARGUMENTS: list[tuple[str, Callable[[Path], Any], Error, tuple[str, ...]]] = [
         TypeError,
         ("OTRTCallback got an unexpected keyword argument 'lr'", "Its options: ['weight', 'student_root'"),
     ),
+    (
+        "option of the distillation",
+        lambda _: callback(temperature=4),
+        TypeError,
+        ("unexpected keyword argument 'temperature'", "distillation=LogitDistillation(temperature=...)"),
+    ),
+    ("no layers", lambda _: OTRTCallback(Net(4), layers=[]), ValueError, ("`layers`", "at least one layer pair")),
+    ("layers of None", lambda _: OTRTCallback(Net(4), layers=None), TypeError, ("`layers`", "None")),
     ("pair weight zero", lambda _: LayerPair("a", "b", 0), ValueError, ("`weight`", "'a' -> 'b'", "positive")),
     (
         "pair weight negative",

@@ -14,6 +14,8 @@ NAME_ERRORS = [
     ({"net.layer3.9": "layer3"}, ["Available at this depth: 'net.layer3.0', 'net.layer3.1'."]),
     ({"net.layer3": "layr3"}, ["No layer 'layr3' in the teacher", "Did you mean 'layer3'"]),
     ({"layer3": "net.layer3"}, ["No layer 'net.layer3' in the teacher", "exists in the student", "swapped"]),
+    ("block", ["No layer 'block' in the student", "Did you mean 'blocks'"]),
+    ("penultimat", ["Did you mean 'penultimate'"]),
     ("criterio", ["No layer 'criterio' in the student", "Did you mean 'criterion'"]),
     ({"laxer?": "layer?"}, ["Pattern 'laxer?' matches no layer of the student", "'net.layer3.0'"]),
     ({"layer3": "re:laxer."}, ["Regex 're:laxer.' matches no layer of the teacher", "'layer3.0'"]),

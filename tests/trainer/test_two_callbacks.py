@@ -35,6 +35,13 @@ def test_two_callbacks_share_one_teacher(layers):
     assert not hooks(both, teacher)
 
 
+def test_a_callback_beside_a_wrapped_module_with_the_same_term():
+    teacher = make_teacher()
+    module, callback = OTRTModule(make_task(), teacher, LAYERS), OTRTCallback(teacher, LAYERS)
+    with pytest.warns(UserWarning, match=r"Two transfers of this Trainer have the same teacher \(.*\), layers, plan"):
+        make_trainer(callbacks=[callback]).fit(module, loader())
+
+
 def test_two_callbacks_add_up_and_log_under_names_of_their_own():
     first = make_callback(layers={"net.block1": "block1"}, weight=2.0)
     second = make_callback(layers={"net.block2": "block2"}, weight=1.0)

@@ -148,7 +148,10 @@ class TracedAxes:
         self._sources[id(value)] = made
 
     def neuron_axis(self, frame: Frame, key: str | int, value: Tensor, shape: tuple[int, ...]) -> int | None:
-        """The axis by the module's type, the layer that made the tensor, a probe, the layers inside, or the input."""
+        """The axis by the module's type, the layer that made the tensor, the layers inside, or the input.
+
+        Where the layers inside only let guess, a probe decides.
+        """
         module, place = frame.module, (frame.call.name, key)
         by_type = self._axis_of_type(module, frame.input, shape)
         if by_type is not None or (is_torch_norm(module) and len(shape) > 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace, TracedTensor
@@ -12,6 +13,9 @@ from lightning_otrt.notices import warn
 from lightning_otrt.reading.traced.token_grid import has_hidden_grid
 
 __all__ = ["warn_of_other_axes", "warn_of_other_samples"]
+
+#: The side in words, the trace of its network, and its layers.
+_Side: TypeAlias = tuple[str, Trace, list[str]]
 
 
 def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
@@ -26,53 +30,11 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
         ("student", student, [pair.student for pair in pairs]),
         ("teacher", teacher, [pair.teacher for pair in pairs]),
     )
-    drawing = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace, _ in sides if trace.is_random]
-    if drawing:
-        warn(
-            f"The forward of {' and that of '.join(drawing)} draws random numbers although it runs in evaluation mode, "
-            "such as noise, time steps or masks. Unless both networks draw the same numbers in the same order, they "
-            "are matched under different noise. Draw them outside and pass them as an argument, name the network that "
-            "gets them as `student_root`, or give the teacher the same ones with `teacher_inputs`.",
-        )
-    moved: dict[str, list[str]] = {"student": [], "teacher": []}
-    for pair in pairs:
-        found = pair.student in student.reordered, pair.teacher in teacher.reordered
-        if found[0] != found[1]:
-            side, name = ("student", pair.student) if found[0] else ("teacher", pair.teacher)
-            moved[side].append(name)
-    for side, layers in moved.items():
-        if layers:
-            warn(
-                f"The {side} layers {layers} hold the samples in another order than the inputs, such as sorted by "
-                "length, and the layers that they are matched to do not. So different samples are matched. Sort the "
-                "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
-            )
-    for place, (side, trace, layers) in enumerate(sides):
-        tensors = {layer: _tensor(trace, pair, place) for layer, pair in zip(layers, pairs, strict=True)}
-        odd = [name for name, tensor in tensors.items() if tensor and _has_chosen_rows(trace, tensor)]
-        others = [name for name in tensors if name in trace.chosen_rows and name not in odd]
-        what = {
-            "have a number of rows that is neither that of the samples nor that of all their positions": odd,
-            "have rows that do not follow the samples when these are in another order": others,
-        }
-        for problem, chosen in what.items():
-            if chosen:
-                warn(
-                    f"The {side} layers {chosen} {problem}. The network may choose its rows, as for the experts of a "
-                    "mixture or the proposals of a detector, and the other network chooses different ones. Then "
-                    "different rows are matched. Name the module around them, which gives all tokens. Where both "
-                    "networks have the same rows, such as the valid tokens, nothing is wrong.",
-                )
+    _warn_of_noise(sides)
+    _warn_of_other_order(pairs, student, teacher)
+    _warn_of_chosen_rows(pairs, sides)
     _warn_of_hidden_grids(pairs, student, teacher)
-    for side, trace, layers in sides:
-        unclear = sorted({name for name in layers if name in trace.unclear_axes})
-        if unclear:
-            warn(
-                f"The first batch has as many samples as its sequences have positions ({trace.batch_size}), and "
-                f"nothing tells which axis of the {side} layers {unclear} holds the samples: it is taken to be axis "
-                f"{trace.layer(unclear[0]).batch_axis}. Begin with a batch of another size, or set `batch_first` on "
-                "the network.",
-            )
+    _warn_of_unclear_samples(sides)
 
 
 def warn_of_other_axes(student: Trace, teacher: Trace) -> None:
@@ -93,6 +55,68 @@ def warn_of_other_axes(student: Trace, teacher: Trace) -> None:
             "step of the other, and unlike things are matched. Let `teacher_inputs` exchange the axes, as in "
             "`lambda x: x.transpose(0, 1)`.",
         )
+
+
+def _warn_of_noise(sides: Sequence[_Side]) -> None:
+    """Warn once where networks draw random numbers although they run in evaluation mode."""
+    drawing = [f"the {side} ({trace.layer(trace.root).kind})" for side, trace, _ in sides if trace.is_random]
+    if drawing:
+        warn(
+            f"The forward of {' and that of '.join(drawing)} draws random numbers although it runs in evaluation mode, "
+            "such as noise, time steps or masks. Unless both networks draw the same numbers in the same order, they "
+            "are matched under different noise. Draw them outside and pass them as an argument, name the network that "
+            "gets them as `student_root`, or give the teacher the same ones with `teacher_inputs`.",
+        )
+
+
+def _warn_of_other_order(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
+    """Warn where one of two matched layers holds the samples in another order."""
+    moved: dict[str, list[str]] = {"student": [], "teacher": []}
+    for pair in pairs:
+        found = pair.student in student.reordered, pair.teacher in teacher.reordered
+        if found[0] != found[1]:
+            side, name = ("student", pair.student) if found[0] else ("teacher", pair.teacher)
+            moved[side].append(name)
+    for side, layers in moved.items():
+        if layers:
+            warn(
+                f"The {side} layers {layers} hold the samples in another order than the inputs, such as sorted by "
+                "length, and the layers that they are matched to do not. So different samples are matched. Sort the "
+                "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
+            )
+
+
+def _warn_of_chosen_rows(pairs: Sequence[LayerPair], sides: Sequence[_Side]) -> None:
+    """Warn where a network may choose its rows."""
+    for place, (side, trace, layers) in enumerate(sides):
+        tensors = {layer: _tensor(trace, pair, place) for layer, pair in zip(layers, pairs, strict=True)}
+        odd = [name for name, tensor in tensors.items() if tensor and _has_chosen_rows(trace, tensor)]
+        others = [name for name in tensors if name in trace.chosen_rows and name not in odd]
+        what = {
+            "have a number of rows that is neither that of the samples nor that of all their positions": odd,
+            "have rows that do not follow the samples when these are in another order": others,
+        }
+        for problem, chosen in what.items():
+            if chosen:
+                warn(
+                    f"The {side} layers {chosen} {problem}. The network may choose its rows, as for the experts of a "
+                    "mixture or the proposals of a detector, and the other network chooses different ones. Then "
+                    "different rows are matched. Name the module around them, which gives all tokens. Where both "
+                    "networks have the same rows, such as the valid tokens, nothing is wrong.",
+                )
+
+
+def _warn_of_unclear_samples(sides: Sequence[_Side]) -> None:
+    """Warn where nothing tells which axis of a layer holds the samples."""
+    for side, trace, layers in sides:
+        unclear = sorted({name for name in layers if name in trace.unclear_axes})
+        if unclear:
+            warn(
+                f"The first batch has as many samples as its sequences have positions ({trace.batch_size}), and "
+                f"nothing tells which axis of the {side} layers {unclear} holds the samples: it is taken to be axis "
+                f"{trace.layer(unclear[0]).batch_axis}. Begin with a batch of another size, or set `batch_first` on "
+                "the network.",
+            )
 
 
 def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:

@@ -18,6 +18,7 @@ from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import unwrapped
 from lightning_otrt.reading.traced.arguments import renamed
+from lightning_otrt.reading.warnings.failed_teacher import inputs_failed
 from lightning_otrt.teacher.dtypes import DTYPES, named_dtype
 from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
 from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
@@ -164,12 +165,13 @@ class Teacher:
 
         Raises:
             TypeError: If ``inputs`` returns anything but a tensor, a tuple or a dict.
+            RuntimeError: If it fails.
             ValueError: If there is no such function, and the student's hold states of an earlier forward.
         """
         given = args, dict(kwargs)
         with torch.no_grad():
             if self._inputs is not None:
-                given = _as_arguments(self._inputs(*args, **kwargs))
+                given = _as_arguments(self._made(self._inputs, args, kwargs))
             else:
                 if not torch.compiler.is_compiling():
                     args, kwargs = given = self.call.past_states.without(args, kwargs)
@@ -179,6 +181,19 @@ class Teacher:
             if dtype is not None:
                 given = map_inputs(given, functools.partial(_cast, dtype=dtype))
         return given
+
+    @staticmethod
+    def _made(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the user's function makes of the student's inputs. Its errors name it and them."""
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            failed = inputs_failed(error, function, (args, kwargs))
+            if failed is error:
+                raise
+            raise failed from error
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run on inputs of :meth:`inputs_for`, under the autocast of the caller."""

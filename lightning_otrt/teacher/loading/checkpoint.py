@@ -52,14 +52,16 @@ def imported(path: str) -> Any:
 
 def from_checkpoint(path: str, model_class: Any, kwargs: Mapping[str, Any]) -> nn.Module:
     """The network of a class with the weights of a file. See :func:`~lightning_otrt.load_teacher` for the errors."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no checkpoint file {os.path.abspath(path)!r} to load the teacher from.")
     if not callable(model_class) or isinstance(model_class, nn.Module):
         got = type(model_class).__name__ if isinstance(model_class, nn.Module) else shown(model_class)
         raise TypeError(
-            f"The checkpoint {path!r} holds weights, not the network: expected its class as `model_class`, but got "
-            f"{got}. Pass load_teacher({path!r}, model_class=MyModule), or ({path!r}, MyModule) as the teacher."
+            f"Of the checkpoint {path!r} only the weights are read: expected the class of the network as "
+            f"`model_class`, but got {got}. Pass load_teacher({path!r}, model_class=MyModule), or ({path!r}, MyModule) "
+            "as the teacher. If the file holds the whole network, as of torch.save(network, path), and you trust it, "
+            f"pass torch.load({path!r}, weights_only=False)."
         )
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no checkpoint file {os.path.abspath(path)!r} to load the teacher from.")
     try:
         if hasattr(model_class, "load_from_checkpoint"):
             try:

@@ -57,7 +57,15 @@ def from_timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.M
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(f"No timm model is called {name!r}.{hint}")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except OSError as error:  # those of all packages that download
+        raise RuntimeError(
+            f"The weights of 'timm:{name}' could not be downloaded ({type(error).__name__}: {error}). With a "
+            "connection timm keeps them in the cache of huggingface_hub; copy that to this machine. Or build the "
+            "network with timm.create_model(..., pretrained=False), load weights of your own, and pass it; for an "
+            f"untrained one pass ('timm:{name}', None)."
+        ) from error
     return model
 
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from collections import UserDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,11 +140,26 @@ class TestRunning:
 
         with outer():
             before = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-            try:
+            with pytest.raises(RuntimeError, match="KeyError: 'adapter'") if fails else nullcontext():
                 Teacher(net, inputs=inputs)(torch.randn(5, 4))
-            except KeyError:
-                assert fails
             assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+    @pytest.mark.parametrize(
+        ("inputs", "words"),
+        [
+            (
+                lambda x, y: x,
+                r"\(.*<lambda>\) failed on \(float32 \(5, 4\)\), the inputs of the student's root\. Type",
+            ),
+            (
+                lambda x: x - torch.zeros(4, device="meta"),
+                "RuntimeError: .*Tensors of its own have to be on the device",
+            ),
+        ],
+    )
+    def test_inputs_that_fail(self, net: Net, inputs: Any, words: str) -> None:
+        with pytest.raises(RuntimeError, match=words):
+            Teacher(net, inputs=inputs)(torch.randn(5, 4))
 
     def test_outer_autocast(self, net: Net) -> None:
         with torch.autocast("cpu", torch.bfloat16):

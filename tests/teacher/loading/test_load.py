@@ -144,6 +144,14 @@ class TestTimm:
             ("test_vit", {"pretrained": False, "num_classes": 3}),
         ]
 
+    def test_no_connection(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(*args: Any, **options: Any) -> Any:
+            raise ConnectionError("no route")
+
+        monkeypatch.setattr(timm, "create_model", fails)
+        with pytest.raises(RuntimeError, match=r"be downloaded \(ConnectionError: no route\).*\('timm:test_vit', None"):
+            load_teacher("timm:test_vit")
+
     def test_errors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"^No timm model is called 'resnet5'\. Did you mean 'resnet50'"):
             load_teacher("timm:resnet5")
@@ -224,10 +232,14 @@ class TestCheckpoint:
         ):
             load_teacher(path, model_class=Net, width=6)
 
-    def test_no_class(self, tmp_path: Path) -> None:
+    def test_no_class(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        torch.save(Net(), "a.ckpt")
         expected = (
-            "The checkpoint 'a.ckpt' holds weights, not the network: expected its class as `model_class`, but got "
-            "None. Pass load_teacher('a.ckpt', model_class=MyModule), or ('a.ckpt', MyModule) as the teacher."
+            "Of the checkpoint 'a.ckpt' only the weights are read: expected the class of the network as `model_class`, "
+            "but got None. Pass load_teacher('a.ckpt', model_class=MyModule), or ('a.ckpt', MyModule) as the teacher. "
+            "If the file holds the whole network, as of torch.save(network, path), and you trust it, pass "
+            "torch.load('a.ckpt', weights_only=False)."
         )
         with pytest.raises(TypeError, match=f"^{re.escape(expected)}$"):
             load_teacher("a.ckpt")
@@ -239,6 +251,8 @@ class TestCheckpoint:
             FileNotFoundError, match=r"^There is no checkpoint file '.*/a\.pth' to load the teacher from\.$"
         ):
             load_teacher(tmp_path / "a.pth", model_class=Net)
+        with pytest.raises(FileNotFoundError, match="^There is no checkpoint file"):
+            load_teacher("a.pth")
 
     def test_keys_that_do_not_fit(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"
