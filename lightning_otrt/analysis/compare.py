@@ -21,6 +21,7 @@ from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.notices import warn
 from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.hooks.observer import Observer
 from lightning_otrt.reading.neurons.positions import can_be_compared, has_one_position, match_positions
 from lightning_otrt.reading.probes.token_order import settle_token_order
@@ -132,12 +133,19 @@ def compare_representations(
                 # This checks the options of the metric before any forward runs.
                 NeuronTransportDistance(1, 1, cost=cost, plan=plan, epsilon=epsilon)
                 chosen = layers, layers if teacher_layers is None else teacher_layers
-                table = _Table(runners, given, chosen, grid, {"cost": cost, "plan": plan, "epsilon": epsilon})
+                options = {"cost": cost, "plan": plan, "epsilon": epsilon}
+                table = _Table(runners, _own(given), chosen, grid, options)
                 stack.callback(table.remove)
-            table.update(given)
+            table.update(_own(given))
         if table is None:
             raise ValueError("Expected argument `dataloader` to give at least one batch, but it is empty.")
         return table.result(progress)
+
+
+def _own(given: tuple[Inputs, Inputs]) -> tuple[Inputs, Inputs]:
+    """Copies for each network, which may write to them: the other one gets the same tensors, which are the user's."""
+    student, teacher = (InputGuard(clones=True).copied(inputs) for inputs in given)
+    return student, teacher
 
 
 class _Table:

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.layers.names import named_layers
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.hooks.own_hook import FunctionHook
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.hooks.view_hooks import ViewAroundMethod
@@ -101,7 +102,8 @@ class ValidationDistances:
         teacher = self.transfer.teacher
         try:
             with torch.no_grad():
-                teacher_args, teacher_kwargs = teacher.inputs_for(args, kwargs)
+                own = InputGuard(clones=True).copied((args, kwargs))  # the teacher may write to them
+                teacher_args, teacher_kwargs = teacher.inputs_for(*own)
                 self._recorder.open()
                 # The mask hooks ran before the view was open.
                 self._recorder.note_masks(module, args, kwargs)

@@ -291,7 +291,8 @@ class Attachment:
         if self.root.name is not None:
             self.root.note_forward()
             # In containers of their own: the teacher must not change those of the student.
-            self._teacher_run(self.student, *self._guard.copied((args, kwargs)))
+            with self._guard.later_forward((args, kwargs)) as (own_args, own_kwargs):
+                self._teacher_run(self.student, own_args, own_kwargs)
             return True
         if not self.root.is_possible(name, self.teacher.module):
             return False

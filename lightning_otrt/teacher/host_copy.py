@@ -12,7 +12,7 @@ class HostCopy:
     """Starts to copy a tensor to the host; :meth:`wait` waits until it is complete.
 
     On CUDA the copy goes to pinned memory and the wait is for this copy, not for what was launched after it. Elsewhere
-    the copy is made in :meth:`wait`.
+    a copy on the device is made at once, which later writes to the tensor do not reach.
 
     Args:
         tensor: Any tensor.
@@ -25,11 +25,12 @@ class HostCopy:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.detach()
         self._copied: torch.cuda.Event | None = None
-        if tensor.is_cuda:
+        if not tensor.is_cuda:
+            self._tensor = tensor.detach().clone()
+        else:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor = host.copy_(self._tensor, non_blocking=True)
+            self._tensor = host.copy_(tensor.detach(), non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(tensor.device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -143,9 +144,8 @@ class TransferCallback(pl.Callback):
 
     def _warn_of_the_same_term(self, trainer: pl.Trainer) -> None:
         """Warn where a callback before this one adds the same term, as beside a wrapped module."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        before = [each for each in callbacks[: callbacks.index(self)] if isinstance(each, TransferCallback)]
-        if any(each._settings == self._settings for each in before):
+        before = takewhile(lambda each: each is not self, trainer.callbacks)  # type: ignore[attr-defined]
+        if any(isinstance(each, TransferCallback) and each._settings == self._settings for each in before):
             rank_zero_warn(
                 f"Two transfers of this Trainer have the same teacher ({type(self.transfer.teacher.source).__name__}), "
                 "layers, plan and cost, so that their term counts twice, as where a wrapped module is trained with a "

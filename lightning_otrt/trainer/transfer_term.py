@@ -78,7 +78,7 @@ class TransferTerm(ExtraTerm):
         if not any(weights):
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
-        again = self.reevaluations.count() or self._again
+        again = self.reevaluations.is_again() or self._again
         loss = transfer.loss(reevaluation=again)
         self._is_taken = True
         distances = {

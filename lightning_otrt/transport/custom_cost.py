@@ -67,7 +67,15 @@ class CustomCost(Cost):
     def _matrix(self, y: Tensor, x: Tensor) -> Tensor:
         if y.dim() > 2:
             return torch.stack([self._matrix(*pair) for pair in zip(y, x, strict=True)])
+        # Tensors of inference mode do not count their writes.
+        watched = [] if torch.compiler.is_compiling() else [each for each in (y, x) if not each.is_inference()]
+        versions = [tensor._version for tensor in watched]
         matrix = self.function(y, x)
+        if versions != [tensor._version for tensor in watched]:
+            raise ValueError(
+                f"The cost {self.function!r} writes to its arguments in place, as `x -= x.mean()` does. These are the "
+                "neurons that the rest of the step uses, too. Compute on new tensors: `x = x - x.mean()`."
+            )
         expected = (y.shape[-2], x.shape[-2])
         if not isinstance(matrix, Tensor) or tuple(matrix.shape) != expected:
             got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import lightning.pytorch as pl
 import matplotlib as mpl
@@ -352,3 +352,31 @@ def test_two_torchvision_models():
     result = compare(student, teacher, data, teacher_layers="blocks")
     assert result.distances.shape == (15, 5)
     assert result.distances.isfinite().all()
+
+
+class Doubling(nn.Module):
+    """Writes to what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.layer(x.mul_(2))
+
+
+@pytest.mark.parametrize("writes", [(True, False), (False, True), (True, True)])
+def test_networks_that_write_to_their_inputs(writes):
+    """The other network and the user's data stay as they are."""
+    plain, doubling = nn.Sequential(OrderedDict(layer=nn.Conv2d(3, 4, 3))), Doubling()
+    doubling.layer.load_state_dict(plain.layer.state_dict())
+    images = torch.randn(16, 3, 8, 8)
+    before = images.clone()
+    twice = copy.deepcopy(plain)
+    with torch.no_grad():
+        twice.layer.weight.mul_(2)
+    sides = [doubling if each else plain for each in writes]
+    result = compare(*sides, [images], layers=["layer"], cost="euclidean")
+    expected = compare(*(twice if each else plain for each in writes), [images], layers=["layer"], cost="euclidean")
+    torch.testing.assert_close(result.distances, expected.distances, rtol=1e-5, atol=1e-5)
+    assert torch.equal(images, before)

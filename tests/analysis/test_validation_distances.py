@@ -53,6 +53,18 @@ def test_is_the_distance_over_the_whole_set(student: nn.Module, transfer: Repres
     torch.testing.assert_close(torch.stack(found), expected.distances.diagonal(), rtol=1e-5, atol=0)
 
 
+def test_a_teacher_that_writes_to_its_inputs(student: nn.Module, transfer: RepresentationTransfer) -> None:
+    transfer.teacher.module.register_forward_pre_hook(lambda _, args: (args[0].mul_(2), None)[1])
+    distances = ValidationDistances(transfer, student)
+    x, _ = next(iter(loader()))
+    before = x.clone()
+    with torch.no_grad():
+        student(x)
+    distances.close()
+    assert torch.equal(x, before)
+    assert distances.error is None
+
+
 def test_no_hook_is_left(student: nn.Module, transfer: RepresentationTransfer) -> None:
     teacher = transfer.teacher.module
     before = count_hooks(student), count_hooks(teacher)

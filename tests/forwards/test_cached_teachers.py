@@ -15,6 +15,7 @@ import transformers
 from forwards.masked import SAMPLES, SITUATIONS
 from helpers import Net, forwards, seeded
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_otrt import LayerPair, RepresentationTransfer
 from lightning_otrt.reading.tracer import trace
@@ -198,6 +199,52 @@ class Doubling(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:A forward of the teacher or of the traced student writes")
+@pytest.mark.filterwarnings("ignore:The teacher writes to its inputs in place")
+@pytest.mark.parametrize("cache", [None, "memory", "folder"])
+@pytest.mark.parametrize("inputs", [None, torch.Tensor.detach])
+def test_batches_of_new_samples_stay_as_they_are(cache: str | None, inputs: Any, tmp_path: Path) -> None:
+    """Also in a second run, whose first batch the folder holds, and whose others it does not."""
+    option = tmp_path if cache == "folder" else cache
+    for batches in ([0, 1, 2], [0, 3, 4]):
+        student = nn.Sequential(nn.Conv2d(3, 4, 3))
+        transfer = RepresentationTransfer(Doubling(), {"0": "layer"}, teacher_cache=option, teacher_inputs=inputs)
+        with transfer.attached(student):
+            for batch in batches:
+                x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(batch))
+                before = x.clone()
+                student(x)
+                transfer.loss()
+                assert torch.equal(x, before)
+
+
+class Resizing(Doubling):
+    """Writes to what it gets where it need not resize it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.shape[-1] == 8 else F.interpolate(x, size=8))
+
+
+@pytest.mark.parametrize("inputs", [None, torch.clone])
+def test_a_teacher_that_writes_to_later_inputs_alone(inputs: Any) -> None:
+    student = nn.Sequential(nn.Conv2d(3, 4, 3))
+    transfer = RepresentationTransfer(Resizing(), {"0": "layer"}, teacher_inputs=inputs)
+    with transfer.attached(student):
+        student(torch.rand(4, 3, 12, 12))
+        transfer.loss()
+        for _ in range(2):
+            x = torch.rand(4, 3, 8, 8)
+            before = x.clone()
+            if inputs is None:
+                with pytest.raises(RuntimeError, match=r"to its inputs in place in this step \(shapes: \(4, 3, 8"):
+                    student(x)
+                break
+            student(x)
+            transfer.loss()
+            assert torch.equal(x, before)
+
+
+@pytest.mark.filterwarnings("ignore:A forward of the teacher or of the traced student writes")
+@pytest.mark.filterwarnings("ignore:The teacher writes to its inputs in place")
 def test_a_teacher_that_writes_to_its_inputs() -> None:
     student, teacher = nn.Sequential(nn.Conv2d(3, 4, 3)), Doubling()
     images = IMAGES.clone()

@@ -231,19 +231,56 @@ def test_closures_under_manual_optimization_are_one_batch():
     assert_same(*trained)
 
 
+class Accumulating(Task):
+    """Two micro-batches in one step of an optimizer, in a closure or without one."""
+
+    def __init__(self, optimizer: type[torch.optim.Optimizer], *, closes: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.kind, self.closes = optimizer, closes
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+
+        def closure() -> None:
+            optimizer.zero_grad()
+            for part in zip(*(tensor.chunk(2) for tensor in batch), strict=True):
+                self.manual_backward(self.loss(list(part)) / 2)
+
+        if self.closes:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return self.kind(self.parameters(), lr=0.1)
+
+
+def test_micro_batches_in_a_closure_are_batches_of_their_own():
+    trained = []
+    for closes in (False, True):
+        callback = make_callback(memory=0.9, distillation=1.0)
+        task = seeded(0, Accumulating, torch.optim.SGD, closes=closes)
+        make_trainer(callbacks=[callback], max_epochs=1).fit(task, loader(32))
+        assert callback.transfer.engine.calls == 8
+        trained.append(weights(task))
+    assert_same(*trained)
+
+
 def test_a_closure_that_fails_leaves_no_step_open():
     again = Reevaluations()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 
     def closure() -> Tensor:
-        assert not again.count()
+        assert not again.is_again()
         raise ValueError("no loss")
 
     again.watch([optimizer])
     with pytest.raises(ValueError, match="no loss"):
         optimizer.step(closure)
     again.watch([optimizer])
-    assert not again.count()
+    assert not again.is_again()
     assert len(optimizer._optimizer_step_pre_hooks) == 1
     again.stop()
     assert not optimizer._optimizer_step_pre_hooks

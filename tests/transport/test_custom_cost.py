@@ -46,6 +46,17 @@ def test_callable_of_wrong_shape(function: Callable[[Tensor, Tensor], Tensor], w
         CustomCost(function).sums(draw(4, 6), draw(5, 6))
 
 
+@pytest.mark.parametrize("of_student", [False, True])
+def test_callable_that_writes_to_its_arguments(of_student: bool) -> None:
+    def function(y: Tensor, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            (y if of_student else x).sub_(1)
+        return (y[:, None] - x).abs().sum(-1)
+
+    with pytest.raises(ValueError, match="writes to its arguments in place.*Compute on new tensors"):
+        CustomCost(function).sums(torch.randn(3, 6), torch.randn(4, 6))
+
+
 def test_callable_without_gradient() -> None:
     cost = CustomCost(lambda y, x: torch.cdist(y.detach(), x))
     with pytest.raises(ValueError, match="does not depend on the student neurons in a differentiable way"):

@@ -24,7 +24,7 @@ class InputGuard:
 
     Containers and data objects are copied at all depths, their tensors are not: a network may pop from its dictionary,
     fill in its graph or append to its cache without the student seeing it. A tensor that is written to in place shows
-    in the first forward: it is restored, and from then on extra forwards get clones.
+    in the first forward: it is restored, and from then on extra forwards get clones. A later one is an error.
 
     Args:
         clones: Whether extra forwards get clones of the tensors from the start.
@@ -42,6 +42,30 @@ class InputGuard:
     def __init__(self, *, clones: bool = False) -> None:
         #: Whether extra forwards get clones of the tensors.
         self.clones = clones
+
+    @contextmanager
+    def later_forward(self, inputs: Any) -> Iterator[Any]:
+        """Gives a copy of the inputs for the block.
+
+        Args:
+            inputs: What the student got, in any containers.
+
+        Raises:
+            RuntimeError: If the block wrote to a tensor, which no forward has done before: its values are lost.
+        """
+        if torch.compiler.is_compiling():
+            yield self.copied(inputs)
+            return
+        before = [(tensor, version_of(tensor)) for tensor in tensors_in(inputs)]
+        yield self.copied(inputs)
+        changed = [str(tuple(tensor.shape)) for tensor, version in before if version_of(tensor) != version]
+        if changed:
+            self.clones = True
+            raise RuntimeError(
+                f"The teacher wrote to its inputs in place in this step (shapes: {', '.join(changed)}), and not in the "
+                "first one, as where it resizes some batches alone. So the student would get what it wrote. Write the "
+                "operation without in-place changes, or pass `teacher_inputs=torch.clone`, which gives it a copy."
+            )
 
     def copied(self, inputs: Any) -> Any:
         """The inputs in containers and data objects of their own; tensors are cloned if :attr:`clones`."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.notices import warn
+from lightning_otrt.reading.containers import all_tensors
+from lightning_otrt.reading.torch_internals import version_of
 from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.teacher.cache.entries import SampleKeys, has_entries, split_entries
 from lightning_otrt.teacher.cache.forms import Form, Forms
@@ -52,12 +54,14 @@ class SampleCache:
         hits: Samples that were known, so far.
         misses: Samples that the teacher ran on, so far.
         epoch: Epochs that have started.
+        clones: Whether the teacher gets clones of its inputs, since it writes to them.
     """
 
     def __init__(self, options: TeacherCache) -> None:
         self.options = options
         self.store: SampleStore | None = None
         self.hits = self.misses = self.epoch = 0
+        self.clones = False
         self._fingerprint = ""
         self._hash = SampleHash()
         # What the last batch added, at most one item: what writes at exit has it without this object.
@@ -135,7 +139,7 @@ class SampleCache:
             form, size = self._forms.of(named)
             if form is None or not size:
                 self._count(0, next((len(tensor) for _, tensor in named if tensor.dim()), 0))
-                return run(inputs, 0)
+                return run(self._given(inputs), 0)
             device = named[form.own[0]][1].device
             copied = self._keys(inputs, size, form, device)
         except TypeError as error:
@@ -158,14 +162,14 @@ class SampleCache:
             self._keep(keys, fresh)
             return fresh
         if len(missing) == size:
-            fresh = run(inputs, size)
+            fresh = run(self._given(inputs), size)
             self._keep(keys, fresh)
             return fresh
         index = _on(missing, device)
         places_of_entries = missing.tolist() if form.has_entries else None
-        fresh = run(select_samples(inputs, index, size, places_of_entries), len(missing))
+        fresh = run(self._given(select_samples(inputs, index, size, places_of_entries)), len(missing))
         if _layout(fresh) != _layout(found.tensors):
-            return run(inputs, size)
+            return run(self._given(inputs), size)
         self._keep(keys[missing], fresh)
         places = _on(known, device)
         return {
@@ -230,7 +234,15 @@ class SampleCache:
         self, inputs: Inputs, size: int, run: Run, form: Form, device: torch.device, undone: Block
     ) -> dict[str, Tensor]:
         """Run the teacher on a batch, and check that what it gives for a sample is of that sample alone."""
-        whole, numerics = run(cloned(inputs), size), Numerics.now(device)
+        own, numerics = cloned(inputs), Numerics.now(device)
+        versions = _versions(own)
+        whole = run(own, size)
+        if _versions(own) != versions and not self.clones:
+            self.clones = True
+            warn(
+                "The teacher writes to its inputs in place, as inplace=True in a normalisation does. It gets clones. "
+                "Write the operation without in-place changes to save these copies."
+            )
         limit = tolerance(numerics.autocast or self._dtype, is_float32_shortened=numerics.is_float32_shortened)
         # A list that is as long as the batch has entries of its samples, or by chance the names of as many classes.
         is_unclear = size > 1 and form.has_entries and has_entries(inputs, size)
@@ -243,6 +255,10 @@ class SampleCache:
                 return whole
         raise CannotCacheError(reason)
 
+    def _given(self, inputs: Inputs) -> Inputs:
+        """What the teacher runs on: the student's inputs, or clones where it writes to them."""
+        return cloned(inputs) if self.clones else inputs
+
     def _left_out(self, form: Form, inputs: Inputs, run: Run, error: CannotCacheError) -> dict[str, Tensor]:
         """Run the teacher on a batch whose form, unlike that of the first batch, cannot be kept by sample."""
         form.own = []
@@ -250,7 +266,7 @@ class SampleCache:
             f"`teacher_cache` keeps no samples of batches that are built as this one, unlike the first: {error}. The "
             "teacher runs on all of them."
         )
-        return run(inputs, 0)
+        return run(self._given(inputs), 0)
 
     def _count(self, known: int, missing: int) -> None:
         self.hits, self.misses = self.hits + known, self.misses + missing
@@ -299,6 +315,10 @@ def _tensors(inputs: Inputs) -> list[tuple[str, Tensor]]:
     for path, value in found:
         check_dense(value, path)
     return found
+
+
+def _versions(inputs: Inputs) -> list[int]:
+    return [version_of(tensor) for tensor in all_tensors((inputs[0], dict(inputs[1])))]
 
 
 def _layout(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
