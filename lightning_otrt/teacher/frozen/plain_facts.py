@@ -235,7 +235,7 @@ def _used(function: FunctionType) -> dict[str, Any]:
     package = _top(function.__module__)
     names, known = sorted(_names(function.__code__)), function.__globals__
     for used in names:
-        value, place = known.get(used), f"{function.__module__}.{used}"
+        value, place = known.get(used), f"{known.get('__name__')}.{used}"
         if isinstance(value, (FunctionType, type)):
             is_near = isinstance(value, FunctionType) and _top(value.__module__) == package
             if is_near or _is_written_here(value.__module__):

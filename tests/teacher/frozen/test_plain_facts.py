@@ -140,6 +140,35 @@ first, second = plus(1), plus(2)
     assert plain_facts(made(code)) != plain_facts(made(code.replace("plus(1), plus(2)", "plus(2), plus(1)")))
 
 
+@pytest.mark.parametrize("changed", ["x + 1", "x * 2"])
+def test_equal_names_in_two_modules(changed: str) -> None:
+    """A decorator that takes over the module of what it decorates still uses the names of its own."""
+    decorator = """
+import functools
+
+def helper(x):
+    return x + 1
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(x):
+        return helper(function(x))
+    return wrapper
+"""
+    code = "\ndef helper(x):\n    return x * 2\n" + CODE.replace("def scaled", "@decorated\ndef scaled")
+    code = code.replace("x * FACTOR", "helper(x)")
+
+    def facts(before: str = "", after: str = "") -> dict[str, str]:
+        names: dict[str, Any] = {"__name__": "elsewhere"}
+        exec(decorator.replace(before, after), names)
+        inner: dict[str, Any] = {"nn": nn, "F": F, "__name__": "somewhere", "decorated": names["decorated"]}
+        exec(code.replace(before, after), inner)
+        return plain_facts(inner["Net"]())
+
+    assert facts() == facts()
+    assert facts() != facts(changed, f"{changed} + 3")
+
+
 def test_functions_that_call_each_other() -> None:
     code = CODE.replace("x * FACTOR", "scaled(x - 1) if x else even(x)") + "\ndef even(x):\n    return scaled(x) + 1\n"
     assert plain_facts(made(code)) == plain_facts(made(code))
