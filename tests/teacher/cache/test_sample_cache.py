@@ -172,6 +172,22 @@ def test_a_list_that_is_as_long_as_the_batch_by_chance(option: Any, size: int) -
     assert cache.hits
 
 
+def test_lists_of_one_are_not_the_entries_of_a_later_batch(tmp_path: Path) -> None:
+    """What was kept for one sample and its list of one is not that of a batch whose list has both."""
+
+    def run(inputs: Any, _: int) -> dict[str, Tensor]:
+        (x, names), _ = inputs
+        return {"scores": x * sum(map(len, names))}
+
+    for batches in ([(X[:1], ["cat"]), (X[1:2], ["ostrich"])], [(X[:2], ["cat", "ostrich"])]):
+        first, names = batches[0]
+        cache, calls = opened(tmp_path, batch=len(first), inputs=((first, names), {})), Teacher()
+        for x, names in batches:
+            found = cache.tensors(((x, names), {}), run, lambda: None, calls.undone)
+            assert torch.equal(found["scores"], x * sum(map(len, names)))
+        cache.flush()
+
+
 def test_a_list_that_the_teacher_needs_whole() -> None:
     """It fails where it gets a part: so the list is common to the samples, and the samples are kept."""
 
