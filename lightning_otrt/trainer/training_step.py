@@ -19,6 +19,11 @@ _PATCHED = ("training_step", "manual_backward")
 class ExtraTerm:
     """A term of the loss. This base class adds nothing; subclasses override what they need."""
 
+    @property
+    def is_training(self) -> bool:
+        """Whether a training step that is called now is one of training, not of validation."""
+        return True
+
     def training_step(self) -> AbstractContextManager[None]:
         """A context that is entered around the user's ``training_step``."""
         return nullcontext()
@@ -112,6 +117,8 @@ class _Step(_Patch):
         self._returned = f"returned by the training_step of {type(module).__name__}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_training():
+            return self.inner(*args, **kwargs)
         self.is_added = self.is_left_out = False
         try:
             with ExitStack() as stack:
@@ -126,6 +133,10 @@ class _Step(_Patch):
             # Whatever came back: what is kept holds its graph, and would be taken for a part of the next step.
             for term in self.terms:
                 term.discard()
+
+    def is_training(self) -> bool:
+        """Whether terms are added. A ``validation_step`` may call ``self.training_step`` for the loss of the task."""
+        return any(term.is_training for term in self.terms)
 
     def with_terms(self, loss: Tensor, what: str, without: Sequence[ExtraTerm] = ()) -> Tensor:
         """A loss plus all terms but some; the loss itself if there are none.
@@ -207,6 +218,9 @@ class _ManualBackward(_Patch):
         self.step = step
 
     def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self.step.is_training():
+            self.inner(loss, *args, **kwargs)
+            return
         explained = _second_pass_explained() if self.step.is_added else nullcontext()
         # Only the first backward after a forward gets the term, so two losses of one forward count it once. One that
         # trains other parameters would have it in gradients that the step of another optimizer sets to zero.

@@ -245,6 +245,8 @@ class TransferCallback(pl.Callback):
         if not self._is_testing:
             self.transfer.load_state_dict(state_dict)
             self._resumed = True
+            if self._term is not None:
+                self._term.forget_batch()
 
     @override
     def on_load_checkpoint(

@@ -44,16 +44,26 @@ class TransferTerm(ExtraTerm):
         self.effect = EffectChecks()
         #: Whether the training step of this batch has run.
         self.has_run = False
-        self._batch: int | None = None
         #: Whether an optimizer evaluates the same batch again.
         self._again = False
         #: Whether the forwards of this training step have given a term.
         self._is_taken = False
+        self.forget_batch()
+
+    def forget_batch(self) -> None:
+        """Take the next batch for another one, whatever its number: a finder counts its own and goes back."""
+        self._batch: int | None = None
 
     def attach(self) -> None:
         """Attach the transfer to the module, unless it is."""
         if self.transfer.student is None:
             self.transfer.attach(self.module)
+
+    @property
+    @override
+    def is_training(self) -> bool:
+        """Whether the Trainer trains, and does not validate in between."""
+        return self.trainer.training
 
     @override
     @contextmanager
@@ -74,12 +84,17 @@ class TransferTerm(ExtraTerm):
     def term(self, position: int) -> Tensor | None:
         """The weighted term of the forwards since the last call; None if all weights are 0. It is logged."""
         transfer = self.transfer
+        # Under manual optimization a training step may have many terms, and steps of optimizers between them.
+        transfer.step = self.trainer.global_step
         weights = transfer.current_weights
         if not any(weights):
+            transfer.discard()
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
         again = self.reevaluations.is_again() or self._again
         loss = transfer.loss(reevaluation=again)
+        if not self.module.automatic_optimization:
+            transfer.step = self.trainer.global_step
         self._is_taken = True
         distances = {
             f"otrt/distance/{label}": distance.value

@@ -284,3 +284,31 @@ def test_a_closure_that_fails_leaves_no_step_open():
     assert len(optimizer._optimizer_step_pre_hooks) == 1
     again.stop()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+class FinderInEachEpoch(LearningRateFinder):
+    """As Lightning's documentation writes it for fine-tuning."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        """Not here."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("options", [{"memory": 0.9, "solve_every": 3}, {"plan": "orthogonal", "distillation": 1.0}])
+def test_a_finder_between_epochs_changes_nothing(options, is_first, tmp_path):
+    """A finder counts its batches from 0, as the epoch behind it does: equal numbers are other batches."""
+    found, calls = [], []
+    for has_finder in (False, True):
+        callback = make_callback(**options)
+        finders = [FinderInEachEpoch(num_training_steps=5, update_attr=False)] if has_finder else []
+        callbacks = [*finders, callback] if is_first else [callback, *finders]
+        task = make_task(norm=False)
+        make_trainer(max_epochs=3, default_root_dir=tmp_path, callbacks=callbacks).fit(task, loader(32))
+        found.append(weights(task))
+        calls.append(callback.transfer.run_state.calls)
+    assert calls == [12, 12]
+    assert_same(*found)

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Task, assert_same, make_task, make_trainer, weights
+from helpers import Task, assert_same, loader, make_task, make_trainer, weights
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel, RandomDataset
 from lightning.pytorch.demos.transformer import LightningTransformer, Transformer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -327,3 +327,37 @@ def test_training_on_the_term_alone() -> None:
     fitted([make_callback()], task=task)
     assert torch.equal(task.net.head.weight, head)
     assert any(not torch.equal(value, before[name]) for name, value in weights(task).items())
+
+
+class Reused(Task):
+    """Whose validation takes the loss of the training step, as many do."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        if not self.automatic_optimization and self.trainer.training:
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        with torch.enable_grad():  # as for forces, which are derivatives
+            found = self.training_step(batch, batch_idx)
+        assert torch.equal(found, self.loss(batch))
+        self.log("val_loss", found)
+
+
+@pytest.mark.parametrize("is_automatic", [True, False])
+@pytest.mark.parametrize("schedule", [None, lambda step: float(step > 2)])
+def test_a_validation_that_calls_the_training_step(schedule, is_automatic):
+    """It gets the loss of the task alone, and the fit is that without a validation."""
+    found = []
+    for batches in (0, 2):
+        task = make_task(Reused)
+        task.automatic_optimization = is_automatic
+        callback = make_callback(schedule=schedule)
+        trainer = make_trainer(max_epochs=2, callbacks=[callback], inference_mode=False, limit_val_batches=batches)
+        trainer.fit(task, loader(), loader())
+        found.append(weights(task))
+        assert callback.transfer.run_state.calls == (16 if schedule is None else 13)
+    assert_same(*found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,16 @@ import pytest
 import torch
 from helpers import (
     LAYERS,
+    Task,
     assert_same,
     forwards,
+    loader,
     make_task,
     make_teacher,
+    make_trainer,
     weights,
 )
+from torch import Tensor
 from trainer.fits import Seen, fitted, make_callback
 
 
@@ -67,3 +72,54 @@ def test_a_weight_of_next_to_nothing_leaves_random_numbers_and_statistics_alone(
     assert_same(
         *({name: v for name, v in side.items() if "running" in name or "batches" in name} for side in (found, plain))
     )
+
+
+class MicroBatches(Task):
+    """Four backward passes and, in turn, one step of the optimizer for all of them or one for each."""
+
+    def __init__(self, steps: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization, self.steps = False, steps
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for place, part in enumerate(zip(*(tensor.chunk(4) for tensor in batch), strict=True)):
+            self.manual_backward(self.loss(list(part)))
+            if (place + 1) % (4 // self.steps) == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:The learning rate scheduler")
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_schedule_of_terms_within_one_training_step(steps):
+    """It goes by the steps of the optimizer, not by the terms."""
+    asked: list[int] = []
+    factors: list[float] = []
+
+    class Logged(MicroBatches):
+        def log(self, name: str, value: Any, **options: Any) -> None:
+            if name == "otrt/weight":
+                factors.append(float(value))
+            super().log(name, value, **options)
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return 1.0 + step
+
+    callback = make_callback(schedule=schedule, weight=1.0)
+    task = make_task(Logged, steps=steps)
+    make_trainer(max_steps=3 * steps, callbacks=[callback]).fit(task, loader(48, 16))
+    assert factors == [1.0 + step for step in range(3 * steps) for _ in range(4 // steps)]
+    assert set(asked) <= set(range(3 * steps + 1))
+
+
+@pytest.mark.parametrize("active", [(0,), (1,), (0, 1), ()])
+def test_a_schedule_that_ends_within_a_training_step(active):
+    """Two steps of the optimizer in one training step, with a term in some of them: no error, and no other term."""
+    callback = make_callback(schedule=lambda step: float(step in active or step > 3), strict=False)
+    task = make_task(MicroBatches, steps=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The weight of the transfer term was 0")
+        make_trainer(max_steps=8, callbacks=[callback]).fit(task, loader(64, 16))
+    assert callback.transfer.run_state.calls > 0
