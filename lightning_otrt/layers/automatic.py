@@ -153,6 +153,8 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
             continue
         if not branches.isdisjoint((layer.name, *ancestors(layer.name))):
             continue
+        if tensor.shape[tensor.neuron_axis] == 1:
+            continue  # one neuron is no representation: gates of spatial attention
         if not any(known[name].has_weights for name in (layer.name, *layer.reached_by)):
             continue  # made from the inputs without weights, as by pooling: nothing that was learned
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)

@@ -147,6 +147,7 @@ class Trace:
             size may have changed places behind these: name of the module, key in its output, and the last such layer.
         draws_random: Whether the forward drew random numbers although it ran in evaluation mode.
         is_random: Whether what it computes depends on them.
+        may_reorder: Whether the forward put the rows of a tensor with a row for each sample into other places.
         reordered: Names of layers that hold the samples in another order than the inputs; ``":input"`` for what enters.
         unclear_axes: Names of layers of which nothing tells the axis of the samples.
         unordered_tokens: Names of layers with a token for each position of a map, which are not shown to lie row by
@@ -168,6 +169,7 @@ class Trace:
     guessed_axes: tuple[tuple[str, str | int, str], ...] = ()
     draws_random: bool = False
     is_random: bool = False
+    may_reorder: bool = False
     reordered: tuple[str, ...] = ()
     unclear_axes: tuple[str, ...] = ()
     unordered_tokens: tuple[str, ...] = ()

@@ -180,7 +180,7 @@ def _trace(
         guessed_axes=tuple((*place, inner) for place, inner in axes.guessed.items()),
         draws_random=draws_random,
     )
-    return traced, spare
+    return replace(traced, may_reorder=traced.batch_size in recorder.flow.moved_rows), spare
 
 
 def _count(model: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sequence_first: bool) -> int:

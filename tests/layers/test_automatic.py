@@ -84,3 +84,29 @@ def test_evenly_spaced_names_are_the_last_of_equal_parts():
 def test_adds_nothing(layer, size, expected):
     seen = trace(nn.Sequential(nn.Conv2d(1, 2, 1), layer), (torch.randn(2, 1, size, size),))
     assert adds_nothing(seen.layer("1")) is expected
+
+
+def test_a_gate_with_one_neuron_is_no_block():
+    class Gate(nn.Module):
+        """Of a size of its own, behind the convolution with one channel."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 1, 3)
+
+        def forward(self, x):
+            return self.conv(x).sigmoid()
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gate, self.last, self.head = nn.Conv2d(3, 4, 3), Gate(), nn.Conv2d(4, 5, 3), nn.Linear(5, 2)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head((self.last(x) * self.gate(x)[..., :1, :1]).mean((2, 3)))
+
+    seen = trace(Gated(), (torch.randn(4, 3, 16, 16),))
+    names = [pair.student for pair in resolve_layers("auto", seen, seen)]
+    assert {"gate", "gate.conv"}.isdisjoint(names)
+    assert "conv" in names

@@ -16,7 +16,12 @@ from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.neurons.outputs import output_items, sequence_output
 from lightning_otrt.reading.probes.profiles import uneven
-from lightning_otrt.reading.torch_internals import add_forward_hook, is_in_backward, is_in_functional_transform
+from lightning_otrt.reading.torch_internals import (
+    add_forward_hook,
+    add_forward_pre_hook,
+    is_in_backward,
+    is_in_functional_transform,
+)
 from lightning_otrt.reading.traced.arguments import Inputs
 from lightning_otrt.reading.traced.axes import ShownAxes
 
@@ -48,6 +53,12 @@ def find_neuron_axes(model: nn.Module, traced: Trace, inputs: Inputs, method: st
         return found
     modules, inner = named_layers(model), {name: voter for name, _, voter in traced.guessed_axes}
     target, running = modules[traced.root], [False]
+    given: dict[str, Inputs] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Before it runs: a decoder adds to the cache of keys that it is given.
+        if not running[0] and not is_in_backward():
+            given[name] = InputGuard(clones=True).copied((args, kwargs))
 
     def probe(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if running[0] or is_in_backward() or is_in_functional_transform():
@@ -56,7 +67,7 @@ def find_neuron_axes(model: nn.Module, traced: Trace, inputs: Inputs, method: st
         assert axis is not None
         running[0] = True
         try:
-            runs = [_run(module, (args, kwargs), modules[inner[name]], change) for change in _changes(axis)]
+            runs = [_run(module, given[name], modules[inner[name]], change) for change in _changes(axis)]
         except Exception:  # it cannot run again on what it got: nothing is shown
             return
         finally:
@@ -68,8 +79,9 @@ def find_neuron_axes(model: nn.Module, traced: Trace, inputs: Inputs, method: st
     try:
         with in_evaluation(target, all_tensors(inputs)), ExitStack() as hooks:
             for name in inner:
-                hook = functools.partial(probe, name)
-                hooks.callback(add_forward_hook(modules[name], hook, with_kwargs=True).remove)
+                before, after = functools.partial(keep, name), functools.partial(probe, name)
+                hooks.callback(add_forward_pre_hook(modules[name], before, with_kwargs=True).remove)
+                hooks.callback(add_forward_hook(modules[name], after, with_kwargs=True).remove)
             args, kwargs = inputs
             (getattr(target, method) if method else target)(*args, **kwargs)
     except Exception:  # the network cannot run again on these inputs

@@ -32,7 +32,8 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
     or from ``(k * B, T, C)`` with k windows or views of each sample. In this case, and where the network may sort its
     samples by their lengths, it runs twice more: on these inputs, and on the same with the last sample first. If it
     fails on these, as one that takes samples sorted by length does, the last sample is replaced by the one before it.
-    Others cost nothing.
+    Where rows are put into other places by other means, such as a flip, the first two samples are exchanged. Others
+    cost nothing.
 
     Args:
         model: The whole model.
@@ -54,9 +55,11 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
     )
     # A part of the network that takes (T, B, C) makes those around it look alike, where they transpose the sequences.
     may_transpose = is_moved and any(_has_axis(tensor, 1 - input_axis) for tensor in _tensors_of(traced))
-    if traced.batch_size < 2 or not (unclear or may_transpose or _may_sort(traced, tensors)):
+    is_unclear = bool(unclear) or may_transpose or _may_sort(traced, tensors)
+    if traced.batch_size < 2 or not (is_unclear or traced.may_reorder):
         return traced
-    for move in (roll, _repeat_last):
+    # After a flip or half a turn of the samples all have the same neighbours: these show where some samples stay.
+    for move in (roll, _repeat_last) if is_unclear else (_exchange_first,):
         try:
             changed = _moved(inputs, traced.batch_size, input_axis, move)
             first, second = (profiles(model, traced, each, method) for each in (InputGuard().copied(inputs), changed))
@@ -147,6 +150,12 @@ def _moved(inputs: Inputs, samples: int, axis: int, move: _Move) -> Inputs:
 def roll(tensor: Tensor, axis: int) -> Tensor:
     """The last index first."""
     return tensor.roll(1, axis)
+
+
+def _exchange_first(tensor: Tensor, axis: int) -> Tensor:
+    """The first two indices exchanged."""
+    first, second, rest = tensor.tensor_split((1, 2), axis)
+    return torch.cat([second, first, rest], axis)
 
 
 def _repeat_last(tensor: Tensor, axis: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -21,6 +22,9 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ``torch.overrides.TorchFunctionMode`` would be public, but modules such as ``nn.TransformerEncoder`` take other code
     while one is active.
 
+    Attributes:
+        moved_rows: Sizes of the first axis of tensors whose rows may have been put into other places.
+
     Example:
         >>> import torch
         >>> with Flow() as flow:
@@ -34,6 +38,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sources: Any = WeakTensorKeyDictionary()  # sets of names by tensor
+        self.moved_rows: set[int] = set()
 
     def enter(self, made: Iterable[Tensor], names: Iterable[str]) -> None:
         """Note that these modules, and no earlier ones, lead to these tensors."""
@@ -49,6 +54,8 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation. What it returns, or has written to, comes from all that entered it."""
         output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.dim() and _moves_rows(func, args):
+            self.moved_rows.add(output.shape[0])
         names = self.sources(_tensors((args, (kwargs or {}).values())))
         if names:
             for tensor in _tensors(output):
@@ -57,6 +64,21 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if written is not None:
                         self._sources[written] = names | self._sources.get(written, frozenset())
         return output
+
+
+def _moves_rows(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation may put the rows of a tensor into another order: by indices, or from parts."""
+    name = func.overloadpacket.__name__
+    if name == "index":
+        return args[1][0] is not None and args[1][0].dtype is not torch.bool
+    if name in ("index_select", "gather"):
+        return bool(args[1] in (0, -args[0].dim()))
+    if name in ("flip", "roll"):
+        axes = args[1] if name == "flip" else args[2] if len(args) > 2 else ()
+        return not axes or 0 in axes or -args[0].dim() in axes
+    if name in ("cat", "stack"):
+        return len(args[0]) > 1 and (len(args) == 1 or args[1] in (0, -args[0][0].dim()))
+    return False
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -72,7 +72,8 @@ def find_token_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> T
     before = [*_before(trace, layer), replace(layer, output=None)]
     maps = _maps(before, trace, _gets_images(trace, layer))
     if not maps:
-        return _of_frames(trace, before, tokens)
+        hidden = TokenGrid(_prefix_of_cut_patches(trace, layer, tensor))
+        return hidden if hidden.prefix else _of_frames(trace, before, tokens)
     if _are_words(trace, before, tokens, maps[-1].source):
         return TokenGrid()
     if not _gets_images(trace, layer, channels=2) and _are_rows(before, tokens):
@@ -119,6 +120,16 @@ def has_hidden_grid(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> b
     lengths = {tokens, *(shape[1] for shape in shapes if len(shape) in (2, 3))}
     images = [shape for shape in shapes if len(shape) == 4 and lengths.isdisjoint(shape[2:]) and 1 not in shape[2:]]
     return bool(images) and tokens > 4 and not _maps(_before(trace, layer), trace, True)
+
+
+def _prefix_of_cut_patches(trace: Trace, layer: TracedLayer, tensor: TracedTensor) -> int:
+    """How many class and register tokens stand before patches that code cut out: those declared, if these ran alone."""
+    alone = tensor.shape[1 - tensor.batch_axis] - trace.prefix_tokens
+    if not trace.prefix_tokens or alone < 1 or not has_hidden_grid(trace, layer, tensor):
+        return 0
+    outputs = (other.output for other in _before(trace, layer))
+    sequences = (it for it in outputs if it is not None and len(it.shape) == 3 and it.neuron_axis == 2)
+    return trace.prefix_tokens if any(it.shape[1 - it.batch_axis] == alone for it in sequences) else 0
 
 
 def _name_of(layer: TracedLayer, tensor: TracedTensor) -> str:

@@ -47,7 +47,7 @@ def warn_of_other_orders(
     own = [tuple(map(_part, (pair, pair), (0, 1))) for pair in pairs]
     rows = [parts for parts in own if _may_differ_in_rows(sides, parts)]
     wide = [parts for parts in own if grid != 1 and all(map(_is_map, sides, parts))]
-    maps = [parts for parts in wide if parts in rows or _have_samples(sides, parts)]
+    maps = [parts for parts in wide if parts in rows or (_have_samples(sides, parts) and _are_in_order(sides, parts))]
     seen = [
         find_places(
             side.call.model,
@@ -120,6 +120,11 @@ def _have_samples(sides: tuple[OrderedSide, OrderedSide], parts: tuple[Part, ...
         tensor is not None and tensor.shape[tensor.batch_axis] == side.trace.batch_size
         for tensor, side in zip(tensors, sides, strict=True)
     )
+
+
+def _are_in_order(sides: tuple[OrderedSide, OrderedSide], parts: tuple[Part, ...]) -> bool:
+    """Whether both layers hold the samples as the inputs do. If not, another warning says so."""
+    return not any(part.name in side.trace.reordered for side, part in zip(sides, parts, strict=True))
 
 
 def _have_other_rows(first: Probed, second: Probed) -> bool:

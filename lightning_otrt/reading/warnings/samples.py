@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from lightning_otrt.layers.pairs import LayerPair
-from lightning_otrt.layers.trace import Trace, TracedTensor
+from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.notices import warn
-from lightning_otrt.reading.traced.token_grid import has_hidden_grid
+from lightning_otrt.reading.traced.token_grid import find_token_grid, has_hidden_grid
 
 __all__ = ["warn_of_other_axes", "warn_of_other_samples"]
 
@@ -81,8 +81,8 @@ def _warn_of_other_order(pairs: Sequence[LayerPair], student: Trace, teacher: Tr
         if layers:
             warn(
                 f"The {side} layers {layers} hold the samples in another order than the inputs, such as sorted by "
-                "length, and the layers that they are matched to do not. So different samples are matched. Sort the "
-                "batch before both networks, or pack with enforce_sorted=False in place of sorting.",
+                "length or flipped, and the layers that they are matched to do not. So different samples are matched. "
+                "Order the batch before both networks; packing with enforce_sorted=False needs no sorting.",
             )
 
 
@@ -123,11 +123,11 @@ def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: T
     """Warn once where patches that no map shows are read as sequences of different lengths."""
     found = []
     for pair in pairs:
-        tensors = _tensor(student, pair, 0), _tensor(teacher, pair, 1)
-        if None in tensors or len({_tokens(tensor) for tensor in tensors if tensor}) < 2:
+        sides = (student, pair.student), (teacher, pair.teacher)
+        read = [(trace, trace.layer(name), trace.tensor(name, pair.select)) for trace, name in sides]
+        if len({_tokens(*one) for one in read} - {None}) < 2:
             continue
-        names = (student, pair.student, tensors[0]), (teacher, pair.teacher, tensors[1])
-        if any(tensor and has_hidden_grid(trace, trace.layer(name), tensor) for trace, name, tensor in names):
+        if any(tensor and has_hidden_grid(trace, layer, tensor) for trace, layer, tensor in read):
             found.append(f"{pair.student} -> {pair.teacher}")
     if found:
         warn(
@@ -138,8 +138,11 @@ def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: T
         )
 
 
-def _tokens(tensor: TracedTensor) -> int:
-    return tensor.shape[1 - tensor.batch_axis] if len(tensor.shape) == 3 else 0
+def _tokens(trace: Trace, layer: TracedLayer, tensor: TracedTensor | None) -> int | None:
+    """The number of tokens, without class and register tokens; 0 for other layers."""
+    if tensor is None or len(tensor.shape) != 3:
+        return None if tensor is None else 0
+    return tensor.shape[1 - tensor.batch_axis] - find_token_grid(trace, layer, tensor).prefix
 
 
 def _tensor(trace: Trace, pair: LayerPair, place: int) -> TracedTensor | None:

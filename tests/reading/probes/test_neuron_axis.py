@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import transformers
 from helpers import seeded
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import InformerConfig, InformerModel
 
 from lightning_otrt import LayerPair, LogitDistillation, RepresentationTransfer, neurons
+from lightning_otrt.layers.automatic import block_candidates
 from lightning_otrt.reading.tracer import trace
 
 SIZE = 8
@@ -235,3 +237,28 @@ def test_as_many_tokens_as_classes(sides: tuple[bool, bool]) -> None:
     mine, other = (functional.log_softmax(each / 2, -1) for each in logits)
     expected = 4 * functional.kl_div(mine, other, reduction="none", log_target=True).sum(-1).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "one token"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma", "OPT", "Bert"])
+def test_decoders_of_texts_as_long_as_they_are_wide(name, padding):
+    """Each block adds to the cache of keys that it gets, so that it cannot run again on what it has got by then."""
+    sizes = {
+        "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0},
+        "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+        "Gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    }.get(name, {})
+    shared = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**({"intermediate_size": 32} | shared | sizes))
+    net = seeded(0, getattr(transformers, f"{name}Model"), config).eval()
+    chosen = {}
+    for length in (16, 17):
+        mask = torch.ones(4, length, dtype=torch.long)
+        if padding != "none":
+            places = {"right": slice(9, None), "left": slice(None, 5), "one token": slice(-1, None)}
+            mask[1, places[padding]] = 0
+        ids = torch.randint(5, 50, (4, length), generator=torch.Generator().manual_seed(0)) * mask
+        found = trace(net, (), {"input_ids": ids, "attention_mask": mask})
+        chosen[length] = [(layer.name, layer.output.neuron_axis) for layer in block_candidates(found)]
+    assert chosen[16] == chosen[17]
+    assert len(chosen[16]) > 2

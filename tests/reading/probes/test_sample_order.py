@@ -264,3 +264,64 @@ def test_multiple_choice() -> None:
     layer = traced.layer("bert.encoder.layer.1")
     assert (layer.output_shape, layer.batch_axis) == ((48, 12, 16), 0)
     assert not traced.unclear_axes
+
+
+def _sorted(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1).argsort()
+
+
+def _halves(x: Tensor) -> Tensor:
+    return torch.cat([x[len(x) // 2 :], x[: len(x) // 2]])
+
+
+#: What code does to the samples, and what undoes it.
+ORDERS = {
+    "flip": (lambda x: x.flip(0), lambda y, x: y.flip(0)),
+    "roll": (lambda x: x.roll(1, 0), lambda y, x: y.roll(-1, 0)),
+    "sort by values": (lambda x: x[_sorted(x)], lambda y, x: y[_sorted(x).argsort()]),
+    "select": (lambda x: x.index_select(0, _sorted(x)), lambda y, x: y.index_select(0, _sorted(x).argsort())),
+    "halves": (_halves, lambda y, x: _halves(y)),
+    "pieces": (lambda x: torch.cat(x.chunk(4)[::-1]), lambda y, x: torch.cat(y.chunk(4)[::-1])),
+    "list": (lambda x: torch.stack(list(x)[::-1]), lambda y, x: torch.stack(list(y)[::-1])),
+}
+IN_ORDER = {
+    "as it is": (lambda x: x, lambda y, x: y),
+    "pieces in order": (lambda x: torch.cat(x.chunk(4)), lambda y, x: torch.stack(list(y))),
+    "rows of a map": (lambda x: x.flip(-1).roll(1, -1), lambda y, x: y),
+}
+
+
+class Ordered(nn.Module):
+    """Convolutions, or linear layers, on samples in another order, which the output no longer has."""
+
+    def __init__(self, width: int, change, undo, *, is_flat: bool) -> None:
+        super().__init__()
+        self.change, self.undo = change, undo
+        self.first = nn.Linear(8, width) if is_flat else nn.Conv2d(3, width, 3)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(self.change(x)).relu()
+        return self.undo(self.head(hidden if hidden.dim() == 2 else hidden.mean((2, 3))), x)
+
+
+def _warnings_of(student: nn.Module, teacher: nn.Module, x: Tensor) -> list[str]:
+    transfer = RepresentationTransfer(teacher, {"first": "first"})
+    with warnings.catch_warnings(record=True) as seen, transfer.attached(student):
+        warnings.simplefilter("always")
+        student(x)
+        transfer.loss()
+    return [str(warning.message) for warning in seen]
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize("name", [*ORDERS, *IN_ORDER])
+def test_samples_that_code_puts_into_another_order(name: str, is_flat: bool) -> None:
+    x = torch.randn(8, 8) if is_flat else torch.randn(8, 3, 10, 10)
+    change, undo = {**ORDERS, **IN_ORDER}[name]
+    odd, plain = (Ordered(4, *how, is_flat=is_flat) for how in ((change, undo), IN_ORDER["as it is"]))
+    for student, teacher, side in ((odd, plain, "student"), (plain, odd, "teacher")):
+        found = _warnings_of(student, teacher, x)
+        assert len(found) == (name in ORDERS)
+        assert all(f"The {side} layers ['first'] hold the samples in another order" in text for text in found)
+    assert not _warnings_of(odd, Ordered(6, change, undo, is_flat=is_flat), x)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt import RepresentationTransfer
 from lightning_otrt.layers.mask_sources import LayerMasks
 from lightning_otrt.reading.hooks.readers import TracedRead, layer_reader, token_layout
 from lightning_otrt.reading.traced.token_grid import TokenGrid, find_token_grid, has_hidden_grid
@@ -413,3 +414,44 @@ def test_a_few_tokens_of_an_image_are_no_grid_that_is_missing(side: int, is_hidd
     layer = found.layer("embed")
     assert layer.output is not None
     assert has_hidden_grid(found, layer, layer.output) == is_hidden
+
+
+class CutVit(nn.Module):
+    """Patches that code cuts out, behind class and register tokens."""
+
+    def __init__(self, registers: int = 4, width: int = 6) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Linear(27, width), nn.Linear(width, width)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.register_tokens = nn.Parameter(torch.randn(1, registers, width)) if registers else None
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = images.unfold(2, 3, 3).unfold(3, 3, 3).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        declared = [tokens for tokens in (self.cls_token, self.register_tokens) if tokens is not None]
+        tokens = [*(tokens.expand(len(images), -1, -1) for tokens in declared), self.embed(patches)]
+        return self.head(self.mix(torch.cat(tokens, 1)).mean(1))
+
+
+@pytest.mark.parametrize(("layer", "prefix"), [("embed", 0), ("mix", 5)])
+def test_class_and_register_tokens_before_patches_that_code_cuts_out(layer: str, prefix: int) -> None:
+    """They stand before those of later layers alone."""
+    assert grid_of(CutVit(), layer, torch.randn(2, 3, 12, 12)) == TokenGrid(prefix)
+
+
+def test_patches_that_code_cuts_out_behind_other_numbers_of_registers() -> None:
+    """Without these both have as many patches: no warning, which would be an error, and these are matched."""
+    student, teacher = CutVit(0, 4), CutVit(4, 6)
+    images = torch.randn(8, 3, 12, 12)
+    transfer = RepresentationTransfer(teacher, {"mix": "mix"}, weight=1.0, plan="uniform")
+    with transfer.attached(student):
+        student(images)
+        found = transfer.loss()
+    kept: list[Tensor] = []
+    for net, prefix in ((student, 1), (teacher, 5)):
+        handle = net.mix.register_forward_hook(lambda *seen, prefix=prefix: kept.append(seen[2][:, prefix:]))
+        net(images)
+        handle.remove()
+    rows = [tokens.detach().double().flatten(0, 1).T for tokens in kept]
+    correlation = torch.corrcoef(torch.cat(rows))[:4, 4:]
+    torch.testing.assert_close(found.double(), (1 - correlation).mean(), rtol=1e-4, atol=0)
