@@ -74,7 +74,9 @@ def _warn_of_other_order(pairs: Sequence[LayerPair], student: Trace, teacher: Tr
     moved: dict[str, list[str]] = {"student": [], "teacher": []}
     for pair in pairs:
         found = pair.student in student.reordered, pair.teacher in teacher.reordered
-        if found[0] != found[1]:
+        # Of chosen rows, which may stand in any order, another warning tells.
+        has_chosen_rows = pair.student in student.chosen_rows or pair.teacher in teacher.chosen_rows
+        if found[0] != found[1] and not has_chosen_rows:
             side, name = ("student", pair.student) if found[0] else ("teacher", pair.teacher)
             moved[side].append(name)
     for side, layers in moved.items():
