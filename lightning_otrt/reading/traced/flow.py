@@ -54,7 +54,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation. What it returns, or has written to, comes from all that entered it."""
         output = func(*args, **(kwargs or {}))
-        if isinstance(output, Tensor) and output.dim() and _moves_rows(func, args):
+        if isinstance(output, Tensor) and not output.is_nested and output.dim() and _moves_rows(func, args):
             self.moved_rows.add(output.shape[0])
         names = self.sources(_tensors((args, (kwargs or {}).values())))
         if names:
@@ -68,10 +68,12 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _moves_rows(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation may put the rows of a tensor into another order: by indices, or from parts."""
+    if func.namespace != "aten":  # an operation of other code may have the same name
+        return False
     name = func.overloadpacket.__name__
-    if name == "index":
+    if name in ("index", "index_put", "index_put_"):
         return args[1][0] is not None and args[1][0].dtype is not torch.bool
-    if name in ("index_select", "gather"):
+    if name in ("index_select", "gather", "index_copy", "index_copy_", "scatter", "scatter_"):
         return bool(args[1] in (0, -args[0].dim()))
     if name in ("flip", "roll"):
         axes = args[1] if name == "flip" else args[2] if len(args) > 2 else ()

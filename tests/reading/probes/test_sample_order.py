@@ -270,6 +270,12 @@ def _sorted(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1).argsort()
 
 
+def _put(x: Tensor, places: Tensor) -> Tensor:
+    whole = torch.empty_like(x)
+    whole[places] = x
+    return whole
+
+
 def _halves(x: Tensor) -> Tensor:
     return torch.cat([x[len(x) // 2 :], x[: len(x) // 2]])
 
@@ -280,6 +286,8 @@ ORDERS = {
     "roll": (lambda x: x.roll(1, 0), lambda y, x: y.roll(-1, 0)),
     "sort by values": (lambda x: x[_sorted(x)], lambda y, x: y[_sorted(x).argsort()]),
     "select": (lambda x: x.index_select(0, _sorted(x)), lambda y, x: y.index_select(0, _sorted(x).argsort())),
+    "put": (lambda x: _put(x, _sorted(x)), lambda y, x: y[_sorted(x)]),
+    "copy": (lambda x: torch.empty_like(x).index_copy_(0, _sorted(x), x), lambda y, x: y[_sorted(x)]),
     "halves": (_halves, lambda y, x: _halves(y)),
     "pieces": (lambda x: torch.cat(x.chunk(4)[::-1]), lambda y, x: torch.cat(y.chunk(4)[::-1])),
     "list": (lambda x: torch.stack(list(x)[::-1]), lambda y, x: torch.stack(list(y)[::-1])),

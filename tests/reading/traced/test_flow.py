@@ -91,3 +91,33 @@ def test_the_fast_path_of_a_transformer_is_taken() -> None:
     with torch.no_grad(), Flow():
         net(torch.randn(2, 3, 8), src_key_padding_mask=padding)
     assert kinds == [True]
+
+
+@torch.library.custom_op("lightning_otrt_tests::index", mutates_args=())
+def index_of_other_code(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@pytest.mark.parametrize(
+    ("code", "moves"),
+    [
+        (lambda x: x[torch.arange(4)], True),
+        (lambda x: x[:, torch.arange(3)], False),
+        (lambda x: x[x[:, 0] > 0], False),
+        (lambda x: x.flip(-2), True),
+        (lambda x: x.flip(1), False),
+        (lambda x: x.roll(1), True),
+        (lambda x: x.roll(1, 1), False),
+        (lambda x: torch.cat([x, x], 1), False),
+        (lambda x: torch.cat([x[2:], x[:2]]), True),
+        (lambda x: torch.stack([x, x], -1), False),
+        (lambda x: x.gather(0, torch.zeros(4, 3, dtype=torch.long)), True),
+        (lambda x: torch.nested.nested_tensor([x[:2], x], layout=torch.jagged), False),
+        (index_of_other_code, False),
+    ],
+)
+def test_rows_that_are_moved(code: Callable[[Tensor], Tensor], moves: bool) -> None:
+    x = torch.ones(4, 3)
+    with torch.no_grad(), Flow() as flow:
+        code(x)
+    assert (4 in flow.moved_rows) is moves
