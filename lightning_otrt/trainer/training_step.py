@@ -136,7 +136,7 @@ class _Step(_Patch):
 
     def is_training(self) -> bool:
         """Whether terms are added. A ``validation_step`` may call ``self.training_step`` for the loss of the task."""
-        return any(term.is_training for term in self.terms)
+        return all(term.is_training for term in self.terms)
 
     def with_terms(self, loss: Tensor, what: str, without: Sequence[ExtraTerm] = ()) -> Tensor:
         """A loss plus all terms but some; the loss itself if there are none.

@@ -20,7 +20,7 @@ from trainer.fits import fitted, make_callback
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lightning_otrt import OTRTCallback
+from lightning_otrt import OTRTCallback, OTRTMonitor
 from lightning_otrt.trainer.training_step import ExtraTerm, add_term, remove_term
 
 
@@ -347,16 +347,22 @@ class Reused(Task):
         self.log("val_loss", found)
 
 
+@pytest.mark.parametrize("has_monitor", [False, True])
 @pytest.mark.parametrize("is_automatic", [True, False])
 @pytest.mark.parametrize("schedule", [None, lambda step: float(step > 2)])
-def test_a_validation_that_calls_the_training_step(schedule, is_automatic):
+def test_a_validation_that_calls_the_training_step(schedule, is_automatic, has_monitor):
     """It gets the loss of the task alone, and the fit is that without a validation."""
     found = []
     for batches in (0, 2):
         task = make_task(Reused)
         task.automatic_optimization = is_automatic
         callback = make_callback(schedule=schedule)
-        trainer = make_trainer(max_epochs=2, callbacks=[callback], inference_mode=False, limit_val_batches=batches)
+        trainer = make_trainer(
+            max_epochs=2,
+            callbacks=[callback, *([OTRTMonitor()] if has_monitor else [])],
+            inference_mode=False,
+            limit_val_batches=batches,
+        )
         trainer.fit(task, loader(), loader())
         found.append(weights(task))
         assert callback.transfer.run_state.calls == (16 if schedule is None else 13)

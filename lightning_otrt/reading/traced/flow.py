@@ -79,7 +79,8 @@ def _moves_rows(func: Any, args: tuple[Any, ...]) -> bool:
         axes = args[1] if name == "flip" else args[2] if len(args) > 2 else ()
         return not axes or 0 in axes or -args[0].dim() in axes
     if name in ("cat", "stack"):
-        return len(args[0]) > 1 and (len(args) == 1 or args[1] in (0, -args[0][0].dim()))
+        dims = args[0][0].dim() + (name == "stack")
+        return len(args[0]) > 1 and (len(args) == 1 or args[1] in (0, -dims))
     return False
 
 

@@ -111,6 +111,8 @@ def index_of_other_code(x: Tensor) -> Tensor:
         (lambda x: torch.cat([x, x], 1), False),
         (lambda x: torch.cat([x[2:], x[:2]]), True),
         (lambda x: torch.stack([x, x], -1), False),
+        (lambda x: torch.stack([x, x, x, x], -3), True),
+        (lambda x: torch.stack([x, x], -2), False),
         (lambda x: x.gather(0, torch.zeros(4, 3, dtype=torch.long)), True),
         (lambda x: torch.nested.nested_tensor([x[:2], x], layout=torch.jagged), False),
         (index_of_other_code, False),
