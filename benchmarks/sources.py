@@ -44,6 +44,15 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "benchmarks/real",
     ),
     "real_checkpoints": (*_TERM, "lightning_otrt/layers", *_TRAINING, "benchmarks/real"),
+    "repeated_runs": (
+        *_TERM,
+        "lightning_otrt/layers",
+        *_LETTERS,
+        "examples/digits.py",
+        *_TRAINING,
+        "benchmarks/real",
+        "benchmarks/repeat.py",
+    ),
     "speed": (
         *_ENGINE,
         *(f"benchmarks/{name}.py" for name in ("orthogonal", "problems", "rivals", "speed", "steps", "timing")),

@@ -12,7 +12,7 @@ from lightning_otrt.steps.first_batch import inspect_plan
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.transport.cost import Cost, Plan
 from lightning_otrt.transport.orthogonal import Alignment
-from lightning_otrt.transport.sinkhorn import TRAINING_ITERATIONS, sinkhorn_plan
+from lightning_otrt.transport.sinkhorn import sinkhorn_plan, training_iterations
 from lightning_otrt.transport.tensors import finite
 
 __all__ = ["EntropicCoupling", "StaticCoupling"]
@@ -33,18 +33,19 @@ class EntropicCoupling(Coupling):
         solve_every: See :class:`Coupling`.
     """
 
-    #: Updates of a solve. There is no early stop: to read the error would wait for the device.
-    iterations = TRAINING_ITERATIONS
-
     def __init__(self, cost: Cost, epsilon: float, memory: float | str = 0.0, solve_every: int = 1) -> None:
         super().__init__(cost, memory, solve_every)
         self.epsilon = epsilon
 
+    def iterations(self, rows: int, columns: int) -> int:
+        """Updates of a solve. There is no early stop: to read the error would wait for the device."""
+        return training_iterations(rows, columns)
+
     def solve(self, problem: Problem, start: Tensor | None) -> Solved:
         """See :meth:`Coupling.solve`."""
         [costs] = problem
-        mean = costs.mean((1, 2))
-        entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=self.iterations, mean=mean)
+        mean, iterations = costs.mean((1, 2)), self.iterations(*costs.shape[1:])
+        entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=iterations, mean=mean)
         # Sinkhorn's last update is that of the rows, so the student's masses are exact.
         student_mass = costs.new_full(costs.shape[:2], 1 / costs.shape[1])
         is_finite = finite(mean + entropic.marginal_error)
@@ -61,10 +62,13 @@ class StaticCoupling(EntropicCoupling):
 
     # Each plan counts samples of its own.
     may_stack = False
-    iterations = STATIC_ITERATIONS
 
     def __init__(self, cost: Cost, epsilon: float) -> None:
         super().__init__(cost, epsilon, memory=1.0)
+
+    def iterations(self, rows: int, columns: int) -> int:
+        """See :meth:`EntropicCoupling.iterations`."""
+        return STATIC_ITERATIONS
 
     def is_due(self, state: PairState, calls: int) -> bool:
         """Until there are enough samples."""

@@ -110,6 +110,8 @@ class _Step(_Patch):
     def __init__(self, module: pl.LightningModule) -> None:
         super().__init__(module)
         self.terms: list[ExtraTerm] = []
+        #: Whether a step runs now. It may call `self.training_step` for the parts of its batch.
+        self._is_running = False
         #: Whether a backward pass of this step had the terms, and whether one was of other parameters, under manual
         #: optimization.
         self.is_added = self.is_left_out = False
@@ -117,9 +119,9 @@ class _Step(_Patch):
         self._returned = f"returned by the training_step of {type(module).__name__}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_training():
+        if self._is_running or not self.is_training():
             return self.inner(*args, **kwargs)
-        self.is_added = self.is_left_out = False
+        self._is_running, self.is_added, self.is_left_out = True, False, False
         try:
             with ExitStack() as stack:
                 for term in self.terms:
@@ -130,6 +132,7 @@ class _Step(_Patch):
                 return output
             return self.with_terms(output, self._returned) if isinstance(output, Tensor) else self._add(output)
         finally:
+            self._is_running = False
             # Whatever came back: what is kept holds its graph, and would be taken for a part of the next step.
             for term in self.terms:
                 term.discard()

@@ -22,11 +22,14 @@ from torch import Tensor
 from lightning_otrt.transport.geomloss_loop import EXPONENT_LIMIT, annealed_potential
 from lightning_otrt.transport.tensors import matrix_vector, without_autocast
 
-__all__ = ["TRAINING_ITERATIONS", "EntropicPlan", "sinkhorn_plan"]
+__all__ = ["TRAINING_ITERATIONS", "EntropicPlan", "sinkhorn_plan", "training_iterations"]
 
 #: Updates of a training step at the last ε, where nothing may wait for the device to report the error: after the
 #: annealed loop, and from the potential of an earlier solve, since when the network and the batch have changed.
 TRAINING_ITERATIONS = 20
+#: The same for at most so many entries of a cost. There an update costs little, and small problems need more of them:
+#: with 20, terms of 6 to 8 neurons were up to 30 % below the least cost.
+SMALL_ENTRIES, SMALL_ITERATIONS = 64 * 64, 100
 #: Updates between two absorptions of the potentials. Each absorption costs a pass of exponentials over the cost matrix.
 #: In between, entries of the kernel that are below e^-40 of the largest one in their row stay at that floor.
 BLOCK = 20
@@ -52,6 +55,11 @@ class EntropicPlan(NamedTuple):
     potential: Tensor
     teacher_mass: Tensor
     marginal_error: Tensor
+
+
+def training_iterations(rows: int, columns: int) -> int:
+    """Updates of a training step for costs of this size."""
+    return SMALL_ITERATIONS if rows * columns <= SMALL_ENTRIES else TRAINING_ITERATIONS
 
 
 def sinkhorn_plan(

@@ -35,7 +35,7 @@ def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
 def test_nothing_waits_for_the_device(cost: str, memory: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third of the calls is one between two solves."""
     # All of them are alike.
-    monkeypatch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", 3)
+    monkeypatch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", lambda *_: 3)
     call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=10))
 
 

@@ -73,7 +73,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.teacher.frozen.zero_states._read", lambda flag: True)
         patch.setattr("lightning_otrt.teacher.frozen.zero_states.HostCopy", _NoCopy)
         patch.setattr("lightning_otrt.steps.entropic_coupling.inspect_plan", lambda *args: ())
-        patch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", 3)
+        patch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", lambda *_: 3)
         patch.setattr("lightning_otrt.run_state.RunState.take_bad_calls", lambda self, distances: (0, ""))
         # Else autocast is off where there is no driver.
         patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
