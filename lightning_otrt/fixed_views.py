@@ -20,6 +20,9 @@ from lightning_otrt.random_numbers import random_numbers_restored
 
 __all__ = ["FixedViews"]
 
+#: Items that a process makes twice. Of one, a flip by another generator would look the same in half of the cases.
+_COMPARED = 8
+
 
 class FixedViews(Dataset[Any]):
     """A data set whose random augmentations repeat: ``views`` fixed versions of each item.
@@ -33,7 +36,7 @@ class FixedViews(Dataset[Any]):
 
     It works with any sampler, any number of workers, persistent or not, and transforms of torchvision, v1 and v2. Only
     the global generators of the CPU are seeded. A transform with a generator of its own (Albumentations 2) gives views
-    that do not repeat. So each process makes its first item twice, and raises if the two differ.
+    that do not repeat. So each process makes its first eight items twice, and raises if the two differ.
 
     Args:
         dataset: A map-style data set with random augmentation.
@@ -70,7 +73,7 @@ class FixedViews(Dataset[Any]):
         check_count("views", views)
         check_seed("seed", seed)
         self.dataset, self.views, self.seed = dataset, views, seed
-        self._compared = False
+        self._compared = 0
 
     def __len__(self) -> int:
         """The number of items: that of the data set."""
@@ -81,13 +84,13 @@ class FixedViews(Dataset[Any]):
 
         Raises:
             TypeError: If the index is that of several items.
-            RuntimeError: If a view of the first item does not repeat.
+            RuntimeError: If a view of one of the first items does not repeat.
         """
         key = _as_key(index)
         view = int(torch.randint(self.views, ()))
         item = self._make(index, key, view)
-        if not self._compared:
-            self._compared = True
+        if self._compared < _COMPARED:
+            self._compared += 1
             if not _same(item, self._make(index, key, view)):
                 raise RuntimeError(
                     f"The data set {type(self.dataset).__name__} made two different items for view {view} of index "

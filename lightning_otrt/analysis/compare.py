@@ -28,6 +28,7 @@ from lightning_otrt.reading.probes.token_order import settle_token_order
 from lightning_otrt.reading.traced.network_call import NetworkCall
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
+from lightning_otrt.reading.warnings.samples import warn_of_other_axes, warn_of_other_samples
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.frozen.past_states import PastStates
 from lightning_otrt.teacher.frozen.teacher_call import TeacherCall
@@ -169,6 +170,8 @@ class _Table:
         crossed = [
             LayerPair(row, column, neuron_axis=(layers[0][row], layers[1][column])) for row, column in product(*layers)
         ]
+        warn_of_other_axes(*traces)
+        warn_of_other_samples(crossed, *traces)
         student, teacher = (
             OrderedSide(NetworkCall(runner.module, inputs), seen)
             for runner, seen, inputs in zip(runners, traces, given, strict=True)

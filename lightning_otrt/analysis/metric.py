@@ -250,6 +250,23 @@ class NeuronTransportDistance(Metric):
         super().reset()
         self._transport = None
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the observations of another metric of the same widths and cost, or of its state.
+
+        Raises:
+            ValueError: If its sums are those of other widths or of another cost.
+        """
+        if isinstance(incoming_state, Metric):
+            if not isinstance(incoming_state, NeuronTransportDistance) or _kind(self) != _kind(incoming_state):
+                raise ValueError(f"Expected a metric of the same widths and cost as {self}, but got {incoming_state}.")
+        elif (found := incoming_state["sums"].shape) != self.sums.shape:
+            raise ValueError(
+                f"Expected the state of a metric of the same widths and cost as {self}, with sums of shape "
+                f"{tuple(self.sums.shape)}, but got {tuple(found)}."
+            )
+        super().merge_state(incoming_state)
+        self._computed = None  # torchmetrics would give the value of before
+
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
         return (
@@ -311,6 +328,11 @@ class NeuronTransportDistance(Metric):
         alignment = rule.align(rule.problem(sums), projection)
         value = rule.value_of_sums(sums, squares, alignment.matrix)
         return TransportResult.of(value, alignment, self._rule.matrix(sums, None))
+
+
+def _kind(metric: NeuronTransportDistance) -> tuple[Any, ...]:
+    """What its sums depend on. Not a property of the class, whose annotations TorchScript would read."""
+    return metric.num_student_neurons, metric.num_teacher_neurons, metric.cost, metric.plan in ORTHOGONAL
 
 
 def _in_float64(neurons: Tensor) -> Tensor:

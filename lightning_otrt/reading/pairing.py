@@ -39,7 +39,7 @@ from lightning_otrt.reading.warnings.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
 from lightning_otrt.reading.warnings.inside_graphs import warn_of_blocks_in_graphs
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
-from lightning_otrt.reading.warnings.samples import warn_of_other_samples
+from lightning_otrt.reading.warnings.samples import warn_of_hidden_grids, warn_of_other_samples
 from lightning_otrt.reading.warnings.unclear_axes import warn_of_unclear_axes
 
 __all__ = ["Pairing", "check_layers", "pair_layers"]
@@ -169,6 +169,7 @@ def _warn_of_pairing(pairing: Pairing) -> None:
     warn_of_one_sided_masks(pairing.pairs, masks, pairing.student, pairing.teacher)
     warn_of_added_tokens(pairing.pairs, pairing.student, pairing.teacher)
     warn_of_other_samples(pairing.pairs, pairing.student, pairing.teacher)
+    warn_of_hidden_grids(pairing.pairs, pairing.student, pairing.teacher)
 
 
 def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root: str | None) -> None:

@@ -261,6 +261,38 @@ def test_a_plan_that_is_not_found_is_nan_and_told(monkeypatch):
     assert result.distances.isnan().sum() == 1
 
 
+class Changed(nn.Module):
+    """A network behind a change of its inputs."""
+
+    def __init__(self, network, change):
+        super().__init__()
+        self.network, self.change = network, change
+
+    def forward(self, x):
+        return self.network(self.change(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (lambda x: x[x.mean((1, 2, 3)).argsort()], r"student layers \['network.block1', 'network.block2'\] hold"),
+        (lambda x: x.flip(0), "hold the samples in another order"),
+        (lambda x: x + torch.randn_like(x), "draws random numbers although it runs in evaluation mode"),
+    ],
+)
+def test_it_warns_of_other_samples_as_training_does(change, warning):
+    names = ["block1", "block2"]
+    student = Changed(make_teacher(), change)
+    layers = [f"network.{name}" for name in names]
+    with pytest.warns(UserWarning, match=warning):
+        compare(student, make_teacher(), layers=layers, teacher_layers=names)
+    transfer = RepresentationTransfer(make_teacher(), dict(zip(layers, names, strict=True)))
+    with transfer.attached(student):
+        with pytest.warns(UserWarning, match=warning):
+            student(next(iter(loader()))[0])
+        transfer.loss()
+
+
 @pytest.mark.parametrize("options", [{}, {"cost": "covariance"}])
 def test_rotations(options):
     """A rotated layer is closest to the one that it was made of, as it is not for plans."""

@@ -13,7 +13,7 @@ from analysis.metric_problem import COSTS, M, N, batches, double, exact_distance
 from helpers import make_trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection, MetricTracker
+from torchmetrics import Metric, MetricCollection, MetricTracker, SumMetric
 
 from lightning_otrt import transport_distance
 from lightning_otrt.analysis.metric import NeuronTransportDistance
@@ -143,6 +143,42 @@ def test_merge_state() -> None:
     for batch in (first, second):
         both.update(*batch)
     torch.testing.assert_close(left.compute(), both.compute(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="this version of torchmetrics cannot merge states")
+def test_merged_states_count_after_a_value_was_computed() -> None:
+    first, second = batches((40, 30))
+    left, right, both = double(), double(), double()
+    left.update(*first)
+    left.compute()
+    right.update(*second)
+    left.merge_state(right.metric_state)
+    for batch in (first, second):
+        both.update(*batch)
+    torch.testing.assert_close(left.compute(), both.compute(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(Metric, "merge_state"), reason="this version of torchmetrics cannot merge states")
+@pytest.mark.parametrize(
+    "other",
+    [
+        NeuronTransportDistance(M, N),  # sums of as many numbers
+        NeuronTransportDistance(N, M, cost="euclidean"),
+        NeuronTransportDistance(N, M, plan="orthogonal"),
+        NeuronTransportDistance(N + 1, M),
+        SumMetric(),
+    ],
+)
+def test_states_of_other_sums_are_not_merged(other: Metric) -> None:
+    metric = NeuronTransportDistance(N, M)
+    metric.update(*batches((40,))[0])
+    before = metric.sums.clone()
+    with pytest.raises(ValueError, match="of the same widths and cost as"):
+        metric.merge_state(other)
+    if isinstance(other, NeuronTransportDistance) and other.sums.shape != metric.sums.shape:
+        with pytest.raises(ValueError, match="with sums of shape"):
+            metric.merge_state(other.metric_state)
+    assert torch.equal(metric.sums, before)
 
 
 def test_metric_collection_shares_statistics() -> None:

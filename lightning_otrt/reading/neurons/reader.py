@@ -51,7 +51,7 @@ def neurons(
 
     Raises:
         ValueError: If the neuron axis is ambiguous, or the shape, the mask or the tokens do not fit.
-        TypeError: If the output holds no floating-point tensor.
+        TypeError: If the output holds no floating-point tensor, or a nested one.
 
     Example:
         >>> import torch
@@ -76,12 +76,23 @@ def neurons(
             "that are added to scores have. Pass `mask == 0`."
         )
     tensor = select_tensor(output, select, where="output")
-    if mask is not None and (tensor.dim() != 3 or neuron_axis not in (2, -1) or token_grid is not None):
+    if tensor.is_nested:
+        raise TypeError(
+            "Expected argument `output` to be a dense tensor, but got a nested one. Pad it with "
+            "`torch.nested.to_padded_tensor`, and pass the `mask` of its lengths."
+        )
+    is_tokens = tensor.dim() == 3 and neuron_axis in (2, -1)
+    if not is_tokens and (prefix_tokens or token_grid is not None):
+        raise ValueError(
+            f"Expected no `prefix_tokens` and no `token_grid` for an output of shape {tuple(tensor.shape)} with "
+            f"neuron_axis={neuron_axis}: they are those of tokens (B, T, C) with neuron_axis=-1. Transpose (B, C, T)."
+        )
+    if mask is not None and (not is_tokens or token_grid is not None):
         raise ValueError(
             f"Expected no `mask` for an output of shape {tuple(tensor.shape)} with neuron_axis={neuron_axis} and "
             f"token_grid={token_grid}: padding is left out of sequences (B, T, C) with neuron_axis=-1 alone."
         )
-    if token_grid is None and tensor.dim() == 3 and neuron_axis in (2, -1) and mask is None:
+    if token_grid is None and is_tokens and mask is None:
         tokens = max(tensor.shape[1 - batch_axis] - prefix_tokens, 0)
         side = math.isqrt(tokens)
         if side * side == tokens:

@@ -12,7 +12,7 @@ from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.notices import warn
 from lightning_otrt.reading.traced.token_grid import find_token_grid, has_hidden_grid
 
-__all__ = ["warn_of_other_axes", "warn_of_other_samples"]
+__all__ = ["warn_of_hidden_grids", "warn_of_other_axes", "warn_of_other_samples"]
 
 #: The side in words, the trace of its network, and its layers.
 _Side: TypeAlias = tuple[str, Trace, list[str]]
@@ -22,7 +22,7 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
     """Warn once of noise that each network draws for itself, of samples in another order, and of unclear axes.
 
     Args:
-        pairs: The resolved pairs.
+        pairs: The layers that are matched or compared.
         student: Trace of the student.
         teacher: Trace of the teacher.
     """
@@ -33,7 +33,6 @@ def warn_of_other_samples(pairs: Sequence[LayerPair], student: Trace, teacher: T
     _warn_of_noise(sides)
     _warn_of_other_order(pairs, student, teacher)
     _warn_of_chosen_rows(pairs, sides)
-    _warn_of_hidden_grids(pairs, student, teacher)
     _warn_of_unclear_samples(sides)
 
 
@@ -71,18 +70,18 @@ def _warn_of_noise(sides: Sequence[_Side]) -> None:
 
 def _warn_of_other_order(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
     """Warn where one of two matched layers holds the samples in another order."""
-    moved: dict[str, list[str]] = {"student": [], "teacher": []}
+    moved: dict[str, dict[str, None]] = {"student": {}, "teacher": {}}
     for pair in pairs:
         found = pair.student in student.reordered, pair.teacher in teacher.reordered
         # Of chosen rows, which may stand in any order, another warning tells.
         has_chosen_rows = pair.student in student.chosen_rows or pair.teacher in teacher.chosen_rows
         if found[0] != found[1] and not has_chosen_rows:
             side, name = ("student", pair.student) if found[0] else ("teacher", pair.teacher)
-            moved[side].append(name)
+            moved[side][name] = None
     for side, layers in moved.items():
         if layers:
             warn(
-                f"The {side} layers {layers} hold the samples in another order than the inputs, such as sorted by "
+                f"The {side} layers {[*layers]} hold the samples in another order than the inputs, such as sorted by "
                 "length or flipped, and the layers that they are matched to do not. So different samples are matched. "
                 "Order the batch before both networks; packing with enforce_sorted=False needs no sorting.",
             )
@@ -121,8 +120,14 @@ def _warn_of_unclear_samples(sides: Sequence[_Side]) -> None:
             )
 
 
-def _warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
-    """Warn once where patches that no map shows are read as sequences of different lengths."""
+def warn_of_hidden_grids(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
+    """Warn once where patches that no map shows are read as sequences of different lengths.
+
+    Args:
+        pairs: The resolved pairs.
+        student: Trace of the student.
+        teacher: Trace of the teacher.
+    """
     found = []
     for pair in pairs:
         sides = (student, pair.student), (teacher, pair.teacher)

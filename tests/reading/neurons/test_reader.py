@@ -52,6 +52,21 @@ def test_square_tokens_are_a_map(prefix: int, batch_axis: int, height: int, widt
     torch.testing.assert_close(found, neurons(image, neuron_axis=1))
 
 
+@pytest.mark.parametrize("options", [{"prefix_tokens": 1}, {"token_grid": (4, 4)}])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 5, 17), 1), ((3, 5, 4, 4), 1), ((3, 4, 4, 5), -1), ((3, 5), None)])
+def test_options_of_tokens_are_refused_elsewhere(
+    shape: tuple[int, ...], axis: int | None, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"no `prefix_tokens` and no `token_grid` for an output of shape \(3, "):
+        neurons(torch.randn(shape), neuron_axis=axis, **options)
+
+
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(4, 5)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="but got a nested one"):
+        neurons(nested, neuron_axis=-1)
+
+
 def test_token_grid_need_not_be_square() -> None:
     image = torch.randn(3, 5, 6, 9)
     tokens = image.flatten(2).mT
