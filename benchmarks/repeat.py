@@ -1,8 +1,8 @@
 """Do the stored accuracies hold on the code as it is? ``python -m benchmarks.repeat`` trains a sample of them again.
 
 The tables of accuracies take days of computing, this takes an hour or two. It draws runs at random, without a look at
-their results, from all test runs with a term of this library on a CPU. Those of real checkpoints need what
-``benchmarks.real`` needs. Rows go to ``results/repeated.jsonl``, and what is there is not run again.
+their results, from all test runs on a CPU with a plan of this library or its control. Those of real checkpoints need
+what ``benchmarks.real`` needs. Rows go to ``results/repeated.jsonl``, and what is there is not run again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Group:
     def draw(self, count: int, seed: int) -> dict[Run, float]:
         """Accuracies of so many runs in random order; those of a larger count begin with those of a smaller one."""
         found = {Run.of(row): row["accuracy"] for row in self.stored if "device" not in row}
-        runs = [run for run in found if run.split == "test" and self.methods[run.method].transfer is not None]
+        methods = {name for name, method in self.methods.items() if method.ours or method.control}
+        runs = [run for run in found if run.split == "test" and run.method in methods]
         random.Random(seed).shuffle(runs)
         return {run: found[run] for run in runs[:count]}
 
@@ -69,6 +70,8 @@ def changes(stored: Mapping[Run, float], now: Results) -> dict[Run, float]:
 
 
 def _line(title: str, values: Sequence[float]) -> str:
+    if not values:
+        return f"| {title} | 0 | | | |"
     equal = sum(abs(value) < _EQUAL for value in values)
     return f"| {title} | {len(values)} | {equal} | {_signed(estimate(values))} | {max(map(abs, values)):.1f} |"
 
@@ -91,9 +94,10 @@ def section(found: Iterable[tuple[Group, Mapping[Run, float]]]) -> str:
             "",
             "`python -m benchmarks.repeat`. Tables of accuracies were measured over many commits. Runs that were drawn "
             "from them at random, without a look at their results, are trained again here on the code as it is: "
-            "accuracy now less that of the table, in points, with the 95 % interval of the mean. An interval around 0 "
-            "says that the code gives what the table says, on average; single runs differ, since another processor or "
-            "another order of operations rounds otherwise.",
+            "accuracy now less that of the table, in points, with the 95 % interval of the mean. The interval says how "
+            "far the tables may be off, on average. It is a little narrow, since some runs share a teacher. Single "
+            "runs differ: another processor, or another order of operations, rounds otherwise, and a run may end "
+            "points away.",
             "",
             "| runs | count | equal | mean change | largest change |",
             "|---|---|---|---|---|",

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from lightning_otrt.checks import check_count, check_seed
 from lightning_otrt.random_numbers import random_numbers_restored
 
 __all__ = ["FixedViews"]
 
-#: Items that a process makes twice. Of one, a flip by another generator would look the same in half of the cases.
+#: Items that are made twice. Of one, a flip by another generator would look the same in half of the cases.
 _COMPARED = 8
 
 
@@ -36,7 +36,8 @@ class FixedViews(Dataset[Any]):
 
     It works with any sampler, any number of workers, persistent or not, and transforms of torchvision, v1 and v2. Only
     the global generators of the CPU are seeded. A transform with a generator of its own (Albumentations 2) gives views
-    that do not repeat. So each process makes its first eight items twice, and raises if the two differ.
+    that do not repeat. So the first eight items are made twice, and it is an error if the two differ. (With
+    workers the first one makes eight, each other one a single item; without ``persistent_workers`` in each epoch.)
 
     Args:
         dataset: A map-style data set with random augmentation.
@@ -89,7 +90,8 @@ class FixedViews(Dataset[Any]):
         key = _as_key(index)
         view = int(torch.randint(self.views, ()))
         item = self._make(index, key, view)
-        if self._compared < _COMPARED:
+        worker = get_worker_info()
+        if self._compared < (_COMPARED if worker is None or worker.id == 0 else 1):
             self._compared += 1
             if not _same(item, self._make(index, key, view)):
                 raise RuntimeError(

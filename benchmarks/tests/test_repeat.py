@@ -34,7 +34,8 @@ def test_the_draw_does_not_depend_on_results_and_a_larger_one_begins_with_a_smal
 def test_runs_without_this_library_of_validation_or_of_a_gpu_are_not_drawn() -> None:
     plain, validation = replace(RUN, method="plain"), replace(RUN, split="validation")
     on_gpu = {**replace(RUN, seed=1).settings, "accuracy": 1.0, "device": "a card"}
-    assert group({RUN: 50.0, plain: 50.0, validation: 50.0}, on_gpu).draw(9, 0) == {RUN: 50.0}
+    alone = replace(RUN, method="kd")
+    assert group({RUN: 50.0, plain: 50.0, alone: 50.0, validation: 50.0}, on_gpu).draw(9, 0) == {RUN: 50.0}
 
 
 def test_changes_are_signed_and_split_by_control(tmp_path: Path) -> None:
@@ -46,6 +47,7 @@ def test_changes_are_signed_and_split_by_control(tmp_path: Path) -> None:
     assert "| **letters** | 6 | 3 | +1.00 ± 1.33 | 3.0 |" in page
     assert "| solved plans | 3 | 0 | +2.00 ± 2.48 | 3.0 |" in page
     assert "| controls | 3 | 3 | +0.00 ± 0.00 | 0.0 |" in page
+    assert "| **letters** | 0 | | | |" in repeat.section([(found, {})])
 
 
 def test_the_command_runs_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,8 @@ class _Table:
         crossed = [
             LayerPair(row, column, neuron_axis=(layers[0][row], layers[1][column])) for row, column in product(*layers)
         ]
-        warn_of_other_axes(*traces)
+        if not runners[1].has_inputs:
+            warn_of_other_axes(*traces)
         warn_of_other_samples(crossed, *traces)
         student, teacher = (
             OrderedSide(NetworkCall(runner.module, inputs), seen)

@@ -259,13 +259,17 @@ class NeuronTransportDistance(Metric):
         if isinstance(incoming_state, Metric):
             if not isinstance(incoming_state, NeuronTransportDistance) or _kind(self) != _kind(incoming_state):
                 raise ValueError(f"Expected a metric of the same widths and cost as {self}, but got {incoming_state}.")
-        elif (found := incoming_state["sums"].shape) != self.sums.shape:
-            raise ValueError(
-                f"Expected the state of a metric of the same widths and cost as {self}, with sums of shape "
-                f"{tuple(self.sums.shape)}, but got {tuple(found)}."
-            )
+        elif isinstance(incoming_state, dict) and "sums" in incoming_state:
+            found = getattr(incoming_state["sums"], "shape", None)
+            if found != self.sums.shape:
+                raise ValueError(
+                    f"Expected the state of a metric of the same widths and cost as {self}, with sums of shape "
+                    f"{tuple(self.sums.shape)}, but got {found and tuple(found)}."
+                )
         super().merge_state(incoming_state)
-        self._computed = None  # torchmetrics would give the value of before
+        # torchmetrics would give the value of before, and warn that there was no update.
+        self._computed = None
+        self._update_count += incoming_state._update_count if isinstance(incoming_state, Metric) else 1
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""

@@ -275,7 +275,7 @@ class Changed(nn.Module):
 @pytest.mark.parametrize(
     ("change", "warning"),
     [
-        (lambda x: x[x.mean((1, 2, 3)).argsort()], r"student layers \['network.block1', 'network.block2'\] hold"),
+        (lambda x: x[x.mean((1, 2, 3)).argsort()], "student layers 'network.block1', 'network.block2' hold"),
         (lambda x: x.flip(0), "hold the samples in another order"),
         (lambda x: x + torch.randn_like(x), "draws random numbers although it runs in evaluation mode"),
     ],
@@ -291,6 +291,37 @@ def test_it_warns_of_other_samples_as_training_does(change, warning):
         with pytest.warns(UserWarning, match=warning):
             student(next(iter(loader()))[0])
         transfer.loss()
+
+
+def test_a_table_of_positions_holds_no_samples():
+    """Also where there are as many samples as tokens."""
+
+    class Learned(Sequence):
+        def __init__(self):
+            super().__init__()
+            self.positions = nn.Embedding(6, 5)
+
+        def forward(self, x):
+            return self.head((self.embed(x[:, 0, :6]) + self.positions(torch.arange(6)[None])).mean(1))
+
+    data = [(x[:6], y[:6]) for x, y in loader()]
+    assert compare(Learned(), Learned(), data, layers=["embed", "positions"]).samples == 6 * len(data)
+
+
+def test_it_warns_of_samples_along_another_axis():
+    class Recurrent(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            self.rnn, self.out = nn.GRU(4, 5, batch_first=batch_first), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.out(self.rnn(x)[0])
+
+    data = [torch.randn(6, 6, 4) for _ in range(2)]
+    with pytest.warns(UserWarning, match="samples along axis"):
+        compare(Recurrent(True), Recurrent(False), data, layers=["rnn"])
+    options = {"layers": ["rnn"], "teacher_inputs": lambda x: x.transpose(0, 1)}
+    assert compare(Recurrent(True), Recurrent(False), data, **options).samples == 12
 
 
 @pytest.mark.parametrize("options", [{}, {"cost": "covariance"}])

@@ -153,6 +153,9 @@ def test_merged_states_count_after_a_value_was_computed() -> None:
     left.compute()
     right.update(*second)
     left.merge_state(right.metric_state)
+    fresh = double()
+    fresh.merge_state(left)
+    torch.testing.assert_close(fresh.compute(), left.compute())
     for batch in (first, second):
         both.update(*batch)
     torch.testing.assert_close(left.compute(), both.compute(), rtol=0, atol=1e-12)
@@ -178,6 +181,9 @@ def test_states_of_other_sums_are_not_merged(other: Metric) -> None:
     if isinstance(other, NeuronTransportDistance) and other.sums.shape != metric.sums.shape:
         with pytest.raises(ValueError, match="with sums of shape"):
             metric.merge_state(other.metric_state)
+    for state in ({}, {"x": 1}, None, {"sums": 1.0}):
+        with pytest.raises(ValueError, match="Expected"):
+            metric.merge_state(state)
     assert torch.equal(metric.sums, before)
 
 

@@ -101,7 +101,8 @@ def _settled(traced: Trace, first: _Profiles, second: _Profiles, move: _Move, is
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0] if axes else tensor.batch_axis)
             elif is_moved and len(tensor.shape) == 3 and axes == [1 - tensor.batch_axis]:
                 sides[suffix] = tensor = replace(tensor, batch_axis=axes[0])
-            if is_moved and _is_reordered(first[name], second[name], tensor.batch_axis, traced.batch_size, move):
+            moved = first[name], second[name], tensor.batch_axis, traced.batch_size, move
+            if is_moved and not _is_table(tensor) and _is_reordered(*moved):
                 reordered.append(name)
         layers.append(replace(layer, output=sides[""], input=sides[INPUT], parts=_parts(layer, sides[""])))
     return replace(traced, layers=tuple(layers), reordered=tuple(reordered), unclear_axes=tuple(still))
@@ -114,6 +115,11 @@ def _tensors_of(traced: Trace) -> list[TracedTensor]:
 
 def _has_axis(tensor: TracedTensor, axis: int) -> bool:
     return len(tensor.shape) == 3 and tensor.batch_axis == axis
+
+
+def _is_table(tensor: TracedTensor) -> bool:
+    """Whether a tensor ``(1, T, C)`` is the same for all samples, such as that of learned positions, also if B is T."""
+    return len(tensor.shape) == 3 and tensor.shape[0] == 1
 
 
 def _parts(layer: TracedLayer, output: TracedTensor | None) -> tuple[tuple[str | int, TracedTensor], ...]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from lightning_otrt.layers.names import listed
 from lightning_otrt.layers.pairs import LayerPair
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.notices import warn
@@ -14,6 +15,8 @@ from lightning_otrt.reading.traced.token_grid import find_token_grid, has_hidden
 
 __all__ = ["warn_of_hidden_grids", "warn_of_other_axes", "warn_of_other_samples"]
 
+#: Layers that a warning names; the others it counts.
+_SHOWN = 8
 #: The side in words, the trace of its network, and its layers.
 _Side: TypeAlias = tuple[str, Trace, list[str]]
 
@@ -81,9 +84,10 @@ def _warn_of_other_order(pairs: Sequence[LayerPair], student: Trace, teacher: Tr
     for side, layers in moved.items():
         if layers:
             warn(
-                f"The {side} layers {[*layers]} hold the samples in another order than the inputs, such as sorted by "
-                "length or flipped, and the layers that they are matched to do not. So different samples are matched. "
-                "Order the batch before both networks; packing with enforce_sorted=False needs no sorting.",
+                f"The {side} layers {listed([*layers], _SHOWN)} hold the samples in another order than the "
+                "inputs, such as sorted by length or flipped, and the layers that they are matched to do not. So "
+                "different samples are matched. Order the batch before both networks; packing with "
+                "enforce_sorted=False needs no sorting.",
             )
 
 

@@ -126,9 +126,9 @@ def test_samples_that_are_sorted_inside():
     sorting, plain = Padded(8, sorts=True), Padded(8, sorts=False)
     assert "rnn" in trace(sorting, inputs).reordered
     assert trace(plain, inputs).reordered == ()
-    with pytest.warns(UserWarning, match=r"student layers \['rnn'\] hold the samples in another order"):
+    with pytest.warns(UserWarning, match=r"student layers 'rnn' hold the samples in another order"):
         term(sorting, Padded(16, sorts=False), {"rnn": "rnn"}, *inputs)
-    with pytest.warns(UserWarning, match=r"teacher layers \['rnn'\] hold the samples in another order"):
+    with pytest.warns(UserWarning, match=r"teacher layers 'rnn' hold the samples in another order"):
         term(plain, Padded(16, sorts=True), {"rnn": "rnn"}, *inputs)
 
 
@@ -331,5 +331,5 @@ def test_samples_that_code_puts_into_another_order(name: str, is_flat: bool) -> 
     for student, teacher, side in ((odd, plain, "student"), (plain, odd, "teacher")):
         found = _warnings_of(student, teacher, x)
         assert len(found) == (name in ORDERS)
-        assert all(f"The {side} layers ['first'] hold the samples in another order" in text for text in found)
+        assert all(f"The {side} layers 'first' hold the samples in another order" in text for text in found)
     assert not _warnings_of(odd, Ordered(6, change, undo, is_flat=is_flat), x)
