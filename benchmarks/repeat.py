@@ -8,6 +8,7 @@ what ``benchmarks.real`` needs. Rows go to ``results/repeated.jsonl``, and what 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def _line(title: str, values: Sequence[float]) -> str:
 
 
 def _signed(found: Estimate) -> str:
-    return f"{found.mean:+.2f} ± {found.half_width:.2f}"
+    return f"{found.mean:+.2f}" + ("" if math.isnan(found.half_width) else f" ± {found.half_width:.2f}")
 
 
 def section(found: Iterable[tuple[Group, Mapping[Run, float]]]) -> str:
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60, help="runs of letters and digits; of real ones half as many")
     parser.add_argument("--seed", type=int, default=0, help="another draw")
+    parser.add_argument("--report", action="store_true", help="write the report from what is there, run nothing")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the page and its rows go")
     options = parser.parse_args(arguments)
     now = Results(options.folder / REPEATED)
@@ -118,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = []
     for group, count in zip(groups(), (options.count, options.count // 2), strict=True):
         stored = group.draw(count, options.seed)
-        complete(stored, now, group.execute, title=group.title)
+        if not options.report:
+            complete(stored, now, group.execute, title=group.title)
         found.append((group, changes(stored, now)))
     print(f"Report: {write_page(section(found), options.folder, measured=is_new)}")
 

@@ -54,6 +54,9 @@ def test_the_command_runs_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(repeat, "groups", lambda: [group({replace(RUN, seed=seed): 50.0 for seed in range(4)})] * 2)
     repeat.main(["--count", "4", "--folder", str(tmp_path)])
     assert len((tmp_path / repeat.REPEATED).read_text().splitlines()) == 4
+    repeat.main(["--report", "--count", "2", "--folder", str(tmp_path)])
+    assert "| **letters** | 1 | 0 | +0.50 | 0.5 |" in (tmp_path / "repeated_runs.md").read_text()
+    repeat.main(["--count", "4", "--folder", str(tmp_path)])
     assert "| **letters** | 2 | 0 | +0.50 ± 0.00 | 0.5 |" in (tmp_path / "repeated_runs.md").read_text()
 
 
