@@ -10,10 +10,10 @@ from benchmarks.evidence.runs import Results, Run
 from benchmarks.real.cells import CELLS, DATA, CellTuning
 from benchmarks.real.methods import DEFAULT, ORTHOGONAL, PLAIN
 
-#: Plain training, rivals, the default, the recipe with and without distillation beside their controls, and the frozen
-#: teacher.
+#: Plain training, rivals (L2-SP in fine-tuning), the default, the recipe with and without distillation beside their
+#: controls, and the frozen teacher.
 METHODS = (
-    *(PLAIN, "kd", "fitnets", "cka", DEFAULT, ORTHOGONAL, "random-orthogonal"),
+    *(PLAIN, "kd", "fitnets", "cka", "l2-sp", DEFAULT, ORTHOGONAL, "random-orthogonal"),
     *("orthogonal+kd", "random-orthogonal+kd", "frozen"),
 )
 
@@ -75,7 +75,7 @@ def _confirmation(cell: str, *, target: str = "", pair: str = "", per_class: int
         title=title,
         tuning=tuning,
         targets=(target,),
-        methods=METHODS,
+        methods=tuple(name for name in theirs.methods if name in METHODS),
         per_class=(count,),
         changes=changes,
     )
@@ -92,4 +92,8 @@ CONFIRMATIONS: Mapping[str, Experiment] = {
     "fashion-20-lite2": _confirmation("fashion-20-resnet10", pair=_OTHER_TEACHER),
     "many-fashion-resnet10": _confirmation("fashion-100-resnet10", per_class=1000, steps=1000),
     "many-sections-bert2": _confirmation("sections-100-bert2", per_class=1000, steps=1000),
+    "more-fashion-finetune": _confirmation("fashion-20-finetune", per_class=100, steps=120),
+    "many-sections-bert3": _confirmation("sections-100-bert3", per_class=1000, steps=1000),
+    "many-fashion-mobilenet": _confirmation("fashion-100-mobilenet", per_class=1000, steps=1000),
+    "many-fashion-finetune": _confirmation("fashion-20-finetune", per_class=1000, steps=500),
 }

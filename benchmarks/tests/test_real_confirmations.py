@@ -27,7 +27,8 @@ def tuned(folder: Path, name: str) -> Results:
             if run not in results:
                 results.add(run, found(run))
 
-    tune(CELLS[name].tuning, list(METHODS), results, complete)
+    methods = [method for method in CELLS[name].methods if method in METHODS]
+    tune(CELLS[name].tuning, methods, results, complete)
     return results
 
 
@@ -46,11 +47,12 @@ def test_choices_are_those_of_the_other_cell(name: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(command, "execute", execute)
     command.run(name, cell, Results(tmp_path / f"{name}.jsonl"), seeds=2)
     # Nothing is tuned: each run is a test with the choice of the other cell, on other data or with other networks.
-    assert len(done) == 2 * len(METHODS)
+    assert len(done) == 2 * len(cell.methods)
+    assert ("l2-sp" in cell.methods) is (theirs.tuning.setting == "copied")
     for run in done:
         choice = theirs.tuning.choice(run.method, rows)
         assert (run.lr, run.weight_decay, run.weight) == (choice.lr, choice.weight_decay, choice.weight)
-        assert (run.split, run.setting, run.steps) == ("test", "scratch", cell.changes["steps"])
+        assert (run.split, run.setting, run.steps) == ("test", theirs.tuning.setting, cell.changes["steps"])
         task = run.target, run.pair, run.per_class
         assert task == (cell.targets[0], cell.changes["pair"], cell.per_class[0])
         assert task != (theirs.targets[0], theirs.tuning.pair, theirs.per_class[0])
