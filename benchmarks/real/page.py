@@ -51,8 +51,8 @@ Images are 64 × 64, texts 48 tokens.
 - The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
 
 _CONFIRMED = """\
-Other data, other classes, twice as many classes, and another teacher. Weight, learning rate and weight decay of each
-method are those that another cell has tuned on its own data; it is named below each table."""
+Other data, other classes, twice as many classes, another teacher, and more labels. Weight, learning rate and weight
+decay of each method are those that another cell has tuned on its own data; it is named below each table."""
 
 
 def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder: Path) -> str:
@@ -87,7 +87,7 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
         lines += [f"## {one.experiment.title}", "", f"`{command}{_device(one)}", ""]
         lines += [*cell_table(one, tests[name], times), *_other_runs(one), *_choices(one)]
     if missing := _missing(found, cells):
-        lines += ["## Cells not run yet", "", *missing, ""]
+        lines += ["## Cells not tuned, or not complete", "", *missing, ""]
     return "\n".join(lines)
 
 
@@ -206,7 +206,7 @@ def _missing(found: Mapping[str, Found], cells: Mapping[str, Experiment]) -> lis
     lines = []
     for name, cell in cells.items():
         if name not in found:
-            lines.append(f"- {cell.title}: `{name}`")
+            lines.append(f"- {cell.title}: `{name}`{_instead(cell, found)}")
             continue
         counts = {method: len(of_seed) for method, of_seed in accuracies(found[name]).items()}
         parts = [f"{label(method)} {cell.seeds - counts.get(method, 0)}" for method in cell.methods]
@@ -214,3 +214,16 @@ def _missing(found: Mapping[str, Found], cells: Mapping[str, Experiment]) -> lis
         if short:
             lines.append(f"- {cell.title}: `{name}`, missing seeds of {', '.join(short)}")
     return lines
+
+
+def _instead(cell: Experiment, found: Mapping[str, Found]) -> str:
+    """Which cell has the same networks, data and number of labels, and takes over what another cell has tuned."""
+
+    def task(one: Experiment) -> tuple[object, ...]:
+        return one.changes.get("pair", one.tuning.pair), one.targets, one.per_class, one.tuning.setting
+
+    for name, one in found.items():
+        tuning = one.experiment.tuning
+        if isinstance(tuning, TakenOver) and task(one.experiment) == task(cell):
+            return f"; it ran with the options of `{tuning.cell}`, in `{name}`"
+    return ""

@@ -62,6 +62,9 @@ def test_choices_are_those_of_the_other_cell(name: str, tmp_path: Path, monkeypa
     text = page({one: results.get(one, Results(tmp_path / one)) for one in command.ALL}, command.ALL, tmp_path)
     assert f"What tuning chose in `{cell.tuning.cell}`" in text
     assert cell.title in text.partition("where nothing was tuned")[2].partition("\n## ")[0]
+    # A cell with more labels stands in for one that is planned: the page says so.
+    instead = text.count(f"; it ran with the options of `{cell.tuning.cell}`, in `{name}`")
+    assert instead == ("options of" in cell.title)
 
 
 def test_without_the_other_cell() -> None:

@@ -55,7 +55,7 @@ def test_every_method_is_reported_those_that_lost_too(tmp_path: Path) -> None:
     assert lost.endswith("| 54 |")
     assert "Layers: `a -> b`" in text
     # The last cell of the plan, and nothing of the one that is complete.
-    missing = text.partition("## Cells not run yet")[2]
+    missing = text.partition("## Cells not tuned, or not complete")[2]
     assert list(CELLS)[-1] in missing
     assert NAME not in missing
     assert f"{14 * (12 + 2 + 5) - 6} runs, {(14 * 19 - 6) * 36 / 3600:.1f} hours" in text
@@ -90,7 +90,7 @@ def test_a_family_corrects_as_comparisons_with_one_method_do() -> None:
 @pytest.mark.parametrize("seeds", [0, 2])
 def test_what_is_missing_is_named(tmp_path: Path, seeds: int) -> None:
     text = write(tmp_path, filled(tmp_path / "rows.jsonl", seeds=seeds))
-    missing = text.partition("## Cells not run yet")[2]
+    missing = text.partition("## Cells not tuned, or not complete")[2]
     assert f"`{NAME}`" in missing
     assert (f"missing seeds of {label('plain')} 3" in missing) == (seeds == 2)
 
