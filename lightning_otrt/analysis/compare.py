@@ -29,10 +29,12 @@ from lightning_otrt.reading.traced.network_call import NetworkCall
 from lightning_otrt.reading.tracer import trace
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
 from lightning_otrt.reading.warnings.samples import warn_of_other_axes, warn_of_other_samples
+from lightning_otrt.steps.first_batch import dead_neurons
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.frozen.past_states import PastStates
 from lightning_otrt.teacher.frozen.teacher_call import TeacherCall
 from lightning_otrt.teacher.loading.load import TeacherSource, load_teacher
+from lightning_otrt.transport.correlation import CorrelationCost
 from lightning_otrt.transport.tensor_checks import check_finite
 
 __all__ = ["compare_representations"]
@@ -199,6 +201,8 @@ class _Table:
         for side, readings in (("Student", student), ("Teacher", teacher)):
             for name, reading in readings.items():
                 check_finite(reading, f"{side} layer {name!r}")
+                if self.samples == 0 and self.options["cost"] == "correlation":
+                    _warn_of_dead(f"{side} layer {name!r}", reading)
         self.samples += next(iter(student.values())).shape[0]
         shuffled = {column: self.others(column, x) for column, x in teacher.items()}
         for row, y in student.items():
@@ -269,6 +273,14 @@ class _Table:
         """Remove all hooks."""
         for observer in self.observers:
             observer.remove()
+
+
+def _warn_of_dead(where: str, reading: Tensor) -> None:
+    """Warn where most neurons of a reading ``(B, N, *positions)`` are dead, so that its distances say nothing."""
+    neurons = reading.transpose(0, 1).flatten(1)
+    if neurons.shape[1] >= CorrelationCost.min_observations:
+        for text in dead_neurons(where, neurons, "Check its inputs and weights", "cost='euclidean'"):
+            warn(text)
 
 
 def _batches(dataloader: Iterable[Any], max_batches: int | None, progress: bool) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from lightning_otrt.transport.moments import DEAD_SHARE
 from lightning_otrt.transport.tensor_checks import check_values
 from lightning_otrt.transport.tensors import norms
 
-__all__ = ["inspect_batch", "inspect_plan"]
+__all__ = ["dead_neurons", "inspect_batch", "inspect_plan"]
 
 #: From this epsilon on a plan may match nothing. It does if its entropy is this share of the largest or more.
 BLURRING_EPSILON = 0.05
@@ -49,8 +49,8 @@ def inspect_batch(
         yield from _huge_neurons((student, teacher), (y, x), epsilon)
     # With a single observation every neuron is constant, which says nothing about it.
     if cost.min_observations <= y.shape[-1] and isinstance(cost, CorrelationCost):
-        yield from _dead_neurons(student, y, "Check its activations and the learning rate", otherwise)
-        yield from _dead_neurons(teacher, x, "Check its weights and `teacher_inputs`", otherwise)
+        yield from dead_neurons(student, y, "Check its activations and the learning rate", otherwise)
+        yield from dead_neurons(teacher, x, "Check its weights and `teacher_inputs`", otherwise)
 
 
 def inspect_plan(names: tuple[str, str], plan: Plan | None, epsilon: float) -> Iterator[str]:
@@ -67,20 +67,21 @@ def inspect_plan(names: tuple[str, str], plan: Plan | None, epsilon: float) -> I
         )
 
 
-def _dead_neurons(where: str, neurons: Tensor, advice: str, otherwise: str) -> Iterator[str]:
+def dead_neurons(where: str, neurons: Tensor, advice: str, otherwise: str) -> Iterator[str]:
+    """Warnings where most neurons ``(N, n)`` of a layer, or all of them, count as dead."""
     count = neurons.shape[0]
     # A few observations are nearly always enough to see that most neurons are alive.
     if 2 * _overshadowed(neurons[:, :64]) > count and 2 * (overshadowed := _overshadowed(neurons)) > count:
         yield (
             f"{where}: {overshadowed} of its {count} neurons vary by less than {DEAD_SHARE:g} of the layer's mean, "
-            "which a few huge ones make large, and count as dead: a correlation with them has no gradient. "
+            "which a few huge ones make large, and count as dead: they correlate with no neuron and have no gradient. "
             f"{advice}, or choose a layer behind a normalisation."
         )
     first = neurons[:, :1]
     if torch.equal(neurons[:, -1:], first) and torch.equal(neurons, first.expand_as(neurons)):
         yield (
-            f"{where} is constant over the first batch: all of its {count} neurons are dead, and a "
-            f"correlation with dead neurons has no gradient. {advice}, or use {otherwise}."
+            f"{where} is constant over the first batch: all of its {count} neurons are dead. They correlate with no "
+            f"neuron and have no gradient. {advice}, or use {otherwise}."
         )
 
 

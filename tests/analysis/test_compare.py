@@ -261,6 +261,18 @@ def test_a_plan_that_is_not_found_is_nan_and_told(monkeypatch):
     assert result.distances.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_it_warns_of_dead_neurons(side):
+    """One huge neuron makes the others count as dead, in every cost that is a correlation."""
+    pair = [make_teacher(), make_teacher()]
+    with torch.no_grad():
+        pair[side].block2[0].weight[0] *= 1e6
+    expected = pytest.warns(UserWarning, match=r"layer 'block2': \d+ of its \d+ neurons vary by less than")
+    with expected:
+        compare(*pair, layers="block2")
+    compare(*pair, layers="block2", cost="euclidean")
+
+
 class Changed(nn.Module):
     """A network behind a change of its inputs."""
 
