@@ -98,6 +98,8 @@ _FEW = (
     *("rotation+distillation", "rotation-random+distillation", f"{DEFAULT}+distillation", "random+distillation"),
 )
 _FEW_SAME = tuple(name.replace("lwf", "kd") for name in _FEW)
+#: The rotation and its control alone, too.
+_ROTATION = ("rotation", "rotation-random")
 #: Variants of a method that stands beside them, and what is not made for a student that starts with features.
 _COPIED = ("fitnets-pooled", "fitnets+lwf", "relational", "crd", "ot-penultimate-memory", "ot-later", "ot-blocks+lwf")
 _VALIDATION = {"split": "validation"}
@@ -159,8 +161,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "compression": Experiment(
         "Setting 2: compression, A–Z and 0–9, 10 labels per class", _SAME, ("source",), _methods("2")
     ),
-    "curve": Experiment("Labels per class, setting 3", _NEW, FRESH, _FEW, CURVE, FEW_SEEDS),
-    "curve-compression": Experiment("Labels per class, setting 2", _SAME, ("source",), _FEW_SAME, CURVE, FEW_SEEDS),
+    "curve": Experiment("Labels per class, setting 3", _NEW, FRESH, (*_FEW, *_ROTATION), CURVE, FEW_SEEDS),
+    "curve-compression": Experiment(
+        "Labels per class, setting 2", _SAME, ("source",), (*_FEW_SAME, *_ROTATION), CURVE, FEW_SEEDS
+    ),
     "copied": Experiment(
         "Setting 1: student copied from the teacher, 10 labels per class, 200 steps",
         Tuning("1", steps=200),
@@ -179,7 +183,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Setting 3 with an unlabelled pool, 5 labels per class",
         Tuning("3", per_class=5, pool=True),
         ("greek",),
-        (*_FEW, "ot-later"),
+        (*_FEW, *_ROTATION, "ot-later"),
         (5,),
         FEW_SEEDS,
     ),
@@ -223,16 +227,26 @@ EXPERIMENTS: dict[str, Experiment] = {
         changes=_VALIDATION,
     ),
     "wide": Experiment(
-        "A wider pair, 64-128-256 → 16-32-64", _NEW, ("greek",), _FEW, seeds=FEW_SEEDS, changes={"pair": "wide"}
+        "A wider pair, 64-128-256 → 16-32-64",
+        _NEW,
+        ("greek",),
+        (*_FEW, *_ROTATION),
+        seeds=FEW_SEEDS,
+        changes={"pair": "wide"},
     ),
     "residual": Experiment(
-        "A residual pair, ResNet-20 → ResNet-8", _NEW, ("greek",), _FEW, seeds=FEW_SEEDS, changes={"pair": "residual"}
+        "A residual pair, ResNet-20 → ResNet-8",
+        _NEW,
+        ("greek",),
+        (*_FEW, *_ROTATION),
+        seeds=FEW_SEEDS,
+        changes={"pair": "residual"},
     ),
     "transformer": Experiment(
         "A small transformer pair, 48 labels per class, 800 steps",
         _TRANSFORMER,
         ("greek",),
-        _FEW,
+        (*_FEW, *_ROTATION),
         (48,),
         FEW_SEEDS,
     ),
