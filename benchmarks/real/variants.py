@@ -1,16 +1,19 @@
-"""Other layers, and `plan="auto"`: ``python -m benchmarks.real.variants``, an hour and a half of one core.
+"""Other layers, couplings and `plan="auto"`: ``python -m benchmarks.real.variants``, two hours of one core.
 
 A student of two layers follows a teacher of six. ``layers="auto"`` takes the third and the last of these, at the same
 relative depths; here students follow other ones. And where some pairs of layers are linear streams and others are not,
-``plan="auto"`` takes a rotation for the first and a transport plan for the others.
+``plan="auto"`` takes a rotation for the first and a transport plan for the others. On texts CKA leads, whose gradient
+follows the cross-correlation with its singular values; a rotation has them all set to 1. So the coupling alone is
+changed, too.
 
 Students of cells of ``python -m benchmarks.real`` are trained on validation samples, with the options that tuning chose
-for the method as it is. Rows are appended to a file; the command continues where it was stopped.
+for the method as it is; couplings that are in no cell are tuned as those are. Rows are appended to a file; the command
+continues where it was stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from benchmarks.evidence.report import gather, p_value, signed
 from benchmarks.evidence.runs import Results, Run, complete
 from benchmarks.evidence.statistics import estimate, family
+from benchmarks.evidence.tuning import tune
 from benchmarks.pages import write_page
 from benchmarks.real.__main__ import RESULTS
 from benchmarks.real.cells import CELLS, label
@@ -82,6 +86,45 @@ PLANS = {
 }
 
 
+#: Where CKA leads, the methods of that cell beside which the couplings stand, and the couplings.
+TEXTS = "sections-20-bert2"
+BESIDE = ("cka", ORTHOGONAL, DEFAULT)
+COUPLINGS = ("correlated", "correlated-raw", "rotated", "linear")
+
+
+def tuned(results: Results) -> dict[str, list[Run]]:
+    """Tune the couplings, as the methods of the cell are tuned; the runs of each method, on validation samples."""
+
+    def go(runs: Sequence[Run], title: str) -> None:
+        check_texts(runs, results)
+        complete(runs, results, execute, title=f"couplings, {title}")
+
+    experiment = CELLS[TEXTS]
+    target, per_class = experiment.targets[0], experiment.per_class[0]
+    choices = {name: experiment.tuning.choice(name, Results(RESULTS / f"{TEXTS}.jsonl")) for name in BESIDE}
+    choices |= tune(experiment.tuning, list(COUPLINGS), results, go)
+    found = {name: experiment.run(name, choice, target, per_class, 0) for name, choice in choices.items()}
+    return {name: [replace(run, split="validation", seed=seed) for seed in SEEDS] for name, run in found.items()}
+
+
+def couplings(runs: Mapping[str, Sequence[Run]], results: Results) -> list[str]:
+    """Accuracies of methods by their runs, and their differences to CKA and to the rotation."""
+    values = {name: {run.seed: float(results[run]["accuracy"]) for run in each} for name, each in runs.items()}
+    pairs = [(name, other) for other in BESIDE[:2] for name in values if name != other]
+    tests = family({(name, other): (values[name], values[other]) for name, other in pairs})
+    lines = [
+        "| coupling | accuracy, % | learning rate | weight | to CKA | to the rotation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, each in runs.items():
+        cells = [label(name), str(estimate(list(values[name].values()))), f"{each[0].lr:g}", f"{each[0].weight:g}"]
+        for other in BESIDE[:2]:
+            test = tests.get((name, other))
+            cells.append("" if test is None else f"{signed(test.gain)} (p {p_value(test.corrected)})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def table(rows: Iterable[Variant], results: Results, header: Iterable[str]) -> list[str]:
     """Accuracies of the rows, and their differences to the first one, corrected over the table."""
     rows = list(rows)
@@ -115,6 +158,10 @@ def main() -> None:
     ]
     check_texts(everything, results)
     complete(everything, results, execute, title="variants")
+    coupled = tuned(results)
+    complete(
+        [each[number] for number in range(len(SEEDS)) for each in coupled.values()], results, execute, title="runs"
+    )
     lines = [
         "# Layers and plans on real checkpoints",
         "",
@@ -129,6 +176,13 @@ def main() -> None:
         'layer of the student; `layers="auto"` takes 3 and 6, and options were tuned for these.',
         "",
         *table(LAYERS, results, ["layers", *(cell for name in LAYERS[0].methods for cell in (label(name), "to 3; 6"))]),
+        "## What CKA owes its lead on texts to",
+        "",
+        "The same pair and texts. CKA pulls the student towards C x, with C the cross-correlation of the batch; *CKA as "
+        "a coupling* does so with the C of the running moments, and a rotation is that C with all singular values set "
+        "to 1. *Raw* neurons keep their scale. Each coupling is tuned as the methods of the cell are.",
+        "",
+        *couplings(coupled, results),
         "## A plan for each pair of layers",
         "",
         "EfficientNet-Lite0's blocks end in linear bottlenecks, and its last layer in ReLU6. For the first four pairs "
