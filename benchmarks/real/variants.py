@@ -178,8 +178,8 @@ def main() -> None:
         *table(LAYERS, results, ["layers", *(cell for name in LAYERS[0].methods for cell in (label(name), "to 3; 6"))]),
         "## What CKA owes its lead on texts to",
         "",
-        "The same pair and texts. CKA pulls the student towards C x, with C the cross-correlation of the batch; *CKA as "
-        "a coupling* does so with the C of the running moments, and a rotation is that C with all singular values set "
+        "The same pair and texts. CKA pulls the student towards C x, with C the cross-correlation of the batch; *CKA "
+        "as a coupling* does so with the C of the running moments, and a rotation is that C with all singular values set "
         "to 1. *Raw* neurons keep their scale. Each coupling is tuned as the methods of the cell are.",
         "",
         *couplings(coupled, results),

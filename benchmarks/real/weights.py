@@ -80,7 +80,7 @@ def runs(cell: str, method: str) -> dict[float, list[Run]]:
 
 
 def with_suggested(runs: list[Run], plan: str) -> list[Run]:
-    """The runs with the weight that is suggested on the first seed, rounded: another machine suggests a little other."""
+    """The runs with the weight that is suggested on the first seed, rounded so that it is the same on all machines."""
     weight = float(round(suggested(runs[0], problem_of(runs[0]), plan)))
     return [replace(run, weight=weight) for run in runs]
 
