@@ -179,8 +179,8 @@ def main() -> None:
         "## What CKA owes its lead on texts to",
         "",
         "The same pair and texts. CKA pulls the student towards C x, with C the cross-correlation of the batch; *CKA "
-        "as a coupling* does so with the C of the running moments, and a rotation is that C with all singular values set "
-        "to 1. *Raw* neurons keep their scale. Each coupling is tuned as the methods of the cell are.",
+        "as a coupling* does so with the C of the running moments, and a rotation is that C with all singular values "
+        "set to 1. *Raw* neurons keep their scale. Each coupling is tuned as the methods of the cell are.",
         "",
         *couplings(coupled, results),
         "## A plan for each pair of layers",
