@@ -69,7 +69,7 @@ class SampleCache:
         self._at_exit: weakref.finalize[..., SampleCache] | None = None
         self._dtype = torch.float32
         self._forms = Forms()
-        self._epochs = self._seen = self._hits_of_run = 0
+        self._epochs = self._seen = self._hits_of_run = self._known_before = 0
         self._useless = False
 
     @classmethod
@@ -112,11 +112,14 @@ class SampleCache:
         # Each run may have data of its own, such as another fold.
         self._epochs = self._seen = self._hits_of_run = 0
         self._useless = False
+        assert self.store is not None
+        self._known_before = self.store.samples
 
     def reopen(self, fingerprint: str) -> None:
         """Go on with the store of another teacher, such as this one after a change."""
         self.flush()
         self.store, self._fingerprint, self._epochs = self.options.open(fingerprint), fingerprint, 0
+        self._known_before = self.store.samples
         self._write_at_exit(self.store)
 
     @torch.no_grad()
@@ -215,8 +218,9 @@ class SampleCache:
         """
         self.flush()
         self._epochs += self._seen > 0
-        has_all = self.store is not None and not self.store.is_full
-        if has_all and self._epochs >= PATIENCE and not self._hits_of_run and not self._useless:
+        # A store that was full before holds no sample of this run that could come again.
+        may_hit = self.store is not None and (not self.store.is_full or self.store.samples > self._known_before)
+        if may_hit and self._epochs >= PATIENCE and not self._hits_of_run and not self._useless:
             self._useless = True
             warn(
                 f"In {self._epochs} epochs no sample came a second time, so that `teacher_cache` saved nothing. It "

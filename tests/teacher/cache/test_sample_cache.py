@@ -25,6 +25,8 @@ from lightning_otrt.teacher.cache.sample_cache import CannotCacheError, SampleCa
 torch.manual_seed(0)
 X = torch.randn(40, 3)
 MIX = torch.randn(3, 3)
+#: Of one sample: 13 numbers, filled up to 16, and its keys.
+BYTES = 16 * 4 + 40
 
 
 class Teacher:
@@ -369,6 +371,26 @@ class TestEpochs:
         self.run(cache, [X[24:32]])
         self.run(cache, [X[24:32]])
         assert (cache.store.samples, cache.hits) == (32, 16), "one came again, so others may, too"
+
+    def test_new_samples_that_fill_the_cache(self) -> None:
+        """Then two things are said: that it is full, and that no sample comes again."""
+        cache = opened(TeacherCache(limit=20 * BYTES))
+        with pytest.warns(UserWarning, match="takes no more samples"):
+            self.run(cache, [X[:8], X[8:16], X[16:24]])
+        with pytest.warns(UserWarning, match=r"In 2 epochs no sample came a second time.*FixedViews"):
+            self.run(cache, [X[24:32]])
+
+    def test_a_folder_that_is_full_of_other_data(self, tmp_path: Path) -> None:
+        """Its samples are not those of this run, which may well come again."""
+        limit = 20 * BYTES
+        with pytest.warns(UserWarning, match="takes no more samples"):
+            self.run(opened(TeacherCache(tmp_path, limit=limit)), [X[:8], X[8:16], X[16:24]])
+        again = opened(TeacherCache(tmp_path, limit=limit))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*second time")
+            warnings.filterwarnings("ignore", message=".*takes no more")
+            for _ in range(3):
+                self.run(again, [X[24:32]])
 
     def test_each_run_is_counted_by_itself(self) -> None:
         """Folds with one callback and an epoch each: no sample comes again in the first ones."""
