@@ -44,11 +44,16 @@ def fake_gpu() -> Iterator[None]:
     - the checksum of the teacher's weights, and the check that the student has none of them, when it is attached;
     - the generators of random numbers and the buffers that are restored after the trace of the first batch, and the
       values of its masks;
+    - the look at the trace whether neurons are rectified;
     - the comparison of what the first layer gets in evaluation and in training, in the first forward;
     - the checks of the values and plans of the first batch, and the monitor's look whether the student is a copy;
     - the read of the gradient of the logits in the first backward pass, in the next step;
     - the look whether states are zeros, in the first forward, and the copy of its result to the host in later ones;
     - the read of the flags for values that are not finite, every ``log_every_n_steps`` and at the end.
+
+    Weights of another precision are made on the device, since torch cannot convert fake ones in place: the types of
+    ``precision="bf16-true"`` and of ``teacher_dtype`` are those of ``test_types``. ``plan="static"``, ``plan="exact"``
+    and costs that users write do wait, as the docs say (docs/options.md).
 
     Sinkhorn makes few updates, all of which are alike.
     """
@@ -58,6 +63,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("torch.random.fork_rng", lambda devices: contextlib.nullcontext())
         patch.setattr("lightning_otrt.reading.tracer.random_state", lambda *_: [])
         patch.setattr("lightning_otrt.reading.extra_forwards.evaluation._restore_buffers", lambda module, saved: None)
+        patch.setattr("lightning_otrt.reading.tracer.is_rectified", lambda value: False)
         patch.setattr("lightning_otrt.reading.warnings.train_only._is_same", lambda before, now: True)
         patch.setattr("lightning_otrt.reading.masks.shown_padding.padded_arguments", lambda call, is_inner: ())
         patch.setattr("lightning_otrt.reading.masks.search._is_causal", lambda valid, mask: False)

@@ -16,7 +16,7 @@ from old_versions import needs_cuda_build, needs_fake_cuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
-from trainer.fake_gpu import BATCH, STEPS, Task, fake_cache, fake_fit, fake_gpu, images, network
+from trainer.fake_gpu import BATCH, STEPS, Task, fake_cache, fake_fit, fake_gpu, images, layers_of_images, network
 
 from lightning_otrt import LinearWarmup, LogitDistillation, OTRTCallback, OTRTModule, OTRTMonitor
 
@@ -36,7 +36,9 @@ def quick_and_slow(first: Any, *others: Any) -> list[Any]:
 OPTIONS: list[dict[str, Any]] = [
     {},
     *[{"cost": cost, "memory": memory} for cost in ("correlation", "euclidean", "sqeuclidean") for memory in (0, 0.9)],
-    *[{"plan": plan} for plan in ("uniform", "random", "orthogonal", "random_orthogonal")],
+    *[{"plan": plan} for plan in ("uniform", "random", "orthogonal", "random_orthogonal", "auto")],
+    {"plan": "orthogonal", "cost": "covariance"},
+    {"plan": "orthogonal", "memory": 0.9},
     {"solve_every": 1},
     {"layers": "blocks", "grid": None},
     {"layers": "penultimate", "grid": 1},
@@ -57,6 +59,47 @@ def test_distillation(features: str | None) -> None:
 def test_options(options: dict[str, Any]) -> None:
     with fake_gpu():
         check(fake_fit(Task(), [OTRTCallback(network(12), **options)]))
+
+
+def test_identity() -> None:
+    """Of layers of one width."""
+    with fake_gpu():
+        check(fake_fit(Task(), [OTRTCallback(network(8), plan="identity")]))
+
+
+def sequences(width: int) -> nn.Sequential:
+    """Two blocks of convolutions over time."""
+    first, second = (nn.Sequential(nn.Conv1d(size, width, 3), nn.ReLU()) for size in (3, width))
+    return nn.Sequential(first, second, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def videos(width: int) -> nn.Sequential:
+    """The same over time and two axes of space."""
+    first, second = (nn.Sequential(nn.Conv3d(size, width, 3), nn.ReLU()) for size in (3, width))
+    return nn.Sequential(first, second, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def vectors(width: int) -> nn.Sequential:
+    """Layers without positions."""
+    hidden = [layer for size in (768, width) for layer in (nn.Linear(size, width), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
+
+
+LAYOUTS = [
+    (sequences, lambda: torch.randn(BATCH, 3, 16)),
+    (videos, lambda: torch.randn(BATCH, 3, 8, 8, 8)),
+    (vectors, images),
+    (layers_of_images, lambda: images().to(memory_format=torch.channels_last)),
+]
+
+
+@pytest.mark.parametrize("layout", quick_and_slow(*LAYOUTS), ids=lambda layout: layout[0].__name__)
+def test_layouts(layout: tuple[Any, Any]) -> None:
+    build, draw = layout
+    with fake_gpu(), torch.device("cuda"):
+        student, teacher = build(8), build(10)
+    with fake_gpu():
+        check(fake_fit(Task(student), [OTRTCallback(teacher)], draw))
 
 
 def test_autocast() -> None:
