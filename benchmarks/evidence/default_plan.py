@@ -53,8 +53,8 @@ def default_plan(found: Mapping[str, Found]) -> list[str]:
     behind = {place for (place, _), one in certain.items() if one.gain.mean < 0}
     changes = len(ahead) >= ENOUGH and not behind
     verdict = (
-        f"The rule, written down before: a rotation becomes the default if it is ahead with corrected p < {LEVEL:g} in at "
-        f"least {ENOUGH} settings, and behind in none. It is ahead in {len(ahead)} and behind in {len(behind)}, so the "
-        f"default {'changes' if changes else 'stays transport'}."
+        f"The rule, written down before: a rotation becomes the default if it is ahead with corrected p < {LEVEL:g} in "
+        f"at least {ENOUGH} settings, and behind in none. It is ahead in {len(ahead)} and behind in {len(behind)}, so "
+        f"the default {'changes' if changes else 'stays transport'}."
     )
     return [verdict, "", *lines, ""]

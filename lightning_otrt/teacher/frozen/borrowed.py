@@ -1,26 +1,24 @@
-"""Run a user's module on another device and in evaluation mode, and give it back as it was."""
+"""Run a user's module in evaluation mode and on another device, and leave it as it was."""
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lightning_otrt.reading.torch_internals import add_forward_pre_hook
 from lightning_otrt.teacher.frozen.max_norm import WithoutWrites
-from lightning_otrt.teacher.frozen.trained_elsewhere import TrainedElsewhere
 
-__all__ = ["BorrowedModule"]
-
-#: Modules that were in train mode until a borrower came. Another one, which may keep them longer, has to know.
-_OUT_OF_TRAINING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+__all__ = ["BorrowedModule", "enter_training"]
 
 
 class BorrowedModule:
-    """Remembers the modes and devices that a module came with; :meth:`give_back` restores those that were changed here.
+    """Runs a module in evaluation mode, and remembers where it came from; :meth:`give_back` moves it back.
+
+    Modes are changed for these runs alone: the module may be the target network of the user's own loss, whose batch
+    normalisation is in training mode.
 
     Args:
         module: The module. It is not copied.
@@ -28,41 +26,43 @@ class BorrowedModule:
     Example:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 2), nn.Dropout().eval())
-        >>> borrowed = BorrowedModule(net)
-        >>> borrowed.set_evaluation_mode()
-        >>> [module.training for module in net.modules()]
+        >>> with BorrowedModule(net).in_evaluation_mode():
+        ...     [module.training for module in net.modules()]
         [False, False, False]
-        >>> borrowed.give_back()
         >>> [module.training for module in net.modules()]
         [True, True, False]
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._changed_modes = False
+        self._parts: list[nn.Module] = []
         self._device: torch.device | None = None
         self._homes: list[tuple[nn.Module, str, torch.device]] = []
         self._writes = WithoutWrites(module)
-        self._watch: RemovableHandle | None = None
 
-    def set_evaluation_mode(self) -> None:
-        """Put the module and all inside it into evaluation mode, in which they do not write to their weights."""
+    def get_ready(self) -> None:
+        """Note all parts, which code that is compiled finds noted, and let none write to its weights in a forward."""
+        self._parts = self._parts or list(self.module.modules())
         self._writes.stop()
-        if not self._modes:
-            # A frozen script module has no such flag.
-            self._modes = [
-                (module, module in _OUT_OF_TRAINING or getattr(module, "training", False))
-                for module in self.module.modules()
-            ]
-        training = [module for module, _ in self._modes if getattr(module, "training", False)]
-        for module in training:
+
+    @contextmanager
+    def in_evaluation_mode(self) -> Iterator[None]:
+        """Evaluation mode inside the block."""
+        self.get_ready()
+        switched = self.leave_training()
+        try:
+            yield
+        finally:
+            enter_training(switched)
+
+    def leave_training(self) -> list[nn.Module]:
+        """Take all parts out of training mode; those that were in it."""
+        # A frozen script module has no such flag.
+        switched = [part for part in self._parts if getattr(part, "training", False)]
+        for part in switched:
             # Not by `eval`: users override `train` and `eval`, to merge weights for example.
-            module.training = False
-            _OUT_OF_TRAINING.add(module)
-        self._changed_modes = self._changed_modes or bool(training)
-        if self._changed_modes and self._watch is None:
-            self._watch = add_forward_pre_hook(self.module, TrainedElsewhere())
+            part.training = False
+        return switched
 
     def move_to(self, device: torch.device | str) -> None:
         """Move the module to a device, unless it is there."""
@@ -78,16 +78,8 @@ class BorrowedModule:
         self._device = device
 
     def give_back(self) -> None:
-        """Restore devices and modes, but only what was changed here: another borrower may still run the module."""
+        """Move it back, but only if it was moved here: another borrower may still run the module."""
         self._writes.allow()
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        if self._changed_modes:
-            for module, mode in self._modes:
-                if getattr(module, "training", mode) != mode:
-                    module.training = mode
-                _OUT_OF_TRAINING.discard(module)
         if self._homes:
             # `to` also updates the device of a LightningModule. The loop is for modules on several devices.
             self.module.to(self._homes[0][2])
@@ -95,7 +87,13 @@ class BorrowedModule:
                 tensor = getattr(owner, name, None)
                 if isinstance(tensor, Tensor) and tensor.device != home:
                     tensor.data = tensor.data.to(home)
-        self._modes, self._changed_modes, self._device, self._homes = [], False, None, []
+        self._parts, self._device, self._homes = [], None, []
+
+
+def enter_training(parts: Iterable[nn.Module]) -> None:
+    """Put these modules, and none inside them, into training mode."""
+    for part in parts:
+        part.training = True
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -20,7 +20,7 @@ from lightning_otrt.reading.torch_internals import unwrapped
 from lightning_otrt.reading.traced.arguments import renamed
 from lightning_otrt.reading.warnings.failed_teacher import inputs_failed
 from lightning_otrt.teacher.dtypes import DTYPES, named_dtype
-from lightning_otrt.teacher.frozen.borrowed import BorrowedModule
+from lightning_otrt.teacher.frozen.borrowed import BorrowedModule, enter_training
 from lightning_otrt.teacher.frozen.copied import FollowingCopy, has_dtype
 from lightning_otrt.teacher.frozen.identity import checksum_before, stem_checksum, whole_checksum
 from lightning_otrt.teacher.frozen.separate import check_separate
@@ -37,8 +37,9 @@ class Teacher:
     """A user's network that runs on the student's inputs, without gradient and in evaluation mode.
 
     It is not an ``nn.Module``, so a module that holds it does not take the teacher into its state dict, optimizer or
-    modes. Parameters and buffers keep their values and ``requires_grad``; :meth:`release` restores devices and modes.
-    ``copy.deepcopy`` of a teacher is the teacher itself.
+    modes. Parameters and buffers keep their values and ``requires_grad``. Modes are changed for its own forwards alone:
+    other code may run the module in training mode. :meth:`release` restores devices. ``copy.deepcopy`` of a teacher is
+    the teacher itself.
 
     Args:
         module: The network, with a ``forward``.
@@ -59,11 +60,9 @@ class Teacher:
         >>> net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
         >>> teacher = Teacher(net)
         >>> teacher.prepare("cpu")
-        >>> teacher(torch.ones(3, 4)).requires_grad, net.training
-        (False, False)
+        >>> teacher(torch.ones(3, 4)).requires_grad, int(net[1].num_batches_tracked), net.training
+        (False, 0, True)
         >>> teacher.release()
-        >>> net.training
-        True
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class Teacher:
             self._dtype = wanted
 
     def prepare(self, device: torch.device | str) -> None:
-        """Move the module to a device and put it into evaluation mode. Cheap if nothing has to be done.
+        """Move the module to a device. Cheap if nothing has to be done.
 
         A copy in another type gets the values that the module has now; its :attr:`module` is another one only if the
         structure changed.
@@ -157,7 +156,7 @@ class Teacher:
             self._copy.refresh()
             if self._copy.module is not borrowed.module:
                 borrowed = self._borrowed = BorrowedModule(self._copy.module)
-        borrowed.set_evaluation_mode()
+        borrowed.get_ready()
         borrowed.move_to(device)
 
     def inputs_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -198,14 +197,19 @@ class Teacher:
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run on inputs of :meth:`inputs_for`, under the autocast of the caller."""
         borrowed = self._borrow()
-        if not torch.compiler.is_compiling():
-            borrowed.set_evaluation_mode()
         module, method = self._root_of(borrowed.module), self.call.method
+        forward = getattr(module, method) if method else module
         # Training draws what it would draw without the teacher.
         kept = random_numbers_restored(borrowed.module.parameters()) if self.call.draws_random else nullcontext()
         # Not inference mode: the backward of the transfer term could not save tensors made there.
+        if not torch.compiler.is_compiling():
+            with borrowed.in_evaluation_mode(), torch.no_grad(), kept:
+                return forward(*args, **kwargs)
+        switched = borrowed.leave_training()
         with torch.no_grad(), kept:
-            return (getattr(module, method) if method else module)(*args, **kwargs)
+            found = forward(*args, **kwargs)
+        enter_training(switched)
+        return found
 
     def run_recorded(self, recorder: Recorder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The same, with what its layers give and its masks in the current view of the recorder."""
@@ -224,7 +228,7 @@ class Teacher:
         return self.run(*self.inputs_for(args, kwargs))
 
     def release(self) -> None:
-        """Restore the devices and modes of the user's module, and drop a copy in another type."""
+        """Restore the devices of the user's module, and drop a copy in another type."""
         borrowed, self._borrowed, self._copy, self._dtype = self._borrowed, None, None, self._given_dtype
         if borrowed is not None and borrowed.module is self._own:
             borrowed.give_back()

@@ -26,10 +26,8 @@ class Movable(nn.Linear):
 
 def test_modes_come_back(net: Net) -> None:
     before = modes(net)
-    borrowed = BorrowedModule(net)
-    borrowed.set_evaluation_mode()
-    assert not any(modes(net).values())
-    borrowed.give_back()
+    with BorrowedModule(net).in_evaluation_mode():
+        assert not any(modes(net).values())
     assert modes(net) == before
 
 
@@ -39,20 +37,20 @@ def test_modes_are_set_without_eval() -> None:
             raise AssertionError("would merge weights")
 
     module = Merging(4, 2)
-    borrowed = BorrowedModule(module)
-    borrowed.set_evaluation_mode()
-    assert not module.training
-    borrowed.give_back()
+    with BorrowedModule(module).in_evaluation_mode():
+        assert not module.training
     assert module.training
 
 
-def test_modes_that_nobody_changed_are_left_to_the_user(net: Net) -> None:
-    net.eval()
-    borrowed = BorrowedModule(net)
-    borrowed.set_evaluation_mode()
-    net.train()
-    borrowed.give_back()
-    assert all(modes(net).values())
+def test_one_borrower_inside_another(net: Net) -> None:
+    before = modes(net)
+    first, second = BorrowedModule(net), BorrowedModule(net)
+    with first.in_evaluation_mode():
+        with second.in_evaluation_mode():
+            assert not any(modes(net).values())
+        assert not any(modes(net).values())
+    assert modes(net) == before
+    assert True in before.values()
 
 
 def test_moves_once_and_back() -> None:
@@ -84,20 +82,6 @@ def test_a_module_that_the_other_borrower_moved_is_not_moved_back() -> None:
     assert net.moves == ["meta", "cpu"]
 
 
-@pytest.mark.parametrize("first_leaves_first", [True, False])
-def test_two_borrowers_leave_the_modes_that_they_found(net: Net, first_leaves_first: bool) -> None:
-    before = [module.training for module in net.modules()]
-    borrowers = [BorrowedModule(net), BorrowedModule(net)]
-    for borrower in borrowers:
-        borrower.set_evaluation_mode()
-    leaves, stays = borrowers if first_leaves_first else reversed(borrowers)
-    leaves.give_back()
-    stays.set_evaluation_mode()  # as before each of its forwards
-    stays.give_back()
-    assert [module.training for module in net.modules()] == before
-    assert True in before
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_each_tensor_goes_back_to_its_own_gpu_or_cpu(net: Net) -> None:
@@ -111,7 +95,8 @@ def test_each_tensor_goes_back_to_its_own_gpu_or_cpu(net: Net) -> None:
     assert {tensor.device.type for tensor in (*net.parameters(), *net.buffers())} == {"cuda"}
     torch.cuda.set_sync_debug_mode("error")
     try:
-        borrowed.set_evaluation_mode()
+        with borrowed.in_evaluation_mode():
+            pass
         borrowed.move_to("cuda")
         with torch.no_grad():
             lit(torch.ones(5, 4, device="cuda"))

@@ -79,7 +79,7 @@ class TestRunning:
             assert net.seen == (torch.float32, False, False, False)
             assert not output.requires_grad
             assert not output.is_inference()
-        assert not any(modes(net).values())
+            assert modes(net) == modes_before, "what users do with it runs in their mode"
         teacher.release()
         assert (digest(net), modes(net)) == (bytes_before, modes_before)
         assert [parameter.requires_grad for parameter in net.parameters()] == wants
@@ -91,42 +91,33 @@ class TestRunning:
         assert digest(net) == before
 
     def test_evaluation_mode_holds(self, net: Net) -> None:
-        before = modes(net)
         teacher = Teacher(net)
         teacher.prepare("cpu")
-        net.train()
-        teacher.prepare("cpu")
-        assert not any(modes(net).values())
+        net.eval()
         net.body[2].train()  # below an evaluating top
         teacher(torch.randn(5, 4))
-        assert not any(modes(net).values())
-        teacher.release()
-        assert modes(net) == before
+        assert net.seen == (torch.float32, False, False, False)
+        assert [name for name, mode in modes(net).items() if mode] == ["body.2"]
+        net.train()
+        teacher(torch.randn(5, 4))
+        assert net.seen == (torch.float32, False, False, False)
+        assert all(modes(net).values()), "the last word is the user's"
 
-    @pytest.mark.parametrize("first", [0, 1])
-    def test_two_teachers_of_one_module(self, net: Net, first: int) -> None:
+    def test_a_run_that_fails_leaves_the_modes(self, net: Net) -> None:
         before = modes(net)
-        teachers = [Teacher(net), Teacher(net)]
-        for teacher in teachers:
-            teacher.prepare("cpu")
-        teachers[first].release()
-        teachers[1 - first].release()
+        with pytest.raises(RuntimeError):
+            Teacher(net)(torch.randn(5, 7))
         assert modes(net) == before
 
     def test_release_twice_and_again(self, net: Net) -> None:
         before = modes(net)
         teacher = Teacher(net)
-        teacher.release()
-        teacher.prepare("cpu")
-        teacher.release()
-        net.train()
-        teacher.release()
-        assert all(modes(net).values())
-        for name, flag in before.items():
-            net.get_submodule(name).training = flag
-        teacher.prepare("cpu")
-        assert not any(modes(net).values())
-        teacher.release()
+        for _ in range(2):
+            teacher.release()
+            teacher.prepare("cpu")
+            teacher(torch.randn(5, 4))
+            teacher.release()
+            teacher.release()
         assert modes(net) == before
 
     @pytest.mark.parametrize("outer", [torch.no_grad, torch.enable_grad, torch.inference_mode])
