@@ -8,13 +8,16 @@ import pytest
 import torch
 from packaging.version import Version
 
-__all__ = ["needs_cuda_build", "needs_fake_cuda", "needs_freed_graphs", "skip_newer_models"]
+__all__ = ["needs_cuda_build", "needs_fake_cuda", "needs_freed_graphs", "needs_one_graph", "skip_newer_models"]
 
 torch_version = Version(torch.__version__)
 needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a build of torch with CUDA")
 needs_fake_cuda = pytest.mark.skipif(
     torch_version < Version("2.7") and not torch.cuda.is_available(),
     reason="before torch 2.7 an index of a fake CUDA tensor starts CUDA, and there is no GPU",
+)
+needs_one_graph = pytest.mark.skipif(
+    torch_version < Version("2.7"), reason="before torch 2.7 `fullgraph=True` refuses the blocks of context managers"
 )
 #: There the backward pass fails, with the words of torch. With newer versions the tests have to pass.
 needs_freed_graphs = pytest.mark.skipif(

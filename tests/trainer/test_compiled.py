@@ -19,6 +19,7 @@ from helpers import (
     seeded,
     weights,
 )
+from old_versions import needs_one_graph
 from torch import Tensor
 from torch.nn import functional as F
 from trainer.contexts import CONTEXTS, EXACT, Context, by_hand, by_name, without
@@ -98,6 +99,7 @@ def test_compiled(compiled, ran_before, way):
     assert not hooks(task)
 
 
+@needs_one_graph
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiled", [submodule, pytest.param(layer_in_place, marks=pytest.mark.slow)])
 def test_compiled_as_one_graph(compiled):
