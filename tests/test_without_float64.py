@@ -54,7 +54,9 @@ def test_float64_raises() -> None:
 @pytest.mark.parametrize("cost", TERMS)
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 @pytest.mark.parametrize("observations", [40, FLOAT64_OBSERVATIONS + 1])
-def test_training(cost: str, memory: float, observations: int) -> None:
+def test_training(cost: str, memory: float, observations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    coupling = "lightning_otrt.steps.entropic_coupling.EntropicCoupling"
+    monkeypatch.setattr(f"{coupling}._finished", lambda self, *given: given[-1])  # it reads the error of a first plan
     engine = make(cost, pairs=1, memory=memory)
     engine.calls = 1  # the first call reads values, which fake tensors do not have
     with apple_gpu():

@@ -12,7 +12,7 @@ from lightning_otrt.steps.first_batch import inspect_plan
 from lightning_otrt.steps.pair_state import PairState, Solved
 from lightning_otrt.transport.cost import Cost, Plan
 from lightning_otrt.transport.orthogonal import Alignment
-from lightning_otrt.transport.sinkhorn import sinkhorn_plan, training_iterations
+from lightning_otrt.transport.sinkhorn import BLOCK, EntropicPlan, sinkhorn_plan, training_iterations
 from lightning_otrt.transport.tensors import finite
 
 __all__ = ["EntropicCoupling", "StaticCoupling"]
@@ -21,6 +21,8 @@ __all__ = ["EntropicCoupling", "StaticCoupling"]
 #: later solve corrects the last one.
 STATIC_SAMPLES = 256
 STATIC_ITERATIONS = 200
+#: The marginal error at which a first plan is good enough, and the updates after which it is taken as it is.
+FIRST_ERROR, FIRST_ITERATIONS = 1e-2, 2000
 
 
 class EntropicCoupling(Coupling):
@@ -46,10 +48,25 @@ class EntropicCoupling(Coupling):
         [costs] = problem
         mean, iterations = costs.mean((1, 2)), self.iterations(*costs.shape[1:])
         entropic = sinkhorn_plan(costs, self.epsilon, potential=start, iterations=iterations, mean=mean)
+        if start is None:
+            entropic = self._finished(costs, mean, entropic)
         # Sinkhorn's last update is that of the rows, so the student's masses are exact.
         student_mass = costs.new_full(costs.shape[:2], 1 / costs.shape[1])
         is_finite = finite(mean + entropic.marginal_error)
         return Solved(Plan(entropic.matrix, student_mass, entropic.teacher_mass), entropic.potential, is_finite)
+
+    def _finished(self, costs: Tensor, mean: Tensor, entropic: EntropicPlan) -> EntropicPlan:
+        """A first plan, which may wait for the device, with as many updates as it needs; later ones go on from it.
+
+        Where all neurons depend on one input, it needs a thousand. With too few, layers that do not match cost 0.
+        """
+        if type(costs) is Tensor and costs.is_cuda and torch.cuda.is_current_stream_capturing():
+            return entropic
+        for _ in range(FIRST_ITERATIONS // BLOCK):
+            if not bool((entropic.marginal_error > FIRST_ERROR).any()):
+                break
+            entropic = sinkhorn_plan(costs, self.epsilon, potential=entropic.potential, iterations=BLOCK, mean=mean)
+        return entropic
 
     def inspect(self, names: tuple[str, str], plan: Plan | Alignment) -> Iterator[str]:
         """See :func:`inspect_plan`."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_otrt.transport.geomloss_loop import EXPONENT_LIMIT, annealed_potential
 from lightning_otrt.transport.tensors import matrix_vector, without_autocast
 
-__all__ = ["TRAINING_ITERATIONS", "EntropicPlan", "sinkhorn_plan", "training_iterations"]
+__all__ = ["BLOCK", "TRAINING_ITERATIONS", "EntropicPlan", "sinkhorn_plan", "training_iterations"]
 
 #: Updates of a training step at the last ε, where nothing may wait for the device to report the error: after the
 #: annealed loop, and from the potential of an earlier solve, since when the network and the batch have changed.

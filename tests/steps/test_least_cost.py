@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_otrt import RepresentationTransfer, neurons
+from lightning_otrt import RepresentationTransfer, neurons, transport_distance
 
 
 def network(width: int) -> nn.Sequential:
@@ -58,3 +58,26 @@ def test_the_term_is_not_far_below_the_least_cost(widths, below, masses, optimiz
                 errors.append(float((distance.plan.sum(0) - 1 / widths[1]).abs().sum()))
     assert min(shares) > -below
     assert sum(errors) / len(errors) < masses
+
+
+def few_inputs(inputs: int, width: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh() if inputs > 1 else nn.Identity(), nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize("plan", ["sinkhorn", "static"])
+@pytest.mark.parametrize("width", [8, 64, 256])
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+def test_neurons_that_depend_on_few_inputs(inputs: int, width: int, plan: str) -> None:
+    """Such plans need up to a thousand updates. The first solve takes them; before, the first cost could be 0."""
+    student, teacher = few_inputs(inputs, width, 1), few_inputs(inputs, width, 2)
+    torch.manual_seed(0)
+    x = torch.randn(512, inputs)
+    expected = transport_distance(student[0](x).T.detach(), teacher[0](x).T).value
+    transfer = RepresentationTransfer(teacher, {"0": "0"}, plan=plan)
+    with transfer.attached(student):
+        for step in range(12):
+            student(x)
+            transfer.loss()
+            [distance] = transfer.distances
+            assert float(distance.value.detach()) == pytest.approx(float(expected), rel=0.06, abs=4e-3), step

@@ -34,8 +34,11 @@ def call_on_a_fake_gpu(engine: TransportEngine, calls: int = 4) -> None:
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 def test_nothing_waits_for_the_device(cost: str, memory: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third of the calls is one between two solves."""
+    coupling = "lightning_otrt.steps.entropic_coupling.EntropicCoupling"
     # All of them are alike.
-    monkeypatch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", lambda *_: 3)
+    monkeypatch.setattr(f"{coupling}.iterations", lambda *_: 3)
+    # A first plan may wait.
+    monkeypatch.setattr(f"{coupling}._finished", lambda self, *given: given[-1])
     call_on_a_fake_gpu(make(cost, pairs=2, memory=memory, solve_every=10))
 
 
@@ -49,10 +52,21 @@ def test_controls_do_not_wait(plan: str) -> None:
 @needs_cuda_build
 @needs_fake_cuda
 @pytest.mark.parametrize("options", [{"plan": "exact"}, {"plan": "static"}])
-def test_plans_that_are_known_to_wait(options: dict[str, Any]) -> None:
+def test_plans_that_are_known_to_wait(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """They solve on the CPU, or have to count finite samples. So a test above would notice, too."""
+    coupling = "lightning_otrt.steps.entropic_coupling.EntropicCoupling"
+    monkeypatch.setattr(f"{coupling}._finished", lambda self, *given: given[-1])
     with pytest.raises((DataDependentOutputException, RuntimeError)):
         call_on_a_fake_gpu(make(pairs=2, **options))
+
+
+@needs_cuda_build
+@needs_fake_cuda
+def test_a_first_plan_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the look whether it needs more updates; so the tests above leave it out, by name."""
+    monkeypatch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", lambda *_: 3)
+    with pytest.raises(DataDependentOutputException):
+        call_on_a_fake_gpu(make(pairs=2), calls=1)
 
 
 @pytest.mark.parametrize("cost", TERMS)

@@ -46,7 +46,8 @@ def fake_gpu() -> Iterator[None]:
       values of its masks;
     - the look at the trace whether neurons are rectified;
     - the comparison of what the first layer gets in evaluation and in training, in the first forward;
-    - the checks of the values and plans of the first batch, and the monitor's look whether the student is a copy;
+    - the checks of the values and plans of the first batch, the look whether its plans need more updates, and the
+      monitor's look whether the student is a copy;
     - the read of the gradient of the logits in the first backward pass, in the next step;
     - the look whether states are zeros, in the first forward, and the copy of its result to the host in later ones;
     - the read of the flags for values that are not finite, every ``log_every_n_steps`` and at the end.
@@ -80,6 +81,9 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.teacher.frozen.zero_states.HostCopy", _NoCopy)
         patch.setattr("lightning_otrt.steps.entropic_coupling.inspect_plan", lambda *args: ())
         patch.setattr("lightning_otrt.steps.entropic_coupling.EntropicCoupling.iterations", lambda *_: 3)
+        patch.setattr(
+            "lightning_otrt.steps.entropic_coupling.EntropicCoupling._finished", lambda self, *given: given[-1]
+        )
         patch.setattr("lightning_otrt.run_state.RunState.take_bad_calls", lambda self, distances: (0, ""))
         # Else autocast is off where there is no driver.
         patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
