@@ -210,6 +210,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         variants={f"{weight:g}": {"run.weight": weight} for weight in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)},
         changes=_VALIDATION,
     ),
+    **{
+        f"weight-{name}": Experiment(
+            f"Weight of the term where the student starts with features of {whose}, a–z validation",
+            Tuning(setting, steps=200),
+            ("lowercase",),
+            (),
+            seeds=FEW_SEEDS,
+            variants={f"{weight:g}": {"run.weight": weight} for weight in (2.0, 8.0, 32.0, 128.0, 512.0)},
+            changes=_VALIDATION,
+        )
+        for name, setting, whose in (("copied", "1", "its teacher"), ("other", "1x", "another network"))
+    },
     "couplings": Experiment(
         "Couplings, a–z validation",
         _NEW,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.evidence.default_plan import default_plan
 from benchmarks.evidence.experiments import EXPERIMENTS, SEEDS
 from benchmarks.evidence.goals import goals
 from benchmarks.evidence.methods import DEFAULT, METHODS
@@ -84,6 +85,22 @@ def test_goals_hold_where_they_do_and_fail_where_they_do_not(results: Results) -
     assert not failed[claim.format("random fixed assignment")].holds
     recipe = "Greek, setting 1x: the paper's recipe beats identity matching, corrected p < 0.05"
     assert not reached[recipe].holds  # both are given the same points
+
+
+def test_the_default_changes_where_a_rotation_is_ahead_alone(results: Results) -> None:
+    found = default_plan(gather(results))
+    assert "There it is ahead in 0 and behind in" in found[0]
+    assert "the default stays transport" in found[0]
+    assert any(
+        line.startswith("| Greek, wider pair, alone | 45.") and "| -27.0 ± 0.0 | < 0.001 |" in line for line in found
+    )
+    worse = Results(results.path)
+    worse.rows = {
+        key: {**row, "accuracy": row["accuracy"] - 30.0} if row["method"] == DEFAULT else row
+        for key, row in results.rows.items()
+    }
+    found = default_plan(gather(worse))
+    assert "There it is ahead in 12 and behind in 0, so the default changes. With distillation it is" in found[0]
 
 
 def test_what_was_not_run_is_said_and_left_out(results: Results, tmp_path: Path) -> None:
