@@ -276,7 +276,8 @@ def report(results: dict[str, Any], gates: list[Gate]) -> str:
         "At 128 neurons the time is that of some 250 small operations more than that of arithmetic: compiled code "
         "(OTT-JAX) and scipy's assignment are ahead there. No exact solver is called inside for small problems. Its "
         "plans are other ones than the entropic plans of a GPU or of the next larger layer, with one partner for each "
-        "neuron and another gradient, so that one seed would train differently on two devices.",
+        "neuron and another gradient, so that one seed would train differently on two devices. `transport_distance` is "
+        'the distance that is trained, so the same holds there; for the exact one there is `plan="exact"`.',
         "",
         "## Between two solves: time of a step over one bare product of the plan with the teacher",
         "",
