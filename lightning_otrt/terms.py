@@ -90,6 +90,7 @@ def make_terms(
             logits.views, run.processes.of_batch, is_regression=logits.is_regression, reevaluation=reevaluation
         )
         if distillation is not None:
+            attachment.watch_distillation(distillation)
             terms.append(weights.distillation * distillation.to(terms[0].device if terms else distillation.device))
     return CallTerms(
         sum(terms[1:], terms[0]) if terms else torch.zeros((), device=attachment.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["OF_TARGET", "LayerMasks", "MaskSource", "TracedMask", "choose_masks"]
 
@@ -24,6 +24,8 @@ class MaskSource:
         is_named: Whether the user named it, and so says what its elements mean.
         is_pairwise: Whether it said in the traced forward which token sees which, as ``(B, 1, T, T)`` does. What none
             sees is padding.
+        is_turned: Whether its name says the opposite of ``true_at``. Read by its name, the mask of the traced forward
+            left no token of any sample.
     """
 
     module: str
@@ -32,6 +34,19 @@ class MaskSource:
     method: str = "forward"
     is_named: bool = False
     is_pairwise: bool = False
+    # Not in the text, which stands for the masks in the names of caches: `true_at` says all that is read.
+    is_turned: bool = field(default=False, repr=False)
+
+    @property
+    def described(self) -> str:
+        """Its argument, with what true means where the name says the opposite.
+
+        Example:
+            >>> MaskSource("encoder", "attention_mask", "padding", is_turned=True).described
+            'attention_mask (true at padding)'
+        """
+        place = "padding" if self.true_at == "padding" else "valid tokens"
+        return f"{self.argument} (true at {place})" if self.is_turned else self.argument
 
     @property
     def is_of_target(self) -> bool:

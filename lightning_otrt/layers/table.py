@@ -47,7 +47,7 @@ def format_pairs(
         left.add(len(rows[0]))
         for row, plan in zip(rows, ["plan", *plans], strict=True):
             row.append(plan)
-    used = [tuple(found.used.source.argument if found.used else "none" for found in sides) for sides in masks]
+    used = [tuple(found.used.source.described if found.used else "none" for found in sides) for sides in masks]
     if any(names != ("none", "none") for names in used):
         left.add(len(rows[0]))
         for row, names in zip(rows, [("mask", "mask"), *used], strict=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lightning_otrt.layers.mask_sources import TracedMask
 from lightning_otrt.layers.pairs import INPUT
@@ -153,6 +154,8 @@ class Trace:
         unordered_tokens: Names of layers with a token for each position of a map, which are not shown to lie row by
             row; ``":input"`` for what enters.
         chosen_rows: Names of layers whose rows are not shown to be the samples, or all their positions.
+        picked_positions: By the names of layers whose positions the network picks by scores of its own, those of each
+            sample; ``":input"`` for what enters.
     """
 
     layers: tuple[TracedLayer, ...]
@@ -174,6 +177,7 @@ class Trace:
     unclear_axes: tuple[str, ...] = ()
     unordered_tokens: tuple[str, ...] = ()
     chosen_rows: tuple[str, ...] = ()
+    picked_positions: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
     def shows_output(self) -> bool:

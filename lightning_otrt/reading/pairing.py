@@ -39,6 +39,7 @@ from lightning_otrt.reading.warnings.added_tokens import warn_of_added_tokens
 from lightning_otrt.reading.warnings.failed_teacher import teacher_failed
 from lightning_otrt.reading.warnings.inside_graphs import warn_of_blocks_in_graphs
 from lightning_otrt.reading.warnings.other_orders import OrderedSide, warn_of_other_orders
+from lightning_otrt.reading.warnings.picked_positions import warn_of_picked_positions
 from lightning_otrt.reading.warnings.samples import warn_of_hidden_grids, warn_of_other_samples
 from lightning_otrt.reading.warnings.unclear_axes import warn_of_unclear_axes
 
@@ -144,6 +145,7 @@ def pair_layers(
     student_trace = _settled(traces[0], student, [pair.student for pair in pairs])
     teacher_trace = _settled(traces[1], teacher, [pair.teacher for pair in pairs])
     warn_of_other_orders(pairs, OrderedSide(student, student_trace), OrderedSide(teacher, teacher_trace), grid)
+    warn_of_picked_positions(pairs, student_trace, teacher_trace, grid)
     plans = choose_plans(pairs, student_trace, teacher_trace) if looks else ()
     notes.append(describe_reach(student.model, student_trace, pairs, student.method))
     part = same_part(student.model, student.root, teacher.model)

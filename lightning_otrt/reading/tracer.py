@@ -179,6 +179,7 @@ def _trace(
         learned_tokens=_learned_tokens(target),
         guessed_axes=tuple((*place, inner) for place, inner in axes.guessed.items()),
         draws_random=draws_random,
+        picked_positions=recorder.picked_positions,
     )
     return replace(traced, may_reorder=traced.batch_size in recorder.flow.moved_rows), spare
 
@@ -218,6 +219,7 @@ class _TraceHooks:
         self._search = MaskSearch(inputs)
         self.padding = ShownPadding()
         self.flow = Flow()
+        self.picked_positions: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._layers: dict[str, TracedLayer] = {}
         self._outputs: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._completed = 0
@@ -253,6 +255,8 @@ class _TraceHooks:
         known = self._layers.get(name)
         made_by = self._axes.source(tensors[0][1]) if is_single and has_children(module) else None
         reached_by = self._note_flow(name, frame, returned)
+        self._note_picks(name, [value for _, value in tensors])
+        self._note_picks(name + INPUT, [] if frame.input is None else [frame.input])
         self._layers[name] = TracedLayer(
             name=name,
             kind=type(module).__name__,
@@ -315,6 +319,12 @@ class _TraceHooks:
         if self._has_inner and "parametrizations" not in name.split("."):
             self._has_inner[-1] = True
         return reached_by
+
+    def _note_picks(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Note which positions of the samples what a layer gives, or gets, has."""
+        found = [picked for tensor in tensors if (picked := self.flow.picks.positions(tensor))]
+        if found:
+            self.picked_positions[name] = found[0]
 
     def _without_doubtful_axes(self, layer: TracedLayer) -> TracedLayer:
         if layer.name + INPUT in self._axes.doubtful and layer.input is not None:

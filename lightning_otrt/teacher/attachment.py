@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_otrt.layers.pairs import LayerOptions, LayerPair
 from lightning_otrt.notices import warn
@@ -254,6 +254,11 @@ class Attachment:
         """
         assert self._logits is not None
         return self._logits.matched(views)
+
+    def watch_distillation(self, term: Tensor) -> None:
+        """Look at the gradient of the distillation, beside that of the logits."""
+        assert self._logits is not None
+        self._logits.watch_term(term)
 
     def reset(self) -> None:
         """Look again at the gradient of the task, as at the start of a training run."""

@@ -215,6 +215,10 @@ class LogitRecording:
             self._task.watch([(it, axis) for it, axis, version in outputs if version in (None, version_of(it))])
         return MatchedLogits(found[0][0], [triple for _, triple in found])
 
+    def watch_term(self, term: Tensor) -> None:
+        """Let the look at the gradient of the task know that of the term."""
+        self._task.watch_term(term, self.option.temperature)
+
     def check_task(self) -> None:
         """Warn once if softmaxes are compared, and the gradient of an earlier call shows that the task trains none."""
         self._task.check()

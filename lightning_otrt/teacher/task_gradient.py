@@ -18,6 +18,8 @@ UNLIKE_SOFTMAX = 0.05
 _TRIES = 3
 #: Logarithms of a softmax are those of probabilities whose sum is 1 up to about this, also in types of two bytes.
 _OF_ROUNDING = 1e-2
+#: The distillation takes one softmax from another, each of sum 1. Of equal ones so many units of rounding may be left.
+_UNITS_LEFT = 64
 
 
 class TaskGradient:
@@ -28,6 +30,10 @@ class TaskGradient:
     weights, smoothed labels or a focal factor. That of a binary cross-entropy or of a squared error does not. The
     gradient of the distillation itself sums to 0, too, and can stay in. If a network returns the logarithm of a
     softmax, the gradient of that need not sum to 0. It tells nothing and is left out.
+
+    A student that is a copy of its teacher has only rounding errors as gradient of the distillation, whose sum is of
+    their own size. So what the rounding of :math:`q - p` may leave is taken off, in float32, in which it is computed.
+    Where the whole gradient is no larger, nothing is known yet.
 
     The sums stay on the device until :meth:`take`.
 
@@ -41,7 +47,8 @@ class TaskGradient:
 
     def __init__(self) -> None:
         self._tries = _TRIES
-        #: Over samples, the size of the sum over classes, and the sum of sizes; None where nothing is watched.
+        #: Over samples, the size of the sum over classes, the sum of sizes, and what rounding may leave of both; None
+        #: where nothing is watched.
         self._sums: Tensor | None = None
 
     def watch(self, logits: Sequence[tuple[Tensor, int]]) -> None:
@@ -54,11 +61,22 @@ class TaskGradient:
         if not self._tries or not watched or torch.compiler.is_compiling():
             return
         self._tries -= 1
-        self._sums = sums = watched[0][0].new_zeros(2, dtype=torch.float32)
+        self._sums = sums = watched[0][0].new_zeros(3, dtype=torch.float32)
         for tensor, axis in watched:
             values = tensor.detach().float()
             is_logarithm = (torch.logsumexp(values, axis).abs() < _OF_ROUNDING).all()
             tensor.register_hook(_Add(sums, axis, is_logarithm))  # type: ignore[no-untyped-call]
+
+    def watch_term(self, term: Tensor, temperature: float) -> None:
+        """Look at the gradient of the distillation too, which tells how large its parts at the logits are.
+
+        Args:
+            term: The mean over positions of what the logits give.
+            temperature: T. The gradient of the logits of a position is T (q - p), over the number of positions.
+        """
+        if self._sums is not None and term.requires_grad and not torch.compiler.is_compiling():
+            rounding = 2 * temperature * _UNITS_LEFT * torch.finfo(torch.float32).eps
+            term.register_hook(_AddRounding(self._sums, rounding))  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Warn once where the gradient of an earlier call shows that the task trains no softmax."""
@@ -78,18 +96,18 @@ class TaskGradient:
         """How much of the gradient is left in its sum over classes, from 0 to 1: once, and None before it is known."""
         if self._sums is None:
             return None
-        left, whole = _read(self._sums)
+        left, whole, rounding = _read(self._sums)
         self._sums = None
-        if not (whole > 0 and math.isfinite(whole) and math.isfinite(left)):
+        if not (whole > rounding and math.isfinite(whole) and math.isfinite(left)):
             return None
         self._tries = 0
-        return left / whole
+        return max(left - rounding, 0.0) / whole
 
 
-def _read(sums: Tensor) -> tuple[float, float]:
-    """Both numbers on the host, which waits for the device."""
-    left, whole = sums.tolist()
-    return left, whole
+def _read(sums: Tensor) -> tuple[float, float, float]:
+    """All numbers on the host, which waits for the device."""
+    left, whole, rounding = sums.tolist()
+    return left, whole, rounding
 
 
 class _Add:
@@ -105,4 +123,15 @@ class _Add:
             # In float16 without a GradScaler small gradients are rounded to 0, which alone leaves a sum.
             lost = limits.smallest_normal * limits.eps * gradient.shape[self.axis]
             left = (wide.sum(self.axis).abs() - lost).clamp_min(0) * ~self.is_logarithm
-            self.sums += torch.stack([left.sum(), wide.abs().sum()]).to(self.sums)
+            self.sums[:2] += torch.stack([left.sum(), wide.abs().sum()]).to(self.sums)
+
+
+class _AddRounding:
+    """Tensor hook of the distillation that adds what rounding may leave at the logits."""
+
+    def __init__(self, sums: Tensor, rounding: float) -> None:
+        self.sums, self.rounding = sums, rounding
+
+    def __call__(self, gradient: Tensor) -> None:
+        with torch.no_grad():
+            self.sums[2] += (gradient.detach().abs() * self.rounding).to(self.sums)

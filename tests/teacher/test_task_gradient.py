@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -233,6 +234,62 @@ class TestHalfPrecision:
         labels = torch.zeros(BATCH, 1000)
         labels[:, :30] = 1
         assert self.run(lambda x: F.binary_cross_entropy_with_logits(x, labels.to(x.dtype)), dtype, kind)
+
+
+def own_distillation(logits: Tensor) -> Tensor:
+    """A user's own distillation from the same teacher, whose logits a copy has."""
+    return F.kl_div(
+        (logits.float() / 2).log_softmax(1), (logits.detach().float() / 2).softmax(1), reduction="batchmean"
+    )
+
+
+#: What a recovery without labels may add to the term.
+WITHOUT_LABELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda x: torch.zeros(()),
+    "zero": lambda x: 0.0 * x.sum(),
+    "distillation": own_distillation,
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "autocast"])
+@pytest.mark.parametrize("classes", [7, 1000])
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+class TestCopies:
+    """The student starts as a copy of the teacher: the gradient of the distillation is rounding noise."""
+
+    def run(self, kind: str, classes: int, scale: float, loss: Callable[[Tensor], Tensor], **options: Any) -> list[str]:
+        torch.manual_seed(3)
+        student = network(64, nn.Linear(64, classes))
+        student[2].weight.data.mul_(20.0)
+
+        def call(student: nn.Module, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+                return student(x)
+
+        backward = lambda total: (scale * total).backward()  # noqa: E731
+        teacher = copy.deepcopy(student)
+        return train(loss, student=student, teacher=teacher, call=call, backward=backward, **options)
+
+    @pytest.mark.parametrize("name", WITHOUT_LABELS)
+    @pytest.mark.parametrize("weight", [0.1, 1.0, 30.0])
+    def test_no_word_on_rounding(self, kind: str, classes: int, scale: float, name: str, weight: float) -> None:
+        assert self.run(kind, classes, scale, WITHOUT_LABELS[name], option=weight) == []
+
+    @pytest.mark.parametrize("share", [1.0, 1e-2])
+    def test_a_warning_of_labels(self, kind: str, classes: int, scale: float, share: float) -> None:
+        def loss(logits: Tensor) -> Tensor:
+            labels = torch.zeros(logits.shape)
+            labels[:, :3] = 1
+            return share * F.binary_cross_entropy_with_logits(logits.float(), labels)
+
+        assert len(self.run(kind, classes, scale, loss)) == 1
+
+
+def test_labels_are_told_when_they_come_after_rounding() -> None:
+    """A first step without any task says nothing, and the next ones are looked at."""
+    student, weights = network(), iter([0.0, 1.0, 1.0])
+    loss = lambda x: next(weights) * OF_OTHERS["labels"](x)  # noqa: E731
+    assert len(train(loss, student=student, teacher=copy.deepcopy(student))) == 1
 
 
 class Dense(nn.Module):

@@ -71,12 +71,13 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.reading.masks.search.problem_of", lambda mask, source: "")
         patch.setattr("lightning_otrt.reading.masks.search._is_common", lambda value: True)
         patch.setattr("lightning_otrt.reading.masks.search._count", lambda samples: 0)
+        patch.setattr("lightning_otrt.reading.masks.search._leaves_nothing", lambda value, source: False)
         patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
         patch.setattr("lightning_otrt.steps.term_engine.inspect_batch", lambda *args: ())
         patch.setattr(
             "lightning_otrt.steps.distillation_term.Distillation._check", lambda self, views, is_regression: None
         )
-        patch.setattr("lightning_otrt.teacher.task_gradient._read", lambda sums: (0.0, 1.0))
+        patch.setattr("lightning_otrt.teacher.task_gradient._read", lambda sums: (0.0, 1.0, 0.0))
         patch.setattr("lightning_otrt.teacher.frozen.zero_states._read", lambda flag: True)
         patch.setattr("lightning_otrt.teacher.frozen.zero_states.HostCopy", _NoCopy)
         patch.setattr("lightning_otrt.steps.entropic_coupling.inspect_plan", lambda *args: ())

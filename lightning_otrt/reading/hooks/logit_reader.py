@@ -14,7 +14,7 @@ from lightning_otrt.layers.trace import Trace, TracedTensor
 from lightning_otrt.layers.traced_logits import logit_key, traced_class_axis, traced_logits
 from lightning_otrt.reading.containers import as_container
 from lightning_otrt.reading.hooks.note_hooks import mask_key
-from lightning_otrt.reading.masks.layer_masks import flat_mask, named_mask, with_unread
+from lightning_otrt.reading.masks.layer_masks import flat_mask, named_masks, with_unread
 from lightning_otrt.reading.masks.values import fit_mask
 from lightning_otrt.reading.neurons.outputs import describe, output_items
 from lightning_otrt.reading.neurons.pooling import widened, widened_copy
@@ -191,7 +191,7 @@ def logit_masks(of: TracedLogits) -> LayerMasks:
     found = tuple(dict.fromkeys((*first.masks, *trace.layer(trace.root).masks)))
     # What a network with an encoder and a decoder returns are tokens of the decoder.
     found = tuple(mask for mask in found if mask.source.is_of_target) or found
-    found = (*(named_mask(of.side, trace, first, name) for name in of.named), *found)
+    found = (*(mask for name in of.named for mask in named_masks(of.side, trace, first, name)), *found)
     samples, time_first = logits.shape[logits.batch_axis], logits.batch_axis == 1
     (tokens,) = logits.positions
     masks = choose_masks(found, samples, tokens, 0, time_first=time_first)

@@ -16,7 +16,7 @@ from lightning_otrt.reading.masks.search import holds_lengths
 from lightning_otrt.reading.masks.values import unknown_polarity
 from lightning_otrt.reading.traced.token_grid import find_token_grid
 
-__all__ = ["flat_mask", "layer_masks", "named_mask", "pair_masks", "with_unread"]
+__all__ = ["flat_mask", "layer_masks", "named_masks", "pair_masks", "with_unread"]
 
 
 def layer_masks(
@@ -37,7 +37,7 @@ def layer_masks(
             the layer.
     """
     layer = trace.layer(name)
-    found = layer.masks if mask in (None, "auto") else (named_mask(side, trace, layer, str(mask)),)
+    found = layer.masks if mask in (None, "auto") else named_masks(side, trace, layer, str(mask))
     tensor = trace.tensor(name, select)
     if mask == "auto" and tensor is not None and len(tensor.shape) != 3:
         return LayerMasks(flat=flat_mask(trace, tensor), on_map=_map_mask(trace, tensor))
@@ -171,8 +171,8 @@ def pair_masks(pair: LayerPair, student: Trace, teacher: Trace) -> tuple[LayerMa
     )
 
 
-def named_mask(side: str, trace: Trace, layer: TracedLayer, name: str) -> TracedMask:
-    """The argument that the user named as the mask of a side: of the network, or of a module around the layer.
+def named_masks(side: str, trace: Trace, layer: TracedLayer, name: str) -> tuple[TracedMask, ...]:
+    """What the user named as the mask of a side: an argument of the network, then those of modules around the layer.
 
     Args:
         side: ``"student"`` or ``"teacher"``, for errors.
@@ -183,24 +183,34 @@ def named_mask(side: str, trace: Trace, layer: TracedLayer, name: str) -> Traced
     Raises:
         ValueError: If there is no such argument, or it is no mask.
     """
-    arguments = {traced.source.argument: traced for traced in trace.arguments}
-    for traced in layer.masks:
-        if traced.source.true_at == "unknown":
-            source = replace(traced.source, true_at="valid", is_named=True)
-            known = arguments.get(source.argument)
-            # The network may have an argument of that name, too, which was left out.
-            if known is None or known.shape is None:
-                arguments[source.argument] = replace(traced, source=source)
-    found = arguments.get(name.removeprefix("~"))
+    argument = name.removeprefix("~")
+    inner = [_as_named(known) for known in layer.masks if known.source.module != trace.root]
+    inner = [known for known in inner if known.source.argument == argument]
+    is_inside = any(known.shape is not None for known in inner)
+    own = [known for known in trace.arguments if known.source.argument == argument]
+    # The network may have an argument of that name, too, which was left out.
+    found = [*(known for known in own if known.shape is not None or not is_inside), *inner]
+    usable = [known for known in found if not known.problem]
     kind = trace.layer(trace.root).kind
-    if found is None:
+    if not found:
+        arguments = [known.source.argument for known in trace.arguments]
+        around = list(dict.fromkeys(known.source.argument for known in layer.masks if known.shape is not None))
         raise ValueError(
-            f"mask={name!r} names no argument of the {side} ({kind}). Its forward takes {list(arguments)}. Pass a "
-            "tuple (student, teacher) where the two differ."
+            f"mask={name!r} names no argument of the {side} ({kind}). Its forward takes {arguments}"
+            f"{f', and the modules around {layer.name!r} get {around}' if around else ''}. Pass a tuple (student, "
+            "teacher) where the two differ."
         )
-    if found.problem:
-        raise ValueError(f"mask={name!r} of the {side} ({kind}): {found.problem}.")
-    return replace(found, source=replace(found.source, true_at="padding")) if name.startswith("~") else found
+    if not usable:
+        raise ValueError(f"mask={name!r} of the {side} ({kind}): {found[0].problem}.")
+    if not name.startswith("~"):
+        return tuple(usable)
+    return tuple(replace(known, source=replace(known.source, true_at="padding")) for known in usable)
+
+
+def _as_named(mask: TracedMask) -> TracedMask:
+    """A mask of an inner module where the user names it, and so says what it means: nothing is doubtful then."""
+    source = replace(mask.source, true_at="valid", is_named=True, is_turned=False)
+    return replace(mask, source=source, problem="", empty=0, is_doubtful=False)
 
 
 def _may_tell(mask: TracedMask) -> bool:

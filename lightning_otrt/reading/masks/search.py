@@ -1,7 +1,10 @@
 """Chooses the padding masks of a layer: which masks around it belong to its sequence, in a walk outwards over modules.
 
-Each module's arguments are taken by name. A mask belongs to a layer if nothing between the two starts another sequence:
-a decoder has its own, a vision tower has none of the text beside it.
+Each module's arguments are taken by name, which tells what their true elements are. A mask that the network made
+itself, and that would then leave no token of any sample, is read the other way round.
+
+A mask belongs to a layer if nothing between the two starts another sequence: a decoder has its own, a vision tower has
+none of the text beside it.
 """
 
 from __future__ import annotations
@@ -72,7 +75,8 @@ class MaskSearch:
             unknown: Sequence[str] = () if has_two else tuple(call.arguments)
             candidates |= {name: "unknown" for name in unknown if call is not calls[-1] and may_mark_padding(name)}
             for name, true_at in candidates.items():
-                mask = self._traced(call, MaskSource(call.name, name, true_at, call.method))
+                source = MaskSource(call.name, name, true_at, call.method)
+                mask = self._traced(call, self._turned(call.arguments.get(name), source, calls[-1]))
                 if mask is None or (true_at == "unknown" and mask.shape is None):
                     continue
                 if not (is_memory or all(self._continues(each, call, name) for each in inner)):
@@ -146,6 +150,16 @@ class MaskSearch:
             self._known[key] = value, traced
         return self._known[key][1]
 
+    def _turned(self, value: Any, source: MaskSource, root: ModuleCall) -> MaskSource:
+        """The source, read the other way round where the network made a mask that by its name leaves no token at all.
+
+        Some modules call a mask ``attention_mask`` that is true at padding. Without padding it is false everywhere.
+        One that the user passed is read by its name, and so is one that may come from an empty mask of the user.
+        """
+        if id(value) in self._inputs or not _leaves_nothing(value, source) or _is_empty_mask(value, root):
+            return source
+        return replace(source, true_at="padding" if source.true_at == "valid" else "valid", is_turned=True)
+
     def _continues(self, inner: ModuleCall, outer: ModuleCall, name: str) -> bool:
         """Whether a call does not start a sequence other than that of the outer call's mask ``name``."""
         start = inner.sequence
@@ -170,6 +184,28 @@ class MaskSearch:
         if not own:  # inside of a container that is no mapping, or not given by name
             return _may_belong(start, mask)
         return _is_same(start, own[0])
+
+
+def _leaves_nothing(value: Any, source: MaskSource) -> bool:
+    """Whether a mask of booleans or whole numbers marks no token of any sample, read by its name.
+
+    Whole numbers of a mask that is named after padding may mean either. It waits for the device, in the traced forward
+    only.
+    """
+    if not isinstance(value, Tensor) or value.is_nested or not value.numel():
+        return False
+    if source.true_at == "padding":
+        return value.dtype == torch.bool and bool(value.all())
+    return source.true_at == "valid" and not (value.is_floating_point() or value.is_complex()) and not bool(value.any())
+
+
+def _is_empty_mask(value: Tensor, root: ModuleCall) -> bool:
+    """Whether the network got a mask of the same tokens that marks none."""
+    rows = as_rows(value)
+    given = (as_rows(mask) for name, mask in root.arguments.items() if is_mask_name(name))
+    return rows is not None and any(
+        mask is not None and mask.shape == rows.shape and not bool(mask.any()) for mask in given
+    )
 
 
 def _is_image(start: Tensor, mask: Any) -> bool:

@@ -35,8 +35,9 @@ def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
         source: Where it is from. A pairwise mask gives its tokens that some token sees, also where that of the traced
             forward was none.
     """
-    if source is not None and (source.is_named or source.true_at != "padding") and is_pairwise(value):
-        # Where the user says that it is true at padding, that is what is hidden from all.
+    may_be_pairwise = source is not None and (source.is_named or source.is_turned or source.true_at != "padding")
+    if source is not None and may_be_pairwise and is_pairwise(value):
+        # Where it is true at padding, that is what is hidden from all.
         seen = torch.amin if source.true_at == "padding" else torch.amax
         return seen(value, dim=tuple(range(1, value.dim() - 1)))
     if source is not None and source.true_at == "label" and not (isinstance(value, Tensor) and _are_labels(value)):
@@ -62,7 +63,7 @@ def is_pairwise(value: Any) -> bool:
 
 def problem_of(mask: Tensor, source: MaskSource) -> str:
     """Why it is not known which elements of a mask are padding, ``""`` where it is. It looks at the values."""
-    if source.is_named or source.true_at != "padding" or mask.dtype == torch.bool:
+    if source.is_named or source.is_turned or source.true_at != "padding" or mask.dtype == torch.bool:
         return ""
     kind = str(mask.dtype).removeprefix("torch.")
     if not mask.is_floating_point():
@@ -88,7 +89,7 @@ def valid_tokens(mask: Tensor, source: MaskSource) -> Tensor:
         tensor([[ True,  True, False]])
     """
     if source.true_at == "padding":
-        if not source.is_named and mask.dtype != torch.bool and not mask.is_floating_point():
+        if not (source.is_named or source.is_turned or mask.dtype == torch.bool or mask.is_floating_point()):
             raise ValueError(unknown_polarity(source, problem_of(mask, source)))
         return torch.eq(mask, 0)
     if source.true_at == "label":

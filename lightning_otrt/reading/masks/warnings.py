@@ -106,7 +106,8 @@ _WARNINGS = {
     ),
     "empty": (
         "The mask {mask!r} of the {side} leaves no token in {empty} samples, if true means {true_at}. They are read "
-        'as zeros: leave them out of the batch. If true means the opposite, pass LayerPair(mask="{other}").'
+        "as zeros: leave them out of the batch, or pass LayerPair(mask=None) to read all of their tokens. If true "
+        'means the opposite, pass LayerPair(mask="{other}").'
     ),
     "no_label": (
         "The mask {mask!r} of the {side} leaves no token in {empty} samples, if true means {true_at}. They are read "

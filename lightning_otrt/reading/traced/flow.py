@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_otrt.reading.traced.picks import Picks
+
 __all__ = ["Flow"]
 
 
@@ -23,6 +25,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     while one is active.
 
     Attributes:
+        picks: Follows the positions that the network picks.
         moved_rows: Sizes of the first axis of tensors whose rows may have been put into other places.
 
     Example:
@@ -39,6 +42,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._sources: Any = WeakTensorKeyDictionary()  # sets of names by tensor
         self.moved_rows: set[int] = set()
+        self.picks = Picks()
 
     def enter(self, made: Iterable[Tensor], names: Iterable[str]) -> None:
         """Note that these modules, and no earlier ones, lead to these tensors."""
@@ -56,7 +60,9 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **(kwargs or {}))
         if isinstance(output, Tensor) and not output.is_nested and output.dim() and _moves_rows(func, args):
             self.moved_rows.add(output.shape[0])
-        names = self.sources(_tensors((args, (kwargs or {}).values())))
+        entered = list(_tensors((args, (kwargs or {}).values())))
+        names = self.sources(entered)
+        self.picks.note(func, args, entered, list(_tensors(output)), is_computed=bool(names))
         if names:
             for tensor in _tensors(output):
                 # An operation in place writes to the tensor of which this one is a view, too.
