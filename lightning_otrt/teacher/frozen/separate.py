@@ -75,7 +75,7 @@ def _why_inside(name: str, teacher: nn.Module, student: nn.Module) -> str:
     return (
         f"{what}. It shares no weights with the rest, but what a module registers is put into training mode, moved, "
         "wrapped and sharded with it, while the transfer keeps its teacher in evaluation mode and runs it alone. "
-        f"So {_OUTSIDE}"
+        f"So {_OUTSIDE} It is right for a part that is never updated, such as a frozen backbone."
     )
 
 
