@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ __all__ = [
     "listed",
     "named_layers",
     "named_tensors",
+    "own_parameters",
     "primary_names",
     "unwrapped_name",
 ]
@@ -54,6 +56,10 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     Prefixes of wrappers (DDP, torch.compile, FSDP, activation checkpointing) are left out: the name is that of the
     wrapped module. A module that is registered twice has two names.
 
+    A wrapper with parameters of its own, such as the learned prompts of PEFT, is more than a wrapper: the name is that
+    of the wrapper, and the module that it wraps has none. What is inside of that module has the same name in both
+    cases.
+
     Example:
         >>> from torch import nn
         >>> list(named_layers(nn.Sequential(nn.DataParallel(nn.Sequential(nn.ReLU())))))
@@ -61,6 +67,8 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     users_names: dict[str, str] = {}
+    #: Names of wrappers with parameters of their own.
+    taken: set[str] = set()
     parents: dict[str, nn.Module] = {}
     for full_name, module in model.named_modules(remove_duplicate=False):
         parent, _, child = full_name.rpartition(".")
@@ -68,10 +76,13 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
             name = ""
         elif _is_wrapped(parents[parent], child):
             name = users_names[parent]
+            if _has_own_parameters(parents[parent], module):
+                taken.add(name)
         else:
             name = join_names(users_names[parent], child)
         users_names[full_name], parents[full_name] = name, module
-        found[name] = module
+        if name not in taken:
+            found[name] = module
     return found
 
 
@@ -146,6 +157,32 @@ def _is_wrapped(parent: nn.Module, child: str) -> bool:
     if child in _WRAPPERS:
         return not _WRAPPERS[child].isdisjoint(base.__name__ for base in type(parent).__mro__)
     return child in _WRAPPED
+
+
+def _has_own_parameters(wrapper: nn.Module, wrapped: nn.Module) -> bool:
+    """Whether a wrapper has parameters that the module inside of it does not have."""
+    others = (child for child in wrapper.children() if child is not wrapped)
+    own = {id(each) for each in chain(wrapper.parameters(recurse=False), *(other.parameters() for other in others))}
+    return bool(own) and not own <= {id(each) for each in wrapped.parameters()}
+
+
+def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a named module that are in none of the named modules inside of it.
+
+    Args:
+        module: A value of :func:`named_layers`.
+
+    Example:
+        >>> from torch import nn
+        >>> [tuple(each.shape) for each in own_parameters(nn.Sequential(nn.Linear(2, 3)))]
+        []
+        >>> [tuple(each.shape) for each in own_parameters(nn.DataParallel(nn.Linear(2, 3)))]
+        [(3, 2), (3,)]
+    """
+    yield from module.parameters(recurse=False)
+    for name, child in module.named_children():
+        if _is_wrapped(module, name):
+            yield from own_parameters(child)
 
 
 def ancestors(name: str) -> list[str]:

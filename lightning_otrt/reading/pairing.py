@@ -185,7 +185,8 @@ def check_layers(layers: LayerSpec, student: nn.Module, teacher: nn.Module, root
     name, method = split_root(root)
     if root is not None and name not in names:
         around, _, last = name.rpartition(".")
-        is_method = around in names and callable(getattr(names[around], last, None))
+        child = getattr(names[around], last, None) if around in names else None
+        is_method = callable(child) and not isinstance(child, nn.Module)
         hint = (
             f"Write {f'{around}:{last}'!r} for that method." if is_method else f"Its children: {child_names(student)}."
         )

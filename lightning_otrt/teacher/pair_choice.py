@@ -77,6 +77,7 @@ def _call(teacher: Teacher, student: NetworkCall, root: str, *, compiled: bool) 
     teacher_method = "" if teacher.has_inputs else same_method(target, student.method)
     names = positions_by_name(source, method, target, teacher_method or "forward")
     states = PastStates(source, method, *student.inputs, None if compiled else target)
-    teacher.call = TeacherCall(root, teacher_method, names, states)
+    path = next(name for name, inner in teacher.module.named_modules() if inner is target) if root else ""
+    teacher.call = TeacherCall(root, path, teacher_method, names, states)
     given = teacher.inputs_for(*InputGuard(clones=True).copied(student.inputs))
     return NetworkCall(teacher.module, given, root, teacher_method)

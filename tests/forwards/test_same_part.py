@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_otrt import LayerPair, RepresentationTransfer, neurons, suggest_weight, transport_distance
 
@@ -67,6 +68,18 @@ FORMS: dict[str, Any] = {
     "input": {"backbone.2:input": "backbone.2:input"},
     "index": [1, ("backbone.3", "backbone.3")],
 }
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, nn.DataParallel, torch.compile])
+def test_the_part_of_a_wrapped_teacher(wrap: Any) -> None:
+    """It was looked for in the wrapper, which has none of that name."""
+    teacher, student = Net(8), nn.ModuleDict({"net": Net()})
+    values = []
+    for each in (teacher, wrap(teacher)):
+        options = {"student_root": "net.backbone", "plan": "uniform"}
+        transfer = RepresentationTransfer(each, {"net.backbone.1": "backbone.1"}, **options)
+        values.append(value(transfer, student, lambda model: by_parts(model["net"], X)))
+    assert values[0] == values[1]
 
 
 @pytest.mark.parametrize("layers", FORMS.values(), ids=FORMS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_otrt.layers.automatic import block_names, penultimate_names
-from lightning_otrt.layers.names import is_inside, named_layers, primary_names
+from lightning_otrt.layers.names import is_inside, named_layers, own_parameters, primary_names
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
 
@@ -98,7 +98,7 @@ def layers_of_parameters(
     for module in modules.values():
         name = names[id(module)]
         is_before = any(leads_to(name, pair.student, trace) for pair in pairs)
-        found += [(name, parameter, is_before) for parameter in module.parameters(recurse=False)]
+        found += [(name, parameter, is_before) for parameter in own_parameters(module)]
     return found
 
 

@@ -68,15 +68,14 @@ def same_part(student: nn.Module, root: str, teacher: nn.Module) -> str:
         'encoder'
     """
     modules, found = named_layers(student), named_layers(teacher)
-    if not root or type(modules[root]) is type(teacher):
+    kind = type(found[""])  # without what wraps the teacher
+    if not root or type(modules[root]) is kind:
         return ""
     parts = root.split(".")
     for start in range(len(parts)):
         name = ".".join(parts[start:])
         around = ".".join(parts[:start])
-        is_alike = name in found and (
-            type(found[name]) is type(modules[root]) or type(teacher) is type(modules.get(around))
-        )
+        is_alike = name in found and (type(found[name]) is type(modules[root]) or kind is type(modules.get(around)))
         if is_alike:
             return name
     return ""
@@ -91,7 +90,7 @@ def is_of_same_network(student: nn.Module, root: str, part: str, teacher: nn.Mod
         True
     """
     around = root.removesuffix(part).removesuffix(".")
-    return type(named_layers(student)[around]) is type(teacher)
+    return type(named_layers(student)[around]) is type(named_layers(teacher)[""])
 
 
 def has_names(layers: LayerSpec, teacher: nn.Module) -> bool:

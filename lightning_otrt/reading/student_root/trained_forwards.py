@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_otrt.layers.names import named_layers
+from lightning_otrt.layers.names import named_layers, own_parameters
 from lightning_otrt.reading.hooks.own_hook import OwnHook
 from lightning_otrt.reading.student_root.gradient_reach import leaves_of
 from lightning_otrt.reading.torch_internals import add_forward_pre_hook, is_in_backward
@@ -32,7 +32,7 @@ class TrainedForwards:
         self._handles: list[RemovableHandle] = []
         seen: set[int] = set()
         for name, module in self._modules.items():
-            if id(module) not in seen and any(p.requires_grad for p in module.parameters(recurse=False)):
+            if id(module) not in seen and any(p.requires_grad for p in own_parameters(module)):
                 self._handles.append(add_forward_pre_hook(module, _Note(self, name)))
             seen.add(id(module))
 
@@ -42,13 +42,13 @@ class TrainedForwards:
         return [
             name
             for name in self._ran
-            if any(p.requires_grad and id(p) not in inside for p in self._modules[name].parameters(recurse=False))
+            if any(p.requires_grad and id(p) not in inside for p in own_parameters(self._modules[name]))
         ]
 
     def that_made(self, tensors: Iterable[Tensor]) -> list[str]:
         """Names of those that ran so far and are trained through these tensors."""
         leaves, _ = leaves_of(tensors)
-        return [name for name in self._ran if not leaves.isdisjoint(self._modules[name].parameters(recurse=False))]
+        return [name for name in self._ran if not leaves.isdisjoint(own_parameters(self._modules[name]))]
 
     def remove(self) -> None:
         """Remove the hooks."""

@@ -217,7 +217,7 @@ class Teacher:
         return recorder.run_teacher(self.run, args, kwargs, method_of)
 
     def _root_of(self, module: nn.Module) -> nn.Module:
-        return module.get_submodule(self.call.root) if self.call.root else module
+        return module.get_submodule(self.call.path) if self.call.root else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the inputs of the student's root.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lightning_otrt.layers.names import named_layers, primary_names
+from lightning_otrt.layers.names import named_layers, own_parameters, primary_names
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.student_root.reach import leads_to
 from lightning_otrt.reading.torch_internals import unwrapped
@@ -70,7 +70,7 @@ def checksum_before(module: nn.Module, layers: Iterable[str], trace: Trace) -> s
     found: dict[int, Tensor] = {}
     for part in modules.values():
         if any(leads_to(primary[id(part)], layer, trace) for layer in names):
-            found.update((id(parameter), parameter) for parameter in part.parameters(recurse=False))
+            found.update((id(parameter), parameter) for parameter in own_parameters(part))
     return _checksum(found.values())
 
 

@@ -15,6 +15,7 @@ class TeacherCall:
 
     Args:
         root: Name of the submodule that runs, ``""`` for the whole.
+        path: The same name with what wrappers add to it, such as ``"module.encoder"``.
         method: Name of its method that is called in place of its forward, ``""`` for the forward.
         names: By which names it takes the positional arguments of the student, see
             :func:`~lightning_otrt.reading.traced.arguments.positions_by_name`.
@@ -23,6 +24,7 @@ class TeacherCall:
     """
 
     root: str = ""
+    path: str = ""
     method: str = ""
     names: tuple[str | None, ...] = ()
     past_states: PastStates = field(default_factory=PastStates)
