@@ -74,8 +74,8 @@ def _why_inside(name: str, teacher: nn.Module, student: nn.Module) -> str:
         return f"{what}: training would change both. {copied} For a momentum encoder: freeze it, and {_OUTSIDE}"
     return (
         f"{what}. It shares no weights with the rest, but what a module registers is put into training mode, moved, "
-        "wrapped and sharded with it, while the transfer keeps its teacher in evaluation mode and runs it alone. "
-        f"So {_OUTSIDE} It is right for a part that is never updated, such as a frozen backbone."
+        "wrapped and sharded with it, and its checkpoints hold the teacher too, while the transfer runs the teacher "
+        f"alone. So {_OUTSIDE} It is right for a part that is never updated, such as a frozen backbone."
     )
 
 

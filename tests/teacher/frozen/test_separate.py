@@ -59,8 +59,8 @@ def test_a_momentum_encoder_inside_of_the_student(net: Net, name: str) -> None:
     setattr(task.get_submodule(around), last, net.requires_grad_(False))
     expected = (
         f"The teacher is the submodule '{name}' of the student (Lit). It shares no weights with the rest, but what a "
-        "module registers is put into training mode, moved, wrapped and sharded with it, while the transfer keeps its "
-        f"teacher in evaluation mode and runs it alone. So {OUTSIDE} It is right for a part that is never "
+        "module registers is put into training mode, moved, wrapped and sharded with it, and its checkpoints hold the "
+        f"teacher too, while the transfer runs the teacher alone. So {OUTSIDE} It is right for a part that is never "
         "updated, such as a frozen backbone."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
