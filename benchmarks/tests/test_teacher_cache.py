@@ -67,18 +67,21 @@ def test_all_figures() -> None:
     # 2 layers of 6 neurons at 4 x 4 positions, a key and a checksum.
     assert found["steps"]["bytes per sample"] == 4 * 2 * 6 * 16 + 40
     assert {len(seconds) for seconds in found["steps"]["seconds"].values()} == {4}
-    assert {len(seconds) for seconds in found["sweep"].values()} == {teacher_cache.FITS}
-    results: dict[str, Any] = {"command": "c", "epochs": 2}
+    assert {len(fits) for fits in found["sweep"].values()} == {teacher_cache.FITS}
+    assert {len(fit) for fits in found["sweep"].values() for fit in fits} == {2}
+    results: dict[str, Any] = {"command": "c", "epochs": (1, 2)}
     text = report({**results, "pairs": {"tiny": found}})
     assert text.startswith("# Teacher cache\n")
-    assert len([line for line in text.split("\n") if line.startswith("| tiny |")]) == 2 + 3
+    assert len([line for line in text.split("\n") if line.startswith("| tiny |")]) == 2 + 4
 
 
 def test_gates() -> None:
     seconds = {WITHOUT: [2.0, 4.4, 6.0], LATER: [1.0, 2.0, 3.0], AT_HAND: [0.9, 1.8, 2.4]}
-    found = {"steps": {"seconds": seconds}, "sweep": {"without": [3.0] * 5, "with": [2.0, 1.0, 1.0, 1.0, 1.0]}}
-    assert [(value, passed) for _, value, _, passed in judge(found)] == [
+    sweep = {"without": [[3.0, 3.0]] * 5, "with": [[6.0, 1.0], *[[1.0, 1.0]] * 4]}
+    found = {"steps": {"seconds": seconds}, "sweep": sweep}
+    assert [(value, passed) for _, value, _, passed in judge(found, (1, 2))] == [
         (2.0, True),
         (pytest.approx(1.111, rel=1e-3), True),
-        (2.5, True),
+        (1.5, False),
+        (2.0, False),
     ]
