@@ -43,11 +43,11 @@ class LogitDistillation:
         select: Key or index of the logits, where the output holds several tensors; or ``(student, teacher)``.
         class_axis: Axis of the classes. None: 1 for ``(B, K)`` and ``(B, K, H, W)``; for three axes it follows from the
             modules that make the output, where these tell.
-        activation: ``"softmax"``, or ``"sigmoid"`` for networks that are trained with a binary cross-entropy. None: the
-            softmax, with a look at the task.
         features: Student layer, or ``"layer:input"``, on which the teacher's logits are regressed. None: what enters
             its last linear layer, and only where the numbers of classes differ. Name it where two networks have as many
             classes by chance.
+        activation: ``"softmax"``, or ``"sigmoid"`` for networks that are trained with a binary cross-entropy. None: the
+            softmax, with a look at the task.
 
     Raises:
         TypeError: If an argument is of the wrong type.

@@ -34,6 +34,9 @@ class TransferWarning(UserWarning):
         >>> from lightning_otrt import TransferWarning
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("error", TransferWarning)  # a script that must not go on
+        ...     warnings.warn("Layer 'block3' of the student has 12 dead neurons.", TransferWarning)
+        Traceback (most recent call last):
+        lightning_otrt.notices.TransferWarning: Layer 'block3' of the student has 12 dead neurons.
     """
 
 

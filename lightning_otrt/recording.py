@@ -81,6 +81,7 @@ class RecordedStudent:
 
         Raises:
             RuntimeError: If it is attached already.
+            TypeError: If the student is no module.
             ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
         """
         self._attachment.attach(student)

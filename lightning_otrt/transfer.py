@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.checks import check_count
 from lightning_otrt.distillation import LogitDistillation, as_distillation
 from lightning_otrt.layers.pairs import LayerOptions, LayerPair, LayerSpec
 from lightning_otrt.notices import Notices
@@ -104,6 +105,9 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range.
+        FileNotFoundError: If the teacher is a checkpoint that does not exist.
+        ImportError: If the package or the class of a teacher that has to be loaded cannot be imported.
+        RuntimeError: If its weights cannot be read or downloaded.
 
     Example:
         >>> import torch
@@ -156,8 +160,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         check_plan_and_cost(plan, self.ground_cost)
         self._teacher_text = as_written(teacher)
         self.teacher = Teacher(load_teacher(teacher), inputs=teacher_inputs, dtype=teacher_dtype)
-        #: Calls between two reads of the flags for values that are not finite. With None ``log_every_n_steps``, or 50.
-        self.check_every: int | None = None
+        self._check_every: int | None = None
         #: Called with the table of chosen layers and other notes. By default they go to the logger of this module.
         self.report: Callable[[str], None] | None = None
         self.distances: list[PairDistance] = []  #: The distances of the last call of :meth:`loss`.
@@ -166,7 +169,9 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         self.transport_value: Tensor | None = None
         #: The unweighted distillation of logits of that call, likewise.
         self.distillation_value: Tensor | None = None
-        settings = TermSettings(self.ground_cost, plan, epsilon, memory, solve_every, seed, strict)
+        # Plain, since it is saved: a number of NumPy would need `weights_only=False` to be loaded.
+        decay = memory if isinstance(memory, str) else float(memory)
+        settings = TermSettings(self.ground_cost, plan, epsilon, decay, solve_every, seed, strict)
         processes = Processes(global_batch, process_group)
         option = as_distillation(distillation)
         state, logits = None, None
@@ -203,6 +208,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
 
         Raises:
             ValueError: If the schedule gives anything but a finite number that is not negative.
+            RuntimeError: If the schedule fails.
         """
         return self._weights.now()
 
@@ -220,6 +226,19 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
     def step(self, value: int) -> None:
         self._weights.step = value
         self._switch()
+
+    @property
+    def check_every(self) -> int | None:
+        """Calls between two reads of the flags for values that are not finite.
+
+        With None ``log_every_n_steps`` of the Trainer, or 50.
+        """
+        return self._check_every
+
+    @check_every.setter
+    def check_every(self, value: int | None) -> None:
+        check_count("check_every", value, optional=True)
+        self._check_every = value
 
     @property
     def cuda_graphs(self) -> bool:
@@ -248,14 +267,16 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
             student: The module that is trained.
 
         Raises:
+            TypeError: If the student is no module.
             ValueError: If a layer name does not exist, or the teacher shares parameters with the student.
-            RuntimeError: At the end of the block, if a layer never ran.
+            RuntimeError: If it is attached already, or at the end of the block if a layer never ran.
         """
         self.attach(student)
         try:
             with self.recording():
                 yield self
                 self.check_layers()
+                self.check_finite()
                 if self.has_views and not self._was_asked:
                     self._notices.warn(
                         f"{len(self.views)} forwards of the student were recorded, but `loss` was never called while "
@@ -314,7 +335,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
             self._give_up(missed.error)
         if missed.warning:
             self._notices.warn(missed.warning, key="missing")
-        if self.run_state.calls % (self.check_every or self.run_state.check_every) == 0:
+        if self.run_state.calls % (self._check_every or self.run_state.check_every) == 0:
             self.check_finite()
         return terms.total
 

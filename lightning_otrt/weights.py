@@ -51,6 +51,7 @@ class StepWeights:
 
         Raises:
             ValueError: If the schedule gives anything but a finite number that is not negative.
+            RuntimeError: If the schedule fails.
         """
         if self._known is None or self._known[0] != self.step:
             factor = factor_at(self.step, self._schedule)

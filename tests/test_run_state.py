@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import LAYERS, Net, hooks, loader, make_task, make_teacher, make_trainer
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trainer.fits import make_callback
 
-from lightning_otrt import RepresentationTransfer
+from lightning_otrt import LayerPair, RepresentationTransfer
 from lightning_otrt.reading.student_root.search import RootSearch
 from lightning_otrt.teacher.cache.cached_run import CachedRun
 
@@ -76,6 +78,42 @@ def test_flags_are_read_as_often_as_a_user_says(monkeypatch):
         reads.clear()
         make_trainer(callbacks=[callback], log_every_n_steps=logs).fit(make_task(), loader())
         assert reads[:-1] == expected, "the last is that of the end"
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path: Path):
+    pairs = [LayerPair("block1", "block1", weight=np.float64(0.5)), LayerPair("block2", "block2", weight=np.float32(1))]
+    numbers = {"weight": np.float32(2), "memory": np.float32(0.5), "epsilon": np.float32(0.02)}
+    transfer, student = RepresentationTransfer(make_teacher(), pairs, distillation=np.float64(1), **numbers), Net()
+    with transfer.attached(student):
+        student(next(iter(loader()))[0])
+        transfer.loss()
+    torch.save(transfer.state_dict(), tmp_path / "state.pt")
+    transfer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for wrong in ({"epsilon": np.float32(2)}, {"memory": np.float32(1)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            RepresentationTransfer(make_teacher(), pairs, **wrong)
+
+
+def test_the_interval_of_a_trainer_ends_with_its_fit():
+    callback = make_callback(layers=LAYERS)
+    make_trainer(callbacks=[callback], log_every_n_steps=1).fit(make_task(), loader())
+    assert callback.transfer.run_state.check_every == 50
+    for wrong in (0, -1, True, 2.5):
+        with pytest.raises((TypeError, ValueError), match="`check_every` to be a positive integer or None"):
+            callback.transfer.check_every = wrong
+
+
+def test_a_short_loop_says_at_its_end_that_values_were_not_finite():
+    transfer, student = RepresentationTransfer(make_teacher(), "penultimate"), Net()
+
+    def loop() -> None:
+        with transfer.attached(student):
+            for step in range(3):
+                x = next(iter(loader()))[0]
+                student(x if step != 1 else x * torch.inf)
+                transfer.loss()
+
+    assert ["1 recent values of the transfer term were NaN or infinite" in text for text in messages(loop)] == [True]
 
 
 def messages(act: Any) -> list[str]:

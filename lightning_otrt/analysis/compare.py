@@ -79,9 +79,11 @@ def compare_representations(
             (every layer that can be recorded), or names, globs, ``"re:..."``, indices, ``"name:input"``, ``"blocks"``
             and ``"penultimate"``, one or a list.
         teacher_layers: The same for the teacher. None applies ``layers`` to both.
-        cost: ``"correlation"``, ``"euclidean"`` or ``"sqeuclidean"``. Only the correlation does not depend on the
-            scale of the activations, so that distances of different layers can be compared.
-        plan: Kind of transport plan.
+        cost: ``"correlation"``, ``"euclidean"`` or ``"sqeuclidean"``; for an orthogonal plan also ``"covariance"``.
+            Only the correlation does not depend on the scale of each neuron, so that distances of different layers can
+            be compared.
+        plan: ``"sinkhorn"``, ``"exact"``, ``"orthogonal"`` (the best rotation), or a control: ``"identity"``,
+            ``"uniform"``, ``"random"``, ``"random_orthogonal"``.
         epsilon: Entropic regularisation, relative to the mean cost.
         grid: Positions kept along each axis of a feature map; see :func:`~lightning_otrt.neurons`.
         inputs: Function from a batch to the student's inputs: a tensor, a tuple of positional arguments or a dictionary

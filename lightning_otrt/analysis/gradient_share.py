@@ -44,20 +44,21 @@ class GradientProbe:
 
     Args:
         student: The student.
-        pairs: The resolved pairs; :attr:`names` are their student layers, each once.
+        pairs: The resolved pairs; :attr:`names` are their student layers, each once, or once for each ``select`` where
+            pairs take several of its outputs.
     """
 
     def __init__(self, student: nn.Module, pairs: Sequence[LayerPair]) -> None:
         modules = named_layers(student)
-        layers = {pair.student: pair for pair in pairs}
+        self._layers = _names_of(pairs)
+        layers = dict(zip(self._layers, pairs, strict=True))
         self.names = tuple(layers)
-        self._layers = [pair.student for pair in pairs]
         self._edges: dict[str, list[GradientEdge]] = {name: [] for name in layers}
         self._active = False
         self._handles: list[RemovableHandle] = []
         for name, pair in layers.items():
-            module = modules[name.removesuffix(INPUT)]
-            if name.endswith(INPUT):
+            module = modules[pair.student.removesuffix(INPUT)]
+            if pair.student.endswith(INPUT):
                 handle = add_forward_pre_hook(module, FunctionHook(self._on_input(name)), with_kwargs=True)
             else:
                 handle = add_forward_hook(module, FunctionHook(self._on_output(name, pair.select)))
@@ -130,6 +131,14 @@ class GradientProbe:
         if self._active and value is not None and value.requires_grad:
             # The edge, not the tensor: an in-place operation after the layer would move the tensor in the graph.
             self._edges[name].append(get_gradient_edge(value))
+
+
+def _names_of(pairs: Sequence[LayerPair]) -> list[str]:
+    """The student layer of each pair, with the selected output where pairs take several of them."""
+    selects: dict[str, set[str | int | None]] = {}
+    for pair in pairs:
+        selects.setdefault(pair.student, set()).add(pair.select)
+    return [pair.student if len(selects[pair.student]) == 1 else f"{pair.student}-{pair.select}" for pair in pairs]
 
 
 def _recorded(views: Sequence[View]) -> tuple[list[Tensor], list[Tensor]]:

@@ -82,7 +82,7 @@ def plot_singular_values(
     r"""Singular values of the cross-correlations behind orthogonal couplings, in place of pictures of plans.
 
     The i-th value says how much both layers agree along their i-th common direction. A curve that falls at once means
-    that they agree along a few directions only; the dotted line is that of N = M neurons that agree along all, 1 / N.
+    that they agree along a few directions only; a dotted line is that of layers that agree along all N, 1 / N.
 
     Args:
         values: For each curve its name and the singular values, such as ``result.singular_values`` of
@@ -127,7 +127,8 @@ def plot_singular_values(
     longest = max(map(len, curves.values()))
     padded = {name: each.tolist() + [math.nan] * (longest - len(each)) for name, each in curves.items()}
     figure, ax = plot_history(padded, range(1, longest + 1), title=title or "Singular values", ax=ax)
-    ax.axhline(1 / longest, color="0.6", linestyle=":", linewidth=1.0)
+    for length in sorted(set(map(len, curves.values()))):
+        ax.axhline(1 / length, color="0.6", linestyle=":", linewidth=1.0)
     ax.set_xlabel("direction")
     ax.set_ylabel("singular value")
     ax.set_ylim(bottom=0)

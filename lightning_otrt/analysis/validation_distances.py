@@ -88,7 +88,7 @@ class ValidationDistances:
                 cost=cost,
                 plan="sinkhorn" if kind == "static" else kind,
                 epsilon=transfer.epsilon,
-                seed=transfer.seed,
+                seed=transfer.seed + number,  # as the engine: each pair has its own random plan
             )
             # Layers of one network may lie on several devices.
             known = transfer.distances[number : number + 1]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,12 +125,13 @@ def suggest_weight(
         >>> suggestion = suggest_weight(student, transfer, data, loss_fn=nn.functional.cross_entropy)
         >>> transfer.weight = suggestion.weight
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio < math.inf:
         raise ValueError(f"Expected argument `ratio` to be positive and finite, but got {ratio!r}.")
     check_count("max_batches", max_batches)
     check_module("student", student)
     check_batches(dataloader)
-    given: Any = getattr(transfer, "transfer", transfer)  # a callback holds its transfer
+    held = getattr(transfer, "transfer", None)  # a callback holds its transfer; a teacher may have a part of that name
+    given: Any = held if isinstance(held, RepresentationTransfer) else transfer
     transfer = given if isinstance(given, RepresentationTransfer) else RepresentationTransfer(given)
     loss_of = find_task_loss(student, task_loss, loss_fn)
     device = next((tensor.device for tensor in (*student.parameters(), *student.buffers())), torch.device("cpu"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from numbers import Real
 from typing import Any, TypeAlias
 
 from lightning_otrt.checks import constructor_call, is_int, shown
@@ -119,7 +120,7 @@ def check_options(weight: Any, neuron_axis: Any, select: Any, mask: Any, where: 
         TypeError: If an option is of the wrong type.
         ValueError: If the weight is not positive and finite.
     """
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise TypeError(f"Expected `weight` of {where} to be a number, but got {shown(weight)}.")
     if not math.isfinite(weight) or weight <= 0:
         raise ValueError(f"Expected `weight` of {where} to be positive and finite, but got {shown(weight)}.")
@@ -164,7 +165,7 @@ def pairs_to_state(pairs: Sequence[LayerPair]) -> list[tuple[Any, ...]]:
         >>> pairs_to_state([LayerPair("a", "b", neuron_axis=(1, 1))])
         [('a', 'b', 1.0, (1, 1), None, 'auto')]
     """
-    return [astuple(pair) for pair in pairs]
+    return [astuple(replace(pair, weight=float(pair.weight))) for pair in pairs]
 
 
 def pairs_from_state(state: Sequence[Sequence[Any]]) -> tuple[LayerPair, ...]:

@@ -192,8 +192,9 @@ class GlobalTransportEngine(TermEngine):
         state, coupling = self.states[index], self.couplings[index]
         energy, size = got.energy, self.ranks.size
         if energy is not None:
-            if state.energy is not None:
-                energy = torch.where(torch.isfinite(energy[0]), energy, state.energy * size)
+            # As in one process: where the first one is not finite, it is that of no batch.
+            before = torch.zeros_like(energy) if state.energy is None else state.energy * size
+            energy = torch.where(torch.isfinite(energy[0]), energy, before)
             state.energy = energy / size
         if got.not_finite is not None:
             state.sums, self._is_pending = fed(state, state.sums, unsent, got.not_finite == 0), True

@@ -61,7 +61,9 @@ class PairDistance:
 
     @property
     def rotation(self) -> Tensor | None:
-        """The matrix Q from centred teacher neurons to the targets of the student's; None as for :attr:`matrix`.
+        """The matrix from centred teacher neurons to the targets of the student's; None as for :attr:`matrix`.
+
+        Its scale is that of :attr:`TransportResult.rotation`, with the norms over the observations of the last solve.
 
         Raises:
             AttributeError: If a transport plan is behind the distance.

@@ -193,4 +193,7 @@ def _check_task(task: Any) -> None:
         raise TypeError(
             "Expected `task` to be a LightningModule, but got a compiled one. Wrap it first, then compile the result."
         )
-    raise TypeError(f"Expected `task` to be a LightningModule, but got {kind.__qualname__}.")
+    raise TypeError(
+        f"Expected `task` to be a LightningModule, but got {kind.__qualname__}. For a plain module and a loop of your "
+        "own there is RepresentationTransfer(teacher, ...).attached(module)."
+    )

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_otrt.checks import check_count, constructor_call
+from lightning_otrt.checks import check_count, check_flag, constructor_call
 from lightning_otrt.trainer.lightning_internals import batches_before, logged_step
 from lightning_otrt.trainer.monitored_transfer import MonitoredTransfer
 from lightning_otrt.trainer.transfer_callback import TransferCallback
@@ -28,7 +28,7 @@ class OTRTMonitor(pl.Callback):
       many neurons are not matched to the neuron of the same index;
     - ``otrt/marginal_error/<layer>``: how far the plan is from the teacher's masses (L1, of a total of 1);
     - ``otrt/entropy/<layer>``: the entropy of the plan, as a share of that of a uniform plan, which matches nothing;
-    - ``otrt/directions/<layer>``, in place of these three, of an orthogonal coupling: over how many directions of the
+    - ``otrt/directions/<layer>``, in place of these three, of a solved rotation: over how many directions of the
       teacher the agreement spreads, :math:`(\sum s)^2 / \sum s^2` of the singular values s of the cross-correlation;
     - ``otrt/layer_share/<layer>`` and ``otrt/gradient_share``: :math:`\alpha g / (\alpha g + t)`, with the norms
       :math:`\alpha g` of the gradient of the weighted term and t of that of the task, at the output of the layer and at
@@ -58,6 +58,7 @@ class OTRTMonitor(pl.Callback):
         figures: Whether to draw the plans. Without matplotlib there is a warning instead.
 
     Raises:
+        TypeError: If a number of steps or epochs is no integer, or a flag is not True or False.
         ValueError: If a number of steps or epochs is not positive.
         MisconfigurationException: At the start of ``fit``, if there is no transfer.
 
@@ -83,6 +84,8 @@ class OTRTMonitor(pl.Callback):
         super().__init__()
         check_count("every_n_steps", every_n_steps, optional=True)
         check_count("every_n_epochs", every_n_epochs)
+        for name, flag in (("gradients", gradients), ("validation", validation), ("figures", figures)):
+            check_flag(name, flag)
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.gradients, self.validation, self.figures = gradients, validation, figures
         self._monitored: list[MonitoredTransfer] = []

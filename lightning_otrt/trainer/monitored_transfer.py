@@ -136,7 +136,9 @@ class MonitoredTransfer(ExtraTerm):
             if distance.matrix is None or distance.is_skipped:
                 continue
             if distance.alignment is not None:
-                found[f"otrt/directions/{label}"] = distance.alignment.directions
+                # Those of a random projection say nothing of both layers.
+                if self.transfer.plan != "random_orthogonal":
+                    found[f"otrt/directions/{label}"] = distance.alignment.directions
                 continue
             numbers = diagnose(distance.matrix)
             found[f"otrt/marginal_error/{label}"] = numbers.teacher_error

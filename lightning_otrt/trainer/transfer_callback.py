@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,15 @@ from lightning_otrt.trainer.transfer_term import TransferTerm
 from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["TransferCallback"]
+
+#: The settings in a state key, as users know them.
+_SETTINGS = {
+    "teacher": "the teacher",
+    "layers": "`layers`",
+    "root": "`student_root`",
+    "cost": "`cost`",
+    "plan": "`plan`",
+}
 
 
 class TransferCallback(pl.Callback):
@@ -229,6 +239,7 @@ class TransferCallback(pl.Callback):
             self._term.reevaluations.stop()
         self.transfer.detach()
         self.transfer.run_state.forget_processes()
+        self.transfer.run_state.check_every = CHECK_EVERY
         self._term, self._resumed, self._is_testing = None, False, False
 
     @override
@@ -262,9 +273,10 @@ class TransferCallback(pl.Callback):
         if self.state_key in saved:
             return
         if others:
+            changed = min((self._changed(key) for key in others), key=len)
             message = (
                 f"The checkpoint holds the state of {' and '.join(others)}, but this run has {self.state_key}: "
-                "`layers`, `plan`, the teacher or the cost changed, so that its plans and statistics cannot be used"
+                f"{changed}, so that its plans and statistics cannot be used"
             )
             if self.transfer.strict:
                 raise MisconfigurationException(
@@ -273,6 +285,12 @@ class TransferCallback(pl.Callback):
             rank_zero_warn(f"{message}. They start from this run, because of strict=False.")
             return
         rank_zero_info(f"The checkpoint has no state of {type(self).__name__}: its plans start from this run.")
+
+    def _changed(self, key: str) -> str:
+        """Which settings of a saved state key are others than here, in words."""
+        saved, own = (ast.literal_eval(one[one.index("{") :]) for one in (key, self._state_key))
+        names = [shown for name, shown in _SETTINGS.items() if name in saved and saved[name] != own[name]]
+        return f"{' and '.join(names) or 'another setting'} changed"
 
 
 def _transfer_of(

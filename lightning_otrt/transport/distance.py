@@ -83,12 +83,23 @@ class TransportResult:
 
     @property
     def rotation(self) -> Tensor:
-        """The matrix Q from centred teacher neurons to the targets of the student's, for an orthogonal coupling.
+        """The matrix from centred teacher neurons to the targets of the student's, for an orthogonal coupling.
 
-        Its entries may be negative.
+        With ``cost="covariance"`` it is Q, with orthonormal rows for N ≤ M, and orthonormal columns for N ≥ M. With
+        ``cost="correlation"`` each column of Q is divided by the norm of its teacher neuron over the observations:
+        multiply it by these norms to get Q. Entries may be negative.
 
         Raises:
             AttributeError: If a transport plan is behind the distance.
+
+        Example:
+            >>> import torch
+            >>> from lightning_otrt import transport_distance
+            >>> y, x = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0))
+            >>> norms = (x - x.mean(1, keepdim=True)).norm(dim=1)
+            >>> rotation = transport_distance(y, x, plan="orthogonal").rotation * norms
+            >>> torch.allclose(rotation @ rotation.T, torch.eye(4), atol=1e-5)
+            True
         """
         if self.singular_values is None:
             raise AttributeError("A transport plan is no rotation: use `plan`, or `matrix` for both.")
@@ -146,9 +157,10 @@ def transport_distance(
         The value with its plan, cost and diagnostics.
 
     Raises:
-        TypeError: If the neurons are not floating-point tensors.
+        TypeError: If the neurons are not floating-point tensors, or ``cost`` is no name and cannot be called.
         ValueError: If shapes do not fit, values are not finite, or an argument is out of range.
         RuntimeError: If the entropic plan does not converge.
+        ModuleNotFoundError: If POT, which finds exact plans, is not installed.
 
     Example:
         >>> import torch

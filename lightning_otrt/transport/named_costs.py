@@ -41,4 +41,6 @@ def get_cost(cost: str | Callable[[Tensor, Tensor], Tensor] | Cost) -> Cost:
         return COSTS[cost]()
     if callable(cost):
         return CustomCost(cost)
-    raise TypeError(f"Expected argument `cost` to be a name or a callable, but got {type(cost).__name__}.")
+    raise TypeError(
+        f"Expected argument `cost` to be one of {list(COSTS)} or a callable, but got {type(cost).__name__}."
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def check_plan_and_cost(plan: str, cost: Cost) -> None:
 
 def check_epsilon(epsilon: float) -> None:
     """Raise a ValueError unless ``epsilon`` is a number between 0 and 1."""
-    if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and 0 < epsilon < 1):
+    if not (isinstance(epsilon, Real) and math.isfinite(epsilon) and 0 < epsilon < 1):
         raise ValueError(
             f"Expected argument `epsilon` to lie between 0 and 1, but got {shown(epsilon)}. It is relative to the mean "
             "cost: 0.01 is close to an exact plan, from 0.2 on nothing is matched, at 1 the plan is uniform."

@@ -135,3 +135,40 @@ def test_sees_only_what_runs_with_gradient_inside_the_block():
     assert probe.has_outputs(views)
     probe.remove()
     assert not probe.has_outputs(views)
+
+
+def test_several_outputs_of_one_layer():
+    """Each selected output has a share of its own."""
+
+    class Both(nn.Module):
+        def forward(self, x):
+            return F.relu(x), F.tanh(x)
+
+    class Net(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.both, self.head = nn.Linear(8, width), Both(), nn.Linear(2 * width, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat(self.both(self.first(x)), 1))
+
+    torch.manual_seed(0)
+    student, x, labels = Net(6), torch.randn(32, 8), torch.randint(3, (32,))
+    pairs = [LayerPair("both", "both", select=index) for index in (0, 1)]
+    transfer = RepresentationTransfer(Net(9), pairs, weight=8.0)
+    outputs = []
+    student.both.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with transfer.attached(student):
+        student(x)
+        transfer.discard()
+        probe = GradientProbe(student, transfer.pairs)
+        with probe.watching():
+            task = F.cross_entropy(student(x), labels)
+        views = list(transfer.views)
+        assert probe.has_outputs(views)
+        norms = probe.split(task + (term := transfer.loss()), views)
+        probe.remove()
+    assert probe.names == ("both-0", "both-1")
+    for found, loss in ((norms.task, task), (norms.transport, term)):
+        wanted = torch.autograd.grad(loss, outputs[-1], retain_graph=True)
+        assert found.tolist() == pytest.approx([float(each.norm()) for each in wanted], rel=1e-4)

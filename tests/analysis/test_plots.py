@@ -245,14 +245,14 @@ def test_bad_arguments(draw: Callable[[], Any], match: str) -> None:
 
 
 def test_singular_values_of_several_layers() -> None:
-    """Each from the first direction on, and the value that would spread evenly over all."""
+    """Each from the first direction on, and the values that would spread evenly over all of its own."""
     wide, narrow = torch.tensor([0.4, 0.2, 0.1, 0.05]), torch.tensor([0.6, 0.3])
     _, axes = plot_singular_values({"wide": wide, "narrow": narrow})
-    first, second, even = axes.get_lines()
+    first, second, *even = axes.get_lines()
     assert first.get_xdata().tolist() == [1, 2, 3, 4]
     torch.testing.assert_close(torch.tensor(first.get_ydata().tolist()), wide)
     assert [math.isnan(value) for value in second.get_ydata()] == [False, False, True, True]
-    assert list(even.get_ydata()) == [0.25, 0.25]
+    assert [list(line.get_ydata()) for line in even] == [[0.5, 0.5], [0.25, 0.25]]
     assert axes.get_ylim()[0] == 0
 
 

@@ -116,3 +116,21 @@ def test_a_plan_that_is_not_found_is_nan(
     assert first.isnan()
     assert second.isfinite()
     assert str(distances.error) == "did not converge"
+
+
+@pytest.mark.parametrize("plan", ["random", "random_orthogonal"])
+def test_each_pair_has_the_random_plan_that_it_is_trained_with(student: nn.Module, plan: str) -> None:
+    transfer = RepresentationTransfer(make_teacher(), LAYERS, plan=plan, seed=3, memory=0, solve_every=1)
+    x = next(iter(loader()))[0]
+    student.eval()
+    with transfer.attached(student):
+        student(x)
+        transfer.loss()
+        trained = torch.stack([distance.value for distance in transfer.distances])
+        distances = ValidationDistances(transfer, student)
+        with torch.no_grad():
+            student(x)
+        found = distances.compute()
+        distances.close()
+        transfer.discard()
+    torch.testing.assert_close(torch.stack(found).to(trained), trained, rtol=1e-4, atol=1e-5)

@@ -128,3 +128,20 @@ def test_errors_of_the_networks():
 
     with pytest.raises(ValueError, match="the loss of the task has no gradient at the student layers"):
         suggest_weight(net, teacher, loader(), task_loss=unrelated)
+
+
+def test_a_teacher_with_a_part_of_the_name_transfer():
+    """As adapters have. It is the teacher that is matched, not its part."""
+
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.transfer = make_teacher(), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.net(x)
+
+    task, teacher = make_task(), Teacher()
+    found = suggest_weight(task, teacher, loader(), max_batches=1).weight
+    expected = suggest_weight(task, RepresentationTransfer(teacher), loader(), max_batches=1).weight
+    assert found == pytest.approx(expected)

@@ -27,14 +27,14 @@ RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]]
         Fit(""),
         Fit("", options={"plan": "exact"}),
         MisconfigurationException,
-        ("'plan': 'sinkhorn'", "this run has", "'plan': 'exact'", "`plan`, the teacher or the cost", "the same ones"),
+        ("'plan': 'sinkhorn'", "this run has", "'plan': 'exact'", ": `plan` changed, so that", "the same ones"),
     ),
     (
         "another cost",
         Fit(""),
         Fit("", options={"cost": "euclidean"}),
         MisconfigurationException,
-        ("or the cost", "plans and statistics cannot be used", "load the weights alone"),
+        ("changed, so that its", "plans and statistics cannot be used", "load the weights alone"),
     ),
     ("from a run without the term", None, Fit(""), None, ()),
     (
@@ -62,14 +62,21 @@ RESUMES: list[tuple[str, Fit | None, Fit | None, Error | None, tuple[str, ...]]]
         Fit("", layers=[("net.block1", "block1"), ("net.block2", "block2")]),
         Fit("", layers=[("net.block2", "block2"), ("net.block1", "block1")]),
         MisconfigurationException,
-        ("`layers`, `plan`, the teacher or the cost changed", "Resume with the same ones"),
+        (": `layers` changed, so that", "Resume with the same ones"),
     ),
     (
         "a teacher of other widths",
         Fit(""),
         Fit("", teacher=lambda _: make_teacher(7)),
         MisconfigurationException,
-        ("`layers`, `plan`, the teacher or the cost changed", "load the weights alone"),
+        (": the teacher changed, so that", "load the weights alone"),
+    ),
+    (
+        "another plan and another root",
+        Fit(""),
+        Fit("", options={"plan": "orthogonal", "student_root": "net"}),
+        MisconfigurationException,
+        (": `student_root` and `plan` changed, so that", "load the weights alone"),
     ),
 ]
 

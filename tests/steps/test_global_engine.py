@@ -351,3 +351,22 @@ def test_auto_chooses_after_a_resume_only_for_pairs_that_never_ran() -> None:
     engine.load_state_dict(state, torch.device("cpu"))
     call(engine, draw(observations=40, seed=1), draw(observations=40, seed=2))
     assert [each.memory for each in engine.states] == [0.98, 0.0]
+
+
+@pytest.mark.parametrize("cost", ["euclidean", "sqeuclidean"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_pair_that_begins_with_a_batch_that_is_not_finite_recovers(cost: str, bad: float) -> None:
+    """Its first batch was skipped, so that the check of the first call did not see the second."""
+    local = make(cost, memory=0.98, solve_every=1)
+    settings = TermSettings(local.cost, memory=0.98, solve_every=1)
+    both = local, GlobalTransportEngine(local.names, local.weights, settings, ranks=OneRank())
+    found = []
+    for engine in both:
+        engine.calls = 1
+        y, x = draw(seed=1)
+        x[0, 0] = bad
+        call(engine, (y, x))
+        found.append([call(engine, draw(seed=seed)).detach() for seed in (2, 3)])
+        assert engine.states[0].energy.isfinite().all()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+    assert all(value > 0 for value in found[0])

@@ -67,6 +67,22 @@ REPLACED: dict[str, tuple[list[str], Callable[[nn.Module], None], list[str]]] = 
 }
 
 
+@pytest.mark.parametrize("layers", [["second"], ["first"]], ids=["recorded", "not recorded"])
+def test_a_new_part_of_the_teacher_runs_frozen(layers: list[str]) -> None:
+    """Its batch normalisation learns nothing, and it drops nothing."""
+    student, teacher = seeded(1, Net), seeded(2, Net)
+    new = nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.5), _new())
+    with warnings.catch_warnings(), (transfer := RepresentationTransfer(teacher, layers)).attached(student):
+        warnings.simplefilter("ignore")
+        for step in range(4):
+            if step == 2:
+                teacher.second = new
+            student(X)
+            transfer.loss()
+    assert int(new[0].num_batches_tracked) == 0
+    assert all(part.training for part in new.modules())
+
+
 @pytest.mark.parametrize("of_teacher", [False, True], ids=["student", "teacher"])
 @pytest.mark.parametrize("name", REPLACED)
 def test_the_new_module_is_recorded(name: str, of_teacher: bool) -> None:

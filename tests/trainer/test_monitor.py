@@ -210,6 +210,11 @@ class TestWiring:
         with pytest.raises((TypeError, ValueError), match="to be a positive integer"):
             OTRTMonitor(**options)
 
+    @pytest.mark.parametrize("flag", ["gradients", "validation", "figures"])
+    def test_flags(self, flag):
+        with pytest.raises(TypeError, match=f"`{flag}` to be True or False, but got 'no' of type str"):
+            OTRTMonitor(**{flag: "no"})
+
     def test_validate_and_test_alone(self):
         trainer = make_trainer(callbacks=[OTRTMonitor()])
         trainer.validate(make_task(ValidatedTask), loader(8), verbose=False)

@@ -105,6 +105,16 @@ def test_validation_distances_are_those_of_the_set() -> None:
     assert logged == pytest.approx(float(transport_distance(*sides, plan="orthogonal").value), rel=1e-4)
 
 
+@pytest.mark.parametrize("plan", ["orthogonal", "random_orthogonal"])
+def test_directions_are_logged_of_rotations_that_are_solved(plan: str) -> None:
+    """Those of a random projection have no meaning."""
+    callback = OTRTCallback(make_teacher(), **{**RUNNING, "plan": plan})
+    trainer = make_trainer(callbacks=[callback, OTRTMonitor(every_n_steps=1)], max_steps=2)
+    trainer.fit(make_task(), loader())
+    logged = [name for name in trainer.callback_metrics if name.startswith("otrt/directions/")]
+    assert len(logged) == (2 if plan == "orthogonal" else 0)
+
+
 @pytest.mark.parametrize("memory", [pytest.param(0, marks=pytest.mark.slow), 0.9])
 def test_it_trains(memory: float) -> None:
     """The term falls, and far below that of its control."""

@@ -20,7 +20,10 @@ __all__ = ["Found", "SampleStore", "Segment", "parse_dtype", "parse_size"]
 
 #: Rows are kept in segments of so many bytes.
 SEGMENT_BYTES = 32 * 2**20
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40},
+}
 
 
 class Found(NamedTuple):

@@ -36,13 +36,18 @@ class BorrowedModule:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._parts: list[nn.Module] = []
+        self._children: list[int] = []
         self._device: torch.device | None = None
         self._homes: list[tuple[nn.Module, str, torch.device]] = []
         self._writes = WithoutWrites(module)
 
     def get_ready(self) -> None:
         """Note all parts, which code that is compiled finds noted, and let none write to its weights in a forward."""
-        self._parts = self._parts or list(self.module.modules())
+        # A part may have been replaced since. To walk over all names takes ten times as long as this look.
+        if not self._parts or _children_of(self._parts) != self._children:
+            self._writes.allow()
+            self._parts = list(self.module.modules())
+            self._children, self._writes = _children_of(self._parts), WithoutWrites(self.module)
         self._writes.stop()
 
     @contextmanager
@@ -94,6 +99,11 @@ def enter_training(parts: Iterable[nn.Module]) -> None:
     """Put these modules, and none inside them, into training mode."""
     for part in parts:
         part.training = True
+
+
+def _children_of(parts: Iterable[nn.Module]) -> list[int]:
+    """Which modules these hold, by identity: as long as these are held, no other one gets the identity of one."""
+    return [*map(id, chain.from_iterable(part.children() for part in parts))]
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

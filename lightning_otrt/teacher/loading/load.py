@@ -56,7 +56,7 @@ def load_teacher(
         ValueError: If a model or its weights are unknown, or the weights in a file do not fit the class.
         FileNotFoundError: If there is no such checkpoint.
         ImportError: If the package of a named model, or ``model_class``, cannot be imported.
-        RuntimeError: If a file cannot be read as tensors (``weights_only=True``).
+        RuntimeError: If a file cannot be read as tensors (``weights_only=True``), or weights cannot be downloaded.
 
     Example:
         >>> from torch import nn
@@ -80,7 +80,7 @@ def load_teacher(
             _reject(source, weights=given_weights)
             return from_timm(source.removeprefix(_TIMM), kwargs, pretrained=weights is not None)
         return from_torchvision(source, weights, kwargs, forms=_FORMS)
-    _reject(source, weights=given_weights)
+    _reject(source, weights="None" if weights is None else given_weights)
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if isinstance(model_class, str):

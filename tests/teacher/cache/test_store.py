@@ -150,6 +150,7 @@ def test_what_is_known_needs_no_space(make: Make) -> None:
         ("10B", 10),
         (7, 7),
         ("2TB", 2 * 10**12),
+        ("1TiB", 2**40),
         (".5GB", 5 * 10**8),
         ("4GBytes", 4 * 10**9),
     ],

@@ -107,3 +107,26 @@ def test_each_tensor_goes_back_to_its_own_gpu_or_cpu(net: Net) -> None:
     assert {tensor.device.type for tensor in (*net.body.parameters(), *net.body.buffers())} == {"cpu"}
     assert net.head.weight.device.type == "cuda"
     assert digest(net.cpu()) == before
+
+
+@pytest.mark.parametrize("where", ["", "inner"])
+def test_a_part_that_is_replaced_in_a_run_is_in_evaluation_mode_too(where: str) -> None:
+    net = nn.ModuleDict({"inner": nn.ModuleDict({"part": nn.Dropout()}), "part": nn.Dropout()})
+    borrowed = BorrowedModule(net)
+    around = net.get_submodule(where)
+    for new in (nn.BatchNorm1d(2), nn.Sequential(nn.Dropout(), nn.Embedding(3, 4, max_norm=0.1))):
+        with borrowed.in_evaluation_mode():
+            assert not any(part.training for part in net.modules())
+        old, around["part"] = around["part"], new
+        with borrowed.in_evaluation_mode():
+            assert not any(part.training for part in net.modules())
+            assert old.training
+        assert all(part.training for part in net.modules())
+    embedding = around["part"][1]
+    before = embedding.weight.clone()
+    with borrowed.in_evaluation_mode():
+        embedding(torch.tensor([0, 1, 2]))
+    assert torch.equal(embedding.weight, before)
+    borrowed.give_back()
+    embedding(torch.tensor([0, 1, 2]))
+    assert not torch.equal(embedding.weight, before)

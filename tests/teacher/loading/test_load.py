@@ -37,7 +37,9 @@ class TestModule:
         module = load_teacher(Other())
         assert Teacher(module)(torch.ones(1)) == 2
 
-    @pytest.mark.parametrize("extra", [{"model_class": Net}, {"width": 3}, {"weights": "IMAGENET1K_V1"}])
+    @pytest.mark.parametrize(
+        "extra", [{"model_class": Net}, {"width": 3}, {"weights": "IMAGENET1K_V1"}, {"weights": None}]
+    )
     def test_arguments_that_a_module_has_no_use_for(self, extra: dict[str, Any]) -> None:
         with pytest.raises(
             TypeError, match=rf"^\['{next(iter(extra))}'\] would have no effect on the teacher Net; leave"
