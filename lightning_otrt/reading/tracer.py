@@ -7,7 +7,6 @@ up, no statistic or flag changed, no hook left.
 from __future__ import annotations
 
 import functools
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -58,13 +57,9 @@ from lightning_otrt.reading.traced.calls import ModuleCall
 from lightning_otrt.reading.traced.flow import Flow
 from lightning_otrt.reading.traced.module_types import role_of
 from lightning_otrt.reading.traced.states import without_states
+from lightning_otrt.reading.traced.tokens import count_prefix_tokens, learned_tokens
 
 __all__ = ["trace"]
-
-#: Parameters that stand for tokens in front of the others: cls_token, class_embedding, dist_token, register_tokens, ...
-_PREFIX_TOKENS = re.compile(
-    r"(cls|class|dist|distill|distillation|reg|registers?)(_?(tok|token|emb|embed|embedding|embeds)s?)?"
-)
 
 
 def trace(
@@ -173,10 +168,10 @@ def _trace(
         output_shapes=tuple(shape_of(tensor, None) for tensor in returned if tensor.is_floating_point()),
         batch_size=0 if has_lists else _count(target, counted, returned, sequence_first=second),
         input_samples=input_samples(counted),
-        prefix_tokens=_prefix_tokens(target),
+        prefix_tokens=count_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
         shown_padding=recorder.padding.found(),
-        learned_tokens=_learned_tokens(target),
+        learned_tokens=learned_tokens(target),
         guessed_axes=tuple((*place, inner) for place, inner in axes.guessed.items()),
         draws_random=draws_random,
         picked_positions=recorder.picked_positions,
@@ -189,24 +184,6 @@ def _count(model: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     kept = {id(tensor) for tensor in without_states(model, [*inputs, *outputs])}
     entered, left = ([tensor for tensor in tensors if id(tensor) in kept] for tensors in (inputs, outputs))
     return count_samples(entered, left, sequence_first=sequence_first)
-
-
-def _prefix_tokens(model: nn.Module) -> int:
-    named = [(name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters()]
-    found = (parameter for name, parameter in named if _PREFIX_TOKENS.fullmatch(name) and parameter.dim())
-    return sum(parameter.numel() // max(parameter.shape[-1], 1) for parameter in found)
-
-
-def _learned_tokens(model: nn.Module) -> frozenset[int]:
-    """Rows of embeddings, and of parameters ``(T, C)``, ``(1, T, C)`` or ``(T, 1, C)`` that are no weight or bias."""
-    found: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            sizes = [size for size in parameter.shape[:-1] if size > 1]
-            is_token = isinstance(module, nn.Embedding) or not name.endswith(("weight", "bias"))
-            if is_token and parameter.dim() in (2, 3) and len(sizes) == 1:
-                found.update(sizes)
-    return frozenset(found)
 
 
 class _TraceHooks:
