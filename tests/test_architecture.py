@@ -49,6 +49,7 @@ ROOMS = {
         "traced",
         "masks",
         "probes",
+        "trace_hooks",
         "tracer",
         "hooks",
         "student_root",

@@ -64,7 +64,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("torch.random.fork_rng", lambda devices: contextlib.nullcontext())
         patch.setattr("lightning_otrt.reading.tracer.random_state", lambda *_: [])
         patch.setattr("lightning_otrt.reading.extra_forwards.evaluation._restore_buffers", lambda module, saved: None)
-        patch.setattr("lightning_otrt.reading.tracer.is_rectified", lambda value: False)
+        patch.setattr("lightning_otrt.reading.trace_hooks.is_rectified", lambda value: False)
         patch.setattr("lightning_otrt.reading.warnings.train_only._is_same", lambda before, now: True)
         patch.setattr("lightning_otrt.reading.masks.shown_padding.padded_arguments", lambda call, is_inner: ())
         patch.setattr("lightning_otrt.reading.masks.search._is_causal", lambda valid, mask: False)
