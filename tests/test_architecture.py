@@ -67,6 +67,7 @@ ROOMS = {
         "class_names",
         "logit_makers",
         "task_gradient",
+        "logit_choice",
         "logit_recording",
         "identities",
         "replaced",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,22 +12,14 @@ from torch.nn.functional import interpolate
 
 from lightning_otrt.distillation import LogitDistillation
 from lightning_otrt.layers.mask_sources import MaskSource
-from lightning_otrt.layers.names import child_names, named_layers
-from lightning_otrt.layers.pairs import INPUT
-from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
-from lightning_otrt.layers.trace import Trace
-from lightning_otrt.layers.traced_logits import head_input, other_head, traced_class_axis, traced_logits
 from lightning_otrt.notices import warn
-from lightning_otrt.reading.hooks.logit_reader import LogitReader, TracedLogits, logit_masks, logit_reader
-from lightning_otrt.reading.hooks.readers import TracedRead, recorded_layer
 from lightning_otrt.reading.hooks.recorder import RecordedLayer
 from lightning_otrt.reading.hooks.views import NoTermError, View
-from lightning_otrt.reading.masks.warnings import warn_of_unused_masks
 from lightning_otrt.reading.neurons.positions import match_positions
 from lightning_otrt.reading.neurons.reader import NeuronReader
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.reading.torch_internals import version_of
-from lightning_otrt.teacher.class_names import check_class_names
+from lightning_otrt.teacher.logit_choice import LogitChoice, choose_logits, teacher_reader
 from lightning_otrt.teacher.logit_makers import LogitMakers
 from lightning_otrt.teacher.task_gradient import TaskGradient
 from lightning_otrt.transport.soft_targets import as_two_classes, logit_neurons
@@ -58,22 +51,27 @@ class LogitRecording:
 
     def __init__(self, option: LogitDistillation, grid: int | None) -> None:
         self.option, self.grid = option, grid
-        #: What to record of the student for a regression.
-        self.features: RecordedLayer | None = None
-        #: What is regressed on what, plain values by what they are; None where nothing is. It outlives the modules.
-        self.regression: dict[str, Any] | None = None
-        #: What is compared, for the log.
-        self.note = ""
-        self._student: LogitReader | None = None
-        self._teacher: LogitReader | None = None
-        self._pools = False
+        self._choice = LogitChoice()
         #: Shape of the student's logits in the trace, until the training forward of that batch.
         self._traced: tuple[int, ...] | None = None
         #: What makes them, until then.
         self._makers: LogitMakers | None = None
         self._task = TaskGradient()
-        #: Whether the transport of a pair reaches the logits, whose gradient is then not that of the task.
-        self._is_matched = False
+
+    @property
+    def features(self) -> RecordedLayer | None:
+        """What to record of the student for a regression."""
+        return self._choice.features
+
+    @property
+    def regression(self) -> dict[str, Any] | None:
+        """What is regressed on what, plain values by what they are; None where nothing is. It outlives the modules."""
+        return self._choice.regression
+
+    @property
+    def note(self) -> str:
+        """What is compared, for the log."""
+        return self._choice.note
 
     def settle(self, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> None:
         """Take from the traces what to read, and how.
@@ -83,90 +81,46 @@ class LogitRecording:
                 networks have the same classes in another order.
         """
         self.forget_modules()
-        self._student = self._reader(pairing, 0, student)
-        self.use_teacher(pairing, teacher)
-        sides = [self._traced_logits(pairing, place) for place in (0, 1)]
-        traced = sides[0].tensor
-        self._warn_of_features(pairing)
+        self._choice = choose_logits(self.option, self.grid, pairing, student, teacher)
+        traced = self._choice.traced
         self._traced = None if traced is None else traced.shape
         self._makers = None if traced is None else LogitMakers(student, pairing.student, traced)
-        counts = []
-        for place, of in enumerate(sides):
-            if not _reads_padding(pairing, place):
-                warn_of_unused_masks(of.side, {"logits": logit_masks(of)})
-            counts.append(_classes(of, self.option))
-        differ = None not in counts and counts[0] != counts[1]
-        self._pools = differ or self.option.features is not None
-        recorded = [pair.student for pair in pairing.pairs if not pair.student.endswith(INPUT)]
-        self._is_matched = any(pairing.student.layer(name).gives_model_output for name in recorded)
-        self.features = self._find_features(pairing.student, named_layers(student)) if self._pools else None
-        self.regression = self._regressed_on()
-        self.note = self._described(counts)
-        if not self._pools:
-            roots = named_layers(student)[pairing.student.root], named_layers(teacher)[pairing.teacher.root]
-            check_class_names(*roots, (counts[0], counts[1]))
 
     def reset(self) -> None:
         """Look again at the gradient of the task, which may be another one."""
         self._task = TaskGradient()
 
-    def _warn_of_features(self, pairing: Pairing) -> None:
-        """Warn where the first item of an output is taken for its logits, and looks like features."""
-        selects, traces = self.option.selects, (pairing.student, pairing.teacher)
-        others = [other_head(trace, select) for trace, select in zip(traces, selects, strict=True)]
-        if others == [None, None]:
-            return
-        sides = [side for side, other in zip(("student", "teacher"), others, strict=True) if other is not None]
-        made = next(other for other in others if other is not None)
-        features, logits = (
-            tuple(select if other is None else key for select, other, key in zip(selects, others, keys, strict=True))
-            for keys in (others, (0, 0))
-        )
-        warn(
-            f"The first item of what the {' and the '.join(sides)} return{'s' * (len(sides) == 1)} is taken for the "
-            f"logits, but no linear layer made it, and one made the item {made!r}. Where the first are features, pass "
-            f"distillation=LogitDistillation(select={features}), for student and teacher; where they are the logits, "
-            f"select={logits}.",
-        )
-
     def use_teacher(self, pairing: Pairing, teacher: nn.Module) -> None:
         """Read from this module, where the teacher runs as another copy than before."""
-        self._teacher = self._reader(pairing, 1, teacher)
-
-    def _reader(self, pairing: Pairing, place: int, model: nn.Module) -> LogitReader:
-        return logit_reader(self._traced_logits(pairing, place), named_layers(model), self.option.class_axis)
-
-    def _traced_logits(self, pairing: Pairing, place: int) -> TracedLogits:
-        """Those of one side: of the student, 0, or of the teacher, 1."""
-        side, trace = (("student", pairing.student), ("teacher", pairing.teacher))[place]
-        return TracedLogits(side, trace, self.option.selects[place], _named_masks(pairing, place))
+        self._choice = replace(self._choice, teacher=teacher_reader(self.option, pairing, teacher))
 
     def forget_modules(self) -> None:
         """Let go of the modules of both networks. :meth:`settle` finds them again."""
         if self._makers is not None:
             self._makers.remove()
-        self.features = self._student = self._teacher = self._makers = None
+        self._makers = None
+        self._choice = self._choice.without_modules()
 
     @property
     def identity(self) -> str:
         """What is read of the teacher's output, in words that are equal for equal readings."""
-        reader = self._teacher
+        reader = self._choice.teacher
         assert reader is not None
         masks = [source for source, _ in reader.masks]
-        grid = self.grid if self._pools else "whole"
+        grid = self.grid if self._choice.is_regression else "whole"
         return f"logits {reader.select!r} {reader.class_axis} {reader.batch_axis} {masks!r} {grid}"
 
     def masks(self, side: str) -> tuple[tuple[MaskSource, nn.Module], ...]:
         """The sources of the masks of the logits of one side, with the modules that get them."""
-        reader = self._student if side == "student" else self._teacher
+        reader = self._choice.student if side == "student" else self._choice.teacher
         return () if reader is None else reader.masks
 
     def read_student(self, output: Any, view: View) -> None:
         """Keep the student's logits in a view."""
-        if self._student is not None:
-            tensor, axis = self._student.returned(output)
+        if self._choice.student is not None:
+            tensor, axis = self._choice.student.returned(output)
             view.output = tensor, axis, None if torch.compiler.is_compiling() else version_of(tensor)
-            view.logits, view.logit_mask = self._student(output, view.masks)
+            view.logits, view.logit_mask = self._choice.student(output, view.masks)
             traced, self._traced = self._traced, None
             makers, self._makers = self._makers, None
             difference = "" if makers is None else makers.take_difference(tensor)
@@ -187,10 +141,10 @@ class LogitRecording:
 
     def read_teacher(self, output: Any, view: View) -> None:
         """Keep the teacher's logits in a view; for a regression they are pooled at once."""
-        if self._teacher is None:
+        if self._choice.teacher is None:
             return
-        logits, mask = self._teacher(output, view.masks)
-        if self._pools:
+        logits, mask = self._choice.teacher(output, view.masks)
+        if self._choice.is_regression:
             logits, mask = self._pooled(logits, mask), None
         view.teacher_logits, view.teacher_logit_mask = logits, mask
         view.teacher_version = None if torch.compiler.is_compiling() else version_of(logits)
@@ -209,7 +163,7 @@ class LogitRecording:
                 f"The distillation of logits is constant: the student's {what} not depend on any parameter that "
                 "requires a gradient. Unfreeze its layers, or check for `no_grad` and `detach`."
             )
-        if not found[0][0] and self.option.activation is None and not self._is_matched:
+        if not found[0][0] and self.option.activation is None and not self._choice.is_matched:
             outputs = [view.output for view in views if view.output is not None]
             # Code that writes to the logits in place has a gradient of its own.
             self._task.watch([(it, axis) for it, axis, version in outputs if version in (None, version_of(it))])
@@ -279,73 +233,13 @@ class LogitRecording:
                 f"{len(calls)} times in this forward, and not once. Name another one with "
                 "LogitDistillation(features='name')."
             )
-        if not self._pools:
+        if not self._choice.is_regression:
             teacher = self._pooled(teacher, view.teacher_logit_mask)
         y, x = match_positions(calls[0], teacher, f"{self.features.name!r} -> the teacher's logits")
         is_free = len(x) > 1 and self.option.activation != "sigmoid"
         return y, logit_neurons(x, centred=is_free), None
 
     def _pooled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        where = "the logits of the teacher" if self._teacher is None else f"the logits of the {self._teacher.where}"
+        teacher = self._choice.teacher
+        where = "the logits of the teacher" if teacher is None else f"the logits of the {teacher.where}"
         return NeuronReader(layer=where, neuron_axis=1, grid=self.grid)(logits, mask)
-
-    def _find_features(self, trace: Trace, modules: dict[str, nn.Module]) -> RecordedLayer | None:
-        name = self.option.features
-        if name is None:
-            logits = traced_logits(trace, self.option.selects[0])
-            name = None if logits is None else head_input(trace, logits)
-            if name is None:
-                return None
-        bare = name.removesuffix(INPUT)
-        if bare not in modules:
-            inside = f"{trace.root}.{name}" if trace.root else name
-            if inside.removesuffix(INPUT) not in modules:
-                raise ValueError(
-                    f"Expected `features` to name a layer of the student, but there is no {bare!r}. Children of its "
-                    f"root: {child_names(modules[trace.root])}."
-                )
-            name = inside
-        axis = chosen_axis("student", trace, name, None, recorded_tensor("student", trace, name, None))
-        return recorded_layer(TracedRead("student", trace, name, axis), modules, self.grid)
-
-    def _regressed_on(self) -> dict[str, Any] | None:
-        if self.features is None or self._teacher is None:
-            return None
-        return {
-            "features": self.features.name,
-            "activation": "sigmoid" if self.option.activation == "sigmoid" else "softmax",
-            "select": repr(self._teacher.select),
-            "class_axis": self._teacher.class_axis,
-            "grid": self.grid,
-        }
-
-    def _described(self, counts: Sequence[int | None]) -> str:
-        if self.features is not None:
-            return f"Distillation: the teacher's logits, regressed on {self.features.name!r} of the student"
-        if self._pools:  # the first step says which option names the layer
-            return "Distillation: the teacher's logits, regressed on a layer of the student that `features` has to name"
-        count = "the" if counts[0] is None else str(counts[0])
-        classes = "labels, each by itself," if self.option.activation == "sigmoid" else "classes"
-        return f"Distillation: T² KL of {count} {classes} at temperature {self.option.temperature:g}"
-
-
-def _named_masks(pairing: Pairing, place: int) -> tuple[str, ...]:
-    """What the pairs name as masks of one side."""
-    named = (pair.masks[place] for pair in pairing.pairs)
-    return tuple(dict.fromkeys(name for name in named if name not in (None, "auto")))
-
-
-def _reads_padding(pairing: Pairing, place: int) -> bool:
-    """Whether the pairs say that there is no padding on one side, or that it is to be read."""
-    return bool(pairing.pairs) and all(pair.masks[place] is None for pair in pairing.pairs)
-
-
-def _classes(of: TracedLogits, option: LogitDistillation) -> int | None:
-    """The number of classes of a traced network, None where the trace does not show it."""
-    logits = of.tensor
-    if logits is None or len(logits.shape) < 2:
-        return None
-    axis = option.class_axis if option.class_axis is not None else traced_class_axis(of.trace, logits)
-    if axis is None:
-        axis = 1 if len(logits.shape) != 3 else None
-    return None if axis is None or not -len(logits.shape) <= axis < len(logits.shape) else logits.shape[axis]
