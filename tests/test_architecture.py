@@ -72,6 +72,7 @@ ROOMS = {
         "identities",
         "replaced",
         "teacher_run",
+        "watched_layers",
         "pair_choice",
         "attachment",
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.pairs import LayerOptions, LayerPair
-from lightning_otrt.notices import warn
 from lightning_otrt.reading.containers import tensors_in
 from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
-from lightning_otrt.reading.hooks.recorder import Readers, Recorder
+from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.hooks.views import (
     ConstantTermError,
     Matched,
@@ -35,8 +34,8 @@ from lightning_otrt.teacher.cache.cached_run import CacheUse
 from lightning_otrt.teacher.frozen.frozen_teacher import Teacher
 from lightning_otrt.teacher.logit_recording import LogitRecording, MatchedLogits
 from lightning_otrt.teacher.pair_choice import ChoosePairs, trace_and_pair
-from lightning_otrt.teacher.replaced import Places, moved_pairs, places_of, replaced_layers
 from lightning_otrt.teacher.teacher_run import TeacherRun
+from lightning_otrt.teacher.watched_layers import WatchedLayers
 
 __all__ = ["Attachment"]
 
@@ -76,8 +75,6 @@ class Attachment:
         self._counts: list[NeuronCounts] = []
         #: For each pair, the rows of its student layer for each sample.
         self._rows: list[int] = []
-        self._readers: Readers = {}
-        self._places: Places = {}
         self._graph_checks = 0
         self._is_compiled = False
         self._is_reach_known = False
@@ -85,6 +82,7 @@ class Attachment:
         #: The module of the student whose inputs the teacher gets too.
         self.root = RootSearch(options.layers, options.student_root, self._recorder, distills=logits is not None)
         self._teacher_run = TeacherRun(teacher, self._recorder, options.grid, cache, logits)
+        self._layers = WatchedLayers(self._recorder, self._teacher_run, options.grid, logits)
         self._guard = InputGuard()
         #: What is compared in the first step; None after it.
         self._first_step: FirstStep | None = None
@@ -154,7 +152,8 @@ class Attachment:
         self._recorder.remove()
         if self._logits is not None:
             self._logits.forget_modules()
-        self.student, self._readers, self._places = None, {}, {}
+        self._layers.forget()
+        self.student = None
 
     def record(self, on: bool, *, pairs: bool = True) -> None:
         """Let the hooks record or not.
@@ -217,26 +216,8 @@ class Attachment:
             raise NoTermError(frozen) from None
         if torch.compiler.is_compiling():
             return matched
-        if suspects := {*matched.absent, *moved_pairs(self._places, self._teacher_run.places)}:
-            self._follow_replaced(sorted(suspects))
+        self._layers.follow_replaced(matched.absent)
         return matched
-
-    def _follow_replaced(self, suspects: Iterable[int]) -> None:
-        """Put the hooks of layers on the modules that took their place, and say so."""
-        assert self.student is not None
-        assert self.pairing is not None
-        replaced = replaced_layers("student", self.student, self._readers, suspects)
-        if replaced:
-            self._watch_student(self.student)
-        of_teacher = replaced_layers("teacher", self.teacher.module, self._teacher_run.readers, suspects)
-        if of_teacher:
-            self._teacher_run.watch(self.pairing)
-        for side, names in (("student", replaced), ("teacher", of_teacher)):
-            if names:
-                warn(
-                    f"Other modules took the place of the {side} layers {names} since the last step. This step did not "
-                    "read them; they are recorded from the next forward. Their plans go on from the old ones.",
-                )
 
     def unreached(self, views: Sequence[View]) -> str:
         """What the term does not train although it lies before the recorded layers; told once, empty for nothing."""
@@ -338,10 +319,10 @@ class Attachment:
 
         self.pairing = self._settle(choose)
         self._counts, self._rows = self.pairing.neuron_counts(), self.pairing.rows_of_a_sample()
-        self._watch_student(student)
+        self._layers.watch_student(student, self.pairing)
         self.root.found(self.pairing.student.root, tensors_in((args, kwargs)))
         self._teacher_run.watch(self.pairing)
-        recorded = [*self._readers.values()]
+        recorded = [*self._layers.readers.values()]
         if self._logits is not None and self._logits.features is not None:
             recorded.append(self._logits.features)
         first_step.compare_next(self.pairing.student, ((layer.name, layer.module) for layer in recorded))
@@ -350,12 +331,3 @@ class Attachment:
         if self._first_step is not None:
             self._first_step.forget()
         self._first_step = None
-
-    def _watch_student(self, student: nn.Module) -> None:
-        assert self.pairing is not None
-        self._readers, logits = self.pairing.readers("student", student, self._options.grid), self._logits
-        self._places = places_of(student, self._readers)
-        if logits is None:
-            self._recorder.watch_student(self._readers)
-        else:
-            self._recorder.watch_student(self._readers, logits.masks("student"), logits.features)
