@@ -100,7 +100,7 @@ def check_decay(name: str, value: Any, hint: str = "") -> None:
     """Raise a ``ValueError`` unless an argument is ``"auto"`` or the decay of a running mean, in [0, 1)."""
     if value == "auto":
         return
-    if isinstance(value, (bool, str)) or not isinstance(value, Real) or not 0 <= value < 1:
+    if isinstance(value, (bool, str)) or not isinstance(value, Real) or not 0 <= float(value) < 1:
         raise ValueError(_expected(name, '"auto" or a decay in [0, 1), such as 0.98', repr(value), hint))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_otrt.reading.hooks.views import View
 from lightning_otrt.reading.pairing import Pairing
 from lightning_otrt.teacher.attachment import Attachment
-from lightning_otrt.weights import StepWeights
+from lightning_otrt.weights import StepWeights, Weights
 
 __all__ = ["RecordedStudent"]
 
@@ -36,6 +36,31 @@ class RecordedStudent:
     def is_active(self) -> bool:
         """Whether some term counts at the current step, so that forwards are recorded and the teacher runs."""
         return any(self._weights.now())
+
+    @property
+    def current_weights(self) -> Weights:
+        """The weights of both terms at the current step, a named tuple ``(transport, distillation)``.
+
+        Raises:
+            ValueError: If the schedule gives anything but a finite number that is not negative.
+            RuntimeError: If the schedule fails.
+        """
+        return self._weights.now()
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether some term has a weight, whatever the schedule."""
+        return any(self._weights.full)
+
+    @property
+    def step(self) -> int:
+        """The step that the schedule sees; :meth:`loss` advances it."""
+        return self._weights.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._weights.step = value
+        self._switch()
 
     @property
     def student(self) -> nn.Module | None:

@@ -203,31 +203,6 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         return self.run_state.engine
 
     @property
-    def current_weights(self) -> Weights:
-        """The weights of both terms at the current step, a named tuple ``(transport, distillation)``.
-
-        Raises:
-            ValueError: If the schedule gives anything but a finite number that is not negative.
-            RuntimeError: If the schedule fails.
-        """
-        return self._weights.now()
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether some term has a weight, whatever the schedule."""
-        return any(self._weights.full)
-
-    @property
-    def step(self) -> int:
-        """The step that the schedule sees; :meth:`loss` advances it."""
-        return self._weights.step
-
-    @step.setter
-    def step(self, value: int) -> None:
-        self._weights.step = value
-        self._switch()
-
-    @property
     def check_every(self) -> int | None:
         """Calls between two reads of the flags for values that are not finite.
 
