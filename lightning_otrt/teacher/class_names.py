@@ -80,7 +80,9 @@ def _own_names(module: nn.Module) -> tuple[str, ...] | None:
     if set(by_index) != set(map(str, range(len(names)))):
         return None
     ordered = [by_index[str(index)] for index in range(len(names))]
-    widths = {getattr(layer, "out_features", getattr(layer, "out_channels", None)) for layer in module.modules()}
+    # Backbones of transformers have lists of stages under these names.
+    found = (getattr(layer, "out_features", getattr(layer, "out_channels", None)) for layer in module.modules())
+    widths = {width for width in found if isinstance(width, int)}
     lower = [name.lower() for name in ordered]
     if all(name.startswith(UNNAMED) for name in lower) or len(names) not in widths:
         return None

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from lightning_otrt.reading.torch_internals import unwrapped
 from lightning_otrt.teacher.frozen.max_norm import WithoutWrites
 
 __all__ = ["BorrowedModule", "enter_training"]
@@ -46,7 +47,8 @@ class BorrowedModule:
         # A part may have been replaced since. To walk over all names takes ten times as long as this look.
         if not self._parts or _children_of(self._parts) != self._children:
             self._writes.allow()
-            self._parts = list(self.module.modules())
+            # Without a wrapper that compiles: code that is compiled cannot change the mode of both.
+            self._parts = list(unwrapped(self.module).modules())
             self._children, self._writes = _children_of(self._parts), WithoutWrites(self.module)
         self._writes.stop()
 
