@@ -53,17 +53,28 @@ def is_in_functional_transform() -> bool:
 def without_earlier_pre_hooks(module: nn.Module, kind: type) -> Iterator[None]:
     """Take off the forward pre-hooks of a module that run before its first one of a type; all stay if there is none.
 
-    What the hook of that type gets has gone through them, and would go through them a second time.
+    What the hook of that type gets has gone through them, and would go through them a second time. With them go the
+    forward hooks of the same objects: what FSDP gathers before a forward it frees after it, and the forward that runs
+    is not over.
     """
-    hooks = module._forward_pre_hooks
-    place = next((place for place, hook in enumerate(hooks.values()) if isinstance(hook, kind)), 0)
-    taken = {number: hooks.pop(number) for number in list(hooks)[:place]}
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    place = next((place for place, hook in enumerate(before.values()) if isinstance(hook, kind)), 0)
+    earlier = list(before)[:place]
+    owners = [owner for number in earlier if (owner := getattr(before[number], "__self__", None)) is not None]
+    ends = [number for number, hook in after.items() if any(getattr(hook, "__self__", None) is one for one in owners)]
+    saved = dict(before), dict(after)
+    for hooks, numbers in ((before, earlier), (after, ends)):
+        for number in numbers:
+            hooks.pop(number)
     try:
         yield
     finally:
-        others = dict(hooks)
-        hooks.clear()
-        hooks.update({**taken, **others})
+        for hooks, own, taken in zip((before, after), saved, (earlier, ends), strict=True):
+            # In the order that they had, which is that in which they run.
+            kept = {number: hook for number, hook in own.items() if number in taken or number in hooks}
+            others = dict(hooks)
+            hooks.clear()
+            hooks.update({**kept, **others})
 
 
 def version_of(tensor: Tensor) -> int:

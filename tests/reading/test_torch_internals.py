@@ -105,6 +105,37 @@ def test_without_earlier_pre_hooks() -> None:
     assert seen == ["earlier", "marker", "later", "earlier", "marker", "later"]
 
 
+def test_without_earlier_pre_hooks_and_the_hooks_that_end_what_they_begin() -> None:
+    class Marker:
+        def __call__(self, module: nn.Module, args: Any) -> None:
+            seen.append("marker")
+
+    class Gathering:
+        """As FSDP, which frees after a forward what it gathers before it."""
+
+        def begin(self, module: nn.Module, args: Any) -> None:
+            seen.append("begin")
+
+        def end(self, module: nn.Module, args: Any, output: Any) -> None:
+            seen.append("end")
+
+    seen: list[str] = []
+    module, gathering = nn.Identity(), Gathering()
+    module.register_forward_hook(lambda module, args, output: seen.append("first"))
+    module.register_forward_pre_hook(gathering.begin)
+    module.register_forward_hook(gathering.end)
+    module.register_forward_pre_hook(Marker())
+    last = module.register_forward_hook(lambda module, args, output: seen.append("last"))
+    with without_earlier_pre_hooks(module, Marker):
+        module(1)
+        last.remove()
+        module.register_forward_hook(lambda module, args, output: seen.append("new"))
+    assert seen == ["marker", "first", "last"]
+    seen.clear()
+    module(1)
+    assert seen == ["begin", "marker", "first", "end", "new"]
+
+
 def test_all_buffers() -> None:
     module = nn.Module()
     module.register_buffer("a", torch.ones(1))

@@ -152,7 +152,7 @@ def test_a_monitored_term_stops_early():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"layers": "penultimate"}, "`layers`, `plan`, the teacher or the cost"),
+        ({"layers": "penultimate"}, ": `layers` changed, so that"),
         ({"weight": 5.0, "epsilon": 0.02}, None),
     ],
 )

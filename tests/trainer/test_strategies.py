@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from distributed_problem import LAYERS, assert_close, batch, net
+from helpers import seeded
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -63,8 +64,8 @@ class Task(pl.LightningModule):
             from torch.distributed.fsdp import fully_shard
 
             mesh = self.device_mesh["data_parallel"]
-            for name in ("0", "3"):
-                fully_shard(self.net.get_submodule(name), mesh=mesh)
+            # The root keeps parameters of its own, as a network has beside its blocks.
+            fully_shard(self.net.get_submodule("3"), mesh=mesh)
             fully_shard(self.net, mesh=mesh)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -171,6 +172,46 @@ def test_distillation(features: str | None, names: list[str]) -> None:
 
 def fit_with(names: Sequence[str], sizes: Sequence[int], more: dict[str, Any]) -> Any:
     return fit_under(names, sizes, "correlation", more=more)
+
+
+def conv_net(width: int) -> nn.Sequential:
+    """In the first step of such a student more than one forward looks at it."""
+
+    def build() -> nn.Sequential:
+        first, second = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, 8, 3, 2, 1)
+        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+
+    return seeded(width, build)
+
+
+def terms_of_shards() -> list[list[Tensor]]:
+    """Terms of two steps of a whole student, of one in shards, and of one whose root alone is in shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x = seeded(torch.distributed.get_rank(), torch.randn, 8, 3, 16, 16)
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for parts in ([], ["2", ""], [""]):
+        student, terms = conv_net(6), []
+        for name in parts:
+            fully_shard(student.get_submodule(name), mesh=mesh)
+        transfer = RepresentationTransfer(conv_net(9))
+        with transfer.attached(student):
+            for _ in range(2):
+                student(x)
+                term = transfer.loss()
+                term.backward()
+                terms.append(term.detach())
+        found.append(terms)
+    return found
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="needs a GPU before torch 2.7")
+def test_a_sharded_student_that_several_forwards_look_at() -> None:
+    for whole, *sharded in run_processes(2, terms_of_shards):
+        for terms in sharded:
+            torch.testing.assert_close(terms, whole, rtol=1e-4, atol=0)
 
 
 def test_wrapped() -> None:
