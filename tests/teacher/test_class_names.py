@@ -116,3 +116,10 @@ def test_models_of_hugging_face() -> None:
     step(MNLI)
     with pytest.raises(ValueError, match="in another order: by `config.id2label` class 0"):
         step(OTHER_ORDER)
+
+
+def test_layers_whose_out_features_are_no_number() -> None:
+    """Backbones of transformers have a list of stages there."""
+    model = net(FEELINGS)
+    model[0].out_features = ["stage1", "stage2"]
+    assert class_names(model) == FEELINGS

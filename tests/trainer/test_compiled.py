@@ -209,3 +209,29 @@ def test_a_compiled_function_around_the_student_ran_before() -> None:
     torch.compiler.reset()
     train(3)
     assert transfer.step > 3
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("teacher_in_place", [True, False])
+@pytest.mark.parametrize("student_in_place", [True, False])
+def test_both_networks_compiled(student_in_place: bool, teacher_in_place: bool) -> None:
+    images = next(iter(loader()))[0]
+    found = []
+    for is_compiled in (False, True):
+        networks = seeded(0, Net), make_teacher()
+        if is_compiled:
+            ways = [submodule_in_place if here else submodule for here in (student_in_place, teacher_in_place)]
+            student, teacher = (
+                way(torch.nn.ModuleDict({"net": each}), backend="eager").net
+                for way, each in zip(ways, networks, strict=True)
+            )
+        else:
+            student, teacher = networks
+        with (transfer := RepresentationTransfer(teacher)).attached(student):
+            for _ in range(2):
+                student(images)
+                term = transfer.loss()
+                term.backward()
+        found.append(term.detach())
+        assert all(part.training for part in networks[1].modules())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)

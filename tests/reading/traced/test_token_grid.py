@@ -455,3 +455,53 @@ def test_patches_that_code_cuts_out_behind_other_numbers_of_registers() -> None:
     rows = [tokens.detach().double().flatten(0, 1).T for tokens in kept]
     correlation = torch.corrcoef(torch.cat(rows))[:4, 4:]
     torch.testing.assert_close(found.double(), (1 - correlation).mean(), rtol=1e-4, atol=0)
+
+
+class OneHeadOfKeys(nn.Module):
+    """Attention over words with several heads, one head of keys, and a norm of each, as Gemma 3 and Qwen 3 have."""
+
+    def __init__(self, width: int, *, heads_first: bool) -> None:
+        super().__init__()
+        self.heads_first = heads_first
+        self.embed, self.keys, self.norm = nn.Embedding(50, width), nn.Linear(width, 8), nn.LayerNorm(8)
+        self.block = nn.Sequential(nn.Linear(width + 8, width), nn.Tanh())
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        keys = self.norm(self.keys(x).unsqueeze(1 if self.heads_first else 2)).flatten(1, 2)
+        return self.block(torch.cat([x, keys], -1))
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_one_head_of_keys_is_no_map_of_one_row(heads_first: bool) -> None:
+    ids, mask = torch.randint(50, (4, 6)), torch.ones(4, 6, dtype=torch.long)
+    net = OneHeadOfKeys(12, heads_first=heads_first)
+    found = trace(net, (ids, mask))
+    assert found.layer("norm").output_shape == ((4, 1, 6, 8) if heads_first else (4, 6, 1, 8))
+    layer = found.layer("block")
+    assert layer.output is not None
+    assert find_token_grid(found, layer, layer.output) == TokenGrid()
+
+
+def test_padding_of_gemma_is_left_out_of_later_batches() -> None:
+    """Its first batch has none. Then other words under the mask change nothing."""
+    transformers = pytest.importorskip("transformers", minversion="4.50")
+
+    def gemma(width: int, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "vocab_size": 50}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}
+        return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **heads))
+
+    student, ids = gemma(16, 0), torch.randint(5, 50, (8, 32))
+    mask = (torch.arange(32) < torch.randint(8, 33, (8, 1))).long()
+    others = torch.where(mask.bool(), ids, torch.randint(5, 50, ids.shape))
+    readings = []
+    with (transfer := RepresentationTransfer(gemma(24, 1))).attached(student):
+        for words, valid in ((ids, torch.ones_like(mask)), (ids, mask), (others, mask)):
+            student(input_ids=words, attention_mask=valid)
+            readings.append([reading.detach() for calls in transfer.views[0].student.values() for reading in calls])
+            transfer.loss()
+    assert readings[1]
+    for one, other in zip(readings[1], readings[2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
