@@ -94,6 +94,7 @@ CONFIRMATIONS: Mapping[str, Experiment] = {
     "many-sections-bert2": _confirmation("sections-100-bert2", per_class=1000, steps=1000),
     "more-fashion-finetune": _confirmation("fashion-20-finetune", per_class=100, steps=120),
     "many-sections-bert3": _confirmation("sections-100-bert3", per_class=1000, steps=1000),
-    "many-fashion-mobilenet": _confirmation("fashion-100-mobilenet", per_class=1000, steps=1000),
+    "more-fashion-mobilenet": _confirmation("fashion-20-mobilenet", per_class=100, steps=400),
+    "many-fashion-mobilenet": _confirmation("fashion-20-mobilenet", per_class=1000, steps=1000),
     "many-fashion-finetune": _confirmation("fashion-20-finetune", per_class=1000, steps=500),
 }
