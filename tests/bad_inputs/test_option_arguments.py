@@ -66,7 +66,7 @@ ARGUMENTS: list[tuple[str, Callable[[Path], Any], Error, tuple[str, ...]]] = [
         ValueError,
         ('cost="covariance"', "plan='sinkhorn'", 'plan="orthogonal"'),
     ),
-    ("cost no function", lambda _: callback(cost=2), TypeError, ("`cost`", "a name or a callable", "int")),
+    ("cost no function", lambda _: callback(cost=2), TypeError, ("`cost`", "or a callable", "int")),
     ("memory of one", lambda _: callback(memory=1.0), ValueError, ("`memory`", "[0, 1)", '`plan="static"` keeps one')),
     ("solve_every zero", lambda _: callback(solve_every=0), ValueError, ("`solve_every`", "positive integer", "0")),
     (

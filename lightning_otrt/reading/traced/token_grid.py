@@ -248,7 +248,8 @@ def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_M
             if not (gets_images or found) and had_tokens and cells not in channels:
                 continue
             # Keys of an attention with one head of keys, (B, 1, T, D), are normalised; they are no map of one row.
-            if not is_conv and 1 in tensor.positions and all(tensor.positions != earlier.size for earlier in found):
+            is_row = 1 in tensor.positions and cells > 1
+            if is_row and not is_conv and all(tensor.positions != earlier.size for earlier in found):
                 continue
             found.append(_Map(tensor.positions, layer.name, is_conv))
             channels.setdefault(cells, set()).add(tensor.shape[tensor.neuron_axis])
