@@ -53,6 +53,11 @@ def fingerprint(module: nn.Module, ignored: Collection[str] = (), **settings: An
             f"{unset[0]!r} of the teacher is on the meta device, so it has no values: materialise the teacher first "
             "with `to_empty`, and load its weights."
         )
+    if spread := [name for name, tensor in own.items() if hasattr(tensor, "device_mesh")]:
+        raise TypeError(
+            f"{spread[0]!r} of the teacher is spread over processes. Let each process have the whole teacher, or leave "
+            "out `teacher_cache`"
+        )
     tensors = {name: tensor[None] for name, tensor in own.items()}
     weights = SampleHash()(((tensors,), {}), 1)[0].tolist() if tensors else []
     facts = sorted((name, fact) for name, fact in plain_facts(module).items() if name not in ignored)

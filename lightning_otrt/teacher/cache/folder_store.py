@@ -126,8 +126,8 @@ class FolderStore(SampleStore):
             self.path.mkdir(parents=True, exist_ok=True)
         except (NotADirectoryError, FileExistsError) as error:
             raise ValueError(
-                f"Expected `teacher_cache` to be a folder, but {str(self.folder)!r} is a file or lies in one. Choose "
-                "another path."
+                f"Expected `teacher_cache` to be a folder, but {str(self.folder)!r} is a file or lies in one, or is a "
+                "link to a folder that does not exist. Choose another path."
             ) from error
         except OSError as error:
             self._stop(f"the folder cannot be made ({error})")

@@ -130,3 +130,11 @@ def test_weights_that_are_no_parameters() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_does_not_count() -> None:
     assert fingerprint(network().cuda()) == fingerprint(network())
+
+
+def test_weights_that_are_spread_over_processes() -> None:
+    """The error names the weight: the user's inputs are not to blame."""
+    net = nn.Linear(2, 1)
+    net.weight.device_mesh = object()  # as a DTensor has
+    with pytest.raises(TypeError, match="^'weight' of the teacher is spread over processes. Let each process have"):
+        fingerprint(net)

@@ -307,6 +307,12 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path, below: str) -> None:
         FolderStore(tmp_path / "file" / below, FINGERPRINT)
 
 
+def test_a_link_to_nothing_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="or is a link to a folder that does not exist"):
+        FolderStore(tmp_path / "link", FINGERPRINT)
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     made = filled(tmp_path)
