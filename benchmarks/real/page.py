@@ -98,8 +98,9 @@ def _goals(
     tests: Mapping[str, Mapping[tuple[str, str], Comparison]],
     cells: Iterable[str],
 ) -> list[str]:
-    """The table of goals of some cells."""
-    reached = [goal for name in cells if name in found for goal in goals(found[name], tests[name])]
+    """The table of goals of some cells, those that are complete."""
+    complete = [name for name in cells if name in found and not _missing_seeds(found[name])]
+    reached = [goal for name in complete for goal in goals(found[name], tests[name])]
     return [f"## {heading}", "", text, "", *goals_table(reached)] if reached else []
 
 
@@ -208,12 +209,17 @@ def _missing(found: Mapping[str, Found], cells: Mapping[str, Experiment]) -> lis
         if name not in found:
             lines.append(f"- {cell.title}: `{name}`{_instead(cell, found)}")
             continue
-        counts = {method: len(of_seed) for method, of_seed in accuracies(found[name]).items()}
-        parts = [f"{label(method)} {cell.seeds - counts.get(method, 0)}" for method in cell.methods]
-        short = [part for part, method in zip(parts, cell.methods, strict=True) if counts.get(method, 0) < cell.seeds]
-        if short:
-            lines.append(f"- {cell.title}: `{name}`, missing seeds of {', '.join(short)}")
+        if short := _missing_seeds(found[name]):
+            parts = [f"{label(method)} {count}" for method, count in short.items()]
+            lines.append(f"- {cell.title}: `{name}`, which counts for no goal yet; missing seeds of {', '.join(parts)}")
     return lines
+
+
+def _missing_seeds(found: Found) -> dict[str, int]:
+    """How many seeds of which methods of a cell did not run."""
+    cell, values = found.experiment, accuracies(found)
+    missing = {method: cell.seeds - len(values.get(method, {})) for method in cell.methods}
+    return {method: count for method, count in missing.items() if count > 0}
 
 
 def _instead(cell: Experiment, found: Mapping[str, Found]) -> str:

@@ -93,6 +93,7 @@ def test_what_is_missing_is_named(tmp_path: Path, seeds: int) -> None:
     missing = text.partition("## Cells not tuned, or not complete")[2]
     assert f"`{NAME}`" in missing
     assert (f"missing seeds of {label('plain')} 3" in missing) == (seeds == 2)
+    assert "## Goals on real checkpoints" not in text, "with all seeds alone"
 
 
 def test_a_cell_that_ran_on_a_gpu(tmp_path: Path) -> None:
