@@ -45,9 +45,9 @@ def test_choices_are_those_of_the_other_cell(name: str, tmp_path: Path, monkeypa
         return found(run)
 
     monkeypatch.setattr(command, "execute", execute)
-    command.run(name, cell, Results(tmp_path / f"{name}.jsonl"), seeds=2)
+    command.run(name, cell, Results(tmp_path / f"{name}.jsonl"), seeds=cell.seeds)
     # Nothing is tuned: each run is a test with the choice of the other cell, on other data or with other networks.
-    assert len(done) == 2 * len(cell.methods)
+    assert len(done) == cell.seeds * len(cell.methods)
     assert ("l2-sp" in cell.methods) is (theirs.tuning.setting == "copied")
     for run in done:
         choice = theirs.tuning.choice(run.method, rows)
