@@ -157,6 +157,8 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
             continue  # one neuron is no representation: gates of spatial attention
         if not any(known[name].has_weights for name in (layer.name, *layer.reached_by)):
             continue  # made from the inputs without weights, as by pooling: nothing that was learned
+        if _is_of_heads(layer, known):
+            continue
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
         if after_head or (holds_all and layer.gives_model_output) or _is_turned(layer, known):
@@ -208,6 +210,24 @@ def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
     """
     around = [known[name] for name in ancestors(layer.name) if name in known]
     return any(_is_other_way(inner, around) for inner in (layer, *around))
+
+
+def _is_of_heads(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
+    """Whether a layer gives the heads of an attention, (B, heads, T, D) or (B, T, heads, D), among tokens (B, T, C).
+
+    That is no map of heads x T positions, and a mask of the tokens would not be read with it.
+    """
+    shape = layer.output_shape or ()
+    if len(shape) != 4 or layer.neuron_axis != 3:
+        return False
+    around = [known[name] for name in ancestors(layer.name) if name in known]
+    tokens = [outer.output for outer in around if outer.output is not None and _is_tokens(outer)]
+    return any(
+        outer.shape[1 - outer.batch_axis] in shape[1:3]
+        # Tokens (B, T, C) that are shown as a map of one row, (B, T, 1, C), are no heads.
+        and (math.prod(shape[1:3]) != outer.shape[1 - outer.batch_axis] or shape[3] != outer.shape[2])
+        for outer in tokens
+    )
 
 
 def _is_other_way(layer: TracedLayer, around: Sequence[TracedLayer]) -> bool:

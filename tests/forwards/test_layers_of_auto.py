@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from forwards.architectures import ARCHITECTURES
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_otrt import RepresentationTransfer
 
@@ -395,3 +395,46 @@ def test_the_inputs_go_once_through_a_pre_hook_of_the_user(layers: str) -> None:
     assert calls == [(4, 8, 8, 3)] * 2
     handle.remove()
     assert {pair.student for pair in transfer.pairs} <= {"1", "3"}
+
+
+class SeesAndReads(nn.Module):
+    """A vision tower of maps, and blocks over words that normalise their heads, as those of Gemma 3 and Qwen 3 do."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int, heads: int, *, heads_first: bool) -> None:
+            super().__init__()
+            self.heads, self.heads_first = heads, heads_first
+            self.queries, self.norm, self.out = (
+                nn.Linear(width, heads * 8),
+                nn.LayerNorm(8),
+                nn.Linear(heads * 8, width),
+            )
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            heads = self.queries(x).unflatten(2, (self.heads, 8))
+            heads = self.norm(heads.transpose(1, 2)).transpose(1, 2) if self.heads_first else self.norm(heads)
+            return x + self.out(heads.flatten(2)) * attention_mask[..., None]
+
+    def __init__(self, width: int, heads: int, *, heads_first: bool) -> None:
+        super().__init__()
+        self.vision = nn.Sequential(nn.Conv2d(3, width, 4, 4), nn.ReLU(), nn.Conv2d(width, width, 2, 2), nn.ReLU())
+        self.embed = nn.Embedding(50, width)
+        self.blocks = nn.ModuleList(self.Block(width, heads, heads_first=heads_first) for _ in range(2))
+
+    def forward(self, images: Tensor, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(ids) + self.vision(images).mean((2, 3))[:, None]
+        for block in self.blocks:
+            x = block(x, attention_mask)
+        return x
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_of_an_attention_are_no_maps(heads: int, heads_first: bool) -> None:
+    """Beside a vision tower they looked like one more resolution, whose padding nothing left out."""
+    student, teacher = (SeesAndReads(width, heads, heads_first=heads_first) for width in (12, 16))
+    ids, mask = torch.randint(50, (4, 10)), (torch.arange(10) < torch.tensor([[10], [4], [7], [5]])).long()
+    with (transfer := RepresentationTransfer(teacher)).attached(student):
+        student(torch.randn(4, 3, 16, 16), ids, mask)
+        assert transfer.loss().isfinite()
+    assert [pair.student for pair in transfer.pairs] == ["vision.1", "vision", "blocks.0", "blocks.1"]
