@@ -44,10 +44,11 @@ def move_reference(sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Sums, 
         shifts.append((new.to(total.dtype) - side.to(total.dtype)).squeeze(-1))
     count = count[..., None]
     shift_y, shift_x = shifts
-    pairs = [(sum_y, shift_y, sum_y, shift_y), (sum_y, shift_y, sum_x, shift_x)][-len(products) :]
+    # Σ y yᵀ of the first of two products, Σ y xᵀ of the last.
+    others = [(sum_y, shift_y), (sum_x, shift_x)][-len(products) :]
     new_products = [
-        part - _outer(a, shift_b, part) - _outer(shift_a, b, part) + _outer(count * shift_a, shift_b, part)
-        for part, (a, shift_a, b, shift_b) in zip(products, pairs, strict=True)
+        _less_outer(_less_outer(part, sum_y, shift), shift_y, total - count * shift)
+        for part, (total, shift) in zip(products, others, strict=True)
     ]
     new_sums = [
         sums[0],
@@ -60,5 +61,7 @@ def move_reference(sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Sums, 
     return new_sums, (moved[0], moved[1])
 
 
-def _outer(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    return (a[..., None] * b[..., None, :]).to(like.dtype)
+def _less_outer(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total - a bᵀ`` in one pass; not as a product of matrices, which a GPU may round more."""
+    a, b = a.to(total.dtype), b.to(total.dtype)
+    return total.addcmul(a[..., None], b[..., None, :], value=-1)
