@@ -125,6 +125,45 @@ def test_a_resumed_run_takes_the_saved_pairs():
     assert chosen(other) == ["first"]
 
 
+class Convolutions(nn.Module):
+    """Two blocks under names of its own, of which the second may be left out."""
+
+    def __init__(self, name: str, width: int = 4) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU()) for channels in (2, width))
+        self.name, self.depth, self.head = name, 2, nn.Linear(width, 3)
+        self.add_module(name, nn.ModuleList(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self.get_submodule(self.name).children())[: self.depth]:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_pairs_whose_layers_run_no_more_are_named():
+    student, transfer = Convolutions("net"), RepresentationTransfer(Convolutions("net", 6), "blocks")
+    with transfer.attached(student):
+        step(transfer, student, loud(0))
+    student.depth = 1
+    message = r"Student layer 'net.1'.* did not run .* comes from an earlier fit, or from a checkpoint\. `reset\(\)`"
+    with pytest.raises(ValueError, match=message), transfer.attached(student):
+        student(loud(0))
+    transfer.reset()
+    with transfer.attached(student):
+        step(transfer, student, loud(0))
+    assert [pair.student for pair in transfer.pairs] == ["net.0"]
+
+
+def test_a_resumed_run_with_a_teacher_of_other_names_says_what_differs():
+    student, transfer = Convolutions("net"), RepresentationTransfer(Convolutions("net", 6), "blocks")
+    with transfer.attached(student):
+        step(transfer, student, loud(0))
+    resumed = RepresentationTransfer(Convolutions("body", 6), "blocks")
+    resumed.load_state_dict(transfer.state_dict())
+    with pytest.raises(ValueError, match=r"was saved with the layer pairs .*'body\.1'"), resumed.attached(student):
+        student(loud(0))
+
+
 def test_saved_pairs_do_not_overrule_the_user():
     student, transfer = Student(), make_transfer()
     with transfer.attached(student):

@@ -20,12 +20,15 @@ __all__ = [
     "classification_head",
     "evenly_spaced",
     "input_before_dropout",
+    "is_of_heads",
     "penultimate_names",
     "unclear_stacks",
 ]
 
 #: Number of transformer blocks that "blocks" chooses.
 _BLOCKS = 4
+#: Types of numbered modules that are no blocks: class attention (CaiT, XCiT, VOLO), embeddings of patches or places.
+_NO_BLOCK = re.compile("Class(Attn|Attention|Block)|Embed|Pos(Conv|Enc|ition)")
 
 
 def penultimate_names(trace: Trace) -> list[str]:
@@ -89,11 +92,13 @@ def block_groups(trace: Trace) -> list[list[str]]:
     """
     layers = block_candidates(trace)
     maps = _last_at_each_size([layer for layer in layers if not _is_tokens(layer) and not adds_nothing(layer)], trace)
-    stacks = _repeated_blocks([layer for layer in layers if _is_tokens(layer)])
+    stacks = _token_stacks(layers, trace)
     last_token = max((stack[-1].order or 0 for stack in stacks), default=-1)
     # Patch embeddings and convolutional stems give maps too, but before the tokens; a feature pyramid ends with a map.
     seen = _convolutional_tower(maps, trace, last_token) if stacks else []
-    if maps and (maps[-1].order or 0) > last_token and not seen:
+    # A convolution over tokens, as adapters and heads for sound have, is no pyramid: (B, C, T).
+    ends_with_map = any((layer.order or 0) > last_token and len(layer.output_shape or ()) > 3 for layer in maps)
+    if maps and not seen and (ends_with_map or not stacks):
         return [_names(_with_isotropic_blocks(maps, layers))]
     if not stacks:
         recurrent = [layer for layer in layers if layer.role == "recurrent"]
@@ -101,11 +106,27 @@ def block_groups(trace: Trace) -> list[list[str]]:
     share = max(_BLOCKS // len(stacks), 2) if len(stacks) > 1 else _BLOCKS
     groups = [_names(seen)] if seen else []
     for stack in stacks:
-        if len({_size(layer) for layer in stack}) > 1:
+        if _shrinks(stack, trace):
             groups.append(_names(_last_at_each_size(stack, trace)))
         else:
             groups.append(evenly_spaced(min(share, len(stack)), _names(stack)))
     return groups
+
+
+def _token_stacks(layers: list[TracedLayer], trace: Trace) -> list[list[TracedLayer]]:
+    """The stacks of transformer blocks.
+
+    Class attention is none: its blocks change the class token alone, or have no other token.
+    """
+    no_blocks = {layer.name for layer in trace.layers if _NO_BLOCK.search(layer.kind)}
+    tokens = [layer for layer in layers if _is_tokens(layer)]
+    return _repeated_blocks([each for each in tokens if no_blocks.isdisjoint((each.name, *ancestors(each.name)))])
+
+
+def _shrinks(stack: Sequence[TracedLayer], trace: Trace) -> bool:
+    """Whether the number of tokens changes over a stack. A class token that enters late does not count."""
+    sizes = {_size(layer) for layer in stack}
+    return len(sizes) > 1 and max(sizes) - min(sizes) != trace.prefix_tokens
 
 
 def evenly_spaced(wanted: int, names: Sequence[str]) -> list[str]:
@@ -157,7 +178,7 @@ def block_candidates(trace: Trace) -> list[TracedLayer]:
             continue  # one neuron is no representation: gates of spatial attention
         if not any(known[name].has_weights for name in (layer.name, *layer.reached_by)):
             continue  # made from the inputs without weights, as by pooling: nothing that was learned
-        if _is_of_heads(layer, known):
+        if is_of_heads(layer, trace):
             continue
         after_head = head is not None and (layer.order or 0) >= (head.order or 0)
         holds_all = layer.is_container and all(name.startswith(f"{layer.name}.") for name in leaves)
@@ -212,7 +233,7 @@ def _is_turned(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
     return any(_is_other_way(inner, around) for inner in (layer, *around))
 
 
-def _is_of_heads(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
+def is_of_heads(layer: TracedLayer, trace: Trace) -> bool:
     """Whether a layer gives the heads of an attention, (B, heads, T, D) or (B, T, heads, D), among tokens (B, T, C).
 
     That is no map of heads x T positions, and a mask of the tokens would not be read with it.
@@ -220,8 +241,9 @@ def _is_of_heads(layer: TracedLayer, known: dict[str, TracedLayer]) -> bool:
     shape = layer.output_shape or ()
     if len(shape) != 4 or layer.neuron_axis != 3:
         return False
-    around = [known[name] for name in ancestors(layer.name) if name in known]
-    tokens = [outer.output for outer in around if outer.output is not None and _is_tokens(outer)]
+    around = [outer for outer in trace.around(layer.name) if _is_tokens(outer)]
+    # An attention that pools its queries gives fewer tokens than it gets, and has keys for all of these.
+    tokens = [side for outer in around for side in (outer.output, outer.input) if side and len(side.shape) == 3]
     return any(
         outer.shape[1 - outer.batch_axis] in shape[1:3]
         # Tokens (B, T, C) that are shown as a map of one row, (B, T, 1, C), are no heads.
@@ -284,7 +306,8 @@ def _last_at_each_size(layers: list[TracedLayer], trace: Trace) -> list[TracedLa
     last: dict[int, tuple[int, TracedLayer]] = {}
     for layer in layers:
         size = _size(layer)
-        depth = sum(_is_before_stride(known[name], layer, known, sizes) for name in ancestors(layer.name))
+        around = [known[name] for name in ancestors(layer.name) if name in known]  # not a name of an alias
+        depth = sum(_is_before_stride(block, layer, known, sizes) for block in around)
         if size > 1 and (size not in last or depth <= last[size][0]):
             last[size] = (depth, layer)
     return sorted((layer for _, layer in last.values()), key=lambda layer: layer.order or 0)

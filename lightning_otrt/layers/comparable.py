@@ -30,7 +30,7 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     in all. Of consecutive layers without children, the last one before the next linear map is taken: of a convolution,
     its normalisation and its activation this is the activation. Left out are the classification head and what comes
     after it, layers that run more than once, layers without a known neuron axis, layers that add nothing in evaluation
-    mode, and children whose output their parent returns unchanged.
+    mode, and layers that return the tensor of another one unchanged.
 
     Args:
         trace: One forward of the network.
@@ -55,12 +55,11 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     found: dict[str, TracedLayer] = {}
     level = [trace.root]
     while level:
-        inside = [_representatives(children[name], usable, known) for name in level]
-        new = {
-            name: usable[name]
-            for name in (name for names in inside for name in names)
-            if not _is_output_of_parent(usable[name], found)
-        }
+        new: dict[str, TracedLayer] = {}
+        for name in (each for parent in level for each in _representatives(children[parent], usable, known)):
+            # One that returns the very tensor of another: a child of its parent, or a second container of its modules.
+            if not any(usable[name].output_from == other.output_from for other in (*found.values(), *new.values())):
+                new[name] = usable[name]
         if found and len(found) + len(new) > at_most:
             break
         found.update(new)
@@ -145,13 +144,6 @@ def _representatives(names: list[str], usable: dict[str, TracedLayer], known: di
                 last = name
     if last is not None:
         yield last
-
-
-def _is_output_of_parent(layer: TracedLayer, found: dict[str, TracedLayer]) -> bool:
-    """Whether a module around the layer was found already and returns the very same tensor."""
-    return any(
-        layer.name.startswith(f"{name}.") and layer.output_from == outer.output_from for name, outer in found.items()
-    )
 
 
 def _is_opened(layer: TracedLayer, usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> bool:

@@ -30,7 +30,8 @@ def inner_hint(trace: Trace, side: str) -> str:
     shapes = [shape for shape in root.input_shapes if shape]
     lists_images = any(len(shape) == 3 and shape[0] != trace.batch_size for shape in shapes)
     has_batch = not lists_images and any(len(shape) != 3 and trace.is_sample_count(shape[0]) for shape in shapes)
-    inner = None if root.input is not None or has_batch else _largest(trace)
+    # Of a method that stands for the forward, no hook tells what it gets.
+    inner = None if root.input is not None or has_batch or not root.calls else _largest(trace)
     if inner is None or inner.input is None:
         return ""
     where = f"pass student_root={inner.name!r}" if side == "student" else "pass this module as the teacher"

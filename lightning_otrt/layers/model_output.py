@@ -64,8 +64,8 @@ def output_layers(trace: Trace) -> set[str]:
 
 
 def _ran(trace: Trace) -> list[TracedLayer]:
-    """The layers that ran. What computes the weights of one, such as a spectral norm, is no layer of the network."""
-    return [layer for layer in trace.layers if layer.calls and "parametrizations" not in layer.name.split(".")]
+    """The layers that ran, without those that make weights."""
+    return [layer for layer in trace.layers if layer.calls and not layer.makes_weights]
 
 
 def _leaves(ran: list[TracedLayer]) -> list[TracedLayer]:

@@ -72,7 +72,8 @@ def why_no_blocks(trace: Trace, side: str) -> str:
         name, shape = unknown[-1].name, unknown[-1].output_shape
         return (
             f"the types of the modules do not tell which axis of {name!r} (shape {shape}) holds the neurons. Give it: "
-            f"LayerPair({name!r}, {name!r}, neuron_axis=1) for (B, C, ...), or neuron_axis=-1 for (B, ..., C)."
+            f"LayerPair({name!r}, {name!r}, neuron_axis=1) for (B, C, ...), or neuron_axis=-1 for (B, ..., C); "
+            "neuron_axis=(student, teacher) where the two differ."
         )
     rows = _rows(trace)
     if not rows:

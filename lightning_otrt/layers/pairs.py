@@ -37,8 +37,8 @@ class LayerPair:
             modules.
         select: Key or index of the tensor, where a module returns a mapping or a tuple.
         mask: The padding mask of both layers, or ``(student, teacher)``: ``"auto"`` finds the one of each layer's
-            sequence, None reads padding too, ``"name"`` is an argument of the forward of the network's root that is
-            true at valid tokens, ``"~name"`` one that is true at padding.
+            sequence, None reads padding too, ``"name"`` is an argument of the forward of the network's root, or of a
+            module around the layer, that is true at valid tokens, ``"~name"`` one that is true at padding.
 
     Raises:
         TypeError: If a name is not a string, or an axis or selector is of the wrong type.

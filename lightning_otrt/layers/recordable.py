@@ -6,7 +6,7 @@ from lightning_otrt.layers.names import is_inside
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 
-__all__ = ["chosen_axis", "recorded_tensor"]
+__all__ = ["check_common_axis", "chosen_axis", "recorded_tensor"]
 
 #: Types of modules whose parts TorchScript runs.
 _SCRIPTED = ("RecursiveScriptModule", "ScriptModule", "TopLevelTracedModule", "TracedModule")
@@ -68,7 +68,8 @@ def chosen_axis(side: str, trace: Trace, name: str, given: int | None, tensor: T
     if axis is None:
         raise ValueError(
             f"{where} has an ambiguous neuron axis: the types of its modules do not tell whether it is channels-first "
-            "or channels-last. Give the pair a `neuron_axis`: 1 for (B, C, ...), -1 for (B, ..., C)."
+            "or channels-last. Give the pair a `neuron_axis`: 1 for (B, C, ...), -1 for (B, ..., C), or two, (student, "
+            "teacher), where the networks differ."
         )
     count = len(tensor.shape)
     if not -count <= axis < count:
@@ -76,6 +77,32 @@ def chosen_axis(side: str, trace: Trace, name: str, given: int | None, tensor: T
     if axis % count == tensor.batch_axis:
         raise ValueError(f"{where}: `neuron_axis` {axis} is the axis of the samples. Choose another axis.")
     return axis % count
+
+
+def check_common_axis(axis: int, student: str, teacher: str, tensors: tuple[TracedTensor, TracedTensor]) -> None:
+    """Refuse one axis for both layers of a pair where the types of the modules tell another one for one of them.
+
+    Args:
+        axis: What the user passed for both.
+        student: Name of the student's layer, for the error.
+        teacher: Name of the teacher's layer.
+        tensors: Of student and teacher.
+
+    Raises:
+        ValueError: If it is not the axis that is known of one side, and may be that of the other.
+    """
+    known = [tensor.neuron_axis for tensor in tensors]
+    differs = [own is not None and own != axis % len(tensor.shape) for own, tensor in zip(known, tensors, strict=True)]
+    if sum(differs) != 1:  # two that differ are meant
+        return
+    own = known[differs.index(True)]
+    side, name, both = ("student", student, (own, axis)) if differs[0] else ("teacher", teacher, (axis, own))
+    raise ValueError(
+        f"LayerPair {student!r} -> {teacher!r}: `neuron_axis` {axis} is that of both layers, but the types of the "
+        f"modules tell that the neurons of the {side} layer {name!r} of shape {tensors[differs.index(True)].shape} are "
+        f"on axis {own}. Write neuron_axis={both}, which is (student, teacher), or neuron_axis={(axis, axis)} if it is "
+        "meant for both."
+    )
 
 
 def _why_not_called(layer: TracedLayer, trace: Trace) -> str:

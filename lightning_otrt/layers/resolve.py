@@ -14,7 +14,7 @@ from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
 from lightning_otrt.layers.model_output import assumed_output
 from lightning_otrt.layers.no_blocks import nothing_found, why_no_blocks
 from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
-from lightning_otrt.layers.recordable import chosen_axis, recorded_tensor
+from lightning_otrt.layers.recordable import check_common_axis, chosen_axis, recorded_tensor
 from lightning_otrt.layers.trace import Trace
 
 __all__ = ["fallback_note", "output_note", "resolve_layers", "select_layers"]
@@ -65,7 +65,12 @@ def resolve_layers(
     pairs = []
     for entry in parse_layers(spec):
         pairs += _expand(entry, student, teacher, find_matches)
-    reject_duplicates(pairs)
+    try:
+        reject_duplicates(pairs)
+    except ValueError as error:
+        if not (note := fallback_note(spec, student, teacher)):
+            raise
+        raise ValueError(f"{note} {error}") from None
     total = math.fsum(pair.weight for pair in pairs)
     return tuple(_completed(pair, student, teacher, total) for pair in pairs)
 
@@ -176,6 +181,8 @@ def _completed(pair: LayerPair, student: Trace, teacher: Trace, total: float) ->
             f"select={pair.select!r} chooses nothing for {pair.student!r} -> {pair.teacher!r}: both give one tensor. "
             "Remove `select`."
         )
+    if isinstance(pair.neuron_axis, int):
+        check_common_axis(pair.neuron_axis, pair.student, pair.teacher, (tensors[0], tensors[1]))
     axes = [chosen_axis(*side, tensor) for side, tensor in zip(sides, tensors, strict=True)]
     return replace(pair, weight=pair.weight / total, neuron_axis=(axes[0], axes[1]))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_otrt.layers.mask_sources import TracedMask
+from lightning_otrt.layers.names import ancestors
 from lightning_otrt.layers.pairs import INPUT
 
 __all__ = ["LINEAR", "Trace", "TracedLayer", "TracedTensor"]
@@ -120,9 +121,14 @@ class TracedLayer:
         return self.output.batch_axis if self.output else 0
 
     @property
+    def makes_weights(self) -> bool:
+        """Whether it computes the weights of another layer, as a spectral norm does, and is none of the network."""
+        return "parametrizations" in self.name.split(".")
+
+    @property
     def is_recordable(self) -> bool:
         """Whether the output can be a representation: one call, one floating-point tensor of two or more axes."""
-        if self.in_transform or self.calls != 1 or self.output is None:
+        if self.in_transform or self.makes_weights or self.calls != 1 or self.output is None:
             return False
         return self.output.is_floating and len(self.output.shape) >= 2
 
@@ -197,6 +203,10 @@ class Trace:
         name = name.removesuffix(INPUT)
         name = dict(self.aliases).get(name, name)
         return self._by_name[name]
+
+    def around(self, name: str) -> list[TracedLayer]:
+        """The layers around the one of that name, the outermost first; without the root."""
+        return [self._by_name[outer] for outer in ancestors(name) if outer in self._by_name]
 
     @functools.cached_property
     def _by_name(self) -> dict[str, TracedLayer]:

@@ -14,6 +14,7 @@ from lightning_otrt.layers.resolve import select_layers
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.chance import MIN_SAMPLES, OtherSamples, relative_to_chance
 from lightning_otrt.reading.extra_forwards.evaluation import in_evaluation
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.hooks.observer import Observer
 from lightning_otrt.reading.neurons.pooling import pool
 from lightning_otrt.reading.neurons.positions import can_be_compared, match_positions
@@ -76,11 +77,14 @@ def match_layers(
 
 def _readings(side: str, call: NetworkCall, trace: Trace, layers: Mapping[str, int]) -> list[Tensor]:
     """Readings of the layers in the order of ``layers``."""
-    module, (args, kwargs) = call.module, call.inputs
+    module, (args, kwargs) = call.module, InputGuard(clones=True).copied(call.inputs)
     observer = Observer(side, call.model, trace, layers, _GRID)
     try:
         with in_evaluation(module):
-            found = observer(getattr(module, call.method) if call.method else module, tuple(args), kwargs)
+            if call.method:
+                found = observer(getattr(module, call.method), tuple(args), kwargs, module)
+            else:
+                found = observer(module, tuple(args), kwargs)
     finally:
         observer.remove()
     return [found[name] for name in layers]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lightning_otrt.layers.lookup import LayerNames, check_names
 from lightning_otrt.layers.names import child_names, named_layers, named_tensors
-from lightning_otrt.layers.pairs import LayerPair, LayerSpec
+from lightning_otrt.layers.pairs import INPUT, LayerPair, LayerSpec
+from lightning_otrt.layers.recordable import recorded_tensor
 from lightning_otrt.layers.resolve import fallback_note, output_note, resolve_layers
 from lightning_otrt.layers.streams import choose_plans
 from lightning_otrt.layers.table import format_pairs
 from lightning_otrt.layers.trace import Trace
 from lightning_otrt.reading.closest import match_layers
+from lightning_otrt.reading.extra_forwards.input_guard import InputGuard
 from lightning_otrt.reading.hooks.readers import TracedRead, recorded_layer
 from lightning_otrt.reading.hooks.recorder import Readers
 from lightning_otrt.reading.hooks.views import NeuronCounts
@@ -103,7 +105,7 @@ class Pairing:
 
 def _neuron_counts(pairing: Pairing, pair: LayerPair) -> NeuronCounts:
     found = [pairing.student.tensor(pair.student, pair.select), pairing.teacher.tensor(pair.teacher, pair.select)]
-    # A layer that the traced forward did not run cannot be chosen.
+    # A layer that the traced forward did not run is refused before.
     student, teacher = (tensor for tensor in found if tensor is not None)
     types = (torch.promote_types(getattr(torch, tensor.dtype), torch.float32) for tensor in (student, teacher))
     return NeuronCounts(student.shape[pair.axes[0] or 0], teacher.shape[pair.axes[1] or 0], (next(types), next(types)))
@@ -133,9 +135,13 @@ def pair_layers(
         RuntimeError: If the teacher fails on its inputs.
     """
     looks = plan == "auto"
-    traces = _trace(student, values=looks), _trace_teacher(teacher, student, values=looks)
-    if known is not None:
+    given = student, teacher
+    # The trace runs on what was given, where a write in place is seen. The forwards after it need what it was before.
+    student, teacher = (replace(call, inputs=InputGuard(clones=True).copied(call.inputs)) for call in given)
+    traces = _trace(given[0], values=looks), _trace_teacher(given[1], student, values=looks)
+    if known is not None and _are_there(known, *traces):
         pairs, notes = known, []
+        _check_known(pairs, *traces)
     else:
         pairs = resolve_layers(layers, *traces, lambda: match_layers(traces, (student, teacher)))
         warn_of_unclear_axes(layers, *traces)
@@ -154,6 +160,25 @@ def pair_layers(
     pairing = Pairing(pairs, student_trace, teacher_trace, "\n".join(filter(None, notes)), plans)
     _warn_of_pairing(pairing)
     return pairing
+
+
+def _are_there(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> bool:
+    """Whether both networks have the layers. If not, others are chosen, and a resumed run says what differs."""
+    names = [(pair.student, student) for pair in pairs] + [(pair.teacher, teacher) for pair in pairs]
+    return all(name.removesuffix(INPUT) in traced.names() for name, traced in names)
+
+
+def _check_known(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> None:
+    """Raise a ValueError if a layer of an earlier choice cannot be recorded any more."""
+    try:
+        for pair in pairs:
+            recorded_tensor("student", student, pair.student, pair.select)
+            recorded_tensor("teacher", teacher, pair.teacher, pair.select)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} The pair {pair.student!r} -> {pair.teacher!r} comes from an earlier fit, or from a checkpoint. "
+            "`reset()` of the transfer forgets it, with its plans, so that layers are chosen anew."
+        ) from None
 
 
 def _settled(traced: Trace, call: NetworkCall, names: Sequence[str]) -> Trace:

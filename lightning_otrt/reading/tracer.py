@@ -116,7 +116,7 @@ def _trace(
     inputs = list(all_tensors((tuple(args), dict(kwargs))))
     taken = bound_arguments(target, tuple(args), kwargs, method or "forward")
     call = ModuleCall(primary[id(target)], target, taken, method or "forward")
-    spare = InputGuard().copied((tuple(args), dict(kwargs)))
+    spare = InputGuard(clones=True).copied((tuple(args), dict(kwargs)))
     counted = tensors_of_samples((tuple(args), dict(kwargs)))
     second = bool(is_sequence_first(target) if input_axis is None else input_axis)
     samples = count_samples(without_states(target, counted), [], sequence_first=input_axis == 1)
@@ -149,7 +149,8 @@ def _trace(
         aliases=tuple((name, primary[id(m)]) for name, m in modules.items() if primary[id(m)] != name),
         output_shapes=tuple(shape_of(tensor, None) for tensor in returned if tensor.is_floating_point()),
         batch_size=0 if has_lists else _count(target, counted, returned, sequence_first=second),
-        input_samples=input_samples(counted),
+        # Images in a list have no axis of samples: their first axes are channels, or boxes.
+        input_samples=frozenset() if has_lists else input_samples(counted),
         prefix_tokens=count_prefix_tokens(target),
         arguments=MaskSearch(inputs).named(call),
         shown_padding=recorder.padding.found(),

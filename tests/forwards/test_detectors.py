@@ -64,6 +64,20 @@ def test_the_number_of_boxes_changes_nothing(boxes: int) -> None:
         student(IMAGES, TARGETS)
 
 
+@pytest.mark.parametrize(("images", "boxes"), [(2, 2), (3, 1), (4, 4)])
+def test_the_number_of_images_and_of_labelled_boxes_changes_nothing(images: int, boxes: int) -> None:
+    """Each image has three channels, and its boxes are (n, 4): first axes that are no samples."""
+    name = "fasterrcnn_mobilenet_v3_large_fpn"
+    batch = [torch.rand(3, 64, 64) for _ in range(images)]
+    corners = torch.tensor([[4.0, 4.0, 40.0, 40.0], [20.0, 20.0, 60.0, 50.0], [1.0, 2.0, 30.0, 40.0]])
+    target = {"boxes": torch.cat([corners, corners])[:boxes], "labels": torch.ones(boxes, dtype=torch.long)}
+    with (
+        pytest.raises(ValueError, match=r"pass student_root='net.backbone'"),
+        RepresentationTransfer(detector(name), "auto").attached(student := Task(detector(name))),
+    ):
+        student(batch, [target] * images)
+
+
 class Named(nn.Module):
     """Takes a mapping for each image, as detectron2 does."""
 

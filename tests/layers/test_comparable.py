@@ -40,6 +40,19 @@ class TestComparableLayers:
     def test_inside_a_lightning_module(self):
         assert self.names(Task(), 1, 8, 8) == ("net.block1", "net.block2")
 
+    def test_a_second_container_of_the_same_modules_is_no_layer_of_its_own(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                blocks = (nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True) for _ in range(3))
+                self.blocks = nn.ModuleList(blocks)
+                self.encoder, self.fc = nn.Sequential(*self.blocks), nn.Linear(8, 3)
+
+            def forward(self, x):
+                return self.fc(self.encoder(x).mean(1))
+
+        assert self.names(Twice(), 5, 8) == ("blocks.0", "blocks.1", "blocks.2")
+
     def test_at_most(self):
         seen = trace(small_resnet(), (torch.randn(2, 3, 64, 64),))
         assert comparable_layers(seen, at_most=6) == ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")

@@ -96,3 +96,40 @@ def test_matched_needs_activations_and_takes_them_as_they_are(student, teacher):
         ("net.layer1", "layer3", 0.5),
         ("net.layer2", "layer4", 0.5),
     ]
+
+
+class TestOneAxisForBothSides:
+    """A student whose axis is not known, and a teacher whose axis the types of its modules tell."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bchw,cd->bhwd", x, self.weight)
+
+    def pairs(self, axis):
+        x = torch.randn(2, 3, 6, 6)
+        student, teacher = nn.Sequential(self.Mixed()), nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        return resolve_layers([LayerPair("0", "1", neuron_axis=axis)], trace(student, (x,)), trace(teacher, (x,)))
+
+    def test_it_is_refused_where_it_is_not_that_of_the_types(self):
+        message = r"neurons of the teacher layer '1' of shape \(2, 4, 6, 6\) are on axis 1. Write neuron_axis=\(-1, 1\)"
+        with pytest.raises(ValueError, match=message):
+            self.pairs(-1)
+
+    @pytest.mark.parametrize(("axis", "expected"), [((-1, 1), (3, 1)), ((-1, -1), (3, 3)), (1, (1, 1))])
+    def test_two_axes_are_taken_as_they_are(self, axis, expected):
+        assert [pair.neuron_axis for pair in self.pairs(axis)] == [expected]
+
+    def test_the_error_without_an_axis_names_both_forms(self):
+        with pytest.raises(ValueError, match=r"ambiguous neuron axis.* or two, \(student, teacher\)"):
+            self.pairs(None)
+
+
+def test_a_duplicate_that_a_fallback_makes_is_explained():
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    seen = trace(net, (torch.randn(4, 5),))
+    with pytest.raises(ValueError, match=r'"auto" uses "penultimate"\. .* is named twice in `layers`'):
+        resolve_layers(["auto", "penultimate"], seen, seen)

@@ -25,6 +25,7 @@ def test_positions():
         (TracedLayer("a", calls=0), False),
         (TracedLayer("a", calls=2, output=MAP), False),
         (TracedLayer("a", calls=1), False),
+        (TracedLayer("fc.parametrizations.weight.0", calls=1, output=MAP), False),
         (TracedLayer("a", calls=1, output=TracedTensor((2, 4), "int64", is_floating=False)), False),
         (TracedLayer("a", calls=1, output=TracedTensor((2,))), False),
     ],

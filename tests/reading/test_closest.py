@@ -12,6 +12,24 @@ from torch import nn
 from lightning_otrt import RepresentationTransfer
 
 
+class Reader(nn.Module):
+    """Layers that work on each token alone."""
+
+    def __init__(self, depth=4):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(depth))
+
+    def encode(self, ids, attention_mask):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, ids, attention_mask):
+        return self.head((self.encode(ids, attention_mask) * attention_mask[..., None]).sum(1))
+
+
 class TestMatched:
     def pairs(self, student, teacher, layers="matched", x=None):
         transfer = RepresentationTransfer(teacher, layers)
@@ -35,6 +53,19 @@ class TestMatched:
         teacher = nn.Sequential(seeded(0, conv_block, 1), Plus(frame, keep=0.0), nn.AvgPool2d(2), Head(64))
         student = nn.Sequential(nn.Sequential(copy.deepcopy(teacher[0]), Plus(frame)), Head(256))
         assert self.pairs(student, teacher) == [("0", "0")]
+
+    def test_padding_is_left_out_where_a_method_is_the_root(self):
+        """No hook of the module sees the arguments of its method."""
+        ids, valid = seeded(0, torch.randint, 1, 20, (12, 7)), torch.arange(7) < seeded(1, torch.randint, 2, 8, (12, 1))
+        teacher, found = seeded(2, Reader), []
+        for filling in (0, 19):
+            student = seeded(3, Reader, depth=3)
+            transfer = RepresentationTransfer(teacher, "matched", student_root=":encode")
+            with transfer.attached(student):
+                student.encode(ids.masked_fill(~valid, filling), valid)
+                found.append((transfer.loss().item(), [pair.teacher for pair in transfer.pairs]))
+        assert found[0][1] == found[1][1]
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
 
     def test_one_sample_has_no_chance(self):
         with pytest.raises(ValueError, match="single sample: their distance by chance"):

@@ -40,14 +40,28 @@ class Observer:
         )
         warn_of_unused_masks(side, {name: layer_masks(side, trace, name, axis) for name, axis in layers.items()})
 
-    def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        method_of: nn.Module | None = None,
+    ) -> dict[str, Tensor]:
         """Readings ``(B, C, *positions)`` by name of the forward ``run(*args, **kwargs)``.
+
+        Args:
+            run: What to call.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            method_of: The module whose method it is. No hook of the module notes the masks of such a call.
 
         Raises:
             ValueError: If a layer does not run exactly once.
         """
         view = self._recorder.open()
         try:
+            if method_of is not None:
+                self._recorder.note_masks(method_of, args, dict(kwargs))
             run(*args, **kwargs)
         finally:
             self._recorder.close()

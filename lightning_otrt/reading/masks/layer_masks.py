@@ -47,6 +47,12 @@ def layer_masks(
             "left out of sequences (B, T, C) and (B, C, T) alone. Match layers that give those, or pass mask=None to "
             "read it."
         )
+    if mask not in (None, "auto") and tensor is not None and _is_flat(tensor, found[0], trace):
+        raise ValueError(
+            f"mask={mask!r} cannot be used for the {side} layer {name!r} of shape {tensor.shape}: the tokens of all "
+            "samples lie along one axis, and padding is left out of sequences (B, T, C) and (B, C, T) alone. Match "
+            "layers that give those, or pass mask=None to read it."
+        )
     if mask is None or tensor is None or axis is None or len(tensor.shape) != 3:
         return LayerMasks()
     samples, tokens = (tensor.shape[place] for place in (tensor.batch_axis, _position_axis(axis, tensor.batch_axis)))
@@ -128,6 +134,13 @@ def _masks_of_rows(trace: Trace, samples: int, tokens: int) -> Iterator[TracedMa
         shape = (*known.shape, known.shape[-1]) if known.source.is_pairwise else known.shape
         if len(shape) == 3 and shape[0] * shape[1] == samples and shape[2] == tokens:
             yield replace(known, shape=shape)
+
+
+def _is_flat(tensor: TracedTensor, mask: TracedMask, trace: Trace) -> bool:
+    """Whether a tensor ``(B * T, C)`` has a row for each token of a mask."""
+    if len(tensor.shape) != 2 or mask.shape is None:
+        return False
+    return tensor.shape[0] == math.prod(mask.shape) != trace.batch_size
 
 
 def flat_mask(trace: Trace, tensor: TracedTensor) -> TracedMask | None:

@@ -151,12 +151,17 @@ class MaskSearch:
         return self._known[key][1]
 
     def _turned(self, value: Any, source: MaskSource, root: ModuleCall) -> MaskSource:
-        """The source, read the other way round where the network made a mask that by its name leaves no token at all.
+        """The source, read the other way round where the network made a mask that by its name makes no sense.
 
-        Some modules call a mask ``attention_mask`` that is true at padding. Without padding it is false everywhere.
+        Some modules call a mask ``attention_mask`` that is true at padding. Without padding it is false everywhere, or
+        true at all later tokens and not at each token itself.
         One that the user passed is read by its name, and so is one that may come from an empty mask of the user.
         """
-        if id(value) in self._inputs or not _leaves_nothing(value, source) or _is_empty_mask(value, root):
+        if id(value) in self._inputs:
+            return source
+        if not _hides_later_tokens(value, source) and (
+            not _leaves_nothing(value, source) or _is_empty_mask(value, root)
+        ):
             return source
         return replace(source, true_at="padding" if source.true_at == "valid" else "valid", is_turned=True)
 
@@ -197,6 +202,18 @@ def _leaves_nothing(value: Any, source: MaskSource) -> bool:
     if source.true_at == "padding":
         return value.dtype == torch.bool and bool(value.all())
     return source.true_at == "valid" and not (value.is_floating_point() or value.is_complex()) and not bool(value.any())
+
+
+def _hides_later_tokens(value: Any, source: MaskSource) -> bool:
+    """Whether a pairwise mask is causal and true at what is hidden, as in Megatron, though its name says the opposite.
+
+    By its name each token would see all later ones, and some would not see themselves.
+    """
+    if source.true_at != "valid" or not is_pairwise(value) or value.is_floating_point() or value.is_complex():
+        return False
+    hidden = value != 0
+    later = torch.ones_like(hidden).triu(1)
+    return bool((hidden | ~later).all()) and not bool(hidden.diagonal(dim1=-2, dim2=-1).all())
 
 
 def _is_empty_mask(value: Tensor, root: ModuleCall) -> bool:

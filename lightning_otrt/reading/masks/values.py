@@ -37,9 +37,13 @@ def as_rows(value: Any, source: MaskSource | None = None) -> Tensor | None:
     """
     may_be_pairwise = source is not None and (source.is_named or source.is_turned or source.true_at != "padding")
     if source is not None and may_be_pairwise and is_pairwise(value):
-        # Where it is true at padding, that is what is hidden from all.
-        seen = torch.amin if source.true_at == "padding" else torch.amax
-        return seen(value, dim=tuple(range(1, value.dim() - 1)))
+        rows = tuple(range(1, value.dim() - 1))
+        if source.true_at != "padding":
+            return torch.amax(value, rows)
+        # True at padding: that is what is hidden from all. One that is added to scores is 0 where a token is seen.
+        if not value.is_floating_point():
+            return torch.amin(value, rows)
+        return torch.where((value < 0).any(), torch.amax(value, rows), torch.amin(value, rows))
     if source is not None and source.true_at == "label" and not (isinstance(value, Tensor) and _are_labels(value)):
         return None
     if not isinstance(value, Tensor) or value.is_nested or not 2 <= value.dim() <= 4:

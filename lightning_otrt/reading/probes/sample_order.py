@@ -62,7 +62,9 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
     for move in (roll, _repeat_last) if is_unclear else (_exchange_first,):
         try:
             changed = _moved(inputs, traced.batch_size, input_axis, move)
-            first, second = (profiles(model, traced, each, method) for each in (InputGuard().copied(inputs), changed))
+            first, second = (
+                profiles(model, traced, each, method) for each in (InputGuard(clones=True).copied(inputs), changed)
+            )
         except Exception:  # these samples cannot stand in another order
             continue
         return _settled(traced, first, second, move, is_moved)

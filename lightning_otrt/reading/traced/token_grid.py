@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+from lightning_otrt.layers.automatic import is_of_heads
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 
@@ -243,7 +244,8 @@ def _maps(layers: list[TracedLayer], trace: Trace, gets_images: bool) -> list[_M
             continue
         is_conv = layer.role in ("conv", "pointwise")
         is_map = len(tensor.shape) == 4 or (len(tensor.shape) == 5 and is_conv)
-        if is_map and tensor.neuron_axis is not None and trace.is_sample_count(tensor.shape[0]):
+        is_map = is_map and trace.is_sample_count(tensor.shape[0]) and not is_of_heads(layer, trace)
+        if is_map and tensor.neuron_axis is not None:
             cells = tensor.position_count
             if not (gets_images or found) and had_tokens and cells not in channels:
                 continue

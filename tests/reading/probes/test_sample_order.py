@@ -333,3 +333,23 @@ def test_samples_that_code_puts_into_another_order(name: str, is_flat: bool) -> 
         assert len(found) == (name in ORDERS)
         assert all(f"The {side} layers 'first' hold the samples in another order" in text for text in found)
     assert not _warnings_of(odd, Ordered(6, change, undo, is_flat=is_flat), x)
+
+
+def test_infinite_scores_are_no_random_numbers() -> None:
+    """A number that evaluation mode draws for nothing, and scores of minus infinity in the same network."""
+
+    class Scores(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.scores, self.head = nn.Linear(5, 6), Scores(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.rand(1)
+            x = self.embed(x)
+            return self.head((self.scores(x).softmax(-1) @ x).mean(1))
+
+    assert not trace(Net(), (torch.randn(4, 5, 5),)).is_random
