@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["OF_TARGET", "LayerMasks", "MaskSource", "TracedMask", "choose_masks"]
 
@@ -24,6 +24,8 @@ class MaskSource:
         is_named: Whether the user named it, and so says what its elements mean.
         is_pairwise: Whether it said in the traced forward which token sees which, as ``(B, 1, T, T)`` does. What none
             sees is padding.
+        is_full: Whether it left out nothing in the traced forward, and may be the mask of the layer, or not. Once it
+            leaves out tokens, that is told.
         is_turned: Whether its name says the opposite of ``true_at``. Read by its name, the mask of the traced forward
             left no token of any sample.
     """
@@ -34,6 +36,7 @@ class MaskSource:
     method: str = "forward"
     is_named: bool = False
     is_pairwise: bool = False
+    is_full: bool = False
     # Not in the text, which stands for the masks in the names of caches: `true_at` says all that is read.
     is_turned: bool = field(default=False, repr=False)
 
@@ -149,6 +152,7 @@ def choose_masks(
     """
     lengths = {tokens, tokens - prefix}
     sources: list[MaskSource] = []
+    full: list[MaskSource] = []
     misfit: TracedMask | None = None
     unread: TracedMask | None = None
     for mask in found:
@@ -157,12 +161,16 @@ def choose_masks(
             continue
         if mask.shape is None:
             sources.append(mask.source)
-        if mask.shape is None or (mask.is_doubtful and not mask.padded):
+        if mask.shape is None:
             continue
         has_samples = mask.shape[0] == samples
         fits = has_samples and (mask.shape[1] in lengths or mask.frames == tokens)
+        if not mask.padded and (mask.is_doubtful or mask.source.true_at == "unknown"):
+            if fits and not mask.source.is_pairwise:
+                full.append(replace(mask.source, true_at="unknown", is_full=True))
+            continue
         if mask.source.true_at == "unknown":
-            unread = unread or (mask if fits and mask.padded else None)
+            unread = unread or (mask if fits else None)
             continue
         if not fits and not (time_first and mask.shape[0] in lengths and mask.shape[1] == samples):
             # Labels of another length, such as several classes of each sample, are not those of positions.
@@ -173,4 +181,4 @@ def choose_masks(
             continue
         drops_prefix = prefix > 0 and has_samples and mask.shape[1] == tokens - prefix
         return LayerMasks((*sources, mask.source), used=mask, drops_prefix=drops_prefix)
-    return LayerMasks(tuple(sources), misfit=misfit, unread=unread)
+    return LayerMasks((*sources, *full), misfit=misfit, unread=unread)

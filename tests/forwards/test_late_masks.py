@@ -183,3 +183,37 @@ def test_a_pairwise_mask_that_is_named(heads: bool) -> None:
 
 def test_a_causal_mask_of_unknown_name_is_none_of_padding() -> None:
     run(Positions(8), Positions(12), (WORDS, CAUSAL.expand(SAMPLES, -1, -1)))
+
+
+def test_a_name_of_unknown_meaning_inside_that_leaves_out_nothing_at_first() -> None:
+    """Full batches need no warning; the first one with padding, or a later one, does."""
+    networks = Inside(8), Inside(12)
+    run(*networks, (WORDS,), (WORDS,), layer="block.mix")
+    message = "The argument 'mask' of 'block', which left out no token in the first batch, leaves out some now"
+    for full in (1, 2, 5):
+        with pytest.warns(UserWarning, match=message):
+            run(*networks, *[(WORDS,)] * full, *[(WORDS * VALID,)] * 4, layer="block.mix")
+    run(*networks, (WORDS,), (WORDS * VALID,), layer="block.mix", mask=None)
+    values = run(*networks, (WORDS,), (WORDS * VALID,), layer="block.mix", mask="mask")
+    assert values[1] == run(*networks, (WORDS * VALID,), layer="block.mix", mask="mask")[0]
+
+
+class TwoTowers(nn.Module):
+    """Sound beside video, as many frames of each, and one mask."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hear, self.see = nn.Linear(5, width), nn.Linear(7, width)
+        self.sound, self.video = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, sound: Tensor, video: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.sound(self.hear(sound)).sum(1) + self.video(self.see(video)).sum(1)
+
+
+def test_a_doubtful_mask_that_leaves_out_nothing_at_first() -> None:
+    signals = torch.randn(*WORDS.shape, 5), torch.randn(*WORDS.shape, 7)
+    full, padded = (*signals, torch.ones_like(VALID)), (*signals, VALID)
+    networks = TwoTowers(8), TwoTowers(12)
+    run(*networks, full, full, layer="video")
+    with pytest.warns(UserWarning, match="'attention_mask' of 'the network', which left out no token in the first"):
+        run(*networks, full, padded, layer="video")

@@ -16,6 +16,9 @@ from lightning_otrt.reading.neurons.reader import NeuronReader
 
 __all__ = ["StepMask"]
 
+#: Steps between two looks at masks that left out nothing at first; before that at each power of two.
+_LOOKS_EVERY = 64
+
 
 class StepMask:
     """Finds the mask of a layer in a view. What only a later batch shows to be wrong is warned of once.
@@ -30,6 +33,9 @@ class StepMask:
         self.reader = reader
         self.masks = [(mask_key(side, source), source, module) for source, module in masks]
         self._notices, self.has_looked = Notices(), False
+        #: Of masks that left out nothing at first: the number of steps, and whether one left out something since.
+        self._full: dict[MaskSource, tuple[int, Tensor]] = {}
+        self._told: set[MaskSource] = set()
 
     def length(self, view: View) -> int | None:
         """The number of tokens of the nearest mask; None without one."""
@@ -47,6 +53,9 @@ class StepMask:
             if mask is None or size is None:
                 continue
             fitted = fit_mask(mask, *size, self.reader.prefix_tokens, module)
+            if source.is_full:
+                self._look_for_padding(source, fitted)
+                continue
             if source.true_at == "unknown":
                 self._warn_of_unknown(source, fitted)
                 continue
@@ -78,6 +87,29 @@ class StepMask:
                     f"{self.reader.layer}, which are the patches of a map and are pooled like one: their padding is "
                     "read. LayerPair(mask=None) says that this is meant.",
                 )
+
+    def _look_for_padding(self, source: MaskSource, fitted: Tensor | None) -> None:
+        """Warn where a mask that left out nothing at first leaves out tokens, whatever it means by that.
+
+        Each step notes it on the device; the host looks less and less often, since that waits.
+        """
+        if fitted is None or source in self._told or torch.compiler.is_compiling():
+            return
+        left_out = (fitted.any(1) & ~fitted.all(1)).any()
+        calls, seen = self._full.get(source, (0, left_out))
+        calls, seen = calls + 1, seen | left_out
+        self._full[source] = calls, seen
+        is_power = calls & (calls - 1) == 0
+        if (is_power or calls % _LOOKS_EVERY == 0) and bool(seen):
+            self._told.add(source)
+            name = source.argument
+            self._notices.warn(
+                f"The argument {name!r} of {source.module or 'the network'!r}, which left out no token in the first "
+                f"batch, leaves out some now. It is not known whether it is the padding mask of {self.reader.layer}, "
+                f'and it is not used: pass LayerPair(mask="{name}") if it is, and true at valid tokens, mask="~{name}" '
+                "if it is true at padding, or mask=None to read padding.",
+                key="unused",
+            )
 
     def _warn_of_unknown(self, source: MaskSource, fitted: Tensor | None) -> None:
         if fitted is None:
