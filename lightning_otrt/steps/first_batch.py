@@ -73,9 +73,9 @@ def dead_neurons(where: str, neurons: Tensor, advice: str, otherwise: str) -> It
     # A few observations are nearly always enough to see that most neurons are alive.
     if 2 * _overshadowed(neurons[:, :64]) > count and 2 * (overshadowed := _overshadowed(neurons)) > count:
         yield (
-            f"{where}: {overshadowed} of its {count} neurons vary by less than {DEAD_SHARE:g} of the layer's mean, "
-            "which a few huge ones make large, and count as dead: they correlate with no neuron and have no gradient. "
-            f"{advice}, or choose a layer behind a normalisation."
+            f"{where}: {overshadowed} of its {count} neurons vary by less than {DEAD_SHARE:g} of the layer's mean, and "
+            "count as dead: they correlate with no neuron and have no gradient. Either a few neurons are huge, or the "
+            f"others have new weights near 0, such as a layer scale. {advice}, or choose a layer behind a normalisation."
         )
     first = neurons[:, :1]
     if torch.equal(neurons[:, -1:], first) and torch.equal(neurons, first.expand_as(neurons)):
