@@ -55,12 +55,13 @@ def without_earlier_pre_hooks(module: nn.Module, kind: type) -> Iterator[None]:
 
     What the hook of that type gets has gone through them, and would go through them a second time. With them go the
     forward hooks of the same objects: what FSDP gathers before a forward it frees after it, and the forward that runs
-    is not over.
+    is not over. Those of a module stay: they may change the output.
     """
     before, after = module._forward_pre_hooks, module._forward_hooks
     place = next((place for place, hook in enumerate(before.values()) if isinstance(hook, kind)), 0)
     earlier = list(before)[:place]
-    owners = [owner for number in earlier if (owner := getattr(before[number], "__self__", None)) is not None]
+    owners = [getattr(before[number], "__self__", None) for number in earlier]
+    owners = [owner for owner in owners if owner is not None and not isinstance(owner, nn.Module)]
     ends = [number for number, hook in after.items() if any(getattr(hook, "__self__", None) is one for one in owners)]
     saved = dict(before), dict(after)
     for hooks, numbers in ((before, earlier), (after, ends)):

@@ -75,7 +75,7 @@ def dead_neurons(where: str, neurons: Tensor, advice: str, otherwise: str) -> It
         yield (
             f"{where}: {overshadowed} of its {count} neurons vary by less than {DEAD_SHARE:g} of the layer's mean, and "
             "count as dead: they correlate with no neuron and have no gradient. Either a few neurons are huge, or the "
-            f"others have new weights near 0, such as a layer scale. {advice}, or choose a layer behind a normalisation."
+            f"others have new weights near 0, such as a layer scale. {advice}, or take a layer behind a normalisation."
         )
     first = neurons[:, :1]
     if torch.equal(neurons[:, -1:], first) and torch.equal(neurons, first.expand_as(neurons)):

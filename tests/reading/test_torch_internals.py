@@ -136,6 +136,26 @@ def test_without_earlier_pre_hooks_and_the_hooks_that_end_what_they_begin() -> N
     assert seen == ["begin", "marker", "first", "end", "new"]
 
 
+def test_without_earlier_pre_hooks_and_with_the_outputs_that_a_module_changes() -> None:
+    class Marker:
+        def __call__(self, module: nn.Module, args: Any) -> None: ...
+
+    class Around(nn.Module):
+        def before(self, module: nn.Module, args: Any) -> tuple[int]:
+            return (args[0] + 1,)
+
+        def after(self, module: nn.Module, args: Any, output: int) -> int:
+            return 10 * output
+
+    module, around = nn.Identity(), Around()
+    module.register_forward_pre_hook(around.before)
+    module.register_forward_hook(around.after)
+    module.register_forward_pre_hook(Marker())
+    with without_earlier_pre_hooks(module, Marker):
+        assert module(1) == 10
+    assert module(1) == 20
+
+
 def test_all_buffers() -> None:
     module = nn.Module()
     module.register_buffer("a", torch.ones(1))
