@@ -28,7 +28,7 @@ __all__ = [
 #: Number of transformer blocks that "blocks" chooses.
 _BLOCKS = 4
 #: Types of numbered modules that are no blocks: class attention (CaiT, XCiT, VOLO), embeddings of patches or places.
-_NO_BLOCK = re.compile("Class(Attn|Attention|Block)|Embed|Pos(Conv|Enc|ition)")
+_NO_BLOCK = re.compile(r"Class(Attn|Attention|Block)\w*$|(Embed(s|der|ding|dings)?|Pos(Conv|Enc)|Position)$")
 
 
 def penultimate_names(trace: Trace) -> list[str]:
@@ -96,9 +96,7 @@ def block_groups(trace: Trace) -> list[list[str]]:
     last_token = max((stack[-1].order or 0 for stack in stacks), default=-1)
     # Patch embeddings and convolutional stems give maps too, but before the tokens; a feature pyramid ends with a map.
     seen = _convolutional_tower(maps, trace, last_token) if stacks else []
-    # A convolution over tokens, as adapters and heads for sound have, is no pyramid: (B, C, T).
-    ends_with_map = any((layer.order or 0) > last_token and len(layer.output_shape or ()) > 3 for layer in maps)
-    if maps and not seen and (ends_with_map or not stacks):
+    if maps and not seen and (not stacks or _ends_with_pyramid(maps, stacks[-1][-1])):
         return [_names(_with_isotropic_blocks(maps, layers))]
     if not stacks:
         recurrent = [layer for layer in layers if layer.role == "recurrent"]
@@ -116,11 +114,23 @@ def block_groups(trace: Trace) -> list[list[str]]:
 def _token_stacks(layers: list[TracedLayer], trace: Trace) -> list[list[TracedLayer]]:
     """The stacks of transformer blocks.
 
-    Class attention is none: its blocks change the class token alone, or have no other token.
+    Neither class attention nor embeddings are blocks: the first change the class token alone, the second come before
+    the blocks of a stage.
     """
-    no_blocks = {layer.name for layer in trace.layers if _NO_BLOCK.search(layer.kind)}
+    numbered = (layer for layer in trace.layers if layer.name[-1:].isdigit())
+    no_blocks = {layer.name for layer in numbered if _NO_BLOCK.search(layer.kind)}
     tokens = [layer for layer in layers if _is_tokens(layer)]
     return _repeated_blocks([each for each in tokens if no_blocks.isdisjoint((each.name, *ancestors(each.name)))])
+
+
+def _ends_with_pyramid(maps: Sequence[TracedLayer], last: TracedLayer) -> bool:
+    """Whether a feature pyramid comes after the last transformer block.
+
+    Convolutions over its tokens (B, C, T), as adapters and heads for sound have, are none unless they grow in steps.
+    """
+    late = [layer for layer in maps if (layer.order or 0) > (last.order or 0)]
+    larger = {_size(layer) for layer in late if _size(layer) > _size(last)}
+    return any(len(layer.output_shape or ()) > 3 for layer in late) or len(larger) > 1
 
 
 def _shrinks(stack: Sequence[TracedLayer], trace: Trace) -> bool:

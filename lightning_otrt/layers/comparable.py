@@ -30,7 +30,7 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     in all. Of consecutive layers without children, the last one before the next linear map is taken: of a convolution,
     its normalisation and its activation this is the activation. Left out are the classification head and what comes
     after it, layers that run more than once, layers without a known neuron axis, layers that add nothing in evaluation
-    mode, and layers that return the tensor of another one unchanged.
+    mode, children whose output their parent returns unchanged, and a second container of the same modules.
 
     Args:
         trace: One forward of the network.
@@ -57,8 +57,10 @@ def comparable_layers(trace: Trace, *, at_most: int = _AT_MOST) -> tuple[str, ..
     while level:
         new: dict[str, TracedLayer] = {}
         for name in (each for parent in level for each in _representatives(children[parent], usable, known)):
-            # One that returns the very tensor of another: a child of its parent, or a second container of its modules.
-            if not any(usable[name].output_from == other.output_from for other in (*found.values(), *new.values())):
+            same = [other.name for other in (*found.values(), *new.values()) if _give_one(other, usable[name])]
+            # A child of one that returns its tensor, or a second container of the same modules.
+            is_second = bool(same) and known[name].is_container and not children[name]
+            if not is_second and not any(name.startswith(f"{other}.") for other in same):
                 new[name] = usable[name]
         if found and len(found) + len(new) > at_most:
             break
@@ -144,6 +146,11 @@ def _representatives(names: list[str], usable: dict[str, TracedLayer], known: di
                 last = name
     if last is not None:
         yield last
+
+
+def _give_one(layer: TracedLayer, other: TracedLayer) -> bool:
+    """Whether two layers return the very same tensor."""
+    return layer.output_from == other.output_from
 
 
 def _is_opened(layer: TracedLayer, usable: dict[str, TracedLayer], known: dict[str, TracedLayer]) -> bool:

@@ -24,10 +24,10 @@ class MaskSource:
         is_named: Whether the user named it, and so says what its elements mean.
         is_pairwise: Whether it said in the traced forward which token sees which, as ``(B, 1, T, T)`` does. What none
             sees is padding.
-        is_full: Whether it left out nothing in the traced forward, and may be the mask of the layer, or not. Once it
-            leaves out tokens, that is told.
         is_turned: Whether its name says the opposite of ``true_at``. Read by its name, the mask of the traced forward
-            left no token of any sample.
+            left no token of any sample, or was true at all later tokens.
+        is_full: Whether it left out nothing in the traced forward, and it is not known whether it is the mask of the
+            layer. It is not used; a warning says when it leaves out tokens.
     """
 
     module: str
@@ -36,9 +36,9 @@ class MaskSource:
     method: str = "forward"
     is_named: bool = False
     is_pairwise: bool = False
-    is_full: bool = False
     # Not in the text, which stands for the masks in the names of caches: `true_at` says all that is read.
     is_turned: bool = field(default=False, repr=False)
+    is_full: bool = field(default=False, repr=False)
 
     @property
     def described(self) -> str:

@@ -89,19 +89,21 @@ def check_common_axis(axis: int, student: str, teacher: str, tensors: tuple[Trac
         tensors: Of student and teacher.
 
     Raises:
-        ValueError: If it is not the axis that is known of one side, and may be that of the other.
+        ValueError: If the known axis of exactly one side differs from it.
     """
+    if any(not -len(tensor.shape) <= axis < len(tensor.shape) for tensor in tensors):
+        return  # an error of its own
     known = [tensor.neuron_axis for tensor in tensors]
     differs = [own is not None and own != axis % len(tensor.shape) for own, tensor in zip(known, tensors, strict=True)]
     if sum(differs) != 1:  # two that differ are meant
         return
-    own = known[differs.index(True)]
-    side, name, both = ("student", student, (own, axis)) if differs[0] else ("teacher", teacher, (axis, own))
+    place = differs.index(True)
+    own = known[place]
+    side, name, both = ("teacher", teacher, (axis, own)) if place else ("student", student, (own, axis))
     raise ValueError(
-        f"LayerPair {student!r} -> {teacher!r}: `neuron_axis` {axis} is that of both layers, but the types of the "
-        f"modules tell that the neurons of the {side} layer {name!r} of shape {tensors[differs.index(True)].shape} are "
-        f"on axis {own}. Write neuron_axis={both}, which is (student, teacher), or neuron_axis={(axis, axis)} if it is "
-        "meant for both."
+        f"LayerPair {student!r} -> {teacher!r}: `neuron_axis={axis}` was passed for both layers, but by the types of "
+        f"its modules the {side} layer {name!r} of shape {tensors[place].shape} has its neurons on axis {own}. Write "
+        f"neuron_axis={both} for (student, teacher), or neuron_axis={(axis, axis)} if {axis} is meant for both."
     )
 
 

@@ -205,7 +205,7 @@ class Trace:
         return self._by_name[name]
 
     def around(self, name: str) -> list[TracedLayer]:
-        """The layers around the one of that name, the outermost first; without the root."""
+        """The layers around the one of that name, the outermost first; without the whole model."""
         return [self._by_name[outer] for outer in ancestors(name) if outer in self._by_name]
 
     @functools.cached_property

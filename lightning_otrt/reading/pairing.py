@@ -163,7 +163,10 @@ def pair_layers(
 
 
 def _are_there(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> bool:
-    """Whether both networks have the layers. If not, others are chosen, and a resumed run says what differs."""
+    """Whether both networks have the layers. If not, pairs are chosen anew.
+
+    In a resumed run the check of the checkpoint then names both.
+    """
     names = [(pair.student, student) for pair in pairs] + [(pair.teacher, teacher) for pair in pairs]
     return all(name.removesuffix(INPUT) in traced.names() for name, traced in names)
 
@@ -177,7 +180,8 @@ def _check_known(pairs: Sequence[LayerPair], student: Trace, teacher: Trace) -> 
     except ValueError as error:
         raise ValueError(
             f"{error} The pair {pair.student!r} -> {pair.teacher!r} comes from an earlier fit, or from a checkpoint. "
-            "`reset()` of the transfer forgets it, with its plans, so that layers are chosen anew."
+            "`reset()` of the transfer forgets it, with its plans, so that layers are chosen anew; or start without "
+            "the checkpoint."
         ) from None
 
 

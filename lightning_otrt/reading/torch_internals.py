@@ -55,7 +55,7 @@ def without_earlier_pre_hooks(module: nn.Module, kind: type) -> Iterator[None]:
 
     What the hook of that type gets has gone through them, and would go through them a second time. With them go the
     forward hooks of the same objects: what FSDP gathers before a forward it frees after it, and the forward that runs
-    is not over. Those of a module stay: they may change the output.
+    is not over. Forward hooks that are methods of a module stay, since they may change the output.
     """
     before, after = module._forward_pre_hooks, module._forward_hooks
     place = next((place for place, hook in enumerate(before.values()) if isinstance(hook, kind)), 0)

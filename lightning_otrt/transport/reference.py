@@ -62,6 +62,6 @@ def move_reference(sums: Sums, reference: tuple[Tensor, Tensor]) -> tuple[Sums, 
 
 
 def _less_outer(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``total - a bᵀ`` in one pass; not as a product of matrices, which a GPU may round more."""
+    """``total - a bᵀ`` in one pass. Not by `baddbmm`: with TF32 a GPU rounds products of matrices more."""
     a, b = a.to(total.dtype), b.to(total.dtype)
     return total.addcmul(a[..., None], b[..., None, :], value=-1)

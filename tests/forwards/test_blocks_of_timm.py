@@ -81,12 +81,59 @@ def test_a_convolution_over_tokens_is_no_pyramid(
 
 
 def test_heads_of_an_attention_are_no_rows_of_patches() -> None:
-    """Merged patches of MViT: heads x tokens of the last stage were taken for the map, with one row."""
-    sizes = {"depths": (1, 1, 1), "embed_dim": (8, 16, 32), "num_heads": (1, 2, 4)}
-    config = timm.models.mvitv2.MultiScaleVitCfg(**sizes, stride_q=((1, 1), (2, 2), (2, 2)), stride_kv=None)
-    net = _built("MultiScaleVit", cfg=config, img_size=64)
+    """In MViT, heads x tokens of the stage before were taken for the map of the last stage, with one row."""
+    net = timm.create_model("mvitv2_tiny", num_classes=3, img_size=64).eval()
     found = trace(net, (IMAGES,))
-    for stage, side in enumerate((16, 8, 4)):
+    for stage, side in enumerate((16, 8, 4, 2)):
         layer = found.layer(f"stages.{stage}")
         assert layer.output is not None
         assert find_token_grid(found, layer, layer.output).size == (side, side)
+
+
+class Named(nn.Module):
+    """Its type has a word of embeddings in its name."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.net = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PositionAwareLayer(nn.TransformerEncoderLayer): ...
+
+
+class WordEmbedding(Named): ...
+
+
+def test_blocks_inside_of_a_network_for_embeddings_are_blocks() -> None:
+    layers = [PositionAwareLayer(8, 2, 8, 0.0, batch_first=True) for _ in range(3)]
+    assert _names(WordEmbedding(nn.Sequential(*layers, nn.Linear(8, 3))), torch.randn(2, 5, 8)) == [
+        f"net.{number}" for number in range(3)
+    ]
+
+
+def test_steps_that_grow_behind_a_transformer_are_a_pyramid() -> None:
+    down = [nn.Sequential(nn.Conv1d(3 if not step else 8, 8, 4, 2, 1), nn.ReLU()) for step in range(3)]
+    up = [nn.Sequential(nn.ConvTranspose1d(8, 8, 4, 2, 1), nn.ReLU()) for _ in range(3)]
+
+    class Series(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
+            self.mid = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True) for _ in "ab")
+            self.out = nn.Conv1d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.down:
+                x = layer(x)
+            x = x.mT
+            for layer in self.mid:
+                x = layer(x)
+            x = x.mT
+            for layer in self.up:
+                x = layer(x)
+            return self.out(x)
+
+    assert {name.split(".")[0] for name in _names(Series(), torch.randn(2, 3, 64))} == {"down", "up"}

@@ -39,7 +39,8 @@ class SeesAndReads(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         take = batch.pop if self.pops else batch.__getitem__
         words, patches, valid = take("input_ids"), take("patches"), take("attention_mask")[..., None]
-        text, image = self.text(self.embed(words)), self.image(self.project(patches))
+        # The sum hides from which tensor the patches come, as positions that are added do.
+        text, image = self.text(self.embed(words)), self.image(self.project(patches) + 0)
         return self.head(torch.cat([(text * valid).sum(1) / valid.sum(1), image.mean(1)], 1))
 
 
@@ -66,6 +67,10 @@ def test_masks_are_settled_as_without_the_change() -> None:
     assert _told(pops=True) == (value, told)
 
 
+#: Means of what forwards got; not in the module, whose attributes further forwards put back.
+MEANS: list[float] = []
+
+
 class Normalises(nn.Module):
     """Scales its images in place."""
 
@@ -73,11 +78,10 @@ class Normalises(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3, 2), nn.ReLU())
         self.head = nn.Linear(width, 4)
-        self.means: list[float] = []
 
     def forward(self, x: Tensor) -> Tensor:
         x.div_(255).sub_(0.5)
-        self.means.append(float(x.mean()))
+        MEANS.append(float(x.mean()))
         return self.head(self.net(x).mean((2, 3)))
 
 
@@ -86,11 +90,13 @@ def test_no_forward_gets_images_that_are_scaled_already(layers: str) -> None:
     torch.manual_seed(0)
     student, teacher, images = Normalises(4), Normalises(6), 255 * torch.rand(8, 3, 16, 16)
     given = images.clone()
+    MEANS.clear()
     transfer: Any = RepresentationTransfer(teacher, layers)
     with transfer.attached(student):
         with pytest.warns(UserWarning, match="writes to its inputs in place"):
             student(images)
         transfer.loss()
     # Twice scaled ones would have a mean of -0.5. Probes with other rows differ a little.
-    assert all(mean > -0.2 for mean in (*student.means, *teacher.means))
+    assert len(MEANS) > 2
+    assert all(mean > -0.2 for mean in MEANS)
     torch.testing.assert_close(images, given / 255 - 0.5)

@@ -217,3 +217,27 @@ def test_a_doubtful_mask_that_leaves_out_nothing_at_first() -> None:
     run(*networks, full, full, layer="video")
     with pytest.warns(UserWarning, match="'attention_mask' of 'the network', which left out no token in the first"):
         run(*networks, full, padded, layer="video")
+
+
+class Dropping(ByMapping):
+    """In training it drops tokens at random, by a mask of such a name."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.mix = nn.Linear(width, width)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.mix(x * mask[..., None])
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.block = self.Block(width)
+
+    def forward(self, words: Tensor) -> Tensor:  # type: ignore[override]
+        kept = torch.rand(words.shape) > 0.3 if self.training else torch.ones(words.shape) > 0
+        return self.block(self.embed(words), kept)
+
+
+def test_a_mask_that_training_draws_is_none_of_padding() -> None:
+    run(Dropping(8), Dropping(12), (WORDS,), (WORDS,), layer="block.mix")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,52 @@ def test_what_it_hides_from_all_tokens_is_padding() -> None:
 def test_one_that_is_added_to_scores_is_read_alike_under_both_meanings() -> None:
     scores = torch.zeros(6, 1, 6, 6).masked_fill(~(CAUSAL & VALID[:, None, :])[:, None], -1e9)
     assert _term(IDS, scores, mask="~scores") == _term(IDS, scores, mask="scores")
+
+
+class Sees(nn.Module):
+    """Its mask is true at what a token sees; it makes the mask itself."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.mix = nn.Linear(width, width)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            scores = (x @ x.mT).masked_fill(~attention_mask[:, 0], -1e4)
+            return x + scores.softmax(-1) @ self.mix(x)
+
+    def __init__(self, width: int, seen: Tensor) -> None:
+        super().__init__()
+        self.seen, self.embed, self.head = seen, nn.Embedding(30, width), nn.Linear(width, 3)
+        self.layers = nn.ModuleList(self.Block(width) for _ in "ab")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, mask = self.embed(ids), self.seen & (ids != 0)[:, None, None]
+        for layer in self.layers:
+            x = layer(x, attention_mask=mask)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [torch.ones(6, 6).index_fill(1, torch.tensor(0), 0).bool(), ~torch.eye(6, dtype=torch.bool)],
+    ids=["no first token", "not itself"],
+)
+@pytest.mark.parametrize("ids", [IDS, IDS.clamp_min(1)], ids=["padded", "full"])
+def test_masks_that_are_no_triangle_are_read_by_their_name(seen: Tensor, ids: Tensor) -> None:
+    values = []
+    for mask in ("auto", "attention_mask", None):
+        torch.manual_seed(1)
+        student, teacher = Sees(8, seen), Sees(6, seen)
+        transfer = RepresentationTransfer(teacher, [LayerPair("layers.1", "layers.1", mask=mask)], plan="uniform")
+        with transfer.attached(student), warnings.catch_warnings():
+            # A full batch has one mask for all samples, which counts as none.
+            warnings.filterwarnings("ignore", "LayerPair.mask='attention_mask'. names the mask")
+            student(ids)
+            student(IDS)
+            values.append(transfer.loss().item())
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert values[0] != pytest.approx(values[2], rel=1e-4)
 
 
 class Flat(nn.Module):

@@ -53,6 +53,20 @@ class TestComparableLayers:
 
         assert self.names(Twice(), 5, 8) == ("blocks.0", "blocks.1", "blocks.2")
 
+    def test_blocks_that_add_to_their_input_in_place(self):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+            def forward(self, x):
+                x += self.two(self.one(x.relu()).relu())
+                return x
+
+        blocks = (Block() for _ in range(3))
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), *blocks, nn.Flatten(), nn.Linear(4 * 36, 2))
+        assert {"1", "2", "3"} <= set(self.names(net, 3, 8, 8))
+
     def test_at_most(self):
         seen = trace(small_resnet(), (torch.randn(2, 3, 64, 64),))
         assert comparable_layers(seen, at_most=6) == ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")

@@ -115,7 +115,7 @@ class TestOneAxisForBothSides:
         return resolve_layers([LayerPair("0", "1", neuron_axis=axis)], trace(student, (x,)), trace(teacher, (x,)))
 
     def test_it_is_refused_where_it_is_not_that_of_the_types(self):
-        message = r"neurons of the teacher layer '1' of shape \(2, 4, 6, 6\) are on axis 1. Write neuron_axis=\(-1, 1\)"
+        message = r"teacher layer '1' of shape \(2, 4, 6, 6\) has its neurons on axis 1. Write neuron_axis=\(-1, 1\)"
         with pytest.raises(ValueError, match=message):
             self.pairs(-1)
 

@@ -89,9 +89,9 @@ class StepMask:
                 )
 
     def _look_for_padding(self, source: MaskSource, fitted: Tensor | None) -> None:
-        """Warn where a mask that left out nothing at first leaves out tokens, whatever it means by that.
+        """Warn where a mask that left out nothing at first leaves out some of a sample, whatever it means by that.
 
-        Each step notes it on the device; the host looks less and less often, since that waits.
+        Each step notes it on the device. The host looks less and less often, since that waits; in compiled code never.
         """
         if fitted is None or source in self._told or torch.compiler.is_compiling():
             return
@@ -99,6 +99,9 @@ class StepMask:
         calls, seen = self._full.get(source, (0, left_out))
         calls, seen = calls + 1, seen | left_out
         self._full[source] = calls, seen
+        if calls == 1 and bool(seen):  # on the batch of the trace: drawn anew in training, as for dropped tokens
+            self._told.add(source)
+            return
         is_power = calls & (calls - 1) == 0
         if (is_power or calls % _LOOKS_EVERY == 0) and bool(seen):
             self._told.add(source)

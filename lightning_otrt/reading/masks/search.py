@@ -1,7 +1,8 @@
 """Chooses the padding masks of a layer: which masks around it belong to its sequence, in a walk outwards over modules.
 
 Each module's arguments are taken by name, which tells what their true elements are. A mask that the network made
-itself, and that would then leave no token of any sample, is read the other way round.
+itself, and that would then leave no token of any sample, or show each token all later ones, is read the other way
+round.
 
 A mask belongs to a layer if nothing between the two starts another sequence: a decoder has its own, a vision tower has
 none of the text beside it.
@@ -51,6 +52,7 @@ class MaskSearch:
         self._has_decoded = False
         # The value is kept, so that its id is not used again during the search.
         self._known: dict[tuple[MaskSource, int], tuple[Any, TracedMask]] = {}
+        self._turns: dict[tuple[MaskSource, int], tuple[Any, bool]] = {}
 
     def masks(self, calls: Sequence[ModuleCall]) -> tuple[TracedMask, ...]:
         """The masks of the sequence of a layer.
@@ -157,11 +159,15 @@ class MaskSearch:
         true at all later tokens and not at each token itself.
         One that the user passed is read by its name, and so is one that may come from an empty mask of the user.
         """
+        key = source, id(value)
         if id(value) in self._inputs:
             return source
-        if not _hides_later_tokens(value, source) and (
-            not _leaves_nothing(value, source) or _is_empty_mask(value, root)
-        ):
+        if key not in self._turns:  # each layer asks for those around it
+            turned = _hides_later_tokens(value, source) or (
+                _leaves_nothing(value, source) and not _is_empty_mask(value, root)
+            )
+            self._turns[key] = value, turned
+        if not self._turns[key][1]:
             return source
         return replace(source, true_at="padding" if source.true_at == "valid" else "valid", is_turned=True)
 
@@ -207,13 +213,16 @@ def _leaves_nothing(value: Any, source: MaskSource) -> bool:
 def _hides_later_tokens(value: Any, source: MaskSource) -> bool:
     """Whether a pairwise mask is causal and true at what is hidden, as in Megatron, though its name says the opposite.
 
-    By its name each token would see all later ones, and some would not see themselves.
+    By its name each token would see all later ones, and neither itself nor the one before it would be seen by all.
     """
     if source.true_at != "valid" or not is_pairwise(value) or value.is_floating_point() or value.is_complex():
         return False
     hidden = value != 0
-    later = torch.ones_like(hidden).triu(1)
-    return bool((hidden | ~later).all()) and not bool(hidden.diagonal(dim1=-2, dim2=-1).all())
+    # The first token may be hidden from all, as padding or by its kind, and each from itself: no triangle then.
+    own, before = hidden.diagonal(0, -2, -1)[..., 1:], hidden.diagonal(-1, -2, -1)
+    if bool(own.all()) or bool(before.all()):
+        return False
+    return bool((hidden | ~torch.ones_like(hidden).triu(1)).all())
 
 
 def _is_empty_mask(value: Tensor, root: ModuleCall) -> bool:

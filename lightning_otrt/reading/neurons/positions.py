@@ -49,8 +49,8 @@ def match_positions(student: Tensor, teacher: Tensor, where: str) -> tuple[Tenso
     if student.dim() != teacher.dim():
         raise ValueError(
             f"{where}: the positions cannot be paired ({shapes}): one side is a map and the other a sequence. "
-            "Pair layers of the same kind, or 'penultimate', which has no positions. Or pass grid=1, which compares "
-            "means over positions."
+            "Pair layers of the same kind, or 'penultimate', which has no positions, or pass grid=1, which compares "
+            "means over all positions."
         )
     sizes = tuple(map(min, student.shape[2:], teacher.shape[2:]))
     return as_matrix(pool(student, sizes)), as_matrix(pool(teacher, sizes))

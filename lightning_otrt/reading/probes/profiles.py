@@ -64,7 +64,7 @@ def layer_tensors(
 
 def profile(tensor: Tensor, axis: int) -> Tensor:
     """A number for each index of an axis, which changes where anything at that index does."""
-    # Infinite scores would make the sums NaN, which is equal to nothing.
+    # Infinite scores would make the sums infinite or NaN, and NaN differs from itself.
     rows = tensor.detach().movedim(axis, 0).flatten(1).float().nan_to_num(0.0, 0.0, 0.0)
     # Not a mean, which is the same for all tokens behind a normalisation.
     return sums(rows, 1)[:, 0]

@@ -95,7 +95,7 @@ class CachedRun:
         """
         self._off, self._compared, self._changes, self._batches, problem = False, self.cache.epoch, 0, 0, ""
         kept = [
-            (str(index), layer.name, layer.reader, [mask for mask, _ in layer.masks])
+            (str(index), layer.name, layer.reader, [mask for mask, _ in layer.masks if not mask.is_full])
             for index, layer in readers.items()
         ]
         self._settings = {
