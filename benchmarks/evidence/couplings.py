@@ -95,7 +95,7 @@ class Coupled(nn.Module):
 
     def state(self, rows: int, columns: int, block: int) -> State:
         """The state of a pair of blocks of ``rows`` student and ``columns`` teacher neurons."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what it keeps for a pair of blocks.")
 
     def forward(self, student: Features, teacher: Features) -> Tensor:
         """Mean over blocks."""

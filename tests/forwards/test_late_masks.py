@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from forwards.masked import BERT, LONGEST, SAMPLES, VALID, WORDS
 from forwards.masked_terms import run
 from forwards.test_masks_between_sequences import ADDED, CAUSAL, LLAMA, PACKED, SEEN, Attention
 from torch import Tensor, nn
+
+from lightning_otrt import RepresentationTransfer
 
 FULL = torch.ones(SAMPLES, LONGEST, LONGEST, dtype=torch.bool)
 
@@ -241,3 +245,15 @@ class Dropping(ByMapping):
 
 def test_a_mask_that_training_draws_is_none_of_padding() -> None:
     run(Dropping(8), Dropping(12), (WORDS,), (WORDS,), layer="block.mix")
+
+
+def test_the_name_of_a_cache_does_not_depend_on_the_padding_of_the_first_batch(tmp_path: Path) -> None:
+    """A doubtful mask that leaves out nothing is watched, and read by nothing that is kept."""
+    signals, teacher = (torch.randn(*WORDS.shape, 5), torch.randn(*WORDS.shape, 7)), TwoTowers(12)
+    for mask in (VALID, torch.ones_like(VALID)):
+        student, transfer = TwoTowers(8), RepresentationTransfer(teacher, ["video"], teacher_cache=tmp_path)
+        with warnings.catch_warnings(), transfer.attached(student):
+            warnings.filterwarnings("ignore", ".*attention_mask")
+            student(*signals, mask)
+            transfer.loss().backward()
+    assert len(list(tmp_path.iterdir())) == 1

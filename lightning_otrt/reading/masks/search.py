@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import OF_TARGET, MaskSource, TracedMask
+from lightning_otrt.reading.masks.meaning import means_the_opposite
 from lightning_otrt.reading.masks.names import (
     LABELS,
     is_mask_name,
@@ -163,9 +164,7 @@ class MaskSearch:
         if id(value) in self._inputs:
             return source
         if key not in self._turns:  # each layer asks for those around it
-            turned = _hides_later_tokens(value, source) or (
-                _leaves_nothing(value, source) and not _is_empty_mask(value, root)
-            )
+            turned = means_the_opposite(value, source, root)
             self._turns[key] = value, turned
         if not self._turns[key][1]:
             return source
@@ -195,43 +194,6 @@ class MaskSearch:
         if not own:  # inside of a container that is no mapping, or not given by name
             return _may_belong(start, mask)
         return _is_same(start, own[0])
-
-
-def _leaves_nothing(value: Any, source: MaskSource) -> bool:
-    """Whether a mask of booleans or whole numbers marks no token of any sample, read by its name.
-
-    Whole numbers of a mask that is named after padding may mean either. It waits for the device, in the traced forward
-    only.
-    """
-    if not isinstance(value, Tensor) or value.is_nested or not value.numel():
-        return False
-    if source.true_at == "padding":
-        return value.dtype == torch.bool and bool(value.all())
-    return source.true_at == "valid" and not (value.is_floating_point() or value.is_complex()) and not bool(value.any())
-
-
-def _hides_later_tokens(value: Any, source: MaskSource) -> bool:
-    """Whether a pairwise mask is causal and true at what is hidden, as in Megatron, though its name says the opposite.
-
-    By its name each token would see all later ones, and neither itself nor the one before it would be seen by all.
-    """
-    if source.true_at != "valid" or not is_pairwise(value) or value.is_floating_point() or value.is_complex():
-        return False
-    hidden = value != 0
-    # The first token may be hidden from all, as padding or by its kind, and each from itself: no triangle then.
-    own, before = hidden.diagonal(0, -2, -1)[..., 1:], hidden.diagonal(-1, -2, -1)
-    if bool(own.all()) or bool(before.all()):
-        return False
-    return bool((hidden | ~torch.ones_like(hidden).triu(1)).all())
-
-
-def _is_empty_mask(value: Tensor, root: ModuleCall) -> bool:
-    """Whether the network got a mask of the same tokens that marks none."""
-    rows = as_rows(value)
-    given = (as_rows(mask) for name, mask in root.arguments.items() if is_mask_name(name))
-    return rows is not None and any(
-        mask is not None and mask.shape == rows.shape and not bool(mask.any()) for mask in given
-    )
 
 
 def _is_image(start: Tensor, mask: Any) -> bool:
