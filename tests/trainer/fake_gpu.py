@@ -71,7 +71,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr("lightning_otrt.reading.masks.search.problem_of", lambda mask, source: "")
         patch.setattr("lightning_otrt.reading.masks.search._is_common", lambda value: True)
         patch.setattr("lightning_otrt.reading.masks.search._count", lambda samples: 0)
-        patch.setattr("lightning_otrt.reading.masks.search._leaves_nothing", lambda value, source: False)
+        patch.setattr("lightning_otrt.reading.masks.search.means_the_opposite", lambda *args: False)
         patch.setattr("lightning_otrt.trainer.monitor_warnings._is_copy", lambda student, teacher: False)
         patch.setattr("lightning_otrt.steps.term_engine.inspect_batch", lambda *args: ())
         patch.setattr(
