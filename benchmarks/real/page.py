@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import platform
-import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from benchmarks.evidence.experiments import Experiment
-from benchmarks.evidence.goals import Goal, goals_table
-from benchmarks.evidence.report import Accuracies, Found, gather, p_value, signed
+from benchmarks.evidence.goals import goals_table
+from benchmarks.evidence.report import Found, gather, p_value, signed
 from benchmarks.evidence.runs import Results
-from benchmarks.evidence.statistics import Comparison, estimate, family
+from benchmarks.evidence.statistics import Comparison, estimate
 from benchmarks.real.cells import CELLS, label
+from benchmarks.real.comparisons import RECIPE, accuracies, best_student, comparisons_of, goals
 from benchmarks.real.confirmations import CONFIRMATIONS, TakenOver
 from benchmarks.real.methods import CONTROLS, METHODS, PLAIN
 from benchmarks.real.networks_table import NETWORKS, table
+from benchmarks.real.overview import Tests, counts, overview
 from benchmarks.real.step_times import TIMES, step_times
-
-#: The recipe that the documentation recommends for real checkpoints: of ours the best on validation samples.
-RECIPE = "orthogonal+kd"
-#: Labels per class that are few.
-_FEW = 20
 
 _PROTOCOL = """\
 Teachers are ImageNet's EfficientNet-Lite0 and the sentence encoder all-MiniLM-L6-v2, frozen, as they come; students
@@ -49,6 +45,14 @@ Images are 64 × 64, texts 48 tokens.
   Without a cache the teacher's forward comes on top: its time for a batch of 32 is in the first table. Each image has
   eight fixed views.
 - The frozen teacher with a ridge head is no student: it costs what the teacher costs."""
+
+_ALL = """\
+Mean accuracies in %, the best student in bold (where no column has it, it is the one that the last column names).
+*logits* is distillation alone, *rotation* `plan="orthogonal"`, *recipe* that with distillation, *control* a random
+rotation with distillation, *frozen teacher* a linear head on its features, which is no student. Differences have 95 %
+intervals, and p values (Holm) where these are below 0.05. All intervals are in the tables of the cells."""
+_TUNED = "Tuned on validation samples of the same cell."
+_NOT_TUNED = "Nothing was tuned: options of another cell."
 
 _CONFIRMED = """\
 Other data, other classes, twice as many classes, another teacher, and more labels. Weight, learning rate and weight
@@ -78,6 +82,7 @@ def page(results: Mapping[str, Results], cells: Mapping[str, Experiment], folder
         *table(folder / NETWORKS),
     ]
     tests = {name: comparisons_of(accuracies(one)) for name, one in found.items()}
+    lines += _overview(found, tests)
     lines += _goals("Goals on real checkpoints", f"The recipe is {label(RECIPE)}.", found, tests, CELLS)
     lines += _goals("The same goals on tasks where nothing was tuned", _CONFIRMED, found, tests, CONFIRMATIONS)
     tuned = [row for name, one in results.items() if name in CELLS for row in one.rows.values()]
@@ -95,24 +100,26 @@ def _goals(
     heading: str,
     text: str,
     found: Mapping[str, Found],
-    tests: Mapping[str, Mapping[tuple[str, str], Comparison]],
+    tests: Tests,
     cells: Iterable[str],
 ) -> list[str]:
     """The table of goals of some cells, those that are complete."""
-    complete = [name for name in cells if name in found and not _missing_seeds(found[name])]
-    reached = [goal for name in complete for goal in goals(found[name], tests[name])]
+    reached = [goal for name, one in _complete(found, cells).items() for goal in goals(one, tests[name])]
     return [f"## {heading}", "", text, "", *goals_table(reached)] if reached else []
 
 
-def accuracies(found: Found) -> Accuracies:
-    """Accuracies of a cell by method and seed."""
-    return found.accuracies(found.experiment.targets[0], found.experiment.per_class[0])
+def _complete(found: Mapping[str, Found], cells: Iterable[str]) -> dict[str, Found]:
+    """Those cells that have all their runs."""
+    return {name: found[name] for name in cells if name in found and not _missing_seeds(found[name])}
 
 
-def comparisons_of(values: Accuracies) -> dict[tuple[str, str], Comparison]:
-    """Each method against plain training, and ours against their controls: one family."""
-    pairs = [(method, PLAIN) for method in values if method != PLAIN] + list(CONTROLS.items())
-    return family({(one, other): (values[one], values[other]) for one, other in pairs if {one, other} <= values.keys()})
+def _overview(found: Mapping[str, Found], tests: Tests) -> list[str]:
+    """One row for each cell that is complete: those that were tuned, then the others."""
+    lines = ["## All cells", "", _ALL, ""]
+    for heading, cells in ((_TUNED, CELLS), (_NOT_TUNED, CONFIRMATIONS)):
+        if complete := _complete(found, cells):
+            lines += [f"{heading} {counts(complete, tests)}", "", *overview(complete, tests), ""]
+    return lines
 
 
 def _device(found: Found) -> str:
@@ -129,8 +136,7 @@ def cell_table(
 ) -> list[str]:
     """Accuracy, gains over plain training and over the control, and cost of each method."""
     values = accuracies(found)
-    means = {name: statistics.fmean(of_seed.values()) for name, of_seed in values.items() if name != "frozen"}
-    best = max(means, key=means.__getitem__, default="")
+    best = best_student(values)
     seeds = sorted({len(of_seed) for of_seed in values.values()})
     lines = [
         f"{'–'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} paired seeds; the best student is in bold.",
@@ -179,27 +185,6 @@ def _layers(found: Found) -> list[str]:
     """The pairs of layers, each set of them once."""
     seen = {"; ".join(row["layers"]): None for row in found.results.rows.values() if "layers" in row}
     return [f"`{layers}`" for layers in seen]
-
-
-def goals(found: Found, tests: Mapping[tuple[str, str], Comparison]) -> list[Goal]:
-    """What the recipe should reach in a cell, and what it does."""
-    values, where = accuracies(found), found.experiment.title
-    students = {name: of_seed for name, of_seed in values.items() if name not in ("frozen", RECIPE)}
-    if RECIPE not in values or not students:
-        return []
-    best = max(students, key=lambda name: statistics.fmean(students[name].values()))
-    gain = family({(RECIPE, best): (values[RECIPE], students[best])})[RECIPE, best].gain
-    level = gain.mean >= 0 or gain.mean + gain.half_width >= 0
-    reached = [Goal(f"{where}: the best student or within its interval", f"{signed(gain)} to {label(best)}", level)]
-    if one := tests.get((RECIPE, CONTROLS[RECIPE])):
-        measured = f"{signed(one.gain)}, p {p_value(one.corrected)}"
-        beats = one.gain.mean > 0 and one.corrected < 0.05
-        reached.append(Goal(f"{where}: beats its control, corrected p < 0.05", measured, beats))
-    few = found.experiment.per_class[0] <= _FEW and found.experiment.tuning.setting == "scratch"
-    if few and (one := tests.get((RECIPE, PLAIN))):
-        claim = f"{where}: gains ≥ 5 points over plain training"
-        reached.append(Goal(claim, signed(one.gain), one.gain.mean >= 5))
-    return reached
 
 
 def _missing(found: Mapping[str, Found], cells: Mapping[str, Experiment]) -> list[str]:

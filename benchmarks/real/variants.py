@@ -26,9 +26,9 @@ from benchmarks.evidence.tuning import tune
 from benchmarks.pages import write_page
 from benchmarks.real.__main__ import RESULTS
 from benchmarks.real.cells import CELLS, label
+from benchmarks.real.comparisons import RECIPE
 from benchmarks.real.data import check_texts
 from benchmarks.real.methods import CONTROLS, DEFAULT, ORTHOGONAL
-from benchmarks.real.page import RECIPE
 from benchmarks.real.training import TEACHER_LAYERS, execute
 
 SEEDS = (2000, 2001, 2002, 2003)

@@ -12,8 +12,9 @@ from benchmarks.evidence.runs import Results, Run
 from benchmarks.evidence.statistics import compare, family
 from benchmarks.evidence.tuning import tune
 from benchmarks.real.cells import CELLS, label
+from benchmarks.real.comparisons import RECIPE, accuracies, comparisons_of, goals
 from benchmarks.real.methods import CONTROLS, METHODS
-from benchmarks.real.page import RECIPE, accuracies, comparisons_of, goals, page
+from benchmarks.real.page import page
 from benchmarks.real.step_times import STEPS, TIMES, timed_runs
 
 NAME = "emoji-5-resnet10"

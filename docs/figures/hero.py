@@ -19,9 +19,9 @@ from benchmarks.evidence.runs import Results, Run
 from benchmarks.evidence.statistics import estimate
 from benchmarks.real.__main__ import RESULTS
 from benchmarks.real.cells import CELLS
+from benchmarks.real.comparisons import accuracies
 from benchmarks.real.data import Samples
 from benchmarks.real.methods import DEFAULT, METHODS, PLAIN
-from benchmarks.real.page import accuracies
 from benchmarks.real.recorded import Taps, observations
 from benchmarks.real.training import fit, new_student, problem_of, recorded_of, teacher_of
 from docs.figures.drawing import GREY, best_order, correlations, save
