@@ -58,7 +58,13 @@ class MissedLayers:
         self._calls = {index: self._calls.get(index, 0) + 1 for index in absent}
 
     def report(
-        self, never: Sequence[int], pairs: Sequence[LayerPair], calls: int, student: nn.Module | None = None
+        self,
+        never: Sequence[int],
+        pairs: Sequence[LayerPair],
+        calls: int,
+        student: nn.Module | None = None,
+        *,
+        is_global: bool = False,
     ) -> Missed:
         """What to say now.
 
@@ -67,16 +73,26 @@ class MissedLayers:
             pairs: All pairs.
             calls: The number of calls so far.
             student: The student in a call. None at the end of a loop, when there is less to wait for.
+            is_global: Whether other processes have to come to the same error. Each sees its own skipped layers alone.
         """
         if not never and not self._absent:
             return Missed()
-        return Missed(self._never(never, pairs, calls, student), self._lately(never))
+        return Missed(self._never(never, pairs, calls, student, is_global=is_global), self._lately(never))
 
-    def _never(self, never: Sequence[int], pairs: Sequence[LayerPair], calls: int, student: nn.Module | None) -> str:
+    def _never(
+        self,
+        never: Sequence[int],
+        pairs: Sequence[LayerPair],
+        calls: int,
+        student: nn.Module | None,
+        *,
+        is_global: bool,
+    ) -> str:
         if not never:
             return ""
         if len(never) < len(pairs):
-            patience = PATIENCE if student is not None or self._skips_some else FEW_CALLS
+            waits = student is not None or self._skips_some or is_global
+            patience = PATIENCE if waits else FEW_CALLS
         else:
             # Compiled code may lack the hooks, and then will in each call.
             patience = 1 if student is None or is_compiled(student) else PATIENCE_FOR_ALL

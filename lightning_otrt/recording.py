@@ -48,6 +48,11 @@ class RecordedStudent:
         return self._weights.now()
 
     @property
+    def last_weights(self) -> Weights:
+        """The weights of the last call of :meth:`loss`, which has advanced the step; zeros if it had no term."""
+        return self._weights.last
+
+    @property
     def has_weight(self) -> bool:
         """Whether some term has a weight, whatever the schedule."""
         return any(self._weights.full)
@@ -141,6 +146,11 @@ class RecordedStudent:
     def discard(self) -> None:
         """Forget what was recorded since the last call of :meth:`loss`."""
         self._attachment.take()
+
+    def skip(self) -> None:
+        """Form no term of what was recorded, where the weights of the step are 0."""
+        self.discard()
+        self._weights.of_call()
 
     @contextmanager
     def _switched(self, on: bool) -> Iterator[None]:

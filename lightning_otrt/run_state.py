@@ -121,7 +121,8 @@ class RunState:
         """What to say of layers that did not run; see :meth:`MissedLayers.report`."""
         if self.engine is None:
             return Missed()
-        return self.missed.report(self.engine.absent_pairs(), self.pairs, self.engine.calls, student)
+        engine = self.engine
+        return self.missed.report(engine.absent_pairs(), self.pairs, engine.calls, student, is_global=engine.is_global)
 
     def take_bad_calls(self, distances: Sequence[PairDistance]) -> tuple[int, str]:
         """Number of calls since the last read whose value was not finite. Waits for the device.
@@ -202,10 +203,16 @@ class RunState:
         self.engine = None
         return True
 
-    def reset(self) -> None:
-        """Forget plans, statistics and counters, as at the start of a training run."""
+    def reset(self, student: nn.Module | None = None) -> None:
+        """Forget plans, statistics and counters, as at the start of a training run.
+
+        Args:
+            student: The student that goes on, if there is one.
+        """
         self._saved, self.missed = None, MissedLayers()
         self._last_student.forget()
+        if student is not None:
+            self._last_student.note(student)
         for kept in (self.engine, self.distillation):
             if kept is not None:
                 kept.reset()
@@ -287,5 +294,5 @@ class RunState:
         else:
             engine = TransportEngine(names, weights, self.settings, plans, graphs=self.graphs)
         if before is not None:
-            engine.load_state_dict(before.state_dict(), device or torch.device("cpu"))
+            engine.continue_from(before, device or torch.device("cpu"))
         return engine

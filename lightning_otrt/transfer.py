@@ -281,12 +281,11 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
             raise RuntimeError("`loss` needs an attached student: call it inside `with transfer.attached(student):`.")
         self._was_asked = True
         self._attachment.check_task()
-        weights, views = self._weights.now(), self._attachment.take()
+        weights, views = self._weights.of_call(again=reevaluation), self._attachment.take()
         if not reevaluation:
             self.step += 1
+        self._forget_values()
         self.samples = self._attachment.samples(views)
-        self.transport_value = self.distillation_value = None
-        self.distances = []
         if not any(weights):
             return self._zero()
         if (problem := self._attachment.root.take_problem()) is not None:
@@ -355,9 +354,15 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""
         self.step = 0
-        self.run_state.reset()
+        self._forget_values()
+        self.run_state.reset(self.student if self.has_chosen else None)
         self._attachment.reset()
         self._notices = Notices(strict=self.strict)
+
+    def _forget_values(self) -> None:
+        """Forget what the last call of :meth:`loss` found."""
+        self.samples, self.distances = 0, []
+        self.transport_value = self.distillation_value = None
 
     def _choose_pairs(self, choose: ChoosePairs) -> Pairing:
         """The pairs of this run, chosen in the first forward of the student and reported as a table."""

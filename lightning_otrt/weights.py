@@ -38,6 +38,8 @@ class StepWeights:
     def __init__(self, full: Weights, schedule: Schedule | None) -> None:
         #: The step that the schedule sees.
         self.step = 0
+        #: The weights of the last call, zeros before the first.
+        self.last = Weights(0.0, 0.0)
         self.set(full, schedule)
 
     def set(self, full: Weights, schedule: Schedule | None) -> None:
@@ -45,6 +47,12 @@ class StepWeights:
         self.full, self._schedule = full, schedule
         #: The last step that was asked for, and its weights.
         self._known: tuple[int, Weights] | None = None
+
+    def of_call(self, *, again: bool = False) -> Weights:
+        """The weights of a call, those of the last one if it is the same batch again: the step has gone on since."""
+        if not again:
+            self.last = self.now()
+        return self.last
 
     def now(self) -> Weights:
         """The weights at this step.

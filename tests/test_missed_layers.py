@@ -85,3 +85,10 @@ def test_a_new_run_does_not_know_what_an_earlier_one_skipped():
     transfer.reset()
     with pytest.raises(RuntimeError, match="student layer 'b' did not run"):
         train(transfer, [True] * FEW_CALLS)
+
+
+def test_processes_that_share_a_batch_wait_alike_at_the_end_of_an_epoch() -> None:
+    """One of them may have seen other layers that were skipped, which the others do not know of."""
+    for missed in (after(PATIENCE - 1, [1]), MissedLayers()):
+        assert not missed.report([1], PAIRS, PATIENCE - 1, is_global=True).error
+        assert missed.report([1], PAIRS, PATIENCE, is_global=True).error == after(1, [1]).report([1], PAIRS, 99).error

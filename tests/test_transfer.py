@@ -565,3 +565,33 @@ def test_a_state_that_is_none_is_refused_by_its_keys() -> None:
     with pytest.raises(ValueError, match="Expected the `state_dict` of a RepresentationTransfer.*'engine'.*missing"):
         transfer.load_state_dict({"step": 3})
     assert transfer.step == 0
+
+
+@pytest.mark.parametrize("factors", [[1.0, 2.0, 3.0], [1.0, 0.0, 2.0], [0.0, 1.0, 2.0]])
+def test_a_batch_that_is_evaluated_again_keeps_its_weight(factors):
+    """The closures of LBFGS: the step of the schedule goes on after the first evaluation."""
+    transfer, student, images = make_transfer(schedule=lambda step: factors[step]), make_student().eval(), batch()
+    with transfer.attached(student):
+        values = []
+        for again in (False, True, True):
+            if not again or factors[1]:
+                student(images)
+                values.append(float(transfer.loss(reevaluation=again).detach()))
+            else:  # nothing was recorded where the next step has no weight
+                student(images)
+                with pytest.raises(RuntimeError, match="was not called with gradient"):
+                    transfer.loss(reevaluation=True)
+    assert values == [pytest.approx(values[0], rel=1e-5)] * len(values)
+    assert bool(values[0]) == bool(factors[0])
+    assert transfer.step == 1
+
+
+def test_another_student_after_a_reset_in_the_middle_of_a_run():
+    transfer = make_transfer()
+    with transfer.attached(student := make_student()):
+        step(transfer, student)
+        transfer.reset()
+        assert (transfer.samples, transfer.distances, transfer.transport_value) == (0, [], None)
+        step(transfer, student)
+    with transfer.attached(other := make_student()), pytest.warns(UserWarning, match="is another one"):
+        step(transfer, other)

@@ -54,6 +54,8 @@ class GradientProbe:
         layers = dict(zip(self._layers, pairs, strict=True))
         self.names = tuple(layers)
         self._edges: dict[str, list[GradientEdge]] = {name: [] for name in layers}
+        #: The layers that ran with gradient, also those that nothing trains, which have no edge.
+        self._called: set[str] = set()
         self._active = False
         self._handles: list[RemovableHandle] = []
         for name, pair in layers.items():
@@ -68,6 +70,7 @@ class GradientProbe:
     def watching(self) -> Iterator[None]:
         """Record the forwards inside the block; forwards of earlier blocks are forgotten."""
         self._edges = {name: [] for name in self.names}
+        self._called.clear()
         self._active = True
         try:
             yield
@@ -81,7 +84,7 @@ class GradientProbe:
         """
         ran = {self._layers[index] for view in views for index in view.student}
         # Where only logits are distilled no layer is read.
-        return all(self._edges[name] for name in ran) if ran else any(self._edges.values())
+        return ran <= self._called if ran else any(self._edges.values())
 
     def split(self, loss: Tensor, views: Sequence[View]) -> GradientNorms:
         """Norms of the parts of the gradient of ``loss`` at each of :attr:`names`; the graph is kept.
@@ -128,7 +131,11 @@ class GradientProbe:
         return hook
 
     def _record(self, name: str, value: Tensor | None) -> None:
-        if self._active and value is not None and value.requires_grad:
+        if not self._active:
+            return
+        if torch.is_grad_enabled():
+            self._called.add(name)
+        if value is not None and value.requires_grad:
             # The edge, not the tensor: an in-place operation after the layer would move the tensor in the graph.
             self._edges[name].append(get_gradient_edge(value))
 

@@ -22,12 +22,16 @@ from lightning_otrt.transfer import RepresentationTransfer
 
 __all__ = ["ValidationDistances"]
 
+#: In place of the number of observations, which all processes add up, it makes a value NaN on each of them.
+_MISSING = -(2.0**62)
+
 
 class ValidationDistances:
     """Updates one metric for each pair at every forward of the student's root, until :meth:`close`.
 
     It has hooks of its own, because the recorder of the training term ignores forwards without gradient. An error in a
-    hook does not stop the validation: it stops the recording, and is stored as :attr:`error`.
+    hook does not stop the validation: it stops the recording, and is stored as :attr:`error`. Then all values are NaN,
+    on all processes, since those of a part of the data would be taken for those of all.
 
     Args:
         transfer: The transfer, attached to ``student``, with its pairs chosen. Its cost has to be additive.
@@ -38,6 +42,8 @@ class ValidationDistances:
         self.transfer, self._student = transfer, student
         #: Why the recording stopped, or why a distance is NaN.
         self.error: Exception | None = None
+        #: Whether the recording has stopped on this process.
+        self.has_stopped = False
         self.metrics = self._make_metrics()
         self._recorder = Recorder(lambda *_: False)
         pairing = transfer.pairing
@@ -60,6 +66,9 @@ class ValidationDistances:
 
         It is NaN for a pair without data, and for a plan that is not found, whose error is stored as :attr:`error`.
         """
+        if self.has_stopped:
+            for metric in self.metrics:
+                metric.sums = torch.full_like(metric.sums, _MISSING)
         return [self._distance(metric) for metric in self.metrics]
 
     def close(self) -> None:
@@ -97,7 +106,7 @@ class ValidationDistances:
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.forwards += 1
-        if self.error is not None or self._recorder.current is not None:
+        if self.has_stopped or self._recorder.current is not None:
             return
         teacher = self.transfer.teacher
         try:
@@ -133,5 +142,5 @@ class ValidationDistances:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self.error = error
+        self.error, self.has_stopped = error, True
         self._recorder.close()

@@ -238,10 +238,12 @@ class Distillation:
                 f"its moments, from earlier calls or from a checkpoint, are those of {self._map.shape[1]} and "
                 f"{self._map.shape[0]}. Use the networks of that run, or call `reset()` to start anew."
             )
-        if self._map.dtype != y.dtype:
+        if (self._map.dtype, self._map.device) != (y.dtype, y.device):
             assert self._reference is not None
-            self._map = self._map.to(y.dtype)
-            self._reference = self._reference[0].to(y.dtype), self._reference[1].to(y.dtype)
+            assert self._sums is not None
+            self._map = self._map.to(y)
+            self._reference = self._reference[0].to(y), self._reference[1].to(y)
+            self._sums = [part.to(y.device) for part in self._sums]
 
     def _has_enough(self, views: Sequence[tuple[Tensor, Tensor]], total: Tensor | None) -> bool:
         """Whether each view has enough observations. If not, a strict first call raises, and others warn.

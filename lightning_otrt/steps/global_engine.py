@@ -60,7 +60,9 @@ class GlobalTransportEngine(TermEngine):
         ranks: Ranks,
     ) -> None:
         self._ranks: Ranks | None = ranks
-        self._is_agreed = self._is_pending = False
+        self._is_agreed = False
+        #: The pairs with running sums that this process has kept to itself since their last solve.
+        self._pending: set[int] = set()
         self._same_plans = SamePlans()
         super().__init__(names, weights, settings, plans)
         self.processes = ranks.size
@@ -89,7 +91,7 @@ class GlobalTransportEngine(TermEngine):
     def reset(self) -> None:
         """Forget plans, statistics and counters."""
         super().reset()
-        self._is_pending = False
+        self._pending.clear()
 
     def _values(self, call: Call) -> Values:
         """Value and gradient of each pair that has any: exchange, solve, evaluate.
@@ -197,7 +199,8 @@ class GlobalTransportEngine(TermEngine):
             energy = torch.where(torch.isfinite(energy[0]), energy, before)
             state.energy = energy / size
         if got.not_finite is not None:
-            state.sums, self._is_pending = fed(state, state.sums, unsent, got.not_finite == 0), True
+            state.sums = fed(state, state.sums, unsent, got.not_finite == 0)
+            self._pending.add(index)
         if not got.sums:
             return Observed(views, replies=[got.rounds[view] for view in views] if got.rounds else []), None
         assert state.reference is not None
@@ -206,7 +209,8 @@ class GlobalTransportEngine(TermEngine):
         is_finite = all_finite(total)
         if state.memory:
             total = fed(state, got.running, total, is_finite)
-            state.sums, self._is_pending = [part / size for part in total], False
+            state.sums = [part / size for part in total]
+            self._pending.discard(index)
             assert got.samples is not None
             coupling.count(state, got.samples, is_finite)
         else:
@@ -303,15 +307,15 @@ class GlobalTransportEngine(TermEngine):
 
     def synchronize(self) -> None:
         """Share the running sums that each process kept to itself since the last solve. A collective."""
-        if not self._is_pending:
+        if not self._pending:
             return
         for state, total in zip(self.states, self.ranks.sum([state.sums for state in self.states]), strict=True):
             state.sums = None if total is None else [part / self.ranks.size for part in total]
-        self._is_pending = False
+        self._pending.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the global batch, the same on all processes. Any number of processes can resume from it."""
-        if self._is_pending:
+        if self._pending:
             warn(
                 "The running cost is saved with the samples of this process for those of all since the last solve. "
                 "Call `synchronize()` on all processes first; Lightning's checkpoints do.",
@@ -321,5 +325,13 @@ class GlobalTransportEngine(TermEngine):
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore :meth:`state_dict`, or that of a single process."""
         super().load_state_dict(scaled(state, 1 / self.processes), device)
-        self._is_pending = self._is_agreed = False
-        self._same_plans = SamePlans()
+        self._pending.clear()
+        self._is_agreed, self._same_plans = False, SamePlans()
+
+    def continue_from(self, before: TermEngine, device: torch.device) -> None:
+        """Go on where an engine for the same pairs stopped. Shares stay shares where the processes are as many."""
+        if not isinstance(before, GlobalTransportEngine) or before.processes != self.processes:
+            super().continue_from(before, device)
+            return
+        super().load_state_dict(super(GlobalTransportEngine, before).state_dict(), device)
+        self._pending = set(before._pending)

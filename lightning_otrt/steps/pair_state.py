@@ -86,7 +86,9 @@ class PairState:
             self.potential = _where(is_finite, potential, 0.0 if self.potential is None else self.potential)
 
     def check_plan(self, y: Tensor, x: Tensor, where: str) -> None:
-        """Take the precision of this batch, which may be new after a resume, and compare the plan's shape with it.
+        """Take the device and precision of this batch, and compare the plan's shape with it.
+
+        Both may be new: a state may have been loaded before the student was moved.
 
         Args:
             y: Student neurons ``(N, n)``.
@@ -96,6 +98,9 @@ class PairState:
         Raises:
             ValueError: If the plan is not ``(N, M)``.
         """
+        tensors = self.tensors()
+        if tensors and tensors[0].device != y.device:
+            self.take(self, [tensor.to(y.device) for tensor in tensors])
         if self.plan is None:
             return
         if self.plan.matrix.shape != (y.shape[0], x.shape[0]):

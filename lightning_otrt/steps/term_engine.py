@@ -292,6 +292,10 @@ class TermEngine(ABC):
             for pair, coupling in zip(state["pairs"], self.couplings, strict=True)
         ]
 
+    def continue_from(self, before: TermEngine, device: torch.device) -> None:
+        """Go on where another engine for the same pairs stopped."""
+        self.load_state_dict(before.state_dict(), device)
+
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse a state that does not belong to this engine.
 

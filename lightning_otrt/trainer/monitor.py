@@ -125,6 +125,7 @@ class OTRTMonitor(pl.Callback):
         self._is_due = every > 0 and (batches_before(trainer) + 1) % every == 0
         validation = self.validation and trainer.enable_validation
         for monitored in self._monitored:
+            monitored.stop(pl_module)  # where a hook skipped the rest of an epoch, the last step never ended
             if self._is_due or not monitored.has_started:
                 # Not in `setup`: the term of the transfer has to be added before.
                 monitored.start(pl_module, gradients=self.gradients and self._is_due, validation=validation)
@@ -144,6 +145,7 @@ class OTRTMonitor(pl.Callback):
             monitored.stop(pl_module)
             if self._is_due:
                 self._log(trainer, monitored.values())
+        self._is_due = False  # for a batch that is None, Lightning calls only this hook
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

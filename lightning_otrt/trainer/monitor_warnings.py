@@ -75,9 +75,7 @@ class TransferWarnings:
         shares = [values.get(f"otrt/{name}_share", 0.0) for name in ("gradient", "distillation")]
         task = 1 - sum(shares)
         full = transfer.weight, as_distillation(transfer.distillation).weight
-        for (name, option, hint), share, weight, now in zip(
-            _TERMS, shares, full, transfer.current_weights, strict=True
-        ):
+        for (name, option, hint), share, weight, now in zip(_TERMS, shares, full, transfer.last_weights, strict=True):
             if not 0 < share < 1 or not 0 < task < 1 or not now:
                 continue
             # A warm-up is meant to be weak.

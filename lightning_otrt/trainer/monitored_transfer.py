@@ -49,6 +49,8 @@ class MonitoredTransfer(ExtraTerm):
         self.transfer = transfer
         self.suffix = suffix
         self.notices = Notices(tell=rank_zero_warn)
+        #: Of what happened on this process alone.
+        self._own_notices = Notices()
         self.warnings = TransferWarnings(transfer, self.notices)
         self.has_started = False
         self._probe: GradientProbe | None = None
@@ -66,7 +68,7 @@ class MonitoredTransfer(ExtraTerm):
             validation: Whether validation needs the pairs of layers, which a step without a term does not choose.
         """
         self._chooses = validation and not self.transfer.is_active and not self.transfer.has_chosen
-        if self.transfer.pairs and gradients and self.transfer.is_attached:
+        if gradients and self.transfer.has_chosen:
             self._probe = GradientProbe(module, self.transfer.pairs)
         self._is_open, self._shares, self._views = True, {}, []
         add_term(module, self)
@@ -109,7 +111,7 @@ class MonitoredTransfer(ExtraTerm):
             return
         self._shares = {}
         whole = own.norm() + task.norm() + logits.norm()
-        weights = self.transfer.current_weights
+        weights = self.transfer.last_weights
         if weights.transport:
             shares = own / (own + task + logits)
             self._shares = {
@@ -129,7 +131,7 @@ class MonitoredTransfer(ExtraTerm):
 
     def values(self) -> dict[str, float]:
         """The measured values by name. This waits for the device once."""
-        if not self.transfer.is_active:
+        if not any(self.transfer.last_weights):
             return {}
         found: dict[str, Tensor] = {}
         for label, distance in zip(self.transfer.labels, self.transfer.distances, strict=False):
@@ -175,9 +177,15 @@ class MonitoredTransfer(ExtraTerm):
                 # A metric without data warns, and gives NaN, which is left out here.
                 warnings.simplefilter("ignore")
                 values = distances.compute()
-        if distances.error is not None:
+        if distances.has_stopped:
+            self._own_notices.warn(
+                f"OTRTMonitor stopped measuring distances in validation, and logs none of it, after this error: "
+                f"{distances.error}",
+                key="validation",
+            )
+        elif distances.error is not None:
             self.notices.warn(
-                f"OTRTMonitor stopped measuring distances in validation, after this error: {distances.error}",
+                f"OTRTMonitor lacks a distance in validation, because of this error: {distances.error}",
                 key="validation",
             )
         elif compute and not distances.forwards and not any(bool(value.isfinite()) for value in values):

@@ -88,7 +88,7 @@ class TransferTerm(ExtraTerm):
         transfer.step = self.trainer.global_step
         weights = transfer.current_weights
         if not any(weights):
-            transfer.discard()
+            transfer.skip()
             self._log(position, {"otrt/weight": 0.0}, samples=1)
             return None
         again = self.reevaluations.is_again() or self._again

@@ -99,7 +99,10 @@ def count_bad(before: Tensor | None, total: Tensor) -> Tensor:
         tensor(1)
     """
     is_bad = (total - total) != 0  # NaN for an infinite one, too; `isfinite` would take four operations
-    return is_bad.long() if before is None else before.add_(is_bad)
+    if before is None:
+        return is_bad.long()
+    # The student may have been moved since.
+    return before.to(is_bad.device).add_(is_bad)
 
 
 def all_nonzero(values: Tensor) -> bool:

@@ -119,6 +119,10 @@ def test_two_processes_that_skip_other_layers_have_the_numbers_of_one(cost: str)
             assert [pair["has_run"] for pair in found["pairs"]] == [True] * 3
             for own, other in zip(found["pairs"], state["pairs"], strict=True):
                 assert_close(own["plan"], other["plan"])
+                assert (own["sums"] is None) == (memory == 0)
+                # Brought together, also where another pair was solved since this one was.
+                for part_of_all, expected_part in zip(own["sums"] or (), other["sums"] or (), strict=True):
+                    assert_close(part_of_all, expected_part)
 
 
 @pytest.mark.parametrize("cost", TERMS)
@@ -186,3 +190,30 @@ def test_which_pairs_never_ran() -> None:
     assert resumed.absent_pairs() == [0, 2]
     transport.reset()
     assert transport.absent_pairs() == [0, 1, 2]
+
+
+def test_an_engine_that_continues_another_one_knows_what_it_has_not_shared() -> None:
+    before, after = (engine("correlation", 0.9, OneRank()) for _ in range(2))
+    for call in range(6):  # the last one solves nothing
+        before.term([[part(call, 0, 0, pair) for pair in range(3)]], 11)
+    after.continue_from(before, torch.device("cpu"))  # without the warning of a save
+    with pytest.warns(UserWarning, match="Call `synchronize"):
+        saved = after.state_dict()
+    with pytest.warns(UserWarning, match="Call `synchronize"):
+        assert_same_state(saved, before.state_dict())
+    after.synchronize()
+    assert_same_state(after.state_dict(), saved)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_pair_that_starts_late_does_not_hide_what_the_others_have_not_shared(late: int) -> None:
+    """Its plan is solved in a call in which those of the others are not due."""
+    transport = engine("correlation", 0.9, OneRank())
+    for call in range(6):
+        runs = [pair != late or call == 5 for pair in range(3)]
+        neurons = [part(call, 0, 0, pair) if ran else blank(pair) for pair, ran in enumerate(runs)]
+        transport.term([neurons], 11, absent=[pair for pair, ran in enumerate(runs) if not ran])
+    with pytest.warns(UserWarning, match="Call `synchronize"):
+        transport.state_dict()
+    transport.synchronize()
+    transport.state_dict()

@@ -64,3 +64,14 @@ def test_state_survives_a_file(memory: float) -> None:
         torch.testing.assert_close(getattr(found, name), getattr(state, name), rtol=0, atol=0)
     assert (found.memory, found.samples) == (memory, 7)
     assert (found.sums is None) == (memory == 0), "nothing would add to the sums"
+
+
+def test_a_state_follows_the_neurons_to_their_device() -> None:
+    """A state that was loaded before the student was moved."""
+    state = PairState(plan=OLD, potential=torch.ones(3), sums=[torch.ones(2), torch.ones(2, 3)], energy=torch.ones(2))
+    state.check_plan(torch.ones(2, 8, device="meta"), torch.ones(3, 8, device="meta"), "a -> b")
+    assert {tensor.device.type for tensor in state.tensors()} == {"meta"}
+    assert [tuple(tensor.shape) for tensor in state.sums] == [(2,), (2, 3)]
+    late = PairState(reference=(torch.ones(2, 1), torch.ones(3, 1)))
+    late.check_plan(torch.ones(2, 8, device="meta"), torch.ones(3, 8, device="meta"), "a -> b")
+    assert {tensor.device.type for tensor in late.tensors()} == {"meta"}

@@ -18,11 +18,13 @@ from helpers import (
     make_task,
     make_teacher,
     make_trainer,
+    seeded,
     weights,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from processes import run_processes
+from torch.utils.data import DataLoader
 from trainer.monitored import column, fit, read, repeated, rows, shard
 
 from lightning_otrt import NeuronTransportDistance, OTRTCallback, OTRTModule
@@ -131,6 +133,26 @@ class TestTraining:
     def test_weight_of_zero(self):
         trainer = fit(make_task(), OTRTCallback(make_teacher(), LAYERS, weight=0.0), OTRTMonitor(1, figures=False))
         assert not [name for name in trainer.callback_metrics if "entropy" in name]
+
+    def test_a_schedule_with_pauses(self, tmp_path):
+        """What is logged is what the step had, not what the next one will have."""
+        logger, full = CSVLogger(tmp_path), 4.0
+        monitor, options = OTRTMonitor(1, figures=False), {"logger": logger, "max_steps": 6}
+        callback = OTRTCallback(make_teacher(), LAYERS, weight=full, schedule=lambda step: float(step % 2 == 0))
+        fit(make_task(), callback, monitor, log_every_n_steps=1, **options)
+        assert [value / full for value in column(logger, "otrt/weight").values()] == [1, 0] * 3
+        for name in ("entropy/net.block1", "layer_share/net.block2", "gradient_share"):
+            measured = column(logger, f"otrt/{name}")
+            # In the first step the layers are not known before it.
+            assert list(measured) == ([0, 2, 4] if "entropy" in name else [2, 4])
+
+    def test_a_part_that_is_not_trained(self, recwarn):
+        task = make_task()
+        task.net.block1.requires_grad_(False)
+        trainer = fit(task, OTRTCallback(make_teacher(), LAYERS), OTRTMonitor(1, figures=False), max_steps=3)
+        assert 0 < trainer.callback_metrics["otrt/layer_share/net.block2"] < 1
+        assert "otrt/layer_share/net.block1" not in trainer.callback_metrics
+        assert not [each for each in recwarn if "Code that is compiled" in str(each.message)]
 
     def test_without_gradients(self):
         trainer = fit(make_task(), OTRTCallback(make_teacher()), OTRTMonitor(1, gradients=False, figures=False))
@@ -245,6 +267,40 @@ class TestWiring:
     def check_clean(task, teacher):
         assert hooks(task, teacher) == []
         assert not {"training_step", "manual_backward"} & set(vars(task))
+
+    def test_an_epoch_that_a_hook_ends_early(self):
+        """Lightning then calls the start of a batch without its end."""
+
+        class Stops(Task):
+            def on_train_batch_start(self, batch, batch_idx):
+                return -1 if batch_idx == 2 else None
+
+        task, teacher = seeded(0, Stops), make_teacher()
+        fit(task, OTRTCallback(teacher, LAYERS), OTRTMonitor(1, figures=False), max_epochs=3)
+        self.check_clean(task, teacher)
+
+    def test_a_batch_that_is_none(self, monkeypatch):
+        logged: list[Any] = []
+        monkeypatch.setattr(OTRTMonitor, "_log", lambda self, trainer, values: logged.append(values))
+        x, y = next(iter(loader(batch_size=8)))
+        data = DataLoader([0, 1, None, 3], batch_size=None, collate_fn=lambda each: None if each is None else (x, y))
+        callbacks = OTRTCallback(make_teacher(), LAYERS), OTRTMonitor(1, figures=False)
+        with pytest.warns(UserWarning, match="yielded None"):
+            fit(make_task(), *callbacks, data=data, max_epochs=1)
+        assert len(logged) == 3
+
+    def test_a_second_fit_of_a_network_with_other_layers(self):
+        class Other(Task):
+            def __init__(self):
+                super().__init__()
+                self.other, self.net = self.net, None
+
+            def loss(self, batch):
+                return torch.nn.functional.cross_entropy(self.other(batch[0]), batch[1])
+
+        monitor, callback = OTRTMonitor(1, figures=False), OTRTCallback(make_teacher(), "blocks")
+        for kind in (Task, Other):
+            assert "otrt/gradient_share" in fit(make_task(kind), callback, monitor, max_steps=3).callback_metrics
 
     def test_fits_again(self):
         monitor, callback = OTRTMonitor(1, figures=False), OTRTCallback(make_teacher(), LAYERS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -17,10 +19,29 @@ from helpers import (
     weights,
 )
 from lightning.pytorch.loggers import CSVLogger
+from processes import run_processes
 from trainer.monitored import column, fit, read
 
 from lightning_otrt import NeuronTransportDistance, OTRTCallback, OTRTModule
 from lightning_otrt.trainer.monitor import OTRTMonitor
+
+
+class BreaksOnOne(ValidatedTask):
+    """The second process sees a bad batch."""
+
+    def validation_step(self, batch, batch_idx):
+        is_bad = batch_idx == 1 and self.global_rank == 1
+        self.net(torch.full_like(batch[0], float("nan")) if is_bad else batch[0])
+
+
+def fit_that_breaks_on_one() -> tuple[list[str], list[str]]:
+    """What a process says and logs."""
+    options = {"strategy": "ddp", "devices": 2, "max_epochs": 1, "validation": loader(48)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        task, callback = make_task(BreaksOnOne), OTRTCallback(make_teacher(), LAYERS)
+        trainer = fit(task, callback, OTRTMonitor(99, figures=False), **options)
+    return [str(each.message) for each in caught], list(trainer.callback_metrics)
 
 
 class TestValidation:
@@ -83,6 +104,26 @@ class TestValidation:
         assert trainer.state.finished
         assert "val/otrt/net.block1" not in trainer.callback_metrics
 
+    def test_a_part_of_the_data_is_not_taken_for_all(self):
+        class Breaks(ValidatedTask):
+            def validation_step(self, batch, batch_idx):
+                self.net(torch.full_like(batch[0], float("nan")) if batch_idx == 1 else batch[0])
+
+        with pytest.warns(UserWarning, match="stopped measuring distances in validation, and logs none.*NaN"):
+            trainer = fit(
+                Breaks(),
+                OTRTCallback(make_teacher(), LAYERS),
+                OTRTMonitor(99, figures=False),
+                validation=loader(48),
+                max_epochs=1,
+            )
+        assert not [name for name in trainer.callback_metrics if name.startswith("val/otrt")]
+
+    def test_nor_that_of_some_processes(self):
+        said, metrics = zip(*run_processes(2, fit_that_breaks_on_one, init=False, timeout=150), strict=True)
+        assert [any("stopped measuring" in each for each in messages) for messages in said] == [False, True]
+        assert not any(name.startswith("val/otrt") for names in metrics for name in names)
+
     def test_a_plan_that_is_not_found_does_not_end_the_fit(self, monkeypatch):
         solve, failed = NeuronTransportDistance._solve, []
 
@@ -93,7 +134,7 @@ class TestValidation:
             return solve(self, matrix)
 
         monkeypatch.setattr(NeuronTransportDistance, "_solve", fail)
-        with pytest.warns(UserWarning, match="distances in validation.*did not converge"):
+        with pytest.warns(UserWarning, match="lacks a distance in validation.*did not converge"):
             trainer = fit(
                 make_task(ValidatedTask),
                 OTRTCallback(make_teacher(), LAYERS),

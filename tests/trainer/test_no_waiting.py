@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from old_versions import needs_cuda_build, needs_fake_cuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -53,6 +54,20 @@ def test_distillation(features: str | None) -> None:
     """Soft targets, and a regression with its solve in each step."""
     with fake_gpu():
         check(fake_fit(Task(), [OTRTCallback(network(12), distillation=LogitDistillation(features=features))]))
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation": LogitDistillation(features="4:input")}], ids=["", "logits"])
+def test_a_state_that_was_loaded_before_the_student_was_moved(options: dict[str, Any]) -> None:
+    """As in a second fit with the same callback and a checkpoint: Lightning loads it before it moves the module."""
+    with fake_gpu():
+        task, callback = Task(), OTRTCallback(network(12), memory=0.9, **options)
+        fake_fit(task, [callback])
+        state = apply_to_collection(callback.state_dict(), Tensor, lambda tensor: tensor.cpu())
+        callback.load_state_dict(state)
+        assert {tensor.device.type for tensor in callback.transfer.engine.states[0].tensors()} == {"cpu"}
+        fake_fit(task, [callback])
+        assert {tensor.device.type for tensor in callback.transfer.engine.states[0].tensors()} == {"cuda"}
+        assert callback.transfer.engine.calls == 2 * STEPS
 
 
 @pytest.mark.parametrize("options", quick_and_slow(*OPTIONS), ids=repr)
