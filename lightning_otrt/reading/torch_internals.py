@@ -31,7 +31,7 @@ __all__ = [
     "unwrapped",
     "version_of",
     "without_earlier_pre_hooks",
-    "without_parametrization_cache",
+    "without_weight_caches",
 ]
 
 
@@ -137,7 +137,7 @@ def remove_hook(module: nn.Module, hook: Any) -> None:
 
 
 @contextmanager
-def without_parametrization_cache() -> Iterator[None]:
+def _without_parametrization_cache() -> Iterator[None]:
     """Neither use nor fill the cache of ``parametrize.cached()`` inside the block.
 
     A forward without gradient would leave weights in it that carry none, and training would go on with these.
@@ -148,6 +148,21 @@ def without_parametrization_cache() -> Iterator[None]:
         yield
     finally:
         state._cache_enabled = before
+
+
+@contextmanager
+def without_weight_caches() -> Iterator[None]:
+    """Neither use nor fill what torch keeps of computed weights inside the block: those of autocast, too.
+
+    Autocast of torch 2.6 would reuse weights that were cast without gradient, in a forward that is trained.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with _without_parametrization_cache():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def has_freed_graph(tensors: Iterable[Tensor]) -> bool:

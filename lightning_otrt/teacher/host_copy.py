@@ -29,7 +29,7 @@ class HostCopy:
         if not tensor.is_cuda:
             self._tensor = tensor.detach().clone()
         else:
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._tensor = host.copy_(tensor.detach(), non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(tensor.device))

@@ -77,7 +77,10 @@ def _call(teacher: Teacher, student: NetworkCall, root: str, *, compiled: bool) 
     teacher_method = "" if teacher.has_inputs else same_method(target, student.method)
     names = positions_by_name(source, method, target, teacher_method or "forward")
     states = PastStates(source, method, *student.inputs, None if compiled else target)
-    path = next(name for name, inner in teacher.module.named_modules() if inner is target) if root else ""
+    # A method is called on the module that has it, and not on what `torch.compile` has put around that.
+    path = ""
+    if root or teacher_method:
+        path = next(name for name, inner in teacher.module.named_modules() if inner is target)
     teacher.call = TeacherCall(root, path, teacher_method, names, states)
     given = teacher.inputs_for(*InputGuard(clones=True).copied(student.inputs))
     return NetworkCall(teacher.module, given, root, teacher_method)

@@ -60,7 +60,7 @@ class TeacherRun:
 
     def stop(self) -> None:
         """Write what was kept, and give the teacher back on its device and in its mode."""
-        self._parameter = None
+        self._parameter, self.readers, self.places = None, {}, {}
         try:
             if self._cached is not None:
                 self._cached.close()

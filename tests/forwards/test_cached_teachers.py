@@ -284,3 +284,12 @@ def test_autocast_has_samples_of_its_own() -> None:
                 student(IMAGES)
             transfer.loss()
     assert (transfer.cache.hits, transfer.cache.misses) == (16, 16)
+
+
+def test_a_scripted_teacher() -> None:
+    values = []
+    for cache in (None, "memory"):
+        teacher = torch.jit.script(seeded(1, Net, 6).eval())
+        batches = [((IMAGES[samples, :1],), {}) for samples in BATCHES[:4]]
+        values.append(terms(seeded(0, Net), teacher, {"head": ""}, batches, teacher_cache=cache)[0])
+    assert values[1] == pytest.approx(values[0], rel=1e-5)

@@ -227,3 +227,30 @@ def test_the_forward_of_the_teacher_where_it_has_no_such_method_or_gets_its_own_
     with transfer.attached(student):
         student.decode(IMAGES)
         assert float(transfer.loss().detach()) == pytest.approx(0, abs=1e-5)
+
+
+class Reader(nn.Module):
+    """Its method gets the mask, and no inner module does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(10, width), nn.Linear(width, width)
+
+    def encode(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer(self.embedding(ids))
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encode(ids, attention_mask)
+
+
+def test_a_compiled_teacher_has_the_masks_of_its_method() -> None:
+    ids, mask = torch.randint(1, 10, (4, 20)), torch.ones(4, 20, dtype=torch.long)
+    mask[:2, 12:] = 0
+    values = []
+    for wrap in (lambda net: net, lambda net: torch.compile(net, backend="eager")):
+        transfer = RepresentationTransfer(wrap(seeded(1, Reader, 6)), {"layer": "layer"}, student_root=":encode")
+        with transfer.attached(student := seeded(0, Reader, 4)):
+            for _ in range(2):
+                student.encode(ids, mask)
+                values.append(float(transfer.loss().detach()))
+    assert values[2:] == pytest.approx(values[:2], rel=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_otrt.random_numbers import Generator, random_numbers_restored
 from lightning_otrt.reading.extra_forwards.plain_state import PlainState
-from lightning_otrt.reading.torch_internals import all_buffers, without_parametrization_cache
+from lightning_otrt.reading.torch_internals import all_buffers, without_weight_caches
 
 __all__ = ["in_evaluation", "state_restored"]
 
@@ -35,8 +35,7 @@ def in_evaluation(model: nn.Module, inputs: Iterable[Tensor] = ()) -> Iterator[l
     with ExitStack() as stack:
         generators = stack.enter_context(state_restored(model, inputs))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_without_autocast_cache())
-        stack.enter_context(without_parametrization_cache())
+        stack.enter_context(without_weight_caches())
         if "torch._dynamo" in sys.modules:
             # Code compiled earlier would skip new hooks. If Dynamo was never imported, nothing is compiled.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -97,14 +96,3 @@ def _restore_buffers(module: nn.Module, saved: Mapping[str, tuple[Tensor | None,
             module.register_buffer(name, buffer)
         elif now[name] is not buffer:
             setattr(module, name, buffer)
-
-
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Let autocast keep no cast weights: torch 2.6 would reuse those made without gradient in the training step."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -143,7 +143,7 @@ class SampleCache:
             if form is None or not size:
                 self._count(0, next((len(tensor) for _, tensor in named if tensor.dim()), 0))
                 return run(self._given(inputs), 0)
-            device = named[form.own[0]][1].device
+            device = _device_of([named[place][1] for place in form.own])
             copied = self._keys(inputs, size, form, device)
         except TypeError as error:
             raise CannotCacheError(str(error)) from error
@@ -327,6 +327,12 @@ def _versions(inputs: Inputs) -> list[int]:
 
 def _layout(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return [(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()]
+
+
+def _device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """The device of a batch: the first one besides the CPU, where lengths may stay."""
+    devices = [tensor.device for tensor in tensors]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
 
 
 def _on(index: Tensor, device: torch.device) -> Tensor:

@@ -83,7 +83,7 @@ def select_samples(inputs: Inputs, index: Tensor, batch_size: int, places: Seque
 
     Args:
         inputs: Positional and keyword arguments.
-        index: Numbers of the samples ``(S,)``, on the device of the tensors.
+        index: Numbers of the samples ``(S,)``.
         batch_size: Samples of the batch.
         places: The same numbers on the host, where lists of texts or numbers have an entry for each sample, too.
 
@@ -96,7 +96,8 @@ def select_samples(inputs: Inputs, index: Tensor, batch_size: int, places: Seque
     """
 
     def select(tensor: Tensor) -> Tensor:
-        return tensor.index_select(0, index) if is_per_sample(tensor, batch_size) else tensor
+        # Inputs may lie on several devices, such as the lengths of texts on the CPU.
+        return tensor.index_select(0, index.to(tensor.device)) if is_per_sample(tensor, batch_size) else tensor
 
     def select_entries(values: Sequence[Any]) -> Sequence[Any]:
         if len(values) != batch_size:

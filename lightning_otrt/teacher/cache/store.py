@@ -228,7 +228,7 @@ class SampleStore:
         self, keys: Integers, places: Integers, layout: RowLayout, pin_memory: bool
     ) -> tuple[Tensor, np.ndarray[Any, np.dtype[np.bool_]]]:
         """Rows at ``places``, and which of them are what was written."""
-        rows = torch.empty(len(places), layout.width, dtype=self.dtype, pin_memory=pin_memory)
+        rows = torch.empty(len(places), layout.width, dtype=self.dtype, device="cpu", pin_memory=pin_memory)
         words = as_words(rows)
         intact = np.ones(len(places), np.bool_)
         numbers, inside = places >> 32, places & 0xFFFFFFFF

@@ -65,8 +65,15 @@ class FollowingCopy:
 
 
 def has_dtype(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether all parameters and buffers with a fraction are of a type."""
-    return all(tensor.dtype == dtype for tensor in _tensors(module) if tensor.is_floating_point())
+    """Whether all parameters with a fraction are of a type; all buffers, where there are no such parameters.
+
+    A network of half precision may keep some buffers in float32 on purpose, such as frequencies of rotary positions.
+    """
+    parameters, buffers = (
+        [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        for tensors in (module.parameters(), module.buffers())
+    )
+    return all(own == dtype for own in parameters or buffers)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -16,7 +16,7 @@ from lightning_otrt.random_numbers import random_numbers_restored
 from lightning_otrt.reading.containers import map_inputs
 from lightning_otrt.reading.hooks.recorder import Recorder
 from lightning_otrt.reading.pairing import Pairing
-from lightning_otrt.reading.torch_internals import unwrapped
+from lightning_otrt.reading.torch_internals import unwrapped, without_weight_caches
 from lightning_otrt.reading.traced.arguments import renamed
 from lightning_otrt.reading.warnings.failed_teacher import inputs_failed
 from lightning_otrt.teacher.dtypes import DTYPES, named_dtype
@@ -203,7 +203,8 @@ class Teacher:
         kept = random_numbers_restored(borrowed.module.parameters()) if self.call.draws_random else nullcontext()
         # Not inference mode: the backward of the transfer term could not save tensors made there.
         if not torch.compiler.is_compiling():
-            with borrowed.in_evaluation_mode(), torch.no_grad(), kept:
+            # Its owner may train it in the same step, as where two networks teach each other.
+            with borrowed.in_evaluation_mode(), torch.no_grad(), without_weight_caches(), kept:
                 return forward(*args, **kwargs)
         switched = borrowed.leave_training()
         with torch.no_grad(), kept:
@@ -217,7 +218,7 @@ class Teacher:
         return recorder.run_teacher(self.run, args, kwargs, method_of)
 
     def _root_of(self, module: nn.Module) -> nn.Module:
-        return module.get_submodule(self.call.path) if self.call.root else module
+        return module.get_submodule(self.call.path) if self.call.path else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the inputs of the student's root.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_otrt.reading.torch_internals import module_tables
+from lightning_otrt.reading.torch_internals import add_forward_hook, add_forward_pre_hook, module_tables
 from lightning_otrt.teacher.frozen.plain_facts import plain_facts, tensor_attributes
 
 __all__ = ["STEPS_BETWEEN_LOOKS", "PlainWatch"]
@@ -71,8 +71,8 @@ class PlainWatch:
     def learning(self) -> Iterator[None]:
         """Learn what forwards inside the block change, although all of that is undone at its end."""
         hooks = (
-            self.module.register_forward_pre_hook(_Call(self._read), prepend=True),
-            self.module.register_forward_hook(_Call(self._learn_all)),
+            add_forward_pre_hook(self.module, _Call(self._read), prepend=True),
+            add_forward_hook(self.module, _Call(self._learn_all)),
         )
         try:
             yield

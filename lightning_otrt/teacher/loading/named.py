@@ -9,6 +9,9 @@ from urllib.error import URLError
 
 from torch import nn
 
+from lightning_otrt.layers.names import listed
+from lightning_otrt.notices import warn
+
 __all__ = ["from_folder", "from_timm", "from_torchvision"]
 
 
@@ -84,5 +87,15 @@ def from_folder(path: str, model_class: Any, kwargs: Mapping[str, Any]) -> nn.Mo
             f"The teacher {path!r} is a folder: expected a `model_class` with `from_pretrained`, but got "
             f"{getattr(model_class, '__name__', model_class)!r}. Leave it out, or pass a class of transformers."
         )
-    model: nn.Module = model_class.from_pretrained(path, **kwargs)
+    if not model_class.__module__.startswith("transformers."):
+        model: nn.Module = model_class.from_pretrained(path, **kwargs)
+        return model
+    model, found = model_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})
+    if new := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+        warn(
+            f"The folder {path!r} has no weights of the teacher {type(model).__name__} for {listed(new, at_most=5)}: "
+            "these are new random numbers, others in each run. What comes after them cannot be matched or distilled. "
+            "Pass the class that was saved, `(folder, model_class)`. A pooler that is not used may be left out: "
+            "`load_teacher(folder, add_pooling_layer=False)`."
+        )
     return model

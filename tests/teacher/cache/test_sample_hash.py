@@ -306,6 +306,14 @@ def test_nested_inputs_of_parts_of_a_batch(name: str) -> None:
     assert torch.equal(SampleHash()(selected, 3), SampleHash()(inputs)[index])
 
 
+def test_samples_of_inputs_on_two_devices() -> None:
+    """Lengths may stay on the CPU."""
+    index, y = torch.tensor([2, 0]), torch.randn(4, 5)
+    (ids, lengths), _ = select_samples(((torch.zeros(4, 3, device="meta"), y), {}), index, 4)
+    assert (ids.device.type, ids.shape) == ("meta", (2, 3))
+    assert torch.equal(lengths, y[index])
+
+
 def test_many_tensors() -> None:
     tensors = [torch.randn(2, 3) for _ in range(BLOCK)]
     turned = tensors[::-1]

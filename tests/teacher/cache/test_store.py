@@ -258,3 +258,13 @@ def test_to_and_from_a_gpu(make: Make) -> None:
     for name, expected in tensors_of(samples).items():
         assert found[name].is_cuda
         assert torch.equal(found[name].cpu(), expected)
+
+
+def test_a_default_device_is_not_that_of_the_store(make: Make) -> None:
+    """``torch.set_default_device("cuda")``; the store is on the host."""
+    store, samples = make(), torch.arange(5)
+    store.add(keys_of(samples), tensors_of(samples))
+    with torch.device("meta"):
+        mask, tensors = store.lookup(keys_of(samples))
+    assert mask.all()
+    assert torch.equal(tensors["neurons"], tensors_of(samples)["neurons"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from helpers import seeded
 from torch import Tensor, nn
 
 from lightning_otrt import RepresentationTransfer
+from lightning_otrt.teacher.frozen.copied import has_dtype
 
 X = seeded(0, torch.randn, 8, 4)
 
@@ -91,3 +94,25 @@ def test_what_changes_inside_of_an_object_is_seen_in_a_loop_without_epochs(dtype
         fresh.loss()
     assert values[0] != pytest.approx(values[-1], rel=1e-2)
     assert values[-1] == pytest.approx(float(fresh.distillation_value), rel=1e-4)
+
+
+def test_buffers_of_another_type_are_kept() -> None:
+    """Networks of half precision keep the frequencies of their positions in float32."""
+    teacher = Net(8).to(torch.bfloat16)
+    teacher.register_buffer("frequencies", torch.full((4,), 1 / 3))
+    assert has_dtype(teacher, torch.bfloat16)
+    assert not has_dtype(teacher, torch.float32)
+    statistics = nn.BatchNorm1d(3, affine=False)
+    assert has_dtype(statistics, torch.float32)
+    assert not has_dtype(statistics, torch.float64)
+
+
+def test_a_copy_is_gone_after_the_last_step() -> None:
+    transfer, student = RepresentationTransfer(Net(8), ["head:input"], teacher_dtype=torch.float64), Net(6)
+    with transfer.attached(student):
+        student(X)
+        transfer.loss()
+        copied = weakref.ref(transfer.teacher.module)
+        assert copied().body.weight.dtype == torch.float64
+    gc.collect()
+    assert copied() is None

@@ -97,3 +97,17 @@ def test_copies_of_the_teacher_lose_the_hook() -> None:
     for other in copies:
         other(X)
         assert not other._forward_pre_hooks
+
+
+def test_two_networks_that_teach_each_other_under_autocast() -> None:
+    """The weights that the teacher's run has cast, without gradient, are not those of its own training forward."""
+    first, second = Net(6), Net(8)
+    transfers = RepresentationTransfer(second, ["body"]), RepresentationTransfer(first, ["body"])
+    with transfers[0].attached(first), transfers[1].attached(second):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                found = first(X), second(X)
+            first.zero_grad(), second.zero_grad()
+            (sum(transfer.loss() for transfer in transfers) + sum(each.sum() for each in found)).backward()
+    for network in (first, second):
+        assert all(bool(parameter.grad.any()) for parameter in (network.body[0].weight, network.head.weight))

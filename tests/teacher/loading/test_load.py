@@ -300,3 +300,18 @@ class TestCheckpoint:
         (tmp_path / "a.pt").write_bytes(content)
         with pytest.raises(RuntimeError, match=r"read \((EOFError|KeyError|error)\(.*\)\. Either it is damaged or of"):
             load_teacher(tmp_path / "a.pt", model_class=Net)
+
+
+def test_a_folder_without_some_weights_of_the_class(tmp_path: Path) -> None:
+    """A new head would be distilled, and a new pooler makes another teacher of each run."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    saved = transformers.BertModel(transformers.BertConfig(vocab_size=11, **sizes))
+    saved.save_pretrained(folder := str(tmp_path))
+    loaded = load_teacher(folder)
+    assert all(map(torch.equal, loaded.state_dict().values(), saved.state_dict().values()))
+    kind = transformers.BertForSequenceClassification
+    with pytest.warns(UserWarning, match=r"no weights of the teacher BertForSequenceClassification.*'classifier.bias'"):
+        assert isinstance(load_teacher((folder, kind)), kind)
+    without = load_teacher(folder, model_class=transformers.BertModel, add_pooling_layer=False)
+    assert without.pooler is None
