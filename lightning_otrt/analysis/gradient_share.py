@@ -116,6 +116,7 @@ class GradientProbe:
         for handle in self._handles:
             handle.remove()
         self._edges = {name: [] for name in self.names}
+        self._called.clear()
 
     def _on_input(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
