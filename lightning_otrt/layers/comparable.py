@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from lightning_otrt.checks import is_int, shown
-from lightning_otrt.layers.automatic import adds_nothing, classification_head
+from lightning_otrt.layers.automatic import adds_nothing
+from lightning_otrt.layers.head import classification_head
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.resolve import select_layers
 from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer

@@ -11,7 +11,7 @@ from lightning_otrt.layers.pairs import LayerPair, LayerSpec, check_options
 
 __all__ = ["WORDS", "LayerEntry", "only_words", "parse_layers"]
 
-#: Names that stand for a rule of ``layers/automatic.py``.
+#: Names that stand for a rule of ``layers/automatic.py`` or ``layers/head.py``.
 WORDS = ("auto", "blocks", "matched", "penultimate")
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_otrt.layers.automatic import (
-    adds_nothing,
-    block_candidates,
-    classification_head,
-    penultimate_names,
-)
+from lightning_otrt.layers.automatic import adds_nothing, block_candidates
 from lightning_otrt.layers.graphs import graph_hint
+from lightning_otrt.layers.head import classification_head, penultimate_names
 from lightning_otrt.layers.inner_network import inner_hint
 from lightning_otrt.layers.repeats import end_of_loop, feeds_itself, repeated_parts
 from lightning_otrt.layers.trace import Trace, TracedLayer

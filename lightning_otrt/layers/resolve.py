@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lightning_otrt.layers.automatic import block_names, penultimate_names
+from lightning_otrt.layers.automatic import block_names
 from lightning_otrt.layers.depth import pair_blocks
 from lightning_otrt.layers.grammar import WORDS, LayerEntry, parse_layers
 from lightning_otrt.layers.graphs import graph_hint
+from lightning_otrt.layers.head import penultimate_names
 from lightning_otrt.layers.lookup import LayerNames, pair_up, reject_duplicates
 from lightning_otrt.layers.model_output import assumed_output
 from lightning_otrt.layers.no_blocks import nothing_found, why_no_blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lightning_otrt.layers.automatic import classification_head, input_before_dropout
+from lightning_otrt.layers.head import classification_head, input_before_dropout
 from lightning_otrt.layers.model_output import last_linear_layers, output_layers
 from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer, TracedTensor
 

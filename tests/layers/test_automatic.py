@@ -1,4 +1,4 @@
-"""The rules behind "blocks" and "penultimate" on small networks; ``test_model_zoo.py`` has them on well-known ones."""
+"""The rule behind "blocks" on small networks; ``test_model_zoo.py`` has them on well-known ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_otrt.layers.automatic import adds_nothing, classification_head, evenly_spaced, penultimate_names
+from lightning_otrt.layers.automatic import adds_nothing, evenly_spaced
 from lightning_otrt.layers.resolve import resolve_layers
 from lightning_otrt.layers.trace import Trace, TracedLayer, TracedTensor
 from lightning_otrt.reading.tracer import trace
@@ -43,29 +43,6 @@ def test_dense_prediction_never_matches_its_own_output():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
     seen = trace(nn.Sequential(net), (torch.randn(2, 3, 16, 16),))
     assert [pair.student for pair in resolve_layers("blocks", seen, seen)] == ["0.2"]
-
-
-@pytest.mark.parametrize(
-    ("tail", "head"),
-    [
-        ([nn.Flatten(), nn.Linear(64, 3)], "3"),
-        ([nn.Flatten(), nn.Linear(64, 3), nn.Softmax(1)], "3"),
-        ([nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()], "2"),
-        ([nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3)], None),
-        ([nn.Flatten()], None),
-        ([], None),
-    ],
-)
-def test_classification_head(tail, head):
-    seen = trace(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), *tail), (torch.randn(2, 1, 4, 4),))
-    found = classification_head(seen)
-    assert (found.name if found else None) == head
-    assert penultimate_names(seen) == ([f"{head}:input"] if head else [])
-
-
-def test_a_dropout_before_the_head_is_left_out():
-    seen = trace(nn.Sequential(nn.Linear(6, 5), nn.Dropout(), nn.Linear(5, 3)), (torch.randn(4, 6),))
-    assert penultimate_names(seen) == ["1:input"]
 
 
 def test_evenly_spaced_names_are_the_last_of_equal_parts():

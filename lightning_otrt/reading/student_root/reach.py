@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_otrt.layers.automatic import block_names, penultimate_names
+from lightning_otrt.layers.automatic import block_names
+from lightning_otrt.layers.head import penultimate_names
 from lightning_otrt.layers.names import is_inside, named_layers, own_parameters, primary_names
 from lightning_otrt.layers.pairs import INPUT, LayerPair
 from lightning_otrt.layers.trace import Trace
