@@ -49,8 +49,8 @@ class RecordedStudent:
 
     @property
     def last_weights(self) -> Weights:
-        """The weights of the last call of :meth:`loss`, which has advanced the step; zeros if it had no term."""
-        return self._weights.last
+        """The weights of the last call of :meth:`loss`, which has advanced the step; zeros if there was none."""
+        return self._weights.last or Weights(0.0, 0.0)
 
     @property
     def has_weight(self) -> bool:

@@ -353,7 +353,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
 
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""
-        self.step = 0
+        self.step, self._weights.last = 0, None
         self._forget_values()
         self.run_state.reset(self.student if self.has_chosen else None)
         self._attachment.reset()

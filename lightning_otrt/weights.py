@@ -38,8 +38,8 @@ class StepWeights:
     def __init__(self, full: Weights, schedule: Schedule | None) -> None:
         #: The step that the schedule sees.
         self.step = 0
-        #: The weights of the last call, zeros before the first.
-        self.last = Weights(0.0, 0.0)
+        #: The weights of the last call; None before the first.
+        self.last: Weights | None = None
         self.set(full, schedule)
 
     def set(self, full: Weights, schedule: Schedule | None) -> None:
@@ -50,7 +50,7 @@ class StepWeights:
 
     def of_call(self, *, again: bool = False) -> Weights:
         """The weights of a call, those of the last one if it is the same batch again: the step has gone on since."""
-        if not again:
+        if not again or self.last is None:
             self.last = self.now()
         return self.last
 

@@ -586,6 +586,17 @@ def test_a_batch_that_is_evaluated_again_keeps_its_weight(factors):
     assert transfer.step == 1
 
 
+def test_a_first_call_that_is_said_to_be_a_second_one_has_its_weight():
+    """A closure may count from a number of its own; and after a reset there is no earlier call."""
+    transfer, student = make_transfer(schedule=lambda step: 1.0), make_student().eval()
+    with transfer.attached(student):
+        for _ in range(2):
+            student(batch())
+            assert float(transfer.loss(reevaluation=True).detach()) > 0
+            transfer.reset()
+            assert not any(transfer.last_weights)
+
+
 def test_another_student_after_a_reset_in_the_middle_of_a_run():
     transfer = make_transfer()
     with transfer.attached(student := make_student()):

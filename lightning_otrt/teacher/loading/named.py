@@ -87,7 +87,8 @@ def from_folder(path: str, model_class: Any, kwargs: Mapping[str, Any]) -> nn.Mo
             f"The teacher {path!r} is a folder: expected a `model_class` with `from_pretrained`, but got "
             f"{getattr(model_class, '__name__', model_class)!r}. Leave it out, or pass a class of transformers."
         )
-    if not model_class.__module__.startswith("transformers."):
+    bases = getattr(model_class, "__mro__", ())
+    if not any(base.__module__.startswith("transformers.") for base in bases):
         model: nn.Module = model_class.from_pretrained(path, **kwargs)
         return model
     model, found = model_class.from_pretrained(path, **{**kwargs, "output_loading_info": True})

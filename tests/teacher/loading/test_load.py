@@ -313,5 +313,8 @@ def test_a_folder_without_some_weights_of_the_class(tmp_path: Path) -> None:
     kind = transformers.BertForSequenceClassification
     with pytest.warns(UserWarning, match=r"no weights of the teacher BertForSequenceClassification.*'classifier.bias'"):
         assert isinstance(load_teacher((folder, kind)), kind)
+    own = type("OwnHead", (kind,), {})
+    with pytest.warns(UserWarning, match="no weights of the teacher OwnHead"):
+        load_teacher((folder, own))
     without = load_teacher(folder, model_class=transformers.BertModel, add_pooling_layer=False)
     assert without.pooler is None
