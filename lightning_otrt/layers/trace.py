@@ -68,6 +68,7 @@ class TracedLayer:
         output: The output, where it is one tensor or a tuple with exactly one.
         output_kind: The output in words, such as ``"float32 (4, 6)"``; ``""`` if the module did not run.
         parts: ``(key or index, tensor)`` where the output is a mapping or tuple: what ``select`` can choose.
+        fields: The names of the items, where the output is a named tuple; ``parts`` has their indices.
         input_from: Name of the layer whose output tensor is the input of this one.
         output_from: Name of the layer that made the output: a child where a container returns what this child made.
         gives_model_output: Whether its output tensor is (one of) the tensors that the whole model returns.
@@ -93,6 +94,7 @@ class TracedLayer:
     output: TracedTensor | None = None
     output_kind: str = ""
     parts: tuple[tuple[str | int, TracedTensor], ...] = ()
+    fields: tuple[str, ...] = ()
     input_from: str | None = None
     output_from: str | None = None
     gives_model_output: bool = False

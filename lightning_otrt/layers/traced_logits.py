@@ -34,10 +34,15 @@ def traced_logits(trace: Trace, select: str | int | None) -> TracedTensor | None
         select: Key or index, where the user gave one.
     """
     root = trace.layer(trace.root)
-    parts = dict(root.parts)
-    if not parts:
-        return root.output
-    return parts.get(logit_key(parts) if select is None else select)  # type: ignore[arg-type]
+    return dict(root.parts).get(_key(root, select)) if root.parts else root.output  # type: ignore[arg-type]
+
+
+def _key(root: TracedLayer, select: str | int | None) -> str | int | None:
+    """Which part of an output the logits are. By name first, as in a step: a named tuple has indices, too."""
+    name = "logits" if select is None else select
+    if name in root.fields:
+        return root.fields.index(str(name))
+    return logit_key([key for key, _ in root.parts]) if select is None else select
 
 
 def traced_class_axis(trace: Trace, logits: TracedTensor) -> int | None:
@@ -68,8 +73,15 @@ def other_head(trace: Trace, select: str | int | None) -> str | int | None:
         trace: One forward of the model.
         select: Key or index, where the user gave one.
     """
-    parts = dict(trace.layer(trace.root).parts)
-    if select is not None or logit_key(parts) != 0 or len(parts) < 2 or len(parts[0].shape) < 2:
+    root = trace.layer(trace.root)
+    parts = dict(root.parts)
+    if (
+        select is not None
+        or "logits" in root.fields
+        or _key(root, None) != 0
+        or len(parts) < 2
+        or len(parts[0].shape) < 2
+    ):
         return None
     first = parts.pop(0)
     made = {layer.output_shape for layer in trace.layers if layer.gives_model_output and layer.role == "linear"}

@@ -96,6 +96,7 @@ class TraceHooks:
             output=traced[0][1] if is_single else None,
             output_kind=describe(output),
             parts=() if isinstance(returned, Tensor) else traced,
+            fields=getattr(returned, "_fields", ()) if isinstance(returned, tuple) else (),
             input_shapes=tuple(
                 tuple(value.shape) for value in all_tensors(frame.call.arguments) if not value.is_nested
             ),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,6 +56,23 @@ def identity(output: Any) -> Any:
     return output
 
 
+class Found(NamedTuple):
+    embedding: Tensor
+    logits: Tensor
+
+
+class WithFeatures(nn.Module):
+    """Returns what enters its head, too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(192, width), nn.ReLU()), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Found:
+        embedding = self.body(x)
+        return Found(embedding, self.head(embedding))
+
+
 class TestImages:
     @pytest.mark.parametrize("classes", [10, 20])
     @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
@@ -68,6 +86,15 @@ class TestImages:
         else:
             assert 0 <= value < 1.5
             assert f"regressed on {'fc:input' if name == 'resnet18' else 'classifier.2:input'!r}" in said
+
+    @pytest.mark.parametrize("select", [None, "logits", 1])
+    def test_a_named_tuple_whose_first_item_are_no_logits(self, select):
+        """Its logits are found by name in the trace as in a step."""
+        nets = [seeded(seed, WithFeatures, width) for seed, width in enumerate((6, 8))]
+        option = LogitDistillation(1.0, select=select)
+        value, output, target, said = distil(*nets, lambda net: net(images(8)), ["body"], distillation=option)
+        assert value == pytest.approx(by_hand(output.logits.detach(), target.logits), rel=1e-4)
+        assert "KL of 10 classes" in said
 
     def test_an_output_that_is_another_one_in_training(self):
         """GoogLeNet returns auxiliary logits only in training."""
