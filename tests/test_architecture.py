@@ -188,3 +188,17 @@ def test_what_the_counts_and_the_mutants_name_is_there() -> None:
     named = [*TESTS, *(f"lightning_otrt/{name}.py" for name in FILES)]
     named += [path for paths in COUNTED.values() for path in paths]
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_no_probe_takes_want_of_memory_for_an_answer() -> None:
+    """Forwards that only look at a network may fail, and then show nothing; but for want of memory they raise."""
+    seen = 0
+    for path in sorted((PACKAGE / "reading" / "probes").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            caught = (
+                [ast.unparse(each.type) for each in node.handlers if each.type] if isinstance(node, ast.Try) else []
+            )
+            if "Exception" in caught:
+                seen += 1
+                assert caught[0] == "torch.OutOfMemoryError", f"{path.name}, line {node.lineno}"
+    assert seen > 5

@@ -86,6 +86,8 @@ class Attachment:
         self._guard = InputGuard()
         #: What is compared in the first step; None after it.
         self._first_step: FirstStep | None = None
+        #: The view of the forward that chose the pairs, until its step ends.
+        self._first_view: View | None = None
 
     @property
     def views(self) -> list[View]:
@@ -137,6 +139,7 @@ class Attachment:
     def choose_again(self) -> None:
         """Forget what was recorded, and let the next forward choose the root and the pairs."""
         self._recorder.take()
+        self._first_view = None
         if self.student is not None:
             self.root.start(self.student)
 
@@ -176,6 +179,7 @@ class Attachment:
         if self._first_step is not None:
             self._first_step.end()
             self._first_step = None
+        self._first_view = None
         return trained_views(self._recorder.take())
 
     @property
@@ -274,7 +278,7 @@ class Attachment:
         assert self.student is not None
         if self.root.serves_another(name, (args, kwargs)):
             return False
-        if self.root.name is not None:
+        if self.root.name is not None and not self._has_first_failed():
             self.root.note_forward()
             # In containers of their own: the teacher must not change those of the student.
             with self._guard.later_forward((args, kwargs)) as (own_args, own_kwargs):
@@ -298,6 +302,7 @@ class Attachment:
         call = NetworkCall(student, (args, kwargs), root, self.root.method)
         self._forget_first_step()
         self._first_step = first_step = FirstStep()
+        self._first_view = self._recorder.current
 
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
@@ -327,7 +332,17 @@ class Attachment:
             recorded.append(self._logits.features)
         first_step.compare_next(self.pairing.student, ((layer.name, layer.module) for layer in recorded))
 
+    def _has_first_failed(self) -> bool:
+        """Whether the forward that chose the pairs raised an error, as for want of memory, and another one is tried.
+
+        That one chooses again: what was noted of the first batch does not belong to it, and a cache may not be open.
+        """
+        first = self._first_view
+        if first is None or torch.compiler.is_compiling():
+            return False
+        return not any(view is first for view in self._recorder.views)
+
     def _forget_first_step(self) -> None:
         if self._first_step is not None:
             self._first_step.forget()
-        self._first_step = None
+        self._first_step = self._first_view = None

@@ -111,6 +111,8 @@ def find_places(
                 reached = [_reached(first.rows, second.rows) for _, first, second in pairs]
                 moves = [(strips, _moves(first.maps, second.maps)) for strips, first, second in pairs if strips]
                 found[part] = Probed(list(zip(*reached, strict=True)), _is_turned(moves))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # the parts of these inputs cannot be changed: nothing is shown
         return {}
     return found

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import TracedMask
@@ -106,6 +107,8 @@ def _comes_from(
         return True
     try:
         own, other = (dependent(model, traced, inputs, changed, method) for changed in (owners, others))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # the network cannot run again on these inputs: nothing is shown
         return False
     return name in own and name not in other

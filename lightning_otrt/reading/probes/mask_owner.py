@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.mask_sources import TracedMask
@@ -52,6 +53,8 @@ def settle_masks(model: nn.Module, traced: Trace, names: Iterable[str], inputs: 
         return traced
     try:
         depend = [dependent(model, traced, given, [owner], method) for owner in owners]
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # the network cannot run again on these inputs: nothing is shown
         return traced
     if not any(depend):

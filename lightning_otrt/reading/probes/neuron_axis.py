@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers
@@ -68,6 +69,8 @@ def find_neuron_axes(model: nn.Module, traced: Trace, inputs: Inputs, method: st
         running[0] = True
         try:
             runs = [_run(module, given[name], modules[inner[name]], change) for change in _changes(axis)]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # it cannot run again on what it got: nothing is shown
             return
         finally:
@@ -84,6 +87,8 @@ def find_neuron_axes(model: nn.Module, traced: Trace, inputs: Inputs, method: st
                 hooks.callback(add_forward_hook(modules[name], after, with_kwargs=True).remove)
             args, kwargs = inputs
             (getattr(target, method) if method else target)(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # the network cannot run again on these inputs
         return found
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers
@@ -39,6 +40,8 @@ def settle_rows(model: nn.Module, traced: Trace, names: Iterable[str], inputs: I
     try:
         given = InputGuard(clones=True).copied(inputs), rolled(inputs, samples, 0)
         first, second = (profiles(model, traced, each, method) for each in given)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # these samples cannot stand in another order: nothing shows whose the rows are
         first = second = {}
     chosen = [name for name in possible if not _follow(first.get(name), second.get(name), samples)]

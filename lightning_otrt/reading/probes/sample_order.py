@@ -65,6 +65,8 @@ def settle_order(model: nn.Module, traced: Trace, inputs: Inputs, method: str, i
             first, second = (
                 profiles(model, traced, each, method) for each in (InputGuard(clones=True).copied(inputs), changed)
             )
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # these samples cannot stand in another order
             continue
         return _settled(traced, first, second, move, is_moved)

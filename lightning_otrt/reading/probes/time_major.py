@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lightning_otrt.layers.names import named_layers
@@ -54,6 +55,8 @@ def find_sample_axis(model: nn.Module, traced: Trace, inputs: Inputs, method: st
                 return None
             if _is_independent(first, changed, traced, sizes, axis):
                 return axis
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # these samples cannot be replaced: the sizes have to tell
         return None
     return None

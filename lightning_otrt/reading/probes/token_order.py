@@ -91,6 +91,8 @@ def settle_token_order(
                 verdicts = _probe(
                     model, traced, source, [each for near in around.values() for each in near], inputs, method
                 )
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # the map of this network cannot be changed: the order is not known
                 continue
             for name, near in around.items():

@@ -64,6 +64,8 @@ def does_more_than_its_part(teacher: NetworkCall, part: str, *, distils: bool) -
             args, kwargs = InputGuard(clones=True).copied(teacher.inputs)
             output = teacher.model(*args, **kwargs)
         gives_the_same = not distils or len(outputs) != 1 or _are_equal(outputs[0], all_tensors(output))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         warn(
             f"The teacher ({type(teacher.model).__name__}) failed on what enters the root of the student, so that its "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_otrt.reading.neurons.outputs import describe
@@ -21,7 +22,9 @@ def teacher_failed(
     student: nn.Module,
     root: str,
 ) -> Exception:
-    """What to raise in place of an error of the teacher's forward; the error itself where it came from this library.
+    """What to raise in place of an error of the teacher's forward.
+
+    The error itself where it came from this library, or where memory was short, which other inputs would not cure.
 
     Args:
         error: What the forward raised.
@@ -30,7 +33,7 @@ def teacher_failed(
         student: The student.
         root: Name of its module whose inputs these are.
     """
-    if _is_own(error.__traceback__):
+    if isinstance(error, torch.OutOfMemoryError) or _is_own(error.__traceback__):
         return error
     whose = f"{root!r} of the student" if root else "the student"
     # The original message stays in one piece: batch-size finders look for "out of memory" in it.
@@ -53,7 +56,7 @@ def inputs_failed(
         inputs: Its arguments.
     """
     inside = error.__traceback__.tb_next if error.__traceback__ is not None else None
-    if _is_own(inside):
+    if isinstance(error, torch.OutOfMemoryError) or _is_own(inside):
         return error
     return RuntimeError(
         f"`teacher_inputs` ({getattr(function, '__qualname__', function)}) failed on ({_described(inputs)}), the "

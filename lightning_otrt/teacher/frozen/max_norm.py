@@ -14,13 +14,14 @@ __all__ = ["WithoutWrites"]
 class WithoutWrites:
     """Stands in for the forwards of the embeddings of a module that renormalise their weights in place.
 
-    They return what they would have returned; the rows are renormalised in what they return.
+    They return what they would have returned; the rows are renormalised in what they return. In training mode, and with
+    gradients, it is the owner who trains the module: then they write as ever.
 
     Args:
         module: The module around them.
 
     Example:
-        >>> net = nn.Sequential(nn.Embedding(3, 4, max_norm=1.0))
+        >>> net = nn.Sequential(nn.Embedding(3, 4, max_norm=1.0)).eval()
         >>> before, writes = net[0].weight.clone(), WithoutWrites(net)
         >>> writes.stop()
         >>> bool(net(torch.tensor([0, 1, 2])).norm(dim=1).max() <= 1), torch.equal(net[0].weight, before)
@@ -57,6 +58,8 @@ class _Rows:
 
     def __call__(self, input: Tensor) -> Tensor:
         module = self.module
+        if _is_trained(module):
+            return nn.Embedding.forward(module, input)
         found = functional.embedding(input, module.weight, module.padding_idx).contiguous()
         rows = found.view(-1, found.shape[-1])
         assert module.max_norm is not None
@@ -69,8 +72,13 @@ class _Bags:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        spare = _copy_of(self.module)
-        return nn.EmbeddingBag.forward(spare, *args, **kwargs)
+        module = self.module if _is_trained(self.module) else _copy_of(self.module)
+        return nn.EmbeddingBag.forward(module, *args, **kwargs)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Whether this is a forward of the owner's training: a teacher runs in evaluation mode."""
+    return module.training and torch.is_grad_enabled()
 
 
 def _copy_of(module: nn.EmbeddingBag) -> nn.EmbeddingBag:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -110,3 +111,25 @@ def test_a_forward_of_its_own_stays() -> None:
     writes.stop()
     assert "forward" not in vars(net[0])
     writes.allow()
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIONS)
+def test_an_owner_who_trains_it_meanwhile(kind: type[nn.Module], options: dict[str, Any]) -> None:
+    """As in mutual learning: the same weights to the last bit as without the transfer."""
+
+    def trained(transfer: bool) -> Tensor:
+        torch.manual_seed(0)
+        net, student = Words(8, kind, **options), Words(6)
+        optimizer = torch.optim.SGD(net.parameters(), 0.5)
+        term = RepresentationTransfer(net, {"mix": "mix"}) if transfer else None
+        with nullcontext() if term is None else term.attached(student):
+            for step in range(3):
+                if term is not None:
+                    student(IDS)
+                    term.loss()
+                optimizer.zero_grad()
+                net(IDS.roll(step, 0)).square().mean().backward()
+                optimizer.step()
+        return net.words.weight.detach()
+
+    assert torch.equal(trained(True), trained(False))
