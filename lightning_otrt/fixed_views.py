@@ -123,13 +123,15 @@ def _seeded(digest: bytes) -> Iterator[None]:
 
 
 def _as_key(index: Any) -> Any:
-    """An index whose `repr` is the same in every process and for every type of integer."""
+    """An index whose `repr` is the same in every process, and for every type of integer and of string."""
     try:
         return operator.index(index)
     except TypeError:
         pass
-    if isinstance(index, (str, tuple)):
-        return index
+    if isinstance(index, str):
+        return str(index)
+    if isinstance(index, tuple):
+        return tuple(map(_as_key, index))
     raise TypeError(
         f"Expected the index of one item, an integer, a string or a tuple of these, but got {type(index).__name__}. "
         "For whole batches wrap the data set of single items, and let the data loader collate them."
@@ -141,6 +143,8 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
+        if a.layout != torch.strided or a.is_nested:
+            return True
         return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
     if isinstance(a, np.ndarray):
         return a.shape == b.shape and a.tobytes() == b.tobytes() if a.dtype != object else True
@@ -148,8 +152,8 @@ def _same(a: Any, b: Any) -> bool:
         return list(a) == list(b) and all(_same(a[name], b[name]) for name in a)
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(_same, a, b))
-    if is_dataclass(a):
-        return all(_same(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+    if is_dataclass(a) and not isinstance(a, type):
+        return all(_same(getattr(a, field.name, None), getattr(b, field.name, None)) for field in fields(a))
     if isinstance(a, (bool, int, float, complex, str, bytes)):
         return a == b or a != a
     # Images of PIL have it. Other types cannot be compared.

@@ -170,7 +170,7 @@ class RecordedStudent:
         on, pairs = False, True
         if self._is_recording:
             # Where both weights are 0 nothing is recorded, and the teacher does not run.
-            weights = self._weights.now()
+            weights = self._weights.to_record()
             on, pairs = any(weights) or (self._is_choosing and not has_chosen), weights.transport > 0
         if self._switches != (on, pairs, has_chosen):
             self._switches = on, pairs, has_chosen

@@ -79,7 +79,8 @@ def make_terms(
     distances: list[PairDistance] = []
     if matched is not None:
         assert run.engine is not None
-        run.missed.note(matched.absent, is_first=run.engine.calls == 0)
+        if not reevaluation or run.engine.calls == 0:
+            run.missed.note(matched.absent, is_first=run.engine.calls == 0)
         transport, distances = run.engine.term(
             matched.neurons, samples, absent=matched.absent, reevaluation=reevaluation
         )

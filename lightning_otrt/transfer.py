@@ -171,7 +171,7 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
         self.distillation_value: Tensor | None = None
         # Plain, since it is saved: a number of NumPy would need `weights_only=False` to be loaded.
         decay = memory if isinstance(memory, str) else float(memory)
-        settings = TermSettings(self.ground_cost, plan, epsilon, decay, solve_every, seed, strict)
+        settings = TermSettings(self.ground_cost, plan, float(epsilon), decay, solve_every, seed, strict)
         processes = Processes(global_batch, process_group)
         option = as_distillation(distillation)
         state, logits = None, None
@@ -347,12 +347,14 @@ class RepresentationTransfer(RecordedStudent, FixedOptions):
             ValueError: If it is no such state, or was saved with other layers; for a student that has not run yet the
                 latter comes in its first forward.
         """
+        self.discard()
         if self.run_state.load_state_dict(state, self._attachment.device):
             self._attachment.choose_again()
         self.step = state["step"]
 
     def reset(self) -> None:
         """Forget plans, statistics and counters, as at the start of a training run."""
+        self.discard()  # a forward of before is none of the new run
         self.step, self._weights.last = 0, None
         self._forget_values()
         self.run_state.reset(self.student if self.has_chosen else None)

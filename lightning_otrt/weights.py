@@ -40,6 +40,8 @@ class StepWeights:
         self.step = 0
         #: The weights of the last call; None before the first.
         self.last: Weights | None = None
+        #: Whether calls of this loop repeat batches, as the closures of LBFGS do.
+        self._repeats = False
         self.set(full, schedule)
 
     def set(self, full: Weights, schedule: Schedule | None) -> None:
@@ -50,9 +52,15 @@ class StepWeights:
 
     def of_call(self, *, again: bool = False) -> Weights:
         """The weights of a call, those of the last one if it is the same batch again: the step has gone on since."""
+        self._repeats |= again
         if not again or self.last is None:
             self.last = self.now()
         return self.last
+
+    def to_record(self) -> Weights:
+        """The weights at this step, and those of the last call where its batch may come again, whichever are larger."""
+        now, last = self.now(), self.last
+        return now if last is None or not self._repeats else Weights(*map(max, now, last))
 
     def now(self) -> Weights:
         """The weights at this step.

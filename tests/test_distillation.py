@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -631,6 +632,22 @@ class TestWhatCannotBeMeant:
         messages = [str(warning.message) for warning in caught]
         assert len(messages) == bool(said)
         assert all(re.match(f"The logits of the teacher {said}", message) for message in messages)
+
+    @pytest.mark.parametrize("low", [0.0, 0.65])
+    def test_logits_of_labels_between_0_and_1(self, low):
+        """The zeros that stand for "no" are none of them. Those near both ends look like probabilities."""
+
+        class Between(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return low + (0.97 - low) * (x - x.min()) / (x.max() - x.min())
+
+        teacher = nn.Sequential(make_teacher(), Between())
+        option = LogitDistillation(1.0, activation="sigmoid")
+        transfer = RepresentationTransfer(teacher, {"block1": "0.block1"}, distillation=option)
+        says = pytest.warns(UserWarning, match="probabilities of single labels") if not low else nullcontext()
+        with transfer.attached(student := make_student()), says:
+            student(images())
+            transfer.loss()
 
     def test_logarithms_of_probabilities_are_logits(self):
         found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -169,6 +169,15 @@ def test_all_integers_are_one(index: Any) -> None:
     assert views[index][1:] == views[2][1:]
 
 
+def test_integers_and_strings_of_numpy_in_a_tuple() -> None:
+    class Pairs(Draws):
+        def __getitem__(self, index: Any) -> Any:
+            return random.random()
+
+    views = FixedViews(Pairs(), 1)
+    assert views[np.int64(3), np.str_("a")] == views[3, "a"]
+
+
 def test_other_indices() -> None:
     class ByName(dict[Any, Any]):
         def __getitem__(self, key: Any) -> Any:
@@ -244,7 +253,19 @@ def test_what_repeats_is_not_taken_for_it(nest: str) -> None:
     assert FixedViews(Fixed(NESTS[nest]))[1] is not None
 
 
-@pytest.mark.parametrize("item", [object(), None, np.array([None, object()]), {1, 2}])
+@dataclass
+class Unset:
+    """A field is not set by its constructor."""
+
+    x: int
+    y: int = field(init=False)
+
+
+ODD = [object(), None, np.array([None, object()]), {1, 2}, torch.eye(3).to_sparse()]
+ODD += [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), Unset(1), Unset]
+
+
+@pytest.mark.parametrize("item", ODD)
 def test_items_that_cannot_be_compared(item: Any) -> None:
     class Odd(Own):
         def __getitem__(self, index: int) -> Any:

@@ -45,6 +45,29 @@ def test_where_layers_are_skipped_at_random_the_end_of_an_epoch_waits_as_long():
     assert missed.report([1], PAIRS, PATIENCE).error
 
 
+def test_evaluations_of_one_batch_are_one_step():
+    """A layer that is skipped in two steps of twenty evaluations was not missing for long."""
+
+    class Skips(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.a, self.b, self.skips = nn.Linear(4, width), nn.Linear(width, width), False
+
+        def forward(self, x):
+            x = self.a(x).tanh()
+            return x if self.skips else self.b(x)
+
+    student = Skips(5)
+    transfer = RepresentationTransfer(Skips(6), ["a", "b"], plan="exact")
+    with transfer.attached(student):
+        for step in range(3):
+            student.skips = step > 0
+            for evaluation in range(20):
+                student(torch.randn(12, 4))
+                transfer.loss(reevaluation=evaluation > 0)
+    assert transfer.step == 3
+
+
 def test_layers_that_ran_before():
     for calls in (PATIENCE - 1, PATIENCE):
         found = after(calls, [0]).report([], PAIRS, 100, STUDENT)

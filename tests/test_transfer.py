@@ -586,6 +586,51 @@ def test_a_batch_that_is_evaluated_again_keeps_its_weight(factors):
     assert transfer.step == 1
 
 
+def test_lbfgs_at_the_end_of_a_schedule():
+    """All evaluations of the last step with a weight have it, and the teacher rests soon after."""
+    transfer, student, images = make_transfer(schedule=lambda step: float(step < 3)), make_student().eval(), batch()
+    optimizer = torch.optim.LBFGS(student.parameters(), lr=1e-6, max_iter=3, tolerance_change=0, tolerance_grad=0)
+    values: list[float] = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        task = student(images).square().mean()
+        term = transfer.loss(reevaluation=bool(values))
+        values.append(float(term.detach()))
+        (task + term).backward()
+        return task + term
+
+    runs: list[bool] = []
+    hook = transfer.teacher.module.register_forward_hook(lambda *_: runs.append(True))
+    with transfer.attached(student):
+        for step in range(5):
+            values.clear()
+            before = len(runs)
+            optimizer.step(closure)
+            assert len(values) > 1
+            assert all(bool(value) == (step < 3) for value in values)
+            assert step < 4 or len(runs) == before
+    hook.remove()
+
+
+@pytest.mark.parametrize("start", ["reset", "load_state_dict"])
+def test_a_new_run_has_no_forwards_of_before(start: str):
+    """As after an error between the forward and the loss."""
+    transfer, student = make_transfer(), make_student()
+    with transfer.attached(student):
+        step(transfer, student)
+        state = transfer.state_dict()
+        student(batch())
+        if start == "reset":
+            transfer.reset()
+        else:
+            transfer.load_state_dict(state)
+        images = batch()[:7]
+        student(images)
+        transfer.loss()
+        assert transfer.samples == 7
+
+
 def test_a_first_call_that_is_said_to_be_a_second_one_has_its_weight():
     """A closure may count from a number of its own; and after a reset there is no earlier call."""
     transfer, student = make_transfer(schedule=lambda step: 1.0), make_student().eval()

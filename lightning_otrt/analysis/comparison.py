@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_otrt.analysis.comparison_table import format_table
 from lightning_otrt.analysis.metric import NeuronTransportDistance
 from lightning_otrt.analysis.plot_layers import plot_distances
+from lightning_otrt.layers.grammar import written
 from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.reading.chance import relative_to_chance
 from lightning_otrt.transport.distance import TransportResult
@@ -134,7 +135,7 @@ class RepresentationComparison:
 
     def as_layers(self) -> dict[str, str]:
         """:attr:`pairing` in the form that ``layers=`` takes."""
-        return dict(self.pairing)
+        return {written(student): written(teacher) for student, teacher in self.pairing}
 
     def __str__(self) -> str:
         """A table of the :attr:`relative` distances, with the closest teacher layer of each student layer marked.

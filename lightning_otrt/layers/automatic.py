@@ -6,6 +6,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from itertools import takewhile
 
 from lightning_otrt.layers.head import classification_head
 from lightning_otrt.layers.model_output import output_layers
@@ -175,12 +177,28 @@ def unclear_stacks(trace: Trace) -> list[list[TracedLayer]]:
 
 
 def _branches(layers: Sequence[TracedLayer]) -> set[str]:
-    """Numbered layers of one type that all get the same tensor, as in a spatial pyramid. They are no blocks."""
-    groups: dict[tuple[str, str, frozenset[str]], list[str]] = {}
+    """Numbered layers of one type that all get the same tensor, as in a spatial pyramid. They are no blocks.
+
+    Those that have blocks of their own, such as two encoders of one embedding, are networks and no branches.
+    """
+    networks = {name for name in _alike(layers, set()) if _has_blocks(name, layers)}
+    return _alike(layers, networks) - networks
+
+
+def _alike(layers: Sequence[TracedLayer], networks: AbstractSet[str]) -> set[str]:
+    """Numbered layers of one type, in one of these networks or outside of them, that all get the same tensor."""
+    groups: dict[tuple[object, ...], list[str]] = {}
     for layer in layers:
         if layer.reached_by and layer.calls:
-            groups.setdefault((_pattern(layer), layer.kind, layer.reached_by), []).append(layer.name)
+            inside = next((name for name in ancestors(layer.name) if name in networks), "")
+            groups.setdefault((_pattern(layer), layer.kind, layer.reached_by, inside), []).append(layer.name)
     return {name for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _has_blocks(name: str, layers: Sequence[TracedLayer]) -> bool:
+    inside = [layer for layer in layers if layer.name.startswith(f"{name}.") and layer.calls]
+    blocks = Counter((_pattern(layer), layer.kind) for layer in inside if layer.is_container and layer.has_weights)
+    return max(blocks.values(), default=0) > 1
 
 
 def _pattern(layer: TracedLayer) -> str:
@@ -313,8 +331,15 @@ def _repeated_blocks(layers: list[TracedLayer]) -> list[list[TracedLayer]]:
     holders = tuple(f"{layer.name}." for group in repeated for layer in group)
     outermost = [group for group in repeated if not group[0].name.startswith(holders)]
     # Groups that begin with the same name (blocks and their downsampling) are one stack: the largest group stands for
-    # it.
+    # it. A number that all of them share, as in `t5.encoder` and `t5.decoder`, counts nothing.
+    shared = _shared_start([layer.name for group in outermost for layer in group])
     stacks: dict[str, list[TracedLayer]] = {}
     for group in sorted(outermost, key=len):
-        stacks[re.split(r"\d+", group[0].name)[0]] = group
+        stacks[re.split(r"\d+", group[0].name.removeprefix(shared))[0]] = group
     return sorted(stacks.values(), key=lambda group: group[-1].order or 0)
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    """The modules that all names begin with."""
+    components = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(each[0] for each in takewhile(lambda each: len(set(each)) == 1, components))

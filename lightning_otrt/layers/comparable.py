@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from lightning_otrt.checks import is_int, shown
 from lightning_otrt.layers.automatic import adds_nothing
+from lightning_otrt.layers.grammar import written
 from lightning_otrt.layers.head import classification_head
 from lightning_otrt.layers.pairs import INPUT
 from lightning_otrt.layers.resolve import select_layers
@@ -92,9 +93,9 @@ def choose_layers(choice: LayerChoice, trace: Trace, side: str) -> dict[str, int
     names: list[str | int] = []
     for selector in selectors:
         if selector == "auto":
-            names += comparable_layers(trace)
+            names += map(written, comparable_layers(trace))
         elif selector == "all":
-            names += [layer.name for layer in trace.recordable() if layer.neuron_axis is not None]
+            names += [written(layer.name) for layer in trace.recordable() if layer.neuron_axis is not None]
         elif selector == "matched":
             raise ValueError('"matched" pairs layers; here they are all compared. Use "auto" or "blocks".')
         else:
@@ -136,7 +137,7 @@ def _representatives(names: list[str], usable: dict[str, TracedLayer], known: di
     last: str | None = None
     for name in names:
         layer = known[name]
-        starts = layer.is_container or layer.role in LINEAR or "Embedding" in layer.kind
+        starts = layer.is_container or layer.role in (*LINEAR, "recurrent") or "Embedding" in layer.kind
         if starts and last is not None:
             yield last
             last = None

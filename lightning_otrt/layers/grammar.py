@@ -9,7 +9,7 @@ from typing import Any
 from lightning_otrt.checks import is_int, shown
 from lightning_otrt.layers.pairs import LayerPair, LayerSpec, check_options
 
-__all__ = ["WORDS", "LayerEntry", "only_words", "parse_layers"]
+__all__ = ["WORDS", "LayerEntry", "only_words", "parse_layers", "written"]
 
 #: Names that stand for a rule of ``layers/automatic.py`` or ``layers/head.py``.
 WORDS = ("auto", "blocks", "matched", "penultimate")
@@ -55,6 +55,16 @@ def parse_layers(spec: LayerSpec) -> tuple[LayerEntry, ...]:
                     f'"{word}" chooses the layers of both sides at once, but got {entry}. Use "{word}" by itself.'
                 )
     return entries
+
+
+def written(name: str) -> str:
+    """How the name of a module is written in ``layers=``: one that is called like a word would be read as that.
+
+    Example:
+        >>> written("blocks.0"), written("blocks")
+        ('blocks.0', 're:blocks')
+    """
+    return f"re:{name}" if name in WORDS else name
 
 
 def only_words(spec: LayerSpec) -> bool:

@@ -20,7 +20,8 @@ def output_layers(trace: Trace) -> set[str]:
 
     - linear maps and convolutions whose output enters no layer with weights, such as the heads of a detector;
     - those with as many channels as an output of the model, or with one channel, whose output enters no other layer
-      unchanged, such as the heads of the earlier stages of a stack;
+      unchanged, such as the heads of the earlier stages of a stack; with more than three channels, and where the next
+      layer gets nothing else, code has an activation between the two;
     - the activations after them;
     - containers that return what one of these made;
     - containers whose code adds several of these up, as LRASPP does with class logits.
@@ -46,13 +47,15 @@ def output_layers(trace: Trace) -> set[str]:
     for layer in leaves:
         if layer.input_from is not None:
             followers.setdefault(layer.input_from, []).append(layer)
-    unused = _unused(leaves)
+    unused, alone = _unused(leaves), _alone_before_another(leaves)
     found: set[str] = set()
     for layer in leaves:
         if layer.role not in LINEAR or layer.output is None or len(layer.output.shape) < 3:
             continue
         axis = layer.output.neuron_axis
         is_output = axis is not None and layer.output.shape[axis] in channels
+        if axis is not None and layer.output.shape[axis] > _CHANNELS_OF_RECTIFIED and not layer.gives_model_output:
+            is_output &= layer.name not in alone
         if axis is None or not (is_output or layer.name in assumed or layer.name in unused):
             continue
         chain = _passing_on(layer, followers)
@@ -81,6 +84,11 @@ def _unused(leaves: list[TracedLayer]) -> set[str]:
     """
     used = {name for layer in leaves if layer.has_weights for name in layer.reached_by}
     return {layer.name for layer in leaves} - used
+
+
+def _alone_before_another(leaves: list[TracedLayer]) -> set[str]:
+    """Names of the layers whose output is all that a layer with weights gets."""
+    return {name for layer in leaves if layer.has_weights and len(layer.reached_by) == 1 for name in layer.reached_by}
 
 
 def _output_channels(trace: Trace) -> set[int]:

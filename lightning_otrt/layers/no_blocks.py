@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_otrt.layers.automatic import adds_nothing, block_candidates
+from lightning_otrt.layers.grammar import written
 from lightning_otrt.layers.graphs import graph_hint
 from lightning_otrt.layers.head import classification_head, penultimate_names
 from lightning_otrt.layers.inner_network import inner_hint
@@ -54,21 +55,22 @@ def why_no_blocks(trace: Trace, side: str) -> str:
     repeats = _repeats(trace, side)
     tokens = _outermost([each for each in block_candidates(trace) if each.output and each.output.position_count > 1])
     if repeats:
-        others = f" Layers that run once and have positions or tokens: {_last_names(tokens)}." if tokens else ""
+        others = f" Layers that run once and have positions or tokens: {_last_names(tokens, trace)}." if tokens else ""
         return repeats + others
     unknown = [each for each in trace.recordable() if len(each.output_shape or ()) > 2 and each.neuron_axis is None]
     has_unknown_blocks = any(layer.is_container and layer.name != trace.root for layer in unknown)
     if tokens and not has_unknown_blocks:
         return (
             "the layers with tokens give no maps, and they are not a stack of numbered modules of one type, such as "
-            f"`layers.0` and `layers.1`. To match such layers, name them: layers={_last_names(tokens)}."
+            f"`layers.0` and `layers.1`. To match such layers, name them: layers={_last_names(tokens, trace)}."
         )
     if unknown:
         unknown.sort(key=lambda layer: layer.is_container)
         name, shape = unknown[-1].name, unknown[-1].output_shape
+        own = _of_both(name, trace)
         return (
             f"the types of the modules do not tell which axis of {name!r} (shape {shape}) holds the neurons. Give it: "
-            f"LayerPair({name!r}, {name!r}, neuron_axis=1) for (B, C, ...), or neuron_axis=-1 for (B, ..., C); "
+            f"LayerPair({own!r}, {own!r}, neuron_axis=1) for (B, C, ...), or neuron_axis=-1 for (B, ..., C); "
             "neuron_axis=(student, teacher) where the two differ."
         )
     rows = _rows(trace)
@@ -76,7 +78,7 @@ def why_no_blocks(trace: Trace, side: str) -> str:
         return "no layer has positions or tokens."
     return (
         f"the layers have no positions or tokens (for example {rows[-1].name!r}, shape {rows[-1].output_shape}). To "
-        f"match such layers, name them: layers={_last_names(rows)}."
+        f"match such layers, name them: layers={_last_names(rows, trace)}."
     )
 
 
@@ -88,12 +90,13 @@ def _repeats(trace: Trace, side: str) -> str:
     shown = " and ".join(f"{part.name!r} ({part.kind}) {part.calls} times" for part in parts[:_SHOWN])
     if loop := next((part for part in parts if feeds_itself(part)), None):
         end = end_of_loop(trace, loop)
+        name = "" if end is None else _of_both(end[0], trace)
         remedy = (
             "Put the loop into a module of its own, and name that in `layers`."
             if end is None
-            else f"Name the module around the loop: layers=[LayerPair({end[0]!r}, {end[0]!r})]."
+            else f"Name the module around the loop: layers=[LayerPair({name!r}, {name!r})]."
             if end[1] is None
-            else f"Name the module around the loop: layers=[LayerPair({end[0]!r}, {end[0]!r}, select={end[1]!r})]."
+            else f"Name the module around the loop: layers=[LayerPair({name!r}, {name!r}, select={end[1]!r})]."
         )
         return (
             f"one forward runs {shown}, each time on the output of the run before, but a representation is the output "
@@ -125,5 +128,10 @@ def _outermost(layers: Sequence[TracedLayer]) -> list[TracedLayer]:
     return [layer for layer in layers if not layer.name.startswith(around) and not adds_nothing(layer)]
 
 
-def _last_names(layers: Sequence[TracedLayer]) -> list[str]:
-    return [layer.name for layer in layers[-_SHOWN:]]
+def _last_names(layers: Sequence[TracedLayer], trace: Trace) -> list[str]:
+    return [_of_both(layer.name, trace) for layer in layers[-_SHOWN:]]
+
+
+def _of_both(name: str, trace: Trace) -> str:
+    """A name as the other network has it, too: without that of the root, and not one that is read as a word."""
+    return written(name.removeprefix(f"{trace.root}.") if trace.root else name)

@@ -152,10 +152,12 @@ def pair_labels(pairs: Sequence[LayerPair]) -> tuple[str, ...]:
     short = [pair.student for pair in pairs]
     longer = [f"{pair.student}-{pair.teacher}" for pair in pairs]
     longest = [f"{name}-{pair.select}" for name, pair in zip(longer, pairs, strict=True)]
-    return tuple(
+    labels = [
         next((name for name, names in ((a, short), (b, longer)) if names.count(name) == 1), c)
         for a, b, c in zip(short, longer, longest, strict=True)
-    )
+    ]
+    # The name of a layer may have a "-", too.
+    return tuple(label if labels.count(label) == 1 else f"{label}-{number}" for number, label in enumerate(labels))
 
 
 def pairs_to_state(pairs: Sequence[LayerPair]) -> list[tuple[Any, ...]]:

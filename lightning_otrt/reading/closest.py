@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_otrt.layers.comparable import comparable_layers
+from lightning_otrt.layers.grammar import written
 from lightning_otrt.layers.order import match_in_order
 from lightning_otrt.layers.resolve import select_layers
 from lightning_otrt.layers.trace import Trace
@@ -45,7 +46,7 @@ def match_layers(
         ValueError: If no student layer can be compared with a teacher layer, or the batch has a single sample.
     """
     student, teacher = traces
-    candidates = [name for name in comparable_layers(teacher) if teacher.position_count(name) > 1]
+    candidates = [written(name) for name in comparable_layers(teacher) if teacher.position_count(name) > 1]
     layers = select_layers(["blocks"], student, "student"), select_layers(candidates, teacher, "teacher")
     settled = [
         settle_token_order(call.model, trace, chosen, call.inputs, call.method)

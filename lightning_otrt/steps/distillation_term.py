@@ -319,14 +319,17 @@ def _unlike_logits(values: Tensor, mask: Tensor | None) -> str:
     """Why values ``(B, K, *positions)`` are no logits, as far as they show it; waits for the device.
 
     Args:
-        values: The values, 0 where the mask is false.
-        mask: ``(B, T)``, true at valid positions, or None.
+        values: The values.
+        mask: ``(B, *positions)``, true at valid positions, or None.
     """
-    valid = torch.ones_like(values[:, 0], dtype=torch.bool) if mask is None else mask
-    if not bool(valid.any()):
+    rows = values.movedim(1, -1)
+    rows = rows.flatten(0, -2) if mask is None else rows[mask]
+    if not len(rows):
         return ""
-    sums_to_1 = bool((((values.sum(1) - 1).abs() < 1e-3) | ~valid).all())
-    is_positive = bool((values >= 0).all())
+    # Of labels each "no" is 0, and says nothing.
+    labels = rows[:, :1] if rows.shape[1] == 2 and not bool(rows[:, 1].any()) else rows
+    sums_to_1 = bool(((rows.sum(1) - 1).abs() < 1e-3).all())
+    is_positive = bool((rows >= 0).all())
     if is_positive and sums_to_1:
         return (
             "look like probabilities: none is negative, and they sum to 1. A softmax is taken of them once more, which "
@@ -334,12 +337,12 @@ def _unlike_logits(values: Tensor, mask: Tensor | None) -> str:
             "logarithm."
         )
     # Those of an untrained network may lie between 0 and 1, too, but not near both.
-    if is_positive and bool((values <= 1).all() & (values.amax() > 0.9) & (values.amin() < 0.1)):
+    if is_positive and bool((labels <= 1).all() & (labels.amax() > 0.9) & (labels.amin() < 0.1)):
         return (
             "look like probabilities of single labels: all are between 0 and 1. A softmax is taken of them, or a "
             "sigmoid once more. Return what enters the sigmoid, and pass LogitDistillation(activation='sigmoid')."
         )
-    if bool(((values.square().sum(1) - 1).abs() < 1e-3).logical_or(~valid).all()):
+    if bool(((rows.square().sum(1) - 1).abs() < 1e-3).all()):
         return (
             "have a length of 1 in each sample, as normalised embeddings have. A softmax of them says nothing of "
             "classes. Leave `distillation` out, or let the teacher's output be regressed on a layer of the student: "

@@ -45,7 +45,7 @@ class CorrelationCost(Cost):
         """Count, first and second moments around ``reference``.
 
         Around a given reference all of them but the products of the two sides are in float64, which shows whether a
-        neuron that is far from its reference varies at all.
+        neuron that is far from its reference varies at all. :meth:`accumulate` adds later batches up in their own type.
         """
         dtype = y.dtype
         y, x = widen_if_long(y, x)

@@ -9,6 +9,7 @@ from math import nan
 import torch
 from torch import Tensor
 
+from lightning_otrt.checks import check_seed
 from lightning_otrt.transport.cost import Cost, Plan
 from lightning_otrt.transport.diagnostics import diagnose
 from lightning_otrt.transport.gradient import attach_gradients
@@ -178,6 +179,7 @@ def transport_distance(
     check_plan(plan, allowed=ONE_BATCH_PLANS)
     check_plan_and_cost(plan, rule)
     check_epsilon(epsilon)
+    check_seed("seed", seed)
     _check_neurons(student, teacher, rule)
     with torch.no_grad(), without_autocast(student):
         batched = student.dim() == 3
@@ -196,7 +198,7 @@ def transport_distance(
         else:
             problem, evaluate = rule.matrix_and_value(y, x, energy)
             check_cost(problem, cost)
-            matrix, coupling = problem.clone(), Plan.of(solve_plan(problem, plan, epsilon, seed))
+            matrix, coupling = problem.clone(), Plan.of(solve_plan(problem, plan, float(epsilon), seed))
             value, gradient = evaluate(coupling)
         if not batched:
             value, gradient, matrix = value[0], gradient[0], matrix[0]

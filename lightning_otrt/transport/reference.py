@@ -3,7 +3,8 @@
 Products are kept in float32. Those of two neurons whose means are r and q standard deviations from their references are
 off by about r q · 6e-8, relative to their standard deviations. A teacher's means stay, but a student's drift, and a
 neuron that fades may end thousands of its deviations from its first mean: its products with itself are lost, and a
-regression on it fails. So the reference follows the means, at each solve.
+regression on it fails. So the reference of a regression follows the means, at each solve. A cost matrix stands more:
+its largest error is 4e-5 where means drift by 90 standard deviations, and 4e-3 at 900.
 """
 
 from __future__ import annotations

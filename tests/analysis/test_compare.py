@@ -95,7 +95,7 @@ def test_no_layer_is_closest_to_all(name):
 def test_each_layer_is_closest_to_itself(name):
     student, _, data = untrained(name)
     result = compare(student, student, data)
-    assert result.closest == result.as_layers() == {name: name for name in result.student_layers}
+    assert result.closest == dict(result.pairing) == {name: name for name in result.student_layers}
     assert result.relative.diagonal().max() < 0.01
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from typing import Any
 
 import hypothesis.strategies as st
@@ -100,6 +101,7 @@ def test_plan_is_the_one_asked_for() -> None:
     cost = transport_distance(student, teacher).cost
     result = transport_distance(student, teacher, epsilon=0.05)
     torch.testing.assert_close(result.plan, sinkhorn_plan(cost[None], 0.05).matrix[0])
+    assert torch.equal(transport_distance(student, teacher, epsilon=Fraction(1, 20)).plan, result.plan)
     assert torch.equal(transport_distance(student, teacher, plan="random", seed=3).plan, random_plan(12, 12, 3))
     assert torch.equal(transport_distance(student, teacher, plan="identity").plan, torch.eye(12) / 12)
 
@@ -237,6 +239,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epsilon": -0.1}, ValueError, "but got -0.1"),
     ({"epsilon": math.nan}, ValueError, "but got nan"),
     ({"epsilon": "0.01"}, ValueError, "but got '0.01'"),
+    ({"seed": 1.5}, TypeError, "`seed`"),
     ({"student": [[1.0]]}, TypeError, "`student` to be a floating-point tensor, but got list"),
     ({"teacher": torch.ones(5, 8).long()}, TypeError, "`teacher` to be a floating-point tensor, but got torch.int64"),
     ({"student": torch.ones(6, 8) * 1j}, TypeError, "but got torch.complex64"),
