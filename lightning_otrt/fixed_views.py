@@ -131,11 +131,21 @@ def _as_key(index: Any) -> Any:
     if isinstance(index, str):
         return str(index)
     if isinstance(index, tuple):
-        return tuple(map(_as_key, index))
+        return tuple(map(_as_part, index))
     raise TypeError(
         f"Expected the index of one item, an integer, a string or a tuple of these, but got {type(index).__name__}. "
         "For whole batches wrap the data set of single items, and let the data loader collate them."
     )
+
+
+def _as_part(part: Any) -> Any:
+    """A part of an index, which may also be a number such as the time in a film."""
+    if isinstance(part, float):
+        return float(part)
+    try:
+        return _as_key(part)
+    except TypeError:
+        return part
 
 
 def _same(a: Any, b: Any) -> bool:

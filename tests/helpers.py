@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +78,11 @@ class ValidatedTask(Task):
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("test_loss", self.loss(batch))
+
+
+def with_slow(names: Iterable[str], *starts: str) -> list[Any]:
+    """Names as parameters of a test. Those that begin in one of these ways are slow; by default the others suffice."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name.startswith(starts) else name for name in names]
 
 
 def seeded(seed: int, build: Any, *args: Any, **kwargs: Any) -> Any:

@@ -176,6 +176,7 @@ def test_integers_and_strings_of_numpy_in_a_tuple() -> None:
 
     views = FixedViews(Pairs(), 1)
     assert views[np.int64(3), np.str_("a")] == views[3, "a"]
+    assert views["film", np.float64(1.5)] == views["film", 1.5] != views["film", None]
 
 
 def test_other_indices() -> None:

@@ -12,7 +12,7 @@ from itertools import takewhile
 from lightning_otrt.layers.head import classification_head
 from lightning_otrt.layers.model_output import output_layers
 from lightning_otrt.layers.names import ancestors, is_inside
-from lightning_otrt.layers.trace import Trace, TracedLayer
+from lightning_otrt.layers.trace import LINEAR, Trace, TracedLayer
 
 __all__ = [
     "adds_nothing",
@@ -21,6 +21,7 @@ __all__ = [
     "block_names",
     "evenly_spaced",
     "is_of_heads",
+    "linear_maps",
     "unclear_stacks",
 ]
 
@@ -196,9 +197,24 @@ def _alike(layers: Sequence[TracedLayer], networks: AbstractSet[str]) -> set[str
 
 
 def _has_blocks(name: str, layers: Sequence[TracedLayer]) -> bool:
+    """Whether a layer holds three blocks or more: numbered parts of several linear maps, or of more than two sizes.
+
+    A branch may well have a few convolutions, each with its normalisation.
+    """
     inside = [layer for layer in layers if layer.name.startswith(f"{name}.") and layer.calls]
-    blocks = Counter((_pattern(layer), layer.kind) for layer in inside if layer.is_container and layer.has_weights)
-    return max(blocks.values(), default=0) > 1
+    groups: dict[tuple[str, str], list[TracedLayer]] = {}
+    for layer in inside:
+        if layer.is_container and layer.has_weights:
+            groups.setdefault((_pattern(layer), layer.kind), []).append(layer)
+    return any(
+        len(group) > 2 and (len({*map(_size, group)}) > 2 or all(linear_maps(block, inside) > 1 for block in group))
+        for group in groups.values()
+    )
+
+
+def linear_maps(block: TracedLayer, layers: Sequence[TracedLayer]) -> int:
+    """How many of these layers are linear maps or convolutions inside of a block."""
+    return sum(layer.role in LINEAR and layer.name.startswith(f"{block.name}.") for layer in layers)
 
 
 def _pattern(layer: TracedLayer) -> str:

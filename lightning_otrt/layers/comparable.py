@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from lightning_otrt.checks import is_int, shown
-from lightning_otrt.layers.automatic import adds_nothing
+from lightning_otrt.layers.automatic import adds_nothing, linear_maps
 from lightning_otrt.layers.grammar import written
 from lightning_otrt.layers.head import classification_head
 from lightning_otrt.layers.pairs import INPUT
@@ -162,9 +162,5 @@ def _is_opened(layer: TracedLayer, usable: dict[str, TracedLayer], known: dict[s
         return True
     # A numbered module with one linear map, such as a convolution with its normalisation, is no block.
     inside = [known[name] for name in known if name.startswith(f"{layer.name}.")]
-    blocks = [block for block in inside if block.is_container and _linear_maps(block, inside) > 1]
+    blocks = [block for block in inside if block.is_container and linear_maps(block, inside) > 1]
     return max(Counter((re.sub(r"\d+", "#", block.name), block.kind) for block in blocks).values(), default=0) > 1
-
-
-def _linear_maps(block: TracedLayer, layers: list[TracedLayer]) -> int:
-    return sum(layer.role in LINEAR and layer.name.startswith(f"{block.name}.") for layer in layers)

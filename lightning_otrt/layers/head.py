@@ -64,8 +64,12 @@ def classification_head(trace: Trace) -> TracedLayer | None:
 
 
 def _is_weighed_by(gate: TracedLayer, layer: TracedLayer) -> bool:
-    """Whether a layer gets a map that depends on this linear map, as on the gate of a squeeze-and-excitation."""
-    return layer.input is not None and len(layer.input.shape) > 2 and gate.name in layer.reached_by
+    """Whether a layer gets a map that depends on this linear map, as on the gate of a squeeze-and-excitation.
+
+    Something else enters that, too: logits of frames or patches, which are averaged behind the head, come alone.
+    """
+    is_map = layer.input is not None and len(layer.input.shape) > 2
+    return is_map and gate.name in layer.reached_by and len(layer.reached_by) > 1
 
 
 def _is_of_stack(layer: TracedLayer, others: Sequence[TracedLayer]) -> bool:

@@ -20,8 +20,8 @@ def output_layers(trace: Trace) -> set[str]:
 
     - linear maps and convolutions whose output enters no layer with weights, such as the heads of a detector;
     - those with as many channels as an output of the model, or with one channel, whose output enters no other layer
-      unchanged, such as the heads of the earlier stages of a stack; with more than three channels, and where the next
-      layer gets nothing else, code has an activation between the two;
+      unchanged, such as the heads of the earlier stages of a stack. With more than three channels, and where the next
+      layer gets nothing else and as many numbers, code has an activation between the two;
     - the activations after them;
     - containers that return what one of these made;
     - containers whose code adds several of these up, as LRASPP does with class logits.
@@ -87,8 +87,10 @@ def _unused(leaves: list[TracedLayer]) -> set[str]:
 
 
 def _alone_before_another(leaves: list[TracedLayer]) -> set[str]:
-    """Names of the layers whose output is all that a layer with weights gets."""
-    return {name for layer in leaves if layer.has_weights and len(layer.reached_by) == 1 for name in layer.reached_by}
+    """Names of the layers whose output, in its shape, is all that a layer with weights gets."""
+    shapes = {layer.name: layer.output_shape for layer in leaves}
+    alone = [layer for layer in leaves if layer.has_weights and len(layer.reached_by) == 1]
+    return {name for layer in alone for name in layer.reached_by if layer.input and shapes[name] == layer.input.shape}
 
 
 def _output_channels(trace: Trace) -> set[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -86,8 +88,8 @@ class Attachment:
         self._guard = InputGuard()
         #: What is compared in the first step; None after it.
         self._first_step: FirstStep | None = None
-        #: The view of the forward that chose the pairs, until its step ends.
-        self._first_view: View | None = None
+        #: Whether the step goes on in which a forward chose the pairs, and whether the teacher ran in that forward.
+        self._is_first_step = self._has_first_run = False
 
     @property
     def views(self) -> list[View]:
@@ -139,7 +141,7 @@ class Attachment:
     def choose_again(self) -> None:
         """Forget what was recorded, and let the next forward choose the root and the pairs."""
         self._recorder.take()
-        self._first_view = None
+        self._is_first_step = False
         if self.student is not None:
             self.root.start(self.student)
 
@@ -179,7 +181,7 @@ class Attachment:
         if self._first_step is not None:
             self._first_step.end()
             self._first_step = None
-        self._first_view = None
+        self._is_first_step = False
         return trained_views(self._recorder.take())
 
     @property
@@ -293,21 +295,23 @@ class Attachment:
                 self._resolve(self.student, name, own_args, own_kwargs)
             except Exception as error:
                 raise self.root.explained(error, name) from error
+        run = self._teacher_run if self._has_first_run else self._teacher_run.first
         with self._guard.first_forward((args, kwargs)) as (own_args, own_kwargs):
-            self._teacher_run.first(self.student, own_args, own_kwargs)
+            run(self.student, own_args, own_kwargs)
+        self._has_first_run = True
         return True
 
     def _resolve(self, student: nn.Module, root: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose the pairs from one traced forward of each network, and put the hooks on their layers."""
         call = NetworkCall(student, (args, kwargs), root, self.root.method)
+        before = self.pairing if self._is_first_step else None
         self._forget_first_step()
         self._first_step = first_step = FirstStep()
-        self._first_view = self._recorder.current
 
         def choose(known: tuple[LayerPair, ...] | None) -> Pairing:
             with self._recorder.switched_off():
                 self._teacher_run.prepare(student)
-                with self._teacher_run.learning():
+                with self._teacher_run.learning() if before is None else nullcontext():
                     pairing = trace_and_pair(
                         self._options,
                         known,
@@ -322,10 +326,14 @@ class Attachment:
                     self._logits.settle(pairing, student, self.teacher.module)
                 return pairing
 
-        self.pairing = self._settle(choose)
+        if before is None:
+            self.pairing, self._has_first_run = self._settle(choose), False
+        else:  # no new choice: other processes, which have chosen with this one, may not fail
+            self.pairing = replace(choose(before.pairs), pairs=before.pairs, plans=before.plans)
         self._counts, self._rows = self.pairing.neuron_counts(), self.pairing.rows_of_a_sample()
         self._layers.watch_student(student, self.pairing)
         self.root.found(self.pairing.student.root, tensors_in((args, kwargs)))
+        self._is_first_step = True
         self._teacher_run.watch(self.pairing)
         recorded = [*self._layers.readers.values()]
         if self._logits is not None and self._logits.features is not None:
@@ -335,14 +343,11 @@ class Attachment:
     def _has_first_failed(self) -> bool:
         """Whether the forward that chose the pairs raised an error, as for want of memory, and another one is tried.
 
-        That one chooses again: what was noted of the first batch does not belong to it, and a cache may not be open.
+        The networks are then traced again: what was noted of the first batch does not belong to the next one.
         """
-        first = self._first_view
-        if first is None or torch.compiler.is_compiling():
-            return False
-        return not any(view is first for view in self._recorder.views)
+        return self._is_first_step and not torch.compiler.is_compiling() and not self._recorder.views
 
     def _forget_first_step(self) -> None:
         if self._first_step is not None:
             self._first_step.forget()
-        self._first_step = self._first_view = None
+        self._first_step = None

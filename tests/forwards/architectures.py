@@ -196,9 +196,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     # torchvision
     "resnet18": Architecture(torchvision_model("resnet18", num_classes=7), images()),
     "vgg11_bn": Architecture(torchvision_model("vgg11_bn", num_classes=7), images(32), slow=True),
-    "mobilenet_v3_small": Architecture(torchvision_model("mobilenet_v3_small", num_classes=7), images()),
+    "mobilenet_v3_small": Architecture(torchvision_model("mobilenet_v3_small", num_classes=7), images(), slow=True),
     "efficientnet_b0": Architecture(torchvision_model("efficientnet_b0", num_classes=7), images(), slow=True),
-    "shufflenet_v2_x0_5": Architecture(torchvision_model("shufflenet_v2_x0_5", num_classes=7), images()),
+    "shufflenet_v2_x0_5": Architecture(torchvision_model("shufflenet_v2_x0_5", num_classes=7), images(), slow=True),
     "squeezenet1_1": Architecture(torchvision_model("squeezenet1_1", num_classes=7), images()),
     "regnet_y_400mf": Architecture(torchvision_model("regnet_y_400mf", num_classes=7), images(), slow=True),
     "swin_t": Architecture(torchvision_model("swin_t", num_classes=7), images(), slow=True),
@@ -219,7 +219,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # timm
     "timm resnet10t": Architecture(timm_model("resnet10t", num_classes=7), images()),
-    "timm convnext_atto": Architecture(timm_model("convnext_atto", num_classes=7), images()),
+    "timm convnext_atto": Architecture(timm_model("convnext_atto", num_classes=7), images(), slow=True),
     "timm vit": Architecture(
         timm_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7), images(32)
     ),
@@ -233,7 +233,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "timm edgenext_xx_small": Architecture(timm_model("edgenext_xx_small", num_classes=7), images(), slow=True),
     "timm poolformer_s12": Architecture(timm_model("poolformer_s12", num_classes=7), images(), slow=True),
     "timm repvgg_a0": Architecture(timm_model("repvgg_a0", num_classes=7), images(), slow=True),
-    "timm features": Architecture(timm_model("resnet10t", features_only=True), images()),
+    "timm features": Architecture(timm_model("resnet10t", features_only=True), images(), slow=True),
     # transformers
     "BERT": Architecture(
         transformer("BertForSequenceClassification", "BertConfig", vocab_size=50, **TINY, **QUIET),
@@ -255,6 +255,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         words(),
         other_words,
+        slow=True,
     ),
     "GPT-2": Architecture(
         transformer(
@@ -275,6 +276,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         transformer("LlamaForCausalLM", "LlamaConfig", vocab_size=50, num_key_value_heads=2, **TINY),
         words(),
         other_words,
+        slow=True,
     ),
     "T5": Architecture(
         transformer(
@@ -292,7 +294,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         other_words,
     ),
     "BART": Architecture(
-        transformer("BartModel", "BartConfig", dropout=0.0, **SEQUENCE), words(decoder=8), other_words
+        transformer("BartModel", "BartConfig", dropout=0.0, **SEQUENCE), words(decoder=8), other_words, slow=True
     ),
     "Whisper": Architecture(
         transformer(
@@ -354,6 +356,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             **QUIET,
         ),
         images(64, "pixel_values"),
+        slow=True,
     ),
     "DINOv2": Architecture(
         transformer(
@@ -366,6 +369,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             num_attention_heads=2,
         ),
         images(32, "pixel_values"),
+        slow=True,
     ),
     # written by hand
     "recurrent tagger": Architecture(

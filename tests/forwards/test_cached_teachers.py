@@ -13,7 +13,7 @@ import torch
 import torchvision
 import transformers
 from forwards.masked import SAMPLES, SITUATIONS
-from helpers import Net, forwards, seeded
+from helpers import Net, forwards, seeded, with_slow
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,7 +59,9 @@ def part(value: Any, samples: list[int]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Padding is", "ignore:The argument", "ignore:The mask")
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize(
+    "name", with_slow(SITUATIONS, "T5", "BART", "BERT, one", "GPT-2", "CLIP", "Wav2Vec2", "Whisper", "no mask")
+)
 def test_padding(name: str) -> None:
     situation = SITUATIONS[name]
     torch.manual_seed(0)
@@ -119,13 +121,7 @@ def vit_of_hugging_face(width: int, depth: int) -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=64, patch_size=16, **sizes))
 
 
-#: Convolutional as the network of "penultimate" and ConvNeXt, and larger than both.
-LARGE = ("torchvision, ResNet-34 to 18", "timm, EfficientNet")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in MODELS]
-)
+@pytest.mark.parametrize("name", with_slow(MODELS, "torchvision", "timm, EfficientNet", "timm, ConvNeXt", "timm, w"))
 def test_models(name: str, tmp_path: Path) -> None:
     build, build_teacher, layers = MODELS[name]
     torch.manual_seed(1)
@@ -257,7 +253,7 @@ def test_a_teacher_that_writes_to_its_inputs() -> None:
     assert torch.equal(images, IMAGES)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_student(in_place: bool) -> None:
     torch.compiler.reset()
     values = []
@@ -275,6 +271,7 @@ def test_a_compiled_student(in_place: bool) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_autocast_has_samples_of_its_own() -> None:
     student, teacher = resnet(0), resnet(1)
     transfer = RepresentationTransfer(teacher, {"layer4": "layer4"}, teacher_cache="memory")

@@ -36,7 +36,7 @@ def detector(name: str, **more: int) -> nn.Module:
     [
         ("fasterrcnn_mobilenet_v3_large_fpn", "auto"),
         ("fasterrcnn_mobilenet_v3_large_fpn", "penultimate"),
-        ("retinanet_resnet50_fpn", "blocks"),
+        pytest.param("retinanet_resnet50_fpn", "blocks", marks=pytest.mark.slow),
     ],
 )
 def test_error(name: str, layers: str) -> None:
@@ -52,7 +52,7 @@ def test_error(name: str, layers: str) -> None:
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("boxes", [1, 2, 3])
+@pytest.mark.parametrize("boxes", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 3])
 def test_the_number_of_boxes_changes_nothing(boxes: int) -> None:
     """It depends on values, down to their rounding, and may be that of the images or of the labels."""
     name, most = "fasterrcnn_mobilenet_v3_large_fpn", {"box_detections_per_img": boxes}
@@ -64,7 +64,9 @@ def test_the_number_of_boxes_changes_nothing(boxes: int) -> None:
         student(IMAGES, TARGETS)
 
 
-@pytest.mark.parametrize(("images", "boxes"), [(2, 2), (3, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("images", "boxes"), [(2, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((3, 1), (4, 4)))]
+)
 def test_the_number_of_images_and_of_labelled_boxes_changes_nothing(images: int, boxes: int) -> None:
     """Each image has three channels, and its boxes are (n, 4): first axes that are no samples."""
     name = "fasterrcnn_mobilenet_v3_large_fpn"
@@ -89,7 +91,7 @@ class Named(nn.Module):
         return self.net([item["image"] for item in items], [item["target"] for item in items])
 
 
-@pytest.mark.parametrize("boxes", [1, 2, 3])
+@pytest.mark.parametrize("boxes", [1, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 3))])
 def test_images_in_mappings(boxes: int) -> None:
     name, most = "fasterrcnn_mobilenet_v3_large_fpn", {"box_detections_per_img": boxes}
     student = Named(detector(name, **most))

@@ -75,7 +75,7 @@ class WithFeatures(nn.Module):
 
 class TestImages:
     @pytest.mark.parametrize("classes", [10, 20])
-    @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+    @pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow)])
     def test_torchvision(self, name, classes):
         models = pytest.importorskip("torchvision.models")
         student, teacher = getattr(models, name)(num_classes=10), models.resnet34(num_classes=classes)
@@ -105,7 +105,11 @@ class TestImages:
 
     @pytest.mark.parametrize("classes", [10, 12])
     @pytest.mark.parametrize(
-        ("name", "options"), [("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}), ("convnext_atto", {})]
+        ("name", "options"),
+        [
+            ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}),
+            pytest.param("convnext_atto", {}, marks=pytest.mark.slow),
+        ],
     )
     def test_timm(self, name, options, classes):
         timm = pytest.importorskip("timm")
@@ -129,6 +133,7 @@ class TestSegmentation:
         value, output, target, _ = distil(student, teacher, lambda net: net(images()))
         assert value == pytest.approx(by_hand(output["out"].detach(), target["out"]), rel=1e-4)
 
+    @pytest.mark.slow
     def test_other_classes_by_the_head_of_the_chosen_output(self):
         student, teacher = self.make("deeplabv3_mobilenet_v3_large", 5, True), self.make("fcn_resnet50", 7)
         value, _, _, said = distil(student, teacher, lambda net: net(images(count=8)))

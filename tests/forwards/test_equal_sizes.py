@@ -250,6 +250,7 @@ def fails(seeds: range) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_sizes_that_coincide() -> None:
     assert not fails(range(150))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 from torch import Tensor, nn
 
 from lightning_otrt import RepresentationTransfer, transport_distance
@@ -134,3 +136,37 @@ def test_a_teacher_that_fails_in_the_first_step(cache: str | None) -> None:
             break
     assert len(found) > 6
     torch.testing.assert_close(torch.stack(found), found[0].expand(len(found)))
+
+
+def _retry_on_one_process() -> tuple[list[float], int]:
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    student, teacher = OutOfMemory(5, after=1 if rank else 5), OutOfMemory(7, most=100)
+    transfer = RepresentationTransfer(teacher, plan="exact", memory=0)
+    x, values = torch.randn(20, 6, generator=torch.Generator().manual_seed(rank)), []
+    with transfer.attached(student):
+        for _ in range(2):
+            try:
+                student(x)
+            except torch.OutOfMemoryError:
+                student(x[:10])
+            values.append(float(transfer.loss().detach()))
+    return values, len(transfer.pairs)
+
+
+def test_one_process_alone_that_tries_a_smaller_batch() -> None:
+    """It chooses nothing anew: the others, which have not failed, would not choose with it."""
+    found = run_processes(2, _retry_on_one_process)
+    assert found[0] == found[1]
+    assert all(value > 0 for value in found[0][0])
+
+
+def test_a_copy_in_the_first_step() -> None:
+    """Weight averaging may copy a transfer between the forward and the loss."""
+    student, teacher = OutOfMemory(5, after=5), OutOfMemory(7)
+    transfer = RepresentationTransfer(teacher, plan="exact", memory=0)
+    with transfer.attached(student):
+        student(torch.randn(10, 6))
+        copied = copy.deepcopy(transfer)
+        assert transfer.loss() > 0
+    assert not copied.is_attached

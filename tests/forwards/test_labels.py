@@ -23,6 +23,7 @@ from forwards.masked import (
     hugging_face,
 )
 from forwards.masked_terms import by_hand, check_term, networks, term
+from helpers import with_slow
 from torch import Tensor, nn
 
 from lightning_otrt import LayerPair, RepresentationTransfer
@@ -98,7 +99,7 @@ SITUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("name", with_slow(SITUATIONS, "T5"))
 def test_value(name: str) -> None:
     check_term(SITUATIONS[name])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import with_slow
 from torch import Tensor, nn
 
 from lightning_otrt import LayerPair, RepresentationTransfer
@@ -167,7 +168,7 @@ def run(build: Callable[[int], nn.Module], layer: str) -> float:
         return float(transfer.loss().detach())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_slow(CASES, "Mask2Former, 4"))
 def test_no_warning(name: str) -> None:
     build, layer = CASES[name]
     with warnings.catch_warnings():

@@ -19,12 +19,13 @@ from forwards.masked import (
     hugging_face,
 )
 from forwards.masked_terms import check_term, run
+from helpers import with_slow
 from torch import Tensor, nn
 
 from lightning_otrt import LayerPair, RepresentationTransfer
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("name", with_slow(SITUATIONS, "T5"))
 def test_value(name: str) -> None:
     check_term(SITUATIONS[name])
 
@@ -36,7 +37,7 @@ def _longformer(width: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("looked_at", [0, 1, 4])
-@pytest.mark.parametrize("name", ["LongformerModel", "LongformerForTokenClassification"])
+@pytest.mark.parametrize("name", with_slow(["LongformerModel", "LongformerForTokenClassification"], "LongformerFor"))
 def test_tokens_that_all_others_look_at(name: str, looked_at: int, padded: bool) -> None:
     """Longformer's layers get numbers below 0 at padding, above 0 at such tokens, and 0 at all others."""
     layer = "encoder.layer.1.output" if name == "LongformerModel" else "longformer.encoder.layer.1.output"

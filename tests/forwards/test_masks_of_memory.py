@@ -8,6 +8,7 @@ import pytest
 import torch
 from forwards.masked import BART, LONGEST, MORE_WORDS, OTHER, SAMPLES, T5, VALID, WORDS, Situation, hugging_face
 from forwards.masked_terms import check_term
+from helpers import with_slow
 from torch import Tensor, nn
 
 VECTORS = torch.randn(SAMPLES, LONGEST, 8, generator=torch.Generator().manual_seed(5))
@@ -151,6 +152,6 @@ SITUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("name", with_slow(SITUATIONS, "T5", "encoder-decoder, k"))
 def test_value(name: str) -> None:
     check_term(SITUATIONS[name])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import seeded, with_slow
 from torch import Tensor, nn
 
 from lightning_otrt import RepresentationTransfer
@@ -59,7 +59,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", with_slow(KINDS, "T5"))
 @pytest.mark.parametrize("ids", [SHORT, BEHIND, IN_FRONT], ids=["shorter", "as long", "in front"])
 def test_the_mask_of_an_encoder_says_nothing_of_its_decoder(kind: str, ids: Tensor) -> None:
     build, layers, said = KINDS[kind]

@@ -96,6 +96,7 @@ def test_what_it_says_helps() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_rt_detr(is_trained: bool) -> None:
     """Without training it gives all positions one score, and both networks pick the same ones in all samples."""

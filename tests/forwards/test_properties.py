@@ -152,10 +152,8 @@ FIRST = {
 QUICK = {
     ("resnet18", "uint8 images"),
     ("timm vit", "camera matrices"),
-    ("timm pvt_v2_b0", "camera matrices"),
     ("BERT", "labels"),
     ("T5", "one number"),
-    ("lraspp_mobilenet_v3_large", "labels"),
 }
 
 

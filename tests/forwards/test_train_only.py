@@ -354,6 +354,7 @@ def test_nothing_is_left_on_the_student():
     assert [len(module._forward_pre_hooks) for module in student.modules()] == hooks
 
 
+@pytest.mark.slow
 def test_a_detector_of_several_sizes():
     detection = pytest.importorskip("torchvision").models.detection
 

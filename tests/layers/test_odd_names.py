@@ -1,4 +1,4 @@
-"""What is chosen depends on what a network does, and not on numbers or words in the names of its parts."""
+"""Numbers and words in the names of modules, gates, projections: what looks like a block or a head and is none."""
 
 from __future__ import annotations
 
@@ -95,6 +95,62 @@ def test_a_gate_is_no_head(has_head: bool) -> None:
     seen = trace(nn.Sequential(*stages, *rest), (IMAGES,))
     assert block_names(seen) == ["0", "1"]
     assert penultimate_names(seen) == (["4:input"] if has_head else [])
+
+
+class Averaged(nn.Module):
+    """Logits of frames, which a layer averages behind the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+        self.fc, self.pool = nn.Linear(8, 5), nn.AdaptiveAvgPool1d(1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        scores = self.fc(self.body(frames.flatten(0, 1))).view(*frames.shape[:2], -1)
+        return self.pool(scores.transpose(1, 2)).squeeze(-1)
+
+
+def test_a_head_before_an_average_is_one() -> None:
+    assert penultimate_names(trace(Averaged(), (torch.randn(3, 4, 6),))) == ["fc:input"]
+
+
+def conv(before: int, width: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU())
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_branches_of_a_few_convolutions_are_no_networks(joined: bool) -> None:
+    """Heads of a detector, and branches as of an Inception block."""
+
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(conv(3, 8, 2), conv(8, 16, 2), conv(16, 16, 2))
+            self.branches = nn.ModuleList(nn.Sequential(conv(16, 16), conv(16, 16)) for _ in range(3))
+            self.fc = nn.Linear(48, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.body(x)
+            found = [branch(x) for branch in self.branches]
+            return self.fc(torch.cat(found, 1).mean((2, 3))) if joined else found
+
+    assert block_names(trace(Branched(), (IMAGES,))) == ["body.0", "body.1", "body"]
+
+
+def test_coarse_logits_are_no_block() -> None:
+    """They are resized and refined by a later layer, which gets the image, too."""
+
+    class CoarseToFine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = conv(3, 8, 2), conv(8, 16, 2)
+            self.coarse, self.refine = nn.Conv2d(16, 21, 1), nn.Sequential(conv(24, 16), nn.Conv2d(16, 21, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            coarse = functional.interpolate(self.coarse(self.second(self.first(x))), x.shape[2:]).softmax(1)
+            return self.refine(torch.cat([x, coarse], 1))
+
+    assert "coarse" not in block_names(trace(CoarseToFine(), (IMAGES,)))
 
 
 class Chain(nn.Module):

@@ -14,8 +14,8 @@ __all__ = ["WithoutWrites"]
 class WithoutWrites:
     """Stands in for the forwards of the embeddings of a module that renormalise their weights in place.
 
-    They return what they would have returned; the rows are renormalised in what they return. In training mode, and with
-    gradients, it is the owner who trains the module: then they write as ever.
+    They return what they would have returned; the rows are renormalised in what they return. In training mode, and
+    where their weights get gradients, it is the owner who trains the module: then they write as ever.
 
     Args:
         module: The module around them.
@@ -76,9 +76,9 @@ class _Bags:
         return nn.EmbeddingBag.forward(module, *args, **kwargs)
 
 
-def _is_trained(module: nn.Module) -> bool:
+def _is_trained(module: nn.Embedding | nn.EmbeddingBag) -> bool:
     """Whether this is a forward of the owner's training: a teacher runs in evaluation mode."""
-    return module.training and torch.is_grad_enabled()
+    return module.training and torch.is_grad_enabled() and module.weight.requires_grad
 
 
 def _copy_of(module: nn.EmbeddingBag) -> nn.EmbeddingBag:

@@ -133,3 +133,17 @@ def test_an_owner_who_trains_it_meanwhile(kind: type[nn.Module], options: dict[s
         return net.words.weight.detach()
 
     assert torch.equal(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher_cache": "memory"}])
+def test_an_owner_who_calls_a_frozen_one_in_training_mode(options: dict[str, Any]) -> None:
+    """As where a LightningModule that holds it goes to training mode."""
+    teacher, student = Words(12, max_norm=1.0).requires_grad_(False), Words(8)
+    before = teacher.words.weight.clone()
+    transfer = RepresentationTransfer(teacher, {"mix": "mix"}, **options)
+    with transfer.attached(student):
+        for _ in range(2):
+            student(IDS)
+            transfer.loss()
+            teacher.train()(IDS)
+    assert torch.equal(teacher.words.weight, before)
