@@ -111,6 +111,7 @@ def test_each_layer_is_closest_to_its_noisy_copy(name):
     assert result.closest == {name: name for name in result.student_layers}
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_images_is_at_chance():
     student, teacher, data = untrained("resnet")
     assert compare(student, teacher, data).relative.min() < 0.5
@@ -420,6 +421,7 @@ def exact_distance(student, teacher):
     return ot.emd2([], [], 1 - np.corrcoef(y, x)[: len(y), len(y) :])
 
 
+@pytest.mark.slow
 def test_two_torchvision_models():
     models = pytest.importorskip("torchvision.models")
     student, teacher = models.mobilenet_v3_small(num_classes=3), models.resnet18(num_classes=3)

@@ -203,7 +203,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "regnet_y_400mf": Architecture(torchvision_model("regnet_y_400mf", num_classes=7), images(), slow=True),
     "swin_t": Architecture(torchvision_model("swin_t", num_classes=7), images(), slow=True),
     "lraspp_mobilenet_v3_large": Architecture(
-        torchvision_model("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=7), images(64, "input")
+        torchvision_model("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=7),
+        images(64, "input"),
+        slow=True,
     ),
     "fcn_resnet50": Architecture(
         torchvision_model("fcn_resnet50", weights_backbone=None, num_classes=7, aux_loss=True),

@@ -121,7 +121,9 @@ def vit_of_hugging_face(width: int, depth: int) -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=64, patch_size=16, **sizes))
 
 
-@pytest.mark.parametrize("name", with_slow(MODELS, "torchvision", "timm, EfficientNet", "timm, ConvNeXt", "timm, w"))
+@pytest.mark.parametrize(
+    "name", with_slow(MODELS, "torchvision", "timm, EfficientNet", "timm, ConvNeXt", "timm, w", "transformers")
+)
 def test_models(name: str, tmp_path: Path) -> None:
     build, build_teacher, layers = MODELS[name]
     torch.manual_seed(1)

@@ -121,6 +121,7 @@ def test_rows_of_boxes_are_warned_of() -> None:
         run(student, transfer)
 
 
+@pytest.mark.slow
 def test_a_cache_has_no_samples_of_a_list() -> None:
     name = "fasterrcnn_mobilenet_v3_large_fpn"
     student = Task(detector(name))
@@ -130,6 +131,7 @@ def test_a_cache_has_no_samples_of_a_list() -> None:
         student(IMAGES, TARGETS)
 
 
+@pytest.mark.slow
 def test_what_the_error_says_works() -> None:
     name = "fasterrcnn_mobilenet_v3_large_fpn"
     student = Task(detector(name))

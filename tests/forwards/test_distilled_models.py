@@ -96,6 +96,7 @@ class TestImages:
         assert value == pytest.approx(by_hand(output.logits.detach(), target.logits), rel=1e-4)
         assert "KL of 10 classes" in said
 
+    @pytest.mark.slow
     def test_an_output_that_is_another_one_in_training(self):
         """GoogLeNet returns auxiliary logits only in training."""
         models = pytest.importorskip("torchvision.models")

@@ -315,7 +315,7 @@ def test_isotropic_networks_get_spaced_blocks() -> None:
     assert len(of_zoo("timm convmixer")) == 4
 
 
-@pytest.mark.parametrize("name", ["T5", "BART", "Whisper"])
+@pytest.mark.parametrize("name", [pytest.param("T5", marks=pytest.mark.slow), "BART", "Whisper"])
 def test_encoder_and_decoder_both_have_blocks(name: str) -> None:
     students = [student for student, _ in of_zoo(name)]
     assert sum("encoder." in student for student in students) == 2
@@ -323,6 +323,7 @@ def test_encoder_and_decoder_both_have_blocks(name: str) -> None:
     assert of_zoo(name) == same(*students)
 
 
+@pytest.mark.slow
 def test_both_towers_have_blocks() -> None:
     students = [student for student, _ in of_zoo("CLIP")]
     assert {student.split(".")[0] for student in students} == {"text_model", "vision_model"}

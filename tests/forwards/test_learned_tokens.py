@@ -168,7 +168,7 @@ def run(build: Callable[[int], nn.Module], layer: str) -> float:
         return float(transfer.loss().detach())
 
 
-@pytest.mark.parametrize("name", with_slow(CASES, "Mask2Former, 4"))
+@pytest.mark.parametrize("name", with_slow(CASES, "Mask2Former"))
 def test_no_warning(name: str) -> None:
     build, layer = CASES[name]
     with warnings.catch_warnings():

@@ -226,6 +226,7 @@ def test_the_error_of_a_wrong_name_lists_the_masks_of_modules_inside() -> None:
         Run(name="attention_mask", true_at="padding", mask="~mask").terms(ENDS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_the_pixel_decoder_of_mask2former() -> None:
     """Its mask is true at padding, and it never has any."""

@@ -89,6 +89,7 @@ def test_another_series_beside_it() -> None:
     assert _told(LagsAndOthers(8), LagsAndOthers(11), "other", SERIES, BESIDE, FIRST) == []
 
 
+@pytest.mark.slow
 def test_time_series_of_hugging_face() -> None:
     tf = pytest.importorskip("transformers")
     parts = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")}

@@ -143,6 +143,7 @@ def test_a_named_mask_of_a_map_is_an_error() -> None:
         told(Spectra, "pad", VALID, "mix", mask="pad")
 
 
+@pytest.mark.slow
 def test_pixels_of_a_detector() -> None:
     """DETR gets a mask of padded pixels, which its convolutions do not see."""
     transformers = pytest.importorskip("transformers")

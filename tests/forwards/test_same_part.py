@@ -213,6 +213,7 @@ def test_the_encoder_of_bert():
         assert value(transfer, student, lambda net: net(ids)) == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_backbone_of_a_detector():
     detection = pytest.importorskip("torchvision").models.detection
     student = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()

@@ -346,7 +346,8 @@ def train_apart(build: str) -> tuple[list[list[bool]], list[float], list[float]]
     return ran, terms, [float(p.grad.sum()) for p in student.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("name", [pytest.param("blocks", marks=pytest.mark.slow), "Wav2Vec2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blocks", "Wav2Vec2"])
 def test_two_processes_that_skip_other_layers(name: str) -> None:
     """They neither wait for each other nor disagree."""
     (ran, terms, gradients), (others, same, averaged) = run_processes(2, train_apart, name)

@@ -140,7 +140,9 @@ def hybrid(timm: Any) -> nn.Module:
     return timm.create_model("vit_small_r26_s32_224", img_size=64, depth=2, num_classes=3)
 
 
-@pytest.mark.parametrize("make", [hiera, pyramid, distilled, pytest.param(hybrid, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make", [hiera, distilled, *(pytest.param(net, marks=pytest.mark.slow) for net in (pyramid, hybrid))]
+)
 def test_real_models(make: Callable[[Any], nn.Module]) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -328,6 +328,7 @@ def test_only_what_lies_behind_the_root_counts():
         transfer.loss()
 
 
+@pytest.mark.slow
 def test_a_compiled_student():
     for change, expected in ((None, 0), (lambda x: x.flip(3), 1)):
         student = torch.compile(Net(change), backend="eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+from helpers import with_slow
 from zoo import CASES, RESNET, VIT, Case, timm_model
 
 from lightning_otrt.layers.resolve import resolve_layers
@@ -18,7 +19,7 @@ def traced(name: str) -> Trace:
     return CASES[name].trace()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_slow(CASES, "vgg11", "vit_b_16", "densenet121"))
 def test_chosen_layers(name):
     case, student = CASES[name], traced(name)
     teacher = student

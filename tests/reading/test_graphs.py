@@ -69,6 +69,7 @@ def test_named_layers_of_a_graph(layers: Any) -> None:
     assert len(pairs(torch.fx.symbolic_trace(resnet()), layers)) == 1  # warnings are errors
 
 
+@pytest.mark.slow
 def test_a_graph_without_blocks_of_its_own() -> None:
     """What the next module gets is whole: no warning. The stack around the last layer gives the same tensor."""
     plain = torchvision.models.vgg11(num_classes=10, init_weights=False)

@@ -76,7 +76,7 @@ def distilled() -> list[dict[str, Any]]:
     return [{"distillation": way, "memory": 0.9, "weight": weight} for way in ways for weight in (2.0, 0)]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_distillation_has_the_numbers_of_one_process(count: int) -> None:
     sizes = UNEVEN[count]
     found = run_processes(count, train_all, distilled(), sizes)
@@ -186,6 +186,7 @@ def test_static_plan_counts_the_samples_of_all() -> None:
     check_calls(shards, [{"cost": "sqeuclidean", "plan": "static"}])
 
 
+@pytest.mark.slow
 def test_a_far_smaller_batch_of_all_solves_no_plan() -> None:
     # One process alone may have few samples, or as many as before while all together have too few.
     shards = [((8, 8), 1, None), ((4, 3), 1, None), ((1, 11), 1, None), ((3, 1), 1, None), ((6, 1), 2, None)]

@@ -80,6 +80,7 @@ def test_a_name(tmp_path: Path, teacher: Any, monkeypatch: pytest.MonkeyPatch) -
     assert teacher != "timm:test_resnet" or asked == [True]
 
 
+@pytest.mark.slow
 def test_a_name_with_arguments(tmp_path: Path) -> None:
     teacher = {
         "class_path": "lightning_otrt.load_teacher",

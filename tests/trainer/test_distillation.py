@@ -147,7 +147,7 @@ def test_closures_of_lbfgs_are_one_call(make):
     assert callback.transfer.run_state.distillation.calls == 3
 
 
-@pytest.mark.parametrize("make", [make_teacher, other_classes])
+@pytest.mark.parametrize("make", [make_teacher, pytest.param(other_classes, marks=pytest.mark.slow)])
 def test_compiled(make):
     """The graph that the compiler sees gives what plain code gives."""
     torch.compiler.reset()

@@ -59,6 +59,7 @@ class TestFigures:
         assert not [name for name in header if "entropy" in name or "marginal" in name]
 
     # Not slow: what it leaves in a process changes what the slow tests of test_soak.py count.
+    @pytest.mark.slow
     def test_wandb(self, tmp_path, monkeypatch):
         wandb = pytest.importorskip("wandb")
         for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):

@@ -299,6 +299,7 @@ def test_teacher_cache_of_images_with_names() -> None:
     assert [int(event) for event in events if event.isdigit()] == [BATCH - known for known in KNOWN if known < BATCH]
 
 
+@pytest.mark.slow
 def test_teacher_cache_of_padded_words() -> None:
     with fake_gpu(), torch.device("cuda"):
         student, teacher = Encoder(8), Encoder(12)

@@ -126,6 +126,7 @@ def check_gradients(student: nn.Module, transfer: RepresentationTransfer) -> Non
     assert not [name for name in head if name in reached]
 
 
+@pytest.mark.slow
 def test_padding_has_no_part_in_it():
     """Neither the words behind the padding nor their number changes the distances."""
     student, teacher = build("BERT", 0).eval(), build("BERT", 1)

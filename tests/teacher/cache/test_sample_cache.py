@@ -483,7 +483,7 @@ if sys.argv[2:]:
 """
 
 
-@pytest.mark.parametrize("error", [[], ["raise"]])
+@pytest.mark.parametrize("error", [[], pytest.param(["raise"], marks=pytest.mark.slow)])
 def test_what_was_kept_is_written_when_a_process_ends(tmp_path: Path, error: list[str]) -> None:
     """As that of a plain loop that never detaches."""
     run = subprocess.run(

@@ -320,6 +320,7 @@ print(hashlib.sha256(repr(sorted(plain_facts(net).items())).encode()).hexdigest(
 """
 
 
+@pytest.mark.slow
 def test_processes_agree() -> None:
     """Each has a seed of its own for the hashes of strings, and so another order of sets."""
     other = subprocess.run(
